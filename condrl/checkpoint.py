@@ -1,0 +1,61 @@
+"""LoRA out and in, in the format that diffusers, ComfyUI and A1111 read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condrl.errors import UsageError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def lora_layers(unet: nn.Module) -> dict[str, Any]:
+    """The peft LoRA layers of a UNet by module name."""
+    return {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A") and module.lora_A}
+
+
+def lora_state(unet: nn.Module) -> dict[str, Tensor]:
+    """`unet.<module>.lora.{down,up}.weight` in float32, the scale alpha / rank baked into `up`.
+
+    Readers then need no alpha: those that ignore metadata and those that assume alpha = rank agree.
+    """
+    state = {}
+    for name, layer in lora_layers(unet).items():
+        (adapter,) = layer.lora_A
+        state[f"unet.{name}.lora.down.weight"] = layer.lora_A[adapter].weight.detach().cpu().contiguous()
+        up = layer.lora_B[adapter].weight.detach() * layer.scaling[adapter]
+        state[f"unet.{name}.lora.up.weight"] = up.cpu().contiguous()
+    return state
+
+
+def save_lora(unet: nn.Module, folder: Path) -> None:
+    """Write the LoRA of a UNet to `folder`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(lora_state(unet), folder / LORA_FILE, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_lora(unet: nn.Module, folder: Path) -> None:
+    """Read a LoRA written by `save_lora` into the UNet's existing adapter, whatever its alpha.
+
+    Raises: UsageError when the file is missing or was made for other modules or another rank.
+    """
+    from safetensors.torch import load_file
+
+    path = folder / LORA_FILE if folder.is_dir() else folder
+    if not path.is_file():
+        raise UsageError(f"there is no LoRA at {folder}: expected a folder with {LORA_FILE}")
+    saved, own = load_file(path), lora_state(unet)
+    wrong = sorted(set(saved) ^ set(own)) or [k for k in own if saved[k].shape != own[k].shape]
+    if wrong:
+        raise UsageError(f"the LoRA {path} does not fit model.lora_rank and model.lora_targets: see {wrong[0]}")
+    for name, layer in lora_layers(unet).items():
+        (adapter,) = layer.lora_A
+        layer.lora_A[adapter].weight.copy_(saved[f"unet.{name}.lora.down.weight"])
+        layer.lora_B[adapter].weight.copy_(saved[f"unet.{name}.lora.up.weight"] / layer.scaling[adapter])

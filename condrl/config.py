@@ -1,0 +1,238 @@
+"""YAML files and `key=value` words -> one typed, checked Config; every complaint is a single line.
+
+Later words win. `model`, `sampler` and `algorithm` hold a plugin's name and its options; `rewards` and
+`evaluate.measures` map a reward's name to its weight and options.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from condrl.errors import UsageError
+from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass
+class RunConfig:
+    name: str = "run"  # the run's folder is runs/<name>
+    dir: str | None = None  # another folder for the run
+    seed: int = 0  # of everything that is drawn at random
+    threads: int | None = None  # CPU threads; null: torch's own choice
+    trackers: list[str] = field(default_factory=list)  # also log to: tensorboard, wandb
+    overwrite: bool = False  # replace what an earlier run left in the folder
+    check_ratios: bool = True  # stop unless every likelihood ratio is 1 before the first update
+
+
+@dataclass
+class PromptsConfig:
+    train: str = ""  # a .txt file (a prompt per line) or .jsonl (rows with "prompt" and metadata)
+    heldout: str | None = None  # prompts never trained on, for evaluation
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = 100  # roll-outs, each followed by its updates
+    prompts_per_epoch: int = 8  # distinct prompts rolled out in an epoch
+    images_per_prompt: int = 8  # a group: images of one prompt row in an epoch
+    rollout_batch: int = 64  # images denoised together
+    updates_per_epoch: int = 2  # optimiser steps in a pass over the epoch's images
+    inner_epochs: int = 1  # passes over the epoch's images
+    steps: list[int] | None = None  # indices of the denoising steps that are trained; null: all
+    steps_per_image: int | None = None  # so many of them per image, drawn anew in each pass; null: all
+    loss_batch: int = 64  # (image, step) pairs in one forward and backward
+    lr: float = 3e-4  # AdamW learning rate
+    warmup: int = 0  # optimiser steps of linear warm-up
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW moments
+    weight_decay: float = 1e-4  # AdamW weight decay
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+
+
+@dataclass
+class EvaluateConfig:
+    measures: dict[str, Any] = field(default_factory=dict)  # rewards to report on held-out prompts: name -> options
+    prompts: int | None = None  # the first so many held-out prompts; null: all
+    images_per_prompt: int = 1  # each with its own seed, the same for base and tuned
+    every: int = 0  # epochs between evaluations; 0: only before and after
+    pictures: int = 8  # images in the before | after picture
+
+
+@dataclass
+class GridConfig:
+    steps: int = 50  # denoising steps
+    spacing: Literal["leading", "linspace", "trailing"] | None = None  # of their times; null: as the model's scheduler
+
+
+@dataclass
+class WeightConfig:
+    weight: float = 1.0  # in the sum of rewards
+
+
+@dataclass
+class Config:
+    model: Any = field(default_factory=dict)  # name and options; see scripts/plugins.py
+    sampler: Any = field(default_factory=dict)  # name and options
+    algorithm: Any = field(default_factory=dict)  # name and options
+    rewards: dict[str, Any] = field(default_factory=dict)  # reward name -> weight and options
+    plugins: list[str] = field(default_factory=list)  # your own plugin files
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.dir or f"runs/{self.run.name}")
+
+    @property
+    def images_per_epoch(self) -> int:
+        return self.train.prompts_per_epoch * self.train.images_per_prompt
+
+
+SECTIONS = {"prompts": PromptsConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "run": RunConfig}
+DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": "ddpo"}
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_config(words: Sequence[str]) -> Config:
+    """Merge YAML files and `key=value` words, look up the plugins they name, and check everything.
+
+    Raises: UsageError, in one line, on an unknown key, a wrong type, a missing file or an unknown plugin.
+    """
+    merged = OmegaConf.create({})
+    for word in words:
+        merged = OmegaConf.merge(merged, _read(word))
+    return build_config(OmegaConf.to_container(merged, resolve=True))  # type: ignore[arg-type]
+
+
+def _read(word: str) -> DictConfig:
+    if re.match(r"[\w.\[\]:]+=", word):
+        key, _, value = word.partition("=")
+        try:
+            return OmegaConf.from_dotlist([f"{key}={value}"])
+        except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
+            raise UsageError(f"cannot read {word!r}: {_one_line(error)}") from error
+    if not Path(word).is_file():
+        raise UsageError(f"there is no config file {word}; settings are written key=value")
+    try:
+        loaded = OmegaConf.load(word)
+    except Exception as error:
+        raise UsageError(f"cannot read {word}: {_one_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UsageError(f"{word} is not a config: it should hold keys such as model, sampler, rewards, train")
+    return loaded
+
+
+def build_config(tree: Mapping[str, Any]) -> Config:
+    """A plain dictionary -> Config, with each plugin's options checked against its parameters."""
+    tree = dict(tree)
+    for path in tree.get("plugins") or []:
+        load_file(path)
+    plugin_sections = {kind: tree.pop(kind, {}) or {} for kind in DEFAULT_PLUGINS}
+    rewards, evaluate = tree.pop("rewards", None) or {}, dict(tree.pop("evaluate", None) or {})
+    measures = evaluate.pop("measures", None) or {}
+    config: Config = _typed(Config, {**tree, "evaluate": evaluate}, "")
+    for kind, section in plugin_sections.items():
+        setattr(config, kind, _plugin_section(kind, section))
+    config.rewards = _reward_sections(rewards, "rewards", WeightConfig)
+    config.evaluate.measures = _reward_sections(measures, "evaluate.measures")
+    check_arithmetic(config)
+    return config
+
+
+def _typed(schema: Any, values: Any, where: str) -> Any:
+    """Check `values` against a dataclass; names in complaints start with `where`."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:
+        key = ".".join(part for part in (where, getattr(error, "full_key", None) or "") if part)
+        raise UsageError(f"config {key}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^Key '\w+' not in '\w+'\.?", "there is no such key.", first)
+
+
+def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
+    options = {"name": section} if isinstance(section, str) else dict(section)
+    name = str(options.pop("name", DEFAULT_PLUGINS[kind]))
+    common = GridConfig if kind == "sampler" else None
+    return {"name": name, **typed_options(REGISTRIES[kind].find(name), options, kind, common)}
+
+
+def _reward_sections(rewards: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:
+    """Options of each reward by name."""
+    find = REGISTRIES["reward"].find
+    return {name: typed_options(find(name), options or {}, f"{where}.{name}", common) for name, options in rewards.items()}
+
+
+def typed_options(plugin: Plugin, values: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:
+    """Check options against a plugin's keyword-only parameters and the fields of `common`; fill in the defaults."""
+    options = plugin.options
+    missing = [o.name for o in options.values() if o.default is inspect.Parameter.empty and o.name not in values]
+    if missing:
+        raise UsageError(f"config {where}: {plugin.name} needs {', '.join(missing)}")
+    schema = make_dataclass("Options", map(_field_of, options.values()), bases=(common,) if common else ())
+    return vars(_typed(schema, dict(values), where))
+
+
+def _field_of(option: Option) -> tuple[str, Any, Any]:
+    if option.default is inspect.Parameter.empty:
+        return option.name, option.type, field(default=MISSING)
+    return option.name, option.type, field(default_factory=lambda: copy.copy(option.default))
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def check_arithmetic(config: Config) -> None:
+    """Raises: UsageError when a batch does not divide what it splits, or a count is not positive."""
+    train, images = config.train, config.images_per_epoch
+    for name in ("prompts_per_epoch", "images_per_prompt", "rollout_batch", "updates_per_epoch", "loss_batch"):
+        if getattr(train, name) < 1:
+            raise UsageError(f"config train.{name}: must be at least 1, got {getattr(train, name)}")
+    sentence = f"{train.prompts_per_epoch} prompts x {train.images_per_prompt} images = {images} images per epoch"
+    if images % train.updates_per_epoch:
+        raise UsageError(f"config train.updates_per_epoch: {sentence}, not divisible by {train.updates_per_epoch} updates")
+    if images % train.rollout_batch and images > train.rollout_batch:
+        raise UsageError(f"config train.rollout_batch: {sentence}, not divisible by batches of {train.rollout_batch}")
+
+
+def locate(path: str) -> Path:
+    """A path as the user wrote it; `asset:NAME` lies in the package's own assets."""
+    return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else Path(path).expanduser()
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, loadable again."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def config_help() -> str:
+    """Every key of the config with its default and comment, as YAML."""
+    lines = [f"{f.name}:  # {comments(Config)[f.name]}" for f in dataclasses.fields(Config) if f.name not in SECTIONS]
+    for name, schema in SECTIONS.items():
+        notes, defaults = comments(schema), OmegaConf.to_container(OmegaConf.structured(schema))
+        lines.append(f"{name}:")
+        lines += [f"  {key}: {json.dumps(value)}  # {notes.get(key, '')}" for key, value in defaults.items()]  # type: ignore[union-attr]
+    return "\n".join(lines)
+
+

@@ -1,0 +1,57 @@
+"""Advantages: how much better an image was than its prompt's others."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards: Tensor, groups: Tensor, normalise: bool = True, leave_one_out: bool = False) -> Tensor:
+    """Rewards (B,) minus the mean of their group, over its standard deviation if `normalise` (Shao et al. 2024).
+
+    `groups` (B,) are integer ids. With `leave_one_out` the mean is of the others (Ahmadian et al. 2024), without
+    it the advantage shrinks by 1 - 1 / K. A group without spread gives zero.
+    """
+    _, index = groups.unique(return_inverse=True)
+    size = torch.zeros_like(rewards).scatter_add(0, index, torch.ones_like(rewards))[index]
+    mean = torch.zeros_like(rewards).scatter_add(0, index, rewards)[index] / size
+    centred = rewards - mean
+    variance = torch.zeros_like(rewards).scatter_add(0, index, centred.square())[index] / size
+    if leave_one_out:
+        centred = centred * size / (size - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-4) if normalise else centred
+
+
+class PromptTracker:
+    """Advantages against the last rewards of the same prompt row (Black et al. 2024, section 5.2)."""
+
+    def __init__(self, length: int = 32, least: int = 16) -> None:
+        self.least = least
+        self.history: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=length))
+
+    def advantages(self, rewards: Tensor, groups: Sequence[int]) -> Tensor:
+        """Standardise rewards (B,) by their prompt's history, or by the batch until `least` of it are known."""
+        values = rewards.double().cpu()
+        for row, value in zip(groups, values.tolist(), strict=True):
+            self.history[row].append(value)
+        batch = (values.mean(), values.std(correction=0))
+        statistics = {row: self._statistics(row, batch) for row in set(groups)}
+        mean = torch.stack([statistics[row][0] for row in groups])
+        std = torch.stack([statistics[row][1] for row in groups])
+        return ((values - mean) / (std + 1e-6)).to(rewards)
+
+    def _statistics(self, row: int, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if len(self.history[row]) < self.least:
+            return batch
+        past = torch.tensor(self.history[row], dtype=torch.float64)
+        return past.mean(), past.std(correction=0)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {str(row): list(values) for row, values in self.history.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        for row, values in state.items():
+            self.history[int(row)].extend(values)

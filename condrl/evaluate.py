@@ -1,0 +1,62 @@
+"""Held-out prompts, base beside tuned, from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from condrl.policy import Policy
+from condrl.prompts import Row
+from condrl.rewards import Reward
+from condrl.rollout import sample, seeded
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts with its 95 % confidence interval (normal approximation, prompts as the unit)."""
+
+    mean: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What each measure says of a policy on the held-out prompts."""
+
+    measures: dict[str, Estimate]
+    pictures: list[Tensor]  # the first images (3, H, W) in [0, 1]
+    labels: list[str]
+
+
+def estimate(scores: Tensor, images_per_prompt: int) -> Estimate:
+    """Mean and interval of scores (P * images_per_prompt,), a prompt's images next to each other."""
+    means = scores.double().reshape(-1, images_per_prompt).mean(1)
+    half = 1.96 * means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
+    mean = means.mean().item()
+    return Estimate(mean, (mean - half, mean + half))
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy, rows: Sequence[Row], measures: Sequence[Reward], seed: int, per_prompt: int, batch: int, pictures: int
+) -> Evaluation:
+    """Sample `per_prompt` images of each row, image i from seed + i, and score them.
+
+    Two policies evaluated with the same arguments start from the same noise.
+    """
+    rows = [row for row in rows for _ in range(per_prompt)]
+    condition = policy.model.encode([row.prompt for row in rows])
+    scores: dict[str, list[Tensor]] = {measure.name: [] for measure in measures}
+    shown: list[Tensor] = []
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        seeds = [seed + i for i in range(len(rows))[part]]
+        images = policy.model.decode(sample(policy, condition[part], seeded(seeds), batch))
+        for measure in measures:
+            scores[measure.name].append(measure(images, rows[part]).cpu())
+        shown.extend(images[: max(0, pictures - len(shown))].cpu())
+    measured = {name: estimate(torch.cat(values), per_prompt) for name, values in scores.items()}
+    return Evaluation(measured, shown, [row.prompt for row in rows[: len(shown)]])

@@ -1,0 +1,173 @@
+"""Stable Diffusion 1.x and 2.x: UNet with a LoRA, cached prompt embeddings, guidance, VAE decoding in slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import condrl
+from condrl.checkpoint import load_lora, save_lora
+from condrl.config import locate
+from condrl.errors import RunError, UsageError
+from condrl.schedule import schedule_from_diffusers
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@condrl.model
+class StableDiffusion:
+    """Stable Diffusion 1.x / 2.x from a hub id, a diffusers folder or a single-file checkpoint, tuned by a LoRA."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        path: str = "asset:shapes",  # hub id, diffusers folder, .safetensors / .ckpt file; asset:shapes is embedded
+        revision: str | None = None,  # of a hub id: branch, tag or commit
+        single_file_config: str | None = None,  # diffusers folder or hub id with the configs of a single file
+        dtype: Dtype = "float32",  # of the frozen weights; the LoRA is always float32
+        guidance: float = 5.0,  # classifier-free guidance scale; 1: none
+        guidance_gradient: Literal["both", "conditional"] = "both",  # branches through which the gradient flows
+        negative_prompt: str = "",  # the prompt of the unconditional branch
+        lora_rank: int = 16,  # rank of the LoRA
+        lora_alpha: int | None = None,  # LoRA scale is alpha / rank; null: alpha = rank
+        lora_targets: tuple[str, ...] = ATTENTION,  # UNet modules that get a LoRA, by the end of their names
+        lora: str | None = None,  # start from this LoRA folder
+        gradient_checkpointing: bool = False,  # recompute activations in the backward pass: less memory, slower
+        decode_batch: int = 16,  # images that the VAE decodes at a time
+    ) -> None:
+        pipe = load_pipeline(path, revision, single_file_config, getattr(torch, dtype))
+        self.guidance, self.guidance_gradient, self.decode_batch = guidance, guidance_gradient, decode_batch
+        self.schedule = schedule_from_diffusers(pipe.scheduler.config)
+        self.device = device
+        self.evaluations = 0
+        self.vae = pipe.vae.requires_grad_(False).to(self.device)
+        self.module: nn.Module = pipe.unet.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        self.scheduler_config = dict(pipe.scheduler.config)
+        self._pipe: Any = pipe.to(self.device)
+        self._rows: dict[str, int] = {}
+        self._table = torch.empty(0)
+        self.negative = self.encode([negative_prompt])
+        add_lora(self.module, lora_rank, lora_alpha or lora_rank, lora_targets)
+        if lora:
+            self.load_adapter(locate(lora))
+        if gradient_checkpointing:
+            self.module.enable_gradient_checkpointing()  # type: ignore[operator]
+            self.module.train()  # diffusers checkpoints in training mode only; Stable Diffusion UNets have no dropout
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        config: Any = self.module.config
+        side = config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return config.in_channels, height, width
+
+    # ------------------------------------------------------------------------------------------ prompts
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Rows (B,) of the prompts in the table of embeddings; each prompt is encoded once.
+
+        Raises: RunError when a new prompt comes after `finish_encoding`.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        if new and self._pipe is None:
+            raise RunError(f"the text encoder was released before the prompt {new[0]!r} was encoded")
+        for start in range(0, len(new), 64):
+            embedded, _ = self._pipe.encode_prompt(new[start : start + 64], self.device, 1, False)
+            self._table = torch.cat([self._table.to(embedded), embedded]) if len(self._table) else embedded
+        self._rows |= {prompt: len(self._rows) + i for i, prompt in enumerate(new)}
+        return torch.tensor([self._rows[prompt] for prompt in prompts])
+
+    def finish_encoding(self) -> None:
+        """Release the text encoder and the rest of the pipeline."""
+        self._pipe = None
+
+    # ------------------------------------------------------------------------------------------ score
+
+    def score(self, x: Tensor, t: Tensor, condition: Tensor, module: nn.Module | None = None) -> Tensor:
+        """The guided score at latents x (B, 4, h, w) and times t (B,), s = s_u + w (s_c - s_u)."""
+        unet = module or self.module
+        time, rows, count = self.schedule.network_time(t).to(x.device), condition, len(x)
+        latents = x
+        if self.guidance != 1:
+            latents, time = torch.cat([x, x]), torch.cat([time, time])
+            rows = torch.cat([self.negative.expand(count), condition])
+        self.evaluations += len(latents)
+        latents = latents.to(self._table.dtype, memory_format=torch.channels_last)
+        predicted = unet(latents, time, self._table[rows]).sample.float()
+        if self.guidance != 1:
+            unconditional, conditional = predicted.chunk(2)
+            if self.guidance_gradient == "conditional":
+                unconditional = unconditional.detach()
+            predicted = unconditional + self.guidance * (conditional - unconditional)
+        return self.schedule.score(predicted, x, t)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) -> images (B, 3, H, W) float32 in [0, 1]; differentiable."""
+        latents = (x / self.vae.config.scaling_factor).to(self.vae.dtype)
+        slices = [self.vae.decode(part).sample for part in latents.split(self.decode_batch)]
+        return (torch.cat(slices).float() / 2 + 0.5).clamp(0, 1)
+
+    # ------------------------------------------------------------------------------------------ adapter
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it, the UNet runs without its LoRA."""
+        unet: Any = self.module
+        unet.disable_adapters()
+        try:
+            yield
+        finally:
+            unet.enable_adapters()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the LoRA as diffusers, ComfyUI and A1111 read it."""
+        save_lora(self.module, folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read a LoRA into the existing adapter."""
+        load_lora(self.module, folder)
+
+
+def load_pipeline(path: str, revision: str | None, single_file_config: str | None, dtype: torch.dtype) -> Any:
+    """A StableDiffusionPipeline without its safety checker.
+
+    Raises: UsageError when the path is neither a file, a folder nor a hub id that can be loaded.
+    """
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    source = locate(path)
+    options: dict[str, Any] = dict(torch_dtype=dtype, safety_checker=None)
+    try:
+        if source.is_file():
+            return StableDiffusionPipeline.from_single_file(str(source), config=single_file_config, **options)
+        where = str(source) if source.is_dir() else path
+        return StableDiffusionPipeline.from_pretrained(where, revision=revision, feature_extractor=None, **options)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"config model.path: cannot load {path!r}: {str(error).splitlines()[0]}") from error
+
+
+def add_lora(unet: Any, rank: int, alpha: int, targets: Sequence[str]) -> None:
+    """Add a float32 LoRA that starts at zero to a frozen UNet.
+
+    Raises: UsageError when no module's name ends as `targets` say.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    names = [name for name, _ in unet.named_modules()]
+    unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in names)]
+    if unmatched:
+        raise UsageError(f"config model.lora_targets: no module of the UNet is called {unmatched[0]!r}")
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)))
+    cast_training_params(unet, torch.float32)

@@ -1,0 +1,66 @@
+"""A policy: a model that acts with its score, and the sampler that turns actions into transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from condrl.schedule import DiscreteSchedule
+from condrl.transition import Sampler, Transition
+
+
+class Model(Protocol):
+    """What a model plugin provides. A condition is a (B,) tensor of rows in the model's table of encoded prompts."""
+
+    schedule: DiscreteSchedule
+    module: nn.Module  # the network that holds every trained weight
+    evaluations: int  # network evaluations of one image so far
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def state_shape(self) -> tuple[int, ...]: ...
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Conditions (B,) of prompts; encoded once each."""
+        ...
+
+    def finish_encoding(self) -> None:
+        """Release what only `encode` needs."""
+        ...
+
+    def score(self, x: Tensor, t: Tensor, condition: Tensor, module: nn.Module | None = None) -> Tensor:
+        """The (guided) score at x (B, ...), times t (B,); through `module` when it wraps the trained network."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples for the reward: images (B, 3, H, W) in [0, 1]."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, the model is the pretrained one."""
+        ...
+
+    def save_adapter(self, folder: Path) -> None: ...
+
+    def load_adapter(self, folder: Path) -> None: ...
+
+
+class Policy:
+    """The Markov chain that a model and a sampler make; roll-outs and losses both call `transition`."""
+
+    def __init__(self, model: Model, sampler: Sampler, prepared: nn.Module | None = None) -> None:
+        self.model, self.sampler = model, sampler
+        self.prepared = prepared  # accelerate's wrapping of model.module: losses go through it, roll-outs do not
+        self.steps = len(sampler.times) - 1
+
+    def transition(self, x: Tensor, k: Tensor, condition: Tensor) -> Transition:
+        """The law of the state after step k (B,) from x (B, ...); in grad mode through the prepared module."""
+        module = self.prepared if torch.is_grad_enabled() else None
+        return self.sampler.step(k, x, lambda y, t: self.model.score(y, t, condition, module))

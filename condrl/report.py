@@ -1,0 +1,59 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+LABEL_HEIGHT = 40
+MIN_SIDE = 192  # pixels: smaller images are enlarged so that their labels can be read
+
+
+def to_pil(image: Tensor) -> Any:
+    """A (3, H, W) image in [0, 1] as a PIL image."""
+    from PIL import Image
+
+    pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
+
+
+def labelled(image: Any, label: str) -> Any:
+    """A PIL image, enlarged by a whole factor if small, above its label."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    factor = max(1, -(-MIN_SIDE // image.width))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    framed = Image.new("RGB", (image.width, image.height + LABEL_HEIGHT), "white")
+    framed.paste(image)
+    lines = textwrap.wrap(label, image.width // 6)[:3]
+    ImageDraw.Draw(framed).text((4, image.height + 2), "\n".join(lines), "black", ImageFont.load_default(11), spacing=1)
+    return framed
+
+
+def grid(images: Sequence[Any], columns: int, margin: int = 6) -> Any:
+    """PIL images of one size, row by row."""
+    from PIL import Image
+
+    width, height = images[0].width + margin, images[0].height + margin
+    sheet = Image.new("RGB", (columns * width + margin, -(-len(images) // columns) * height + margin), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (margin + i % columns * width, margin + i // columns * height))
+    return sheet
+
+
+def save_grid(path: Path, images: Sequence[Tensor], labels: Sequence[str], columns: int = 4) -> None:
+    """Write labelled images (3, H, W) in [0, 1] as one PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid([labelled(to_pil(i), label) for i, label in zip(images, labels, strict=True)], columns).save(path)
+
+
+def save_comparison(path: Path, base: Sequence[Tensor], tuned: Sequence[Tensor], labels: Sequence[str]) -> None:
+    """Write `base | tuned` pairs drawn from the same noise as one PNG, two pairs a row."""
+    pairs = zip(base, tuned, labels, strict=True)
+    tiles = [(image, f"{who}: {label}") for b, t, label in pairs for image, who in ((b, "base"), (t, "tuned"))]
+    save_grid(path, *zip(*tiles, strict=True))

@@ -1,0 +1,91 @@
+"""A set of weighted rewards: they are called, checked and added up here, so that a reward is only a function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condrl.errors import RunError
+from condrl.prompts import Row
+from condrl.registry import reward as registry
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward with its options set, called as `reward(samples, rows)`."""
+
+    name: str
+    weight: float
+    call: Callable[..., Any]
+
+    def __call__(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Scores (B,) float32 of samples (B, ...), row i of which was made for `rows[i]`.
+
+        Raises: RunError naming the reward and the prompt when a score is missing or not finite.
+        """
+        prompts = [row.prompt for row in rows]
+        extra = {"metadata": [row.metadata for row in rows]} if accepts(self.call, "metadata") else {}
+        scores = self.call(samples, prompts, **extra)
+        if not isinstance(scores, Tensor) or scores.shape != (len(rows),):
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise RunError(
+                f"the reward {self.name!r} returned {got} for {len(rows)} samples, the first of prompt {prompts[0]!r}: "
+                f"it should return a tensor of shape ({len(rows)},)"
+            )
+        finite = scores.isfinite()
+        if not finite.all():
+            bad = int((~finite).nonzero()[0])
+            raise RunError(f"the reward {self.name!r} returned {scores[bad].item()} for the prompt {prompts[bad]!r}")
+        return scores.float()
+
+
+def accepts(call: Callable[..., Any], name: str) -> bool:
+    """Whether a callable takes a parameter of this name that is not an option."""
+    parameter = inspect.signature(call).parameters.get(name)
+    return parameter is not None and parameter.kind is not parameter.KEYWORD_ONLY
+
+
+def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
+    """A registered reward with the options of its config section; a class is constructed with them."""
+    options = dict(options)
+    weight, target = options.pop("weight", 1.0), registry.find(name).target
+    return Reward(name, weight, target(**options) if inspect.isclass(target) else _bind(target, options))
+
+
+def _bind(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    import functools
+
+    return functools.partial(function, **options) if options else function
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of B samples by each reward, and their weighted sum `total` (B,)."""
+
+    each: dict[str, Tensor]
+    total: Tensor
+
+
+@torch.no_grad()
+def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row], batch: int = 64) -> Scores:
+    """Score samples (B, ...) with every reward, `batch` at a time.
+
+    Raises: RunError when images are not in [0, 1], or when a reward fails.
+    """
+    if samples.dim() == 4 and not (samples.min() >= 0 and samples.max() <= 1):
+        low, high = samples.min().item(), samples.max().item()
+        raise RunError(f"rewards take images in [0, 1], but the model decoded values from {low:.3f} to {high:.3f}")
+    starts = range(0, len(rows), batch)
+    each = {
+        r.name: torch.cat([r(samples[i : i + batch], rows[i : i + batch]).to(samples.device) for i in starts])
+        for r in rewards
+    }
+    total = torch.zeros(len(rows), device=samples.device)
+    for r in rewards:
+        total = total + r.weight * each[r.name]
+    return Scores(each, total)

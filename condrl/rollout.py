@@ -1,0 +1,70 @@
+"""Run the chain of a policy and keep what learning needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from condrl.policy import Policy
+from condrl.transition import Transition, randn
+
+Generators = torch.Generator | list[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B trajectories of K steps."""
+
+    states: Tensor  # (K + 1, B, ...) float32: x_0 is noise, x_K the sample
+    log_probs: Tensor  # (K, B) nats; nan where the step is deterministic
+    condition: Tensor  # (B,) rows of the model's prompt table
+
+    @property
+    def samples(self) -> Tensor:
+        return self.states[-1]
+
+
+def chain(policy: Policy, condition: Tensor, generator: Generators) -> Iterator[tuple[Tensor, Transition | None]]:
+    """Yield x_0 with no law, then each next state with the law it was drawn from."""
+    shape = (len(condition), *policy.model.state_shape)
+    x = randn(shape, generator, policy.model.device)
+    yield x, None
+    for k in range(policy.steps):
+        law = policy.transition(x, torch.full((len(condition),), k), condition)
+        x = law.sample(randn(shape, generator, x.device)) if policy.sampler.stochastic[k] else law.mean
+        yield x, law
+
+
+@torch.no_grad()
+def rollout(policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Rollout:
+    """Trajectories for conditions (B,), `batch` at a time."""
+    model, count = policy.model, len(condition)
+    states = torch.empty((policy.steps + 1, count, *model.state_shape), device=model.device)
+    log_probs = torch.full((policy.steps, count), torch.nan, device=model.device)
+    for start in range(0, count, batch):
+        rows = slice(start, start + batch)
+        for k, (x, law) in enumerate(chain(policy, condition[rows], generator)):
+            states[k, rows] = x
+            if law is not None and policy.sampler.stochastic[k - 1]:
+                log_probs[k - 1, rows] = law.log_prob(x)
+    return Rollout(states, log_probs, condition)
+
+
+@torch.no_grad()
+def sample(policy: Policy, condition: Tensor, generators: list[torch.Generator], batch: int) -> Tensor:
+    """Final states (B, ...) only, image i drawn by generator i: the same whatever the batch."""
+    final = []
+    for start in range(0, len(condition), batch):
+        rows = slice(start, start + batch)
+        for x, _ in chain(policy, condition[rows], generators[rows]):
+            pass
+        final.append(x)
+    return torch.cat(final)
+
+
+def seeded(seeds: list[int]) -> list[torch.Generator]:
+    """A CPU generator for each seed, as diffusers pipelines take them."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,0 +1,111 @@
+"""Put a run together from its config."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import condrl
+from condrl.config import Config
+from condrl.errors import UsageError
+from condrl.policy import Model, Policy
+from condrl.registry import REGISTRIES
+from condrl.rewards import Reward, make_reward
+from condrl.schedule import DiscreteSchedule, schedule_from_diffusers
+from condrl.transition import Sampler
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "result.json")
+
+
+def make(kind: str, section: Mapping[str, Any], *arguments: Any) -> Any:
+    """Call a plugin with the options of its config section."""
+    options = {key: value for key, value in section.items() if key != "name"}
+    return REGISTRIES[kind].find(section["name"]).target(*arguments, **options)
+
+
+def make_sampler(section: Mapping[str, Any], schedule: DiscreteSchedule) -> Sampler:
+    """The config's sampler on the time grid it asks for."""
+    options = {key: value for key, value in section.items() if key not in ("steps", "spacing")}
+    return make("sampler", options, schedule, schedule.grid(section["steps"], section["spacing"]))
+
+
+def make_rewards(config: Config) -> list[Reward]:
+    """The rewards with a weight that is not zero.
+
+    Raises: UsageError when there is none.
+    """
+    rewards = [make_reward(name, options) for name, options in config.rewards.items() if options["weight"] != 0]
+    if not rewards:
+        raise UsageError("config rewards: no reward has a weight; add one, as in rewards.shapes.weight=1")
+    return rewards
+
+
+def make_measures(config: Config) -> list[Reward]:
+    """What to report on held-out prompts: `evaluate.measures`, or the rewards when it is empty."""
+    return [make_reward(name, options) for name, options in config.evaluate.measures.items()] or make_rewards(config)
+
+
+def make_policy(config: Config, device: torch.device) -> Policy:
+    model: Model = make("model", config.model, device)
+    return Policy(model, make_sampler(config.sampler, model.schedule))
+
+
+def check_combination(config: Config) -> None:
+    """Raises: UsageError when the sampler cannot give the algorithm what it needs. Loads no model."""
+    algorithm = REGISTRIES["algorithm"].find(config.algorithm["name"]).target
+    schedule = schedule_from_diffusers({"num_train_timesteps": 1000})
+    sampler = make_sampler(config.sampler, schedule)
+    if "stochastic steps" in algorithm.needs and not sampler.stochastic.any():  # type: ignore[attr-defined]
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler {config.sampler['name']} "
+            "has none as configured: set sampler.eta=1"
+        )
+
+
+def prepare_folder(config: Config) -> Path:
+    """Create the run's folder.
+
+    Raises: UsageError when it holds a run already and `run.overwrite` is not set.
+    """
+    folder = config.folder
+    left = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if left and not config.run.overwrite:
+        raise UsageError(f"{folder} holds a run already: choose another run.name=, or run.overwrite=true to replace it")
+    for file in [*left, *(folder / "images").glob("*.png")]:
+        file.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git revision and command of this process."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "versions": {"condrl": condrl.__version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "revision": git.stdout.strip() or None,
+        "command": sys.argv,
+    }
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Highest memory so far in GB (1e9 bytes): allocated on a GPU, resident in a CPU process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")

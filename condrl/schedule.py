@@ -1,0 +1,154 @@
+"""alpha(t), sigma(t), f, g^2 of a forward process, and the affine conversions between score, epsilon, v and x0.
+
+The forward process is X_t = alpha_t X_0 + sigma_t eps, the solution of dX = f(t) X dt + g(t) dB. Times are noise
+times: 0 is data, `end` is noise. All times and coefficients are float64; tensors are converted where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from condrl.errors import UsageError
+
+Spacing = Literal["leading", "linspace", "trailing"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+
+
+@dataclass(frozen=True)
+class DiscreteSchedule:
+    """The variance-preserving process tabulated by a diffusers scheduler: `alpha_bar[i]` at time (i + 1) / T.
+
+    Between the tabulated times alpha_bar is linear in t, and alpha_bar(0) = 1.
+    """
+
+    alpha_bar: Tensor  # (T,) float64
+    prediction: Prediction = "epsilon"
+    spacing: Spacing = "leading"
+    steps_offset: int = 0
+    final_time: float = 0.0
+
+    end: float = 1.0
+
+    def _alpha_bar(self, t: Tensor) -> Tensor:
+        table = torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar])
+        position = t.double() * len(self.alpha_bar)
+        left = position.round().where((position - position.round()).abs() < 1e-9, position.floor()).long()
+        right = (left + 1).clamp(max=len(self.alpha_bar))
+        return table[left] + (position - left) * (table[right] - table[left])
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._alpha_bar(t).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self._alpha_bar(t)).sqrt()
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """lambda(t) = log(alpha / sigma)."""
+        return (self.alpha(t) / self.sigma(t)).log()
+
+    def f(self, t: Tensor) -> Tensor:
+        """d log(alpha) / dt, the slope of the table's cell to the left of t."""
+        count = len(self.alpha_bar)
+        cell = ((t.double() * count - 1e-9).ceil() / count).clamp(min=1 / count)
+        slope = (self._alpha_bar(cell) - self._alpha_bar(cell - 1 / count)) * count
+        return slope / (2 * self._alpha_bar(t))
+
+    def g2(self, t: Tensor) -> Tensor:
+        """g(t)^2 = -2 f(t), as for every variance-preserving process."""
+        return -2 * self.f(t)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """The timestep that the network was trained with, (B,) float32, for times t."""
+        return (t.double() * len(self.alpha_bar) - 1).float()
+
+    def grid(self, steps: int, spacing: Spacing | None = None) -> Tensor:
+        """The (steps + 1,) times of a diffusers sampler, from noise to `final_time`.
+
+        Raises: UsageError when the table has fewer times than `steps`.
+        """
+        count = len(self.alpha_bar)
+        if not 1 <= steps <= count:
+            raise UsageError(f"config sampler.steps: must be between 1 and {count}, got {steps}")
+        k = torch.arange(steps, dtype=torch.float64)
+        index = {
+            "leading": (k * (count // steps)).flip(0) + self.steps_offset,
+            "linspace": torch.linspace(0, count - 1, steps, dtype=torch.float64).round().flip(0),
+            "trailing": (count - k * count / steps).round() - 1,
+        }[spacing or self.spacing]
+        return torch.cat([(index + 1) / count, torch.tensor([self.final_time], dtype=torch.float64)])
+
+    def score(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """A network's prediction (B, ...) at x (B, ...) and times t (B,), as a score."""
+        alpha, sigma = (_like(c, x) for c in (self.alpha(t), self.sigma(t)))
+        if self.prediction == "epsilon":
+            return score_from_epsilon(prediction, sigma)
+        if self.prediction == "v_prediction":
+            return score_from_epsilon(epsilon_from_v(prediction, x, alpha, sigma), sigma)
+        return score_from_x0(prediction, x, alpha, sigma)
+
+
+def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
+    """The schedule of a diffusers scheduler config (DDPM, DDIM, PNDM, Euler, DPM-Solver families).
+
+    Raises: UsageError on a prediction type, spacing or beta schedule that is not known.
+    """
+    prediction, spacing = config.get("prediction_type", "epsilon"), config.get("timestep_spacing", "leading")
+    if prediction not in get_args(Prediction):
+        raise UsageError(f"the model predicts {prediction!r}; known are {', '.join(get_args(Prediction))}")
+    if spacing not in get_args(Spacing):
+        raise UsageError(f"the scheduler's timestep_spacing is {spacing!r}; known are {', '.join(get_args(Spacing))}")
+    alpha_bar = (1 - betas_of(config)).cumprod(0)
+    if config.get("rescale_betas_zero_snr"):
+        root = alpha_bar.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])  # Lin et al. 2023, algorithm 1
+        alpha_bar = root.square()
+    final_time = 0.0 if config.get("set_alpha_to_one", True) else 1 / len(alpha_bar)
+    return DiscreteSchedule(alpha_bar, prediction, spacing, config.get("steps_offset", 0), final_time)
+
+
+def betas_of(config: Mapping[str, Any]) -> Tensor:
+    """The (T,) noise variances of a diffusers scheduler config."""
+    count, first, last = config["num_train_timesteps"], config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    kind = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float64)
+    if kind == "linear":
+        return torch.linspace(first, last, count, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(first**0.5, last**0.5, count, dtype=torch.float64).square()
+    if kind == "squaredcos_cap_v2":
+        u = torch.arange(count + 1, dtype=torch.float64) / count
+        bar = torch.cos((u + 0.008) / 1.008 * torch.pi / 2).square()
+        return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+    raise UsageError(f"the scheduler's beta_schedule {kind!r} is not known: linear, scaled_linear, squaredcos_cap_v2")
+
+
+# ---------------------------------------------------------------------------------------------- conversions
+
+
+def _like(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A (B,) coefficient as x's dtype and device, shaped to multiply x (B, ...)."""
+    return coefficient.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def score_from_epsilon(epsilon: Tensor, sigma: Tensor) -> Tensor:
+    return -epsilon / sigma
+
+
+def score_from_x0(x0: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return (alpha * x0 - x) / sigma.square()
+
+
+def epsilon_from_v(v: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """diffusers' v-prediction, v = alpha eps - sigma x0 (Salimans and Ho 2022)."""
+    return sigma * x + alpha * v
+
+
+def x0_from_score(score: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """E[X_0 | x], Tweedie's formula."""
+    return (x + sigma.square() * score) / alpha

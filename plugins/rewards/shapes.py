@@ -1,0 +1,15 @@
+"""Obedience of the embedded pipeline's images to their prompts, read off by rule."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import condrl
+from condrl import scenes
+
+
+@condrl.reward
+def shapes(samples: Tensor, prompts: Sequence[str]) -> Tensor:
+    """How well the coloured shapes obey the prompt, in [0, 1]; 1 means exactly."""
+    return torch.tensor(scenes.obey(samples.float().cpu().numpy(), prompts))

@@ -1,0 +1,55 @@
+"""List every plugin with its options, defaults and one-line description.
+
+    python scripts/plugins.py                     all of them
+    python scripts/plugins.py ddpo my_reward.py   some; your own files are loaded first
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from typing import Any
+
+from condrl.config import GridConfig, WeightConfig
+from condrl.errors import UsageError
+from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, type_hints
+
+COMMON = {"sampler": GridConfig, "reward": WeightConfig}
+
+
+def describe(plugin: Plugin) -> str:
+    """A plugin's name, description and options, a line each."""
+    common = COMMON.get(plugin.kind)
+    shared = [Option(n, t, getattr(common, n), comments(common).get(n, "")) for n, t in type_hints(common).items()] if common else []
+    return "\n".join([f"{plugin.kind} {plugin.name}: {plugin.description}", *map(option_line, [*shared, *plugin.options.values()])])
+
+
+def option_line(option: Option) -> str:
+    default = "must be given" if option.default is inspect.Parameter.empty else repr(option.default)
+    return f"    {option.name}: {type_name(option.type)} = {default}" + (f"  # {option.comment}" if option.comment else "")
+
+
+def type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
+
+
+def main(words: list[str]) -> None:
+    for word in words:
+        if word.endswith(".py"):
+            load_file(word)
+    names = {word for word in words if not word.endswith(".py")}
+    plugins = [plugin for registry in REGISTRIES.values() for plugin in registry.all()]
+    unknown = names - {plugin.name for plugin in plugins}
+    if unknown:
+        raise UsageError(f"no plugin is called {', '.join(sorted(unknown))}; there are: {', '.join(p.name for p in plugins)}")
+    print("\n\n".join(describe(plugin) for plugin in plugins if not names or plugin.name in names))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UsageError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
