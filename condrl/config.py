@@ -115,7 +115,7 @@ def load_config(words: Sequence[str]) -> Config:
     """
     merged = OmegaConf.create({})
     for word in words:
-        merged = OmegaConf.merge(merged, _read(word))
+        merged = _merge(merged, _read(word), word)
     return build_config(OmegaConf.to_container(merged, resolve=True))  # type: ignore[arg-type]
 
 
@@ -137,15 +137,34 @@ def _read(word: str) -> DictConfig:
     return loaded
 
 
+def _merge(schema: Any, values: Any, where: str) -> Any:
+    """OmegaConf.merge with one-line complaints that start with `where`."""
+    try:
+        return OmegaConf.merge(schema, values)
+    except OmegaConfBaseException as error:
+        key = ".".join(part for part in (where, getattr(error, "full_key", None) or "") if part)
+        raise UsageError(f"config {key}: {_one_line(error)}") from error
+    except (TypeError, ValueError) as error:  # OmegaConf's own, where a list or value meets a section
+        raise UsageError(f"config {where}: {_one_line(error)}") from error
+
+
+def _section(values: Any, where: str) -> dict[str, Any]:
+    """Raises: UsageError when what should be a section of keys is something else."""
+    if values is not None and not isinstance(values, Mapping):
+        raise UsageError(f"config {where}: expected a section of keys, got {values!r}")
+    return dict(values or {})
+
+
 def build_config(tree: Mapping[str, Any]) -> Config:
     """A plain dictionary -> Config, with each plugin's options checked against its parameters."""
     tree = dict(tree)
-    for path in tree.get("plugins") or []:
+    for name in SECTIONS:
+        tree[name] = _section(tree.get(name), name)
+    plugin_sections = {kind: tree.pop(kind, {}) for kind in DEFAULT_PLUGINS}
+    rewards, measures = _section(tree.pop("rewards", {}), "rewards"), _section(tree["evaluate"].pop("measures", {}), "evaluate.measures")
+    config: Config = _typed(Config, tree, "")
+    for path in config.plugins:
         load_file(path)
-    plugin_sections = {kind: tree.pop(kind, {}) or {} for kind in DEFAULT_PLUGINS}
-    rewards, evaluate = tree.pop("rewards", None) or {}, dict(tree.pop("evaluate", None) or {})
-    measures = evaluate.pop("measures", None) or {}
-    config: Config = _typed(Config, {**tree, "evaluate": evaluate}, "")
     for kind, section in plugin_sections.items():
         setattr(config, kind, _plugin_section(kind, section))
     config.rewards = _reward_sections(rewards, "rewards", WeightConfig)
@@ -154,22 +173,19 @@ def build_config(tree: Mapping[str, Any]) -> Config:
     return config
 
 
-def _typed(schema: Any, values: Any, where: str) -> Any:
-    """Check `values` against a dataclass; names in complaints start with `where`."""
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException as error:
-        key = ".".join(part for part in (where, getattr(error, "full_key", None) or "") if part)
-        raise UsageError(f"config {key}: {_one_line(error)}") from error
+def _typed(schema: Any, values: Mapping[str, Any], where: str) -> Any:
+    """Check `values` against a dataclass."""
+    merged = _merge(OmegaConf.structured(schema), dict(values), where)
+    return OmegaConf.to_object(merged)
 
 
 def _one_line(error: Exception) -> str:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^Key '\w+' not in '\w+'\.?", "there is no such key.", first)
+    text = " ".join(str(error).split("full_key:")[0].split()) or type(error).__name__
+    return re.sub(r"^Key '[^']+' not in '\w+'\.?", "there is no such key.", text)
 
 
 def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
-    options = {"name": section} if isinstance(section, str) else dict(section)
+    options = {"name": section} if isinstance(section, str) else _section(section, kind)
     name = str(options.pop("name", DEFAULT_PLUGINS[kind]))
     common = GridConfig if kind == "sampler" else None
     return {"name": name, **typed_options(REGISTRIES[kind].find(name), options, kind, common)}
@@ -178,7 +194,7 @@ def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
 def _reward_sections(rewards: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:
     """Options of each reward by name."""
     find = REGISTRIES["reward"].find
-    return {name: typed_options(find(name), options or {}, f"{where}.{name}", common) for name, options in rewards.items()}
+    return {name: typed_options(find(name), _section(options, f"{where}.{name}"), f"{where}.{name}", common) for name, options in rewards.items()}
 
 
 def typed_options(plugin: Plugin, values: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:

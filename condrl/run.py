@@ -21,7 +21,7 @@ from condrl.policy import Model, Policy
 from condrl.registry import REGISTRIES
 from condrl.rewards import Reward, make_reward
 from condrl.schedule import DiscreteSchedule, schedule_from_diffusers
-from condrl.transition import Sampler
+from condrl.transition import Sampler, trained_steps
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 RUN_FILES = ("config.yaml", "metrics.jsonl", "result.json")
@@ -61,15 +61,18 @@ def make_policy(config: Config, device: torch.device) -> Policy:
 
 
 def check_combination(config: Config) -> None:
-    """Raises: UsageError when the sampler cannot give the algorithm what it needs. Loads no model."""
-    algorithm = REGISTRIES["algorithm"].find(config.algorithm["name"]).target
-    schedule = schedule_from_diffusers({"num_train_timesteps": 1000})
-    sampler = make_sampler(config.sampler, schedule)
-    if "stochastic steps" in algorithm.needs and not sampler.stochastic.any():  # type: ignore[attr-defined]
+    """Check what depends on the sampler, on a stand-in schedule: no model is loaded.
+
+    Raises: UsageError when the sampler cannot give the algorithm or the config what it needs.
+    """
+    sampler = make_sampler(config.sampler, schedule_from_diffusers({"num_train_timesteps": 1000, "set_alpha_to_one": False}))
+    algorithm: Any = REGISTRIES["algorithm"].find(config.algorithm["name"]).target
+    if "stochastic steps" in algorithm.needs and not sampler.stochastic.any():
         raise UsageError(
             f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler {config.sampler['name']} "
             "has none as configured: set sampler.eta=1"
         )
+    trained_steps(sampler, config.train)
 
 
 def prepare_folder(config: Config) -> Path:

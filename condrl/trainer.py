@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from condrl.config import Config
-from condrl.errors import RunError, UsageError
+from condrl.errors import RunError
 from condrl.policy import Policy
 from condrl.prompts import Row, epoch_rows
 from condrl.report import save_grid
 from condrl.rewards import Reward, Scores, score
 from condrl.rollout import Rollout, rollout
+from condrl.transition import trained_steps
 
 Metrics = dict[str, Tensor]
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # others: half precision
@@ -92,7 +93,7 @@ class Trainer:
         train = config.train
         optimizer = torch.optim.AdamW(self.weights, train.lr, train.betas, weight_decay=train.weight_decay)
         policy.prepared, self.optimizer = accelerator.prepare(policy.model.module, optimizer)
-        self.steps = trained_steps(policy, train.steps)
+        self.steps = trained_steps(policy.sampler, config.train)
         self.epoch = self.updates = self.images = 0
 
     # ------------------------------------------------------------------------------------------ phases
@@ -238,15 +239,3 @@ class Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name], self.last = now - self.last, now
-
-
-def trained_steps(policy: Policy, chosen: Sequence[int] | None) -> Tensor:
-    """The steps that have a log-probability and are among `chosen`.
-
-    Raises: UsageError when none is left.
-    """
-    stochastic = policy.sampler.stochastic.nonzero().flatten().tolist()
-    steps = [k for k in stochastic if chosen is None or k in chosen]
-    if not steps:
-        raise UsageError(f"config train.steps: none of {list(chosen or [])} is a stochastic step; those are {stochastic}")
-    return torch.tensor(steps)

@@ -14,6 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from condrl.config import TrainConfig
+from condrl.errors import UsageError
+
 Act = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> score
 
 
@@ -74,6 +77,21 @@ class Coefficients:
         shape = (-1, *[1] * (x.dim() - 1))
         A, B, S = (c[k].to(x.device, x.dtype).reshape(shape) for c in (self.A, self.B, self.S))
         return Transition(A * x + B * action, S)
+
+
+def trained_steps(sampler: Sampler, train: TrainConfig) -> Tensor:
+    """The steps that have a log-probability and that the config trains.
+
+    Raises: UsageError when the config names another step, or wants more per image than there are.
+    """
+    stochastic = sampler.stochastic.nonzero().flatten().tolist()
+    chosen = stochastic if train.steps is None else train.steps
+    wrong = sorted(set(chosen) - set(stochastic))
+    if wrong or not chosen:
+        raise UsageError(f"config train.steps: {wrong or chosen} are not among the steps with noise, {stochastic}")
+    if train.steps_per_image is not None and not 1 <= train.steps_per_image <= len(chosen):
+        raise UsageError(f"config train.steps_per_image: {train.steps_per_image} of the {len(chosen)} trained steps")
+    return torch.tensor(sorted(set(chosen)))
 
 
 def randn(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator], device: torch.device) -> Tensor:

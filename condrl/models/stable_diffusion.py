@@ -142,12 +142,14 @@ def load_pipeline(path: str, revision: str | None, single_file_config: str | Non
     Raises: UsageError when the path is neither a file, a folder nor a hub id that can be loaded.
     """
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     source = locate(path)
-    options: dict[str, Any] = dict(torch_dtype=dtype, safety_checker=None)
+    options: dict[str, Any] = dict(dtype=dtype, safety_checker=None)
     try:
         if source.is_file():
             return StableDiffusionPipeline.from_single_file(str(source), config=single_file_config, **options)

@@ -1,0 +1,122 @@
+import pytest
+from helpers import ROOT, load_script
+
+from condrl import UsageError
+from condrl.config import build_config, config_help, load_config, to_yaml
+
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+
+
+def test_later_words_win_and_types_are_kept():
+    config = load_config([QUICKSTART, "train.lr=3e-4", "train.betas=[0.9, 0.98]", "rewards.jpeg_compressibility.weight=2", "sampler.eta=1"])
+    assert config.train.lr == 3e-4
+    assert tuple(config.train.betas) == (0.9, 0.98)
+    assert config.rewards == {"shapes": {"weight": 1.0}, "jpeg_compressibility": {"weight": 2.0, "quality": 95}}
+    assert config.sampler["eta"] == 1.0
+    assert config.algorithm["clip_range"] == 0.2  # a default of the plugin
+
+
+def test_resolved_config_loads_again_to_itself(tmp_path):
+    config = load_config([QUICKSTART, "train.steps=[1,2]"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config([str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.epohcs=3", r"train\.epohcs: there is no such key\. Did you mean: 'epochs'"),
+        ("trian.epochs=3", r"trian.*'train'"),
+        ("sampler.etaa=1", r"sampler\.etaa: .*'eta'"),
+        ("algorithm.clip_rnge=1", r"algorithm\.clip_rnge: .*'clip_range'"),
+        ("rewards.shapes.wieght=1", r"rewards\.shapes\.wieght: .*'weight'"),
+        ("model.guidence=1", r"model\.guidence: .*'guidance'"),
+        ("train.lr=fast", r"train\.lr: .*'fast'"),
+        ("train.epochs=2.5", r"train\.epochs: .*2\.5"),
+        ("model.dtype=float8", r"model\.dtype: .*float8"),
+        ("rewards.shapes.weight=heavy", r"rewards\.shapes\.weight: .*heavy"),
+        ("rewards.shpes.weight=1", r"unknown reward 'shpes'. Did you mean 'shapes'"),
+        ("algorithm.name=ppo", r"unknown algorithm 'ppo'.*ddpo"),
+        ("sampler.name=ddmi", r"unknown sampler 'ddmi'. Did you mean 'ddim'"),
+        ("model.name=sd", r"unknown model 'sd'.*stable_diffusion"),
+        ("nowhere.yaml", r"no config file nowhere\.yaml"),
+        ("plugins=[nowhere.py]", r"no file nowhere\.py"),
+        ("train.updates_per_epoch=3", r"updates_per_epoch: 16 prompts x 8 images = 128 images per epoch, not divisible by 3"),
+        ("train.rollout_batch=48", r"rollout_batch: .* = 128 images per epoch, not divisible by batches of 48"),
+        ("train.images_per_prompt=0", r"images_per_prompt: must be at least 1"),
+        ("train.lr={", r"cannot read 'train.lr=\{'"),
+    ],
+)
+def test_mistakes_are_one_line(word, message):
+    with pytest.raises(UsageError, match=message) as error:
+        load_config([QUICKSTART, word])
+    assert "\n" not in str(error.value)
+
+
+def test_broken_yaml_is_one_line(tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_text("train: [1,\n")
+    with pytest.raises(UsageError, match=r"cannot read .*broken\.yaml") as error:
+        load_config([str(file)])
+    assert "\n" not in str(error.value)
+    file.write_text("just words\n")
+    with pytest.raises(UsageError, match="just words"):
+        load_config([str(file)])
+
+
+def test_an_option_without_default_must_be_given():
+    import condrl
+
+    @condrl.reward(name="needs_target")
+    def needs_target(samples, prompts, *, target: str):
+        return samples.mean((1, 2, 3))
+
+    with pytest.raises(UsageError, match=r"rewards.needs_target: needs_target needs target"):
+        build_config({"rewards": {"needs_target": {"weight": 1}}})
+    assert build_config({"rewards": {"needs_target": {"target": "x"}}}).rewards["needs_target"]["target"] == "x"
+
+
+def test_help_shows_every_key_with_a_comment():
+    lines = config_help().splitlines()
+    assert any(line.startswith("  lr: 0.0003  # AdamW learning rate") for line in lines)
+    assert all(line.endswith(":") or len(line.split("  # ")[1]) > 3 for line in lines), config_help()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.epohcs=3"], "Did you mean: 'epochs'"),
+        (["train.lr=fast"], "train.lr"),
+        (["prompts.train=nowhere.txt"], "prompts.train: there is no prompt file 'nowhere.txt'"),
+        (["prompts.train={empty}"], "is empty"),
+        (["prompts.train={broken}"], "line 2: not JSON"),
+        (["rewards.beauty.weight=1"], "unknown reward 'beauty'. There are: jpeg_compressibility"),
+        (["plugins=[{syntax}]"], "line 1"),
+        (["train.updates_per_epoch=5"], "not divisible"),
+        (["sampler.eta=0"], "ddpo needs steps with noise"),
+        (["sampler.eta=2"], "needs a value in [0, 1], got 2.0"),
+        (["rewards.shapes.weight=0"], "no reward has a weight"),
+        (["train.steps=[16]"], "train.steps"),
+    ],
+)
+def test_finetune_exits_with_2_before_any_model_work(words, message, tmp_path, monkeypatch, capsys):
+    import condrl.models.stable_diffusion
+
+    def untouched(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(condrl.models.stable_diffusion, "load_pipeline", untouched)
+    monkeypatch.chdir(tmp_path)
+    files = {"empty": "empty.txt", "broken": "broken.jsonl", "syntax": "syntax.py"}
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a red star"}\n{"prompt"\n')
+    (tmp_path / "syntax.py").write_text("def broken(:\n")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star\n")
+    defaults = [f"prompts.{which}={prompts}" for which in ("train", "heldout")]
+    code = load_script("finetune").main([*defaults, *(word.format(**files) for word in words)])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,200 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from condrl import RunError, UsageError
+from condrl.checkpoint import LORA_FILE, lora_layers
+from condrl.models.stable_diffusion import StableDiffusion
+from condrl.policy import Policy
+from condrl.report import to_pil
+from condrl.rollout import sample, seeded
+from condrl.run import make_sampler
+
+CPU = torch.device("cpu")
+DDIM = {"name": "ddim", "steps": 5, "spacing": None, "eta": 1.0}
+
+
+def perturb(model, scale=0.3):
+    """Give the LoRA weights that matter."""
+    g = torch.Generator().manual_seed(0)
+    for layer in lora_layers(model.module).values():
+        layer.lora_B["default"].weight.data = scale * torch.randn(layer.lora_B["default"].weight.shape, generator=g)
+
+
+def pictures(model, prompts, seeds, sampler=DDIM):
+    policy = Policy(model, make_sampler(sampler, model.schedule))
+    return model.decode(sample(policy, model.encode(prompts), seeded(seeds), 8))
+
+
+def diffusers_pictures(pipe, prompts, seeds, guidance=5.0, **sampler):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    images = [
+        pipe(prompt, generator=torch.Generator().manual_seed(s), num_inference_steps=5, eta=1.0, guidance_scale=guidance,
+             output_type="pt", **sampler).images[0]
+        for prompt, s in zip(prompts, seeds, strict=True)
+    ]
+    return torch.stack(images)
+
+
+PROMPTS, SEEDS = ["a red star", "two small blue circles", "anything at all"], [0, 1, 2]
+
+
+@pytest.mark.parametrize("which", ["pipeline", "v_pipeline"])
+def test_samples_are_those_of_a_diffusers_pipeline(which, request):
+    folder = request.getfixturevalue(which)
+    ours = pictures(StableDiffusion(CPU, path=str(folder)), PROMPTS, SEEDS)
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert (ours - diffusers_pictures(pipe, PROMPTS, SEEDS)).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize("alpha", [4, 10])
+def test_saved_lora_is_read_by_diffusers_without_us(pipeline, tmp_path, alpha):
+    model = StableDiffusion(CPU, path=str(pipeline), lora_rank=4, lora_alpha=alpha)
+    before = pictures(model, PROMPTS, SEEDS)
+    perturb(model)
+    model.save_adapter(tmp_path)
+    ours = pictures(model, PROMPTS, SEEDS)
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline)
+    pipe.load_lora_weights(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = diffusers_pictures(pipe, PROMPTS, SEEDS)
+    assert (ours - theirs).abs().max() < 1 / 255
+    assert (ours - before).abs().max() > 10 / 255
+
+
+def test_lora_comes_back_as_it_went_out(pipeline, tmp_path):
+    first = StableDiffusion(CPU, path=str(pipeline), lora_rank=4, lora_alpha=10)
+    perturb(first)
+    first.save_adapter(tmp_path)
+    again = StableDiffusion(CPU, path=str(pipeline), lora_rank=4, lora_alpha=2, lora=str(tmp_path))
+    torch.testing.assert_close(pictures(again, PROMPTS, SEEDS), pictures(first, PROMPTS, SEEDS), atol=1e-5, rtol=1e-5)
+    assert list(again.module.peft_config) == ["default"]  # into the adapter that is trained, not beside it
+    with pytest.raises(UsageError, match="lora_rank"):
+        StableDiffusion(CPU, path=str(pipeline), lora_rank=2, lora=str(tmp_path))
+    with pytest.raises(UsageError, match="no LoRA"):
+        again.load_adapter(tmp_path / "nowhere")
+
+
+def test_reference_is_the_base_model(model, pipeline):
+    perturb(model)
+    tuned = pictures(model, PROMPTS, SEEDS)
+    with model.reference():
+        base = pictures(model, PROMPTS, SEEDS)
+    torch.testing.assert_close(base, pictures(StableDiffusion(CPU, path=str(pipeline)), PROMPTS, SEEDS))
+    assert torch.equal(pictures(model, PROMPTS, SEEDS), tuned)
+    assert not torch.allclose(base, tuned, atol=0.05)
+
+
+def score_inputs(model, prompts=("a red star", "a blue circle")):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(2, 4, 8, 8, generator=g), torch.tensor([0.3, 0.9]), model.encode(list(prompts))
+
+
+def test_guidance_in_one_call_is_that_of_two(model):
+    x, t, condition = score_inputs(model)
+    guided = model.score(x, t, condition)
+    model.guidance = 1.0
+    conditional, unconditional = model.score(x, t, condition), model.score(x, t, model.encode([""] * 2))
+    torch.testing.assert_close(guided, unconditional + 5 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
+    assert model.evaluations == 4 + 2 + 2
+
+
+def test_gradient_through_the_conditional_branch_only(model):
+    perturb(model)
+    x, t, condition = score_inputs(model)
+    weights = [p for p in model.module.parameters() if p.requires_grad]
+
+    def gradient():
+        return torch.cat([g.flatten() for g in torch.autograd.grad(model.score(x, t, condition).sum(), weights)])
+
+    both, full = gradient(), model.score(x, t, condition)
+    model.guidance_gradient = "conditional"
+    conditional_only = gradient()
+    assert torch.equal(model.score(x, t, condition), full)
+    model.guidance = 1.0
+    conditional, unconditional = gradient(), None
+    condition = model.encode([""] * 2)
+    unconditional = gradient()
+    torch.testing.assert_close(conditional_only, 5 * conditional, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(both, 5 * conditional - 4 * unconditional, atol=1e-2, rtol=1e-3)
+
+
+def test_only_the_lora_of_the_unet_is_trained_in_float32(pipeline):
+    model = StableDiffusion(CPU, path=str(pipeline), dtype="bfloat16", lora_rank=3, lora_targets=("to_q", "ff.net.2"))
+    trained = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora" in n and ("to_q" in n or "ff.net.2" in n) and p.dtype == torch.float32 for n, p in trained.items())
+    assert {p.dtype for n, p in model.module.named_parameters() if n not in trained} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.vae.parameters())
+    assert pictures(model, PROMPTS, SEEDS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_base_draws_nearly_the_same(pipeline, dtype):
+    full = pictures(StableDiffusion(CPU, path=str(pipeline), guidance=1.0), PROMPTS, SEEDS)
+    half = pictures(StableDiffusion(CPU, path=str(pipeline), guidance=1.0, dtype=dtype), PROMPTS, SEEDS)
+    assert (full - half).abs().mean() < 0.02
+
+
+def test_gradient_checkpointing_changes_no_gradient(pipeline):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = StableDiffusion(CPU, path=str(pipeline), gradient_checkpointing=checkpointing)
+        perturb(model)
+        x, t, condition = score_inputs(model)
+        weights = [p for p in model.module.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(model.score(x, t, condition).square().sum(), weights))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-4)
+
+
+def test_decode_in_slices_is_decode_and_is_differentiable(model):
+    x = torch.randn(5, 4, 8, 8, requires_grad=True)
+    whole = model.decode(x)
+    model.decode_batch = 2
+    torch.testing.assert_close(model.decode(x), whole, atol=1e-5, rtol=1e-5)
+    assert whole.shape == (5, 3, 16, 16)
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+    (gradient,) = torch.autograd.grad(whole.sum(), x)
+    assert gradient.abs().sum() > 0
+
+
+def test_text_encoder_is_released(model):
+    rows = model.encode(["a red star", "a red star", "a blue star"])
+    assert rows[0] == rows[1] != rows[2]
+    model.finish_encoding()
+    assert torch.equal(model.encode(["a blue star"]), rows[2:])
+    with pytest.raises(RunError, match="a green star"):
+        model.encode(["a green star"])
+
+
+def test_single_file_checkpoint(pipeline, tmp_path):
+    """An original-layout .safetensors file, written by diffusers' own key map backwards, loads to the same UNet."""
+    from single_file import write_single_file
+
+    file = write_single_file(pipeline, tmp_path / "model.safetensors")
+    ours = pictures(StableDiffusion(CPU, path=str(file), single_file_config=str(pipeline)), PROMPTS, SEEDS)
+    theirs = pictures(StableDiffusion(CPU, path=str(pipeline)), PROMPTS, SEEDS)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_bad_paths_and_targets_are_one_line(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match=r"model.path.*nobody/nothing"):
+        StableDiffusion(CPU, path="nobody/nothing")
+    with pytest.raises(UsageError, match="to_qq"):
+        StableDiffusion(CPU, path=str(pipeline), lora_targets=("to_qq",))
+
+
+def test_written_png_is_the_image(model, tmp_path):
+    image = pictures(model, PROMPTS[:1], [0])[0]
+    to_pil(image).save(tmp_path / "x.png")
+    from PIL import Image
+    import numpy as np
+
+    back = torch.from_numpy(np.asarray(Image.open(tmp_path / "x.png")).copy()).permute(2, 0, 1) / 255
+    assert (back - image).abs().max() <= 0.5 / 255 + 1e-6
+    assert LORA_FILE.endswith(".safetensors")
