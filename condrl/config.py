@@ -101,7 +101,12 @@ class Config:
         return self.train.prompts_per_epoch * self.train.images_per_prompt
 
 
-SECTIONS = {"prompts": PromptsConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "run": RunConfig}
+SECTIONS: dict[str, Any] = {
+    "prompts": PromptsConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "run": RunConfig,
+}
 DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": "ddpo"}
 
 
@@ -161,7 +166,10 @@ def build_config(tree: Mapping[str, Any]) -> Config:
     for name in SECTIONS:
         tree[name] = _section(tree.get(name), name)
     plugin_sections = {kind: tree.pop(kind, {}) for kind in DEFAULT_PLUGINS}
-    rewards, measures = _section(tree.pop("rewards", {}), "rewards"), _section(tree["evaluate"].pop("measures", {}), "evaluate.measures")
+    rewards, measures = (
+        _section(tree.pop("rewards", {}), "rewards"),
+        _section(tree["evaluate"].pop("measures", {}), "evaluate.measures"),
+    )
     config: Config = _typed(Config, tree, "")
     for path in config.plugins:
         load_file(path)
@@ -194,7 +202,10 @@ def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
 def _reward_sections(rewards: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:
     """Options of each reward by name."""
     find = REGISTRIES["reward"].find
-    return {name: typed_options(find(name), _section(options, f"{where}.{name}"), f"{where}.{name}", common) for name, options in rewards.items()}
+    return {
+        name: typed_options(find(name), _section(options, f"{where}.{name}"), f"{where}.{name}", common)
+        for name, options in rewards.items()
+    }
 
 
 def typed_options(plugin: Plugin, values: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:
@@ -224,7 +235,9 @@ def check_arithmetic(config: Config) -> None:
             raise UsageError(f"config train.{name}: must be at least 1, got {getattr(train, name)}")
     sentence = f"{train.prompts_per_epoch} prompts x {train.images_per_prompt} images = {images} images per epoch"
     if images % train.updates_per_epoch:
-        raise UsageError(f"config train.updates_per_epoch: {sentence}, not divisible by {train.updates_per_epoch} updates")
+        raise UsageError(
+            f"config train.updates_per_epoch: {sentence}, not divisible by {train.updates_per_epoch} updates"
+        )
     if images % train.rollout_batch and images > train.rollout_batch:
         raise UsageError(f"config train.rollout_batch: {sentence}, not divisible by batches of {train.rollout_batch}")
 
@@ -246,9 +259,9 @@ def config_help() -> str:
     """Every key of the config with its default and comment, as YAML."""
     lines = [f"{f.name}:  # {comments(Config)[f.name]}" for f in dataclasses.fields(Config) if f.name not in SECTIONS]
     for name, schema in SECTIONS.items():
-        notes, defaults = comments(schema), OmegaConf.to_container(OmegaConf.structured(schema))
-        lines.append(f"{name}:")
-        lines += [f"  {key}: {json.dumps(value)}  # {notes.get(key, '')}" for key, value in defaults.items()]  # type: ignore[union-attr]
+        notes, defaults = comments(schema), dataclasses.asdict(schema())
+        lines += [
+            f"{name}:",
+            *(f"  {key}: {json.dumps(value)}  # {notes.get(key, '')}" for key, value in defaults.items()),
+        ]
     return "\n".join(lines)
-
-

@@ -41,7 +41,13 @@ def estimate(scores: Tensor, images_per_prompt: int) -> Estimate:
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy, rows: Sequence[Row], measures: Sequence[Reward], seed: int, per_prompt: int, batch: int, pictures: int
+    policy: Policy,
+    rows: Sequence[Row],
+    measures: Sequence[Reward],
+    seed: int,
+    per_prompt: int,
+    batch: int,
+    pictures: int,
 ) -> Evaluation:
     """Sample `per_prompt` images of each row, image i from seed + i, and score them.
 

@@ -53,9 +53,7 @@ def epoch_rows(rows: Sequence[Row], seed: int, epoch: int, count: int) -> list[R
 
     A function of its arguments alone, so a resumed run draws what the undisturbed run would have drawn.
     """
-    drawn = []
-    for position in range(epoch * count, (epoch + 1) * count):
-        lap, place = divmod(position, len(rows))
-        order = random.Random(f"{seed}-{lap}").sample(range(len(rows)), len(rows)) if place == 0 or not drawn else order
-        drawn.append(rows[order[place]])
-    return drawn
+    positions, total = range(epoch * count, (epoch + 1) * count), len(rows)
+    laps = {position // total for position in positions}
+    orders = {lap: random.Random(f"{seed}-{lap}").sample(range(total), total) for lap in laps}
+    return [rows[orders[position // total][position % total]] for position in positions]

@@ -69,7 +69,7 @@ class Plugin:
 def type_hints(target: Any) -> dict[str, Any]:
     """Resolved annotations of a function, or of a class's constructor parameters."""
     if inspect.isclass(target) and not hasattr(target, "__dataclass_fields__"):
-        target = target.__init__  # type: ignore[misc]
+        target = target.__init__
     return typing.get_type_hints(target)
 
 

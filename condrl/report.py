@@ -56,4 +56,4 @@ def save_comparison(path: Path, base: Sequence[Tensor], tuned: Sequence[Tensor],
     """Write `base | tuned` pairs drawn from the same noise as one PNG, two pairs a row."""
     pairs = zip(base, tuned, labels, strict=True)
     tiles = [(image, f"{who}: {label}") for b, t, label in pairs for image, who in ((b, "base"), (t, "tuned"))]
-    save_grid(path, *zip(*tiles, strict=True))
+    save_grid(path, [image for image, _ in tiles], [label for _, label in tiles])

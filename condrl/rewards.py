@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,13 +55,8 @@ def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
     """A registered reward with the options of its config section; a class is constructed with them."""
     options = dict(options)
     weight, target = options.pop("weight", 1.0), registry.find(name).target
-    return Reward(name, weight, target(**options) if inspect.isclass(target) else _bind(target, options))
-
-
-def _bind(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    import functools
-
-    return functools.partial(function, **options) if options else function
+    call: Any = target(**options) if inspect.isclass(target) else functools.partial(target, **options)
+    return Reward(name, weight, call)
 
 
 @dataclass(frozen=True)

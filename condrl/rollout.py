@@ -44,12 +44,13 @@ def rollout(policy: Policy, condition: Tensor, generator: torch.Generator, batch
     model, count = policy.model, len(condition)
     states = torch.empty((policy.steps + 1, count, *model.state_shape), device=model.device)
     log_probs = torch.full((policy.steps, count), torch.nan, device=model.device)
-    for start in range(0, count, batch):
-        rows = slice(start, start + batch)
-        for k, (x, law) in enumerate(chain(policy, condition[rows], generator)):
-            states[k, rows] = x
-            if law is not None and policy.sampler.stochastic[k - 1]:
-                log_probs[k - 1, rows] = law.log_prob(x)
+    with model.merged():
+        for start in range(0, count, batch):
+            rows = slice(start, start + batch)
+            for k, (x, law) in enumerate(chain(policy, condition[rows], generator)):
+                states[k, rows] = x
+                if law is not None and policy.sampler.stochastic[k - 1]:
+                    log_probs[k - 1, rows] = law.log_prob(x)
     return Rollout(states, log_probs, condition)
 
 
@@ -57,11 +58,12 @@ def rollout(policy: Policy, condition: Tensor, generator: torch.Generator, batch
 def sample(policy: Policy, condition: Tensor, generators: list[torch.Generator], batch: int) -> Tensor:
     """Final states (B, ...) only, image i drawn by generator i: the same whatever the batch."""
     final = []
-    for start in range(0, len(condition), batch):
-        rows = slice(start, start + batch)
-        for x, _ in chain(policy, condition[rows], generators[rows]):
-            pass
-        final.append(x)
+    with policy.model.merged():
+        for start in range(0, len(condition), batch):
+            rows = slice(start, start + batch)
+            for state, _ in chain(policy, condition[rows], generators[rows]):
+                x = state
+            final.append(x)
     return torch.cat(final)
 
 

@@ -65,12 +65,14 @@ def check_combination(config: Config) -> None:
 
     Raises: UsageError when the sampler cannot give the algorithm or the config what it needs.
     """
-    sampler = make_sampler(config.sampler, schedule_from_diffusers({"num_train_timesteps": 1000, "set_alpha_to_one": False}))
+    sampler = make_sampler(
+        config.sampler, schedule_from_diffusers({"num_train_timesteps": 1000, "set_alpha_to_one": False})
+    )
     algorithm: Any = REGISTRIES["algorithm"].find(config.algorithm["name"]).target
     if "stochastic steps" in algorithm.needs and not sampler.stochastic.any():
         raise UsageError(
-            f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler {config.sampler['name']} "
-            "has none as configured: set sampler.eta=1"
+            f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler "
+            f"{config.sampler['name']} has none as configured: set sampler.eta=1"
         )
     trained_steps(sampler, config.train)
 

@@ -66,6 +66,8 @@ def run(config: Config, train: Any, heldout: Any, rewards: Any, folder: Path, be
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     accelerator = Accelerator(log_with=config.run.trackers or None, project_dir=str(folder))
+    if accelerator.num_processes > 1:
+        raise UsageError("this version tunes in one process: accelerate launch --num_processes 1 scripts/finetune.py")
     policy = make_policy(config, accelerator.device)
     policy.model.encode([row.prompt for row in [*train, *heldout]])
     policy.model.finish_encoding()
@@ -119,7 +121,9 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     for name, row in result.get("heldout", {}).items():
         cells = [f"{e['mean']:.3f} [{e['ci95'][0]:.3f}, {e['ci95'][1]:.3f}]" for e in (row["base"], row["tuned"])]
         lines.append(f"{name:<24}" + "".join(f"{cell:>24}" for cell in cells))
-    lines.append(f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/")
+    lines.append(
+        f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"
+    )
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """List every plugin with its options, defaults and one-line description.
 
-    python scripts/plugins.py                     all of them
-    python scripts/plugins.py ddpo my_reward.py   some; your own files are loaded first
+python scripts/plugins.py                     all of them
+python scripts/plugins.py ddpo my_reward.py   some; your own files are loaded first
 """
 
 from __future__ import annotations
@@ -21,13 +21,21 @@ COMMON = {"sampler": GridConfig, "reward": WeightConfig}
 def describe(plugin: Plugin) -> str:
     """A plugin's name, description and options, a line each."""
     common = COMMON.get(plugin.kind)
-    shared = [Option(n, t, getattr(common, n), comments(common).get(n, "")) for n, t in type_hints(common).items()] if common else []
-    return "\n".join([f"{plugin.kind} {plugin.name}: {plugin.description}", *map(option_line, [*shared, *plugin.options.values()])])
+    shared = (
+        [Option(n, t, getattr(common, n), comments(common).get(n, "")) for n, t in type_hints(common).items()]
+        if common
+        else []
+    )
+    return "\n".join(
+        [f"{plugin.kind} {plugin.name}: {plugin.description}", *map(option_line, [*shared, *plugin.options.values()])]
+    )
 
 
 def option_line(option: Option) -> str:
     default = "must be given" if option.default is inspect.Parameter.empty else repr(option.default)
-    return f"    {option.name}: {type_name(option.type)} = {default}" + (f"  # {option.comment}" if option.comment else "")
+    return f"    {option.name}: {type_name(option.type)} = {default}" + (
+        f"  # {option.comment}" if option.comment else ""
+    )
 
 
 def type_name(kind: Any) -> str:
@@ -44,7 +52,9 @@ def main(words: list[str]) -> None:
     plugins = [plugin for registry in REGISTRIES.values() for plugin in registry.all()]
     unknown = names - {plugin.name for plugin in plugins}
     if unknown:
-        raise UsageError(f"no plugin is called {', '.join(sorted(unknown))}; there are: {', '.join(p.name for p in plugins)}")
+        raise UsageError(
+            f"no plugin is called {', '.join(sorted(unknown))}; there are: {', '.join(p.name for p in plugins)}"
+        )
     print("\n\n".join(describe(plugin) for plugin in plugins if not names or plugin.name in names))
 
 

@@ -11,8 +11,8 @@ need only this repository; `export` writes condrl/assets/shapes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ SCHEDULER: dict[str, Any] = dict(
 # ---------------------------------------------------------------------------------------------- networks
 
 
-def make_vae() -> nn.Module:
+def make_vae() -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -113,11 +113,11 @@ def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(p) > 1 for p in pieces):
-        pairs = [pair for p in pieces for pair in zip(p, p[1:], strict=False)]
+        pairs = [pair for p in pieces for pair in itertools.pairwise(p)]
         first, second = max(sorted(set(pairs)), key=pairs.count)
         merges.append((first, second))
         for p in pieces:
-            while (first, second) in (neighbours := list(zip(p, p[1:], strict=False))):
+            while (first, second) in (neighbours := list(itertools.pairwise(p))):
                 at = neighbours.index((first, second))
                 p[at : at + 2] = [first + second]
     return merges
@@ -144,7 +144,7 @@ class Progress:
         state |= dict(rng=torch.get_rng_state(), step=self.step, seconds=self.seconds, loss=self.loss)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, self.path.with_suffix(".part"))
-        os.replace(self.path.with_suffix(".part"), self.path)
+        self.path.with_suffix(".part").replace(self.path)
 
     def loop(self, steps: int, every: float = 60.0) -> Iterator[int]:
         """Yield the steps that are left; save every `every` seconds and at the end."""
@@ -182,7 +182,7 @@ def draw_batch(batch: list[list[scenes.Thing]]) -> Tensor:
 
 def train_vae(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    vae = make_vae().to(memory_format=torch.channels_last)
+    vae: Any = make_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr or 2e-3, weight_decay=0.0)
     progress = Progress(args.work / "vae.pt", vae=vae, optimizer=optimizer)
     steps = args.steps or 2400
@@ -201,7 +201,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def cached_latents(args: argparse.Namespace, vae: nn.Module) -> tuple[list[list[scenes.Thing]], Tensor, float]:
+def cached_latents(args: argparse.Namespace, vae: Any) -> tuple[list[list[scenes.Thing]], Tensor, float]:
     """Scenes, their latents scaled to unit variance (n, 4, 8, 8), and that scale."""
     rng = random.Random(1)
     drawn = [scenes.random_scene(rng) for _ in range(args.scenes)]
@@ -222,7 +222,7 @@ def train_unet(args: argparse.Namespace) -> None:
     vae, _ = trained_vae(args)
     drawn, latents, _ = cached_latents(args, vae)
     tokenizer = make_tokenizer(args.work / "tokenizer")
-    nets = nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
+    nets: Any = nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
     nets["unet"].to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(nets, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
     lr = args.lr or 1.5e-3
@@ -267,7 +267,7 @@ def export(args: argparse.Namespace) -> None:
     vae.register_to_config(scaling_factor=scale)
     tokenizer = make_tokenizer(args.work / "tokenizer")
     nets = nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
-    average = torch.optim.swa_utils.AveragedModel(nets)
+    average: Any = torch.optim.swa_utils.AveragedModel(nets)
     unet_progress = Progress(args.work / "unet.pt", average=average)
     pipe = StableDiffusionPipeline(
         vae=vae,
@@ -281,7 +281,9 @@ def export(args: argparse.Namespace) -> None:
     )
     pipe.to(torch.float16).save_pretrained(args.out)
     write_prompts(args.out)
-    weights = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("vae", "unet", "text_encoder")}
+    weights = {
+        name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("vae", "unet", "text_encoder")
+    }
     (args.out / "README.md").write_text(model_card(args, weights, vae_progress, unet_progress))
 
 
@@ -305,8 +307,9 @@ precision. Trained from nothing by `scripts/pretrain_shapes.py` on scenes drawn 
 - Vocabulary: {", ".join(scenes.COLORS)}; {", ".join(scenes.SHAPES)}; small, large; a, two, three;
   {", ".join(scenes.RELATIONS)}; "and" and commas.
 - VAE: {vae.step} steps of 24 freshly drawn scenes, {vae.seconds:.0f} s on two CPU cores (shared), loss {vae.loss:.4f}.
-- UNet and text encoder: {unet.step} steps of 64 among {args.scenes} scenes, captions drawn anew each time, 10 % of them
-  empty, v-prediction; {unet.seconds:.0f} s on two CPU cores (shared), loss {unet.loss:.4f}; weights are the running average.
+- UNet and text encoder: {unet.step} steps of 64 among {args.scenes} scenes, captions drawn anew each time, 10 % empty,
+  v-prediction; {unet.seconds:.0f} s on two CPU cores
+  (shared), loss {unet.loss:.4f}; weights are the running average.
 - `train.txt` and `heldout.txt`: prompts for fine-tuning and for measuring it, none in both. The pipeline itself was
   trained on captions drawn at random from the same grammar, so a held-out prompt is new to the tuning, not to it.
 

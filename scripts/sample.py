@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from condrl.config import Config, load_config
 from condrl.errors import UsageError
@@ -62,6 +61,7 @@ def read_words(words: list[str]) -> tuple[Config, Path | None]:
 
 def draw(args: argparse.Namespace) -> None:
     import torch
+    from torch import Tensor
 
     from condrl.prompts import load_prompts
     from condrl.report import save_comparison, save_grid, to_pil
@@ -81,13 +81,13 @@ def draw(args: argparse.Namespace) -> None:
     labels = [f"{prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
 
     @torch.no_grad()
-    def images() -> Any:
-        return policy.model.decode(sample(policy, condition, seeded(seeds), config.train.rollout_batch))
+    def images() -> list[Tensor]:
+        return list(policy.model.decode(sample(policy, condition, seeded(seeds), config.train.rollout_batch)))
 
-    base = images() if args.compare or lora is None else None
-    if lora is not None:
+    base = images() if args.compare or not lora else []
+    if lora:
         policy.model.load_adapter(lora)
-    final = images() if lora is not None else base
+    final = images() if lora else base
     if args.compare:
         save_comparison(args.out, base, final, labels)
     else:

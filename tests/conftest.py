@@ -6,7 +6,7 @@ from helpers import tiny_pipeline
 
 from condrl.models.stable_diffusion import StableDiffusion
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

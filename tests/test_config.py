@@ -8,7 +8,15 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 
 def test_later_words_win_and_types_are_kept():
-    config = load_config([QUICKSTART, "train.lr=3e-4", "train.betas=[0.9, 0.98]", "rewards.jpeg_compressibility.weight=2", "sampler.eta=1"])
+    config = load_config(
+        [
+            QUICKSTART,
+            "train.lr=3e-4",
+            "train.betas=[0.9, 0.98]",
+            "rewards.jpeg_compressibility.weight=2",
+            "sampler.eta=1",
+        ]
+    )
     assert config.train.lr == 3e-4
     assert tuple(config.train.betas) == (0.9, 0.98)
     assert config.rewards == {"shapes": {"weight": 1.0}, "jpeg_compressibility": {"weight": 2.0, "quality": 95}}
@@ -41,7 +49,10 @@ def test_resolved_config_loads_again_to_itself(tmp_path):
         ("model.name=sd", r"unknown model 'sd'.*stable_diffusion"),
         ("nowhere.yaml", r"no config file nowhere\.yaml"),
         ("plugins=[nowhere.py]", r"no file nowhere\.py"),
-        ("train.updates_per_epoch=3", r"updates_per_epoch: 16 prompts x 8 images = 128 images per epoch, not divisible by 3"),
+        (
+            "train.updates_per_epoch=3",
+            r"updates_per_epoch: 16 prompts x 8 images = 128 images per epoch, not divisible by 3",
+        ),
         ("train.rollout_batch=48", r"rollout_batch: .* = 128 images per epoch, not divisible by batches of 48"),
         ("train.images_per_prompt=0", r"images_per_prompt: must be at least 1"),
         ("train.lr={", r"cannot read 'train.lr=\{'"),

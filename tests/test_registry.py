@@ -10,7 +10,6 @@ from condrl import UsageError
 from condrl.registry import load_file, snake_case
 
 
-
 def write(path, text):
     path.write_text(textwrap.dedent(text))
     return path
@@ -39,7 +38,10 @@ def test_unknown_names_get_the_list_and_the_nearest():
 
 def test_snake_case():
     assert [snake_case(n) for n in ("DDPO", "StableDiffusion", "QLearning", "redness")] == [
-        "ddpo", "stable_diffusion", "q_learning", "redness",
+        "ddpo",
+        "stable_diffusion",
+        "q_learning",
+        "redness",
     ]
 
 
@@ -73,7 +75,9 @@ def test_missing_file():
 
 
 def test_dotted_path(tmp_path, monkeypatch):
-    write(tmp_path / "elsewhere.py", "def plain(samples, prompts, *, gain: float = 2.0):\n    '''A plain function.'''\n")
+    write(
+        tmp_path / "elsewhere.py", "def plain(samples, prompts, *, gain: float = 2.0):\n    '''A plain function.'''\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     plugin = condrl.reward.find("elsewhere:plain")
     assert plugin.options["gain"].default == 2.0
@@ -119,7 +123,14 @@ def test_import_is_light():
 
 def test_plugins_script_lists_everything():
     done = run_python(str(ROOT / "scripts" / "plugins.py"), cwd=ROOT)
-    for word in ("sampler ddim", "algorithm ddpo", "reward shapes", "model stable_diffusion", "eta: float = 1.0", "clip_range"):
+    for word in (
+        "sampler ddim",
+        "algorithm ddpo",
+        "reward shapes",
+        "model stable_diffusion",
+        "eta: float = 1.0",
+        "clip_range",
+    ):
         assert word in done.stdout
     wrong = run_python(str(ROOT / "scripts" / "plugins.py"), "dpo", cwd=ROOT)
     assert wrong.returncode == 2

@@ -81,7 +81,13 @@ def test_checker_notices_wrong_relations_and_defaced_images():
 def test_grades_rise_with_obedience():
     request = scenes.parse("a red star left of a blue square")
     star, square = scenes.Thing("star", "red", 16, 30, 24), scenes.Thing("square", "blue", 48, 34, 14)
-    ladder = [[], [star], [star, replace(square, color="green", x=10, y=60)], [star, replace(square, color="green")], [star, square]]
+    ladder = [
+        [],
+        [star],
+        [star, replace(square, color="green", x=10, y=60)],
+        [star, replace(square, color="green")],
+        [star, square],
+    ]
     grades = [scenes.obedience(things, request) for things in ladder]
     assert grades == sorted(set(grades))
     assert (grades[0], grades[-1]) == (0, 1)
@@ -96,14 +102,23 @@ def test_touching_objects_are_no_object():
 
 @pytest.mark.parametrize(
     "prompt",
-    ["a red star", "an orange circle", "two small green triangles", "three blue stars", "a red star above a large cyan square",
-     "a red star and two blue circles", "a red star, a black square and an orange circle"],
+    [
+        "a red star",
+        "an orange circle",
+        "two small green triangles",
+        "three blue stars",
+        "a red star above a large cyan square",
+        "a red star and two blue circles",
+        "a red star, a black square and an orange circle",
+    ],
 )
 def test_prompts_are_read_as_they_are_written(prompt):
     assert str(scenes.parse(prompt)) == prompt
 
 
-@pytest.mark.parametrize("prompt", ["a red dog", "a reddish star", "four red stars", "a red stars", "", "a cat on a mat"])
+@pytest.mark.parametrize(
+    "prompt", ["a red dog", "a reddish star", "four red stars", "a red stars", "", "a cat on a mat"]
+)
 def test_other_prompts_are_refused(prompt):
     with pytest.raises(ValueError, match="vocabulary"):
         scenes.parse(prompt)

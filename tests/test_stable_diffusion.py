@@ -29,8 +29,15 @@ def pictures(model, prompts, seeds, sampler=DDIM):
 def diffusers_pictures(pipe, prompts, seeds, guidance=5.0, **sampler):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     images = [
-        pipe(prompt, generator=torch.Generator().manual_seed(s), num_inference_steps=5, eta=1.0, guidance_scale=guidance,
-             output_type="pt", **sampler).images[0]
+        pipe(
+            prompt,
+            generator=torch.Generator().manual_seed(s),
+            num_inference_steps=5,
+            eta=1.0,
+            guidance_scale=guidance,
+            output_type="pt",
+            **sampler,
+        ).images[0]
         for prompt, s in zip(prompts, seeds, strict=True)
     ]
     return torch.stack(images)
@@ -86,6 +93,21 @@ def test_reference_is_the_base_model(model, pipeline):
     assert not torch.allclose(base, tuned, atol=0.05)
 
 
+def test_merged_is_the_same_function_and_leaves_nothing_behind(pipeline):
+    model = StableDiffusion(CPU, path=str(pipeline), lora_rank=4, lora_alpha=10)
+    perturb(model)
+    weights = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    x, t, condition = score_inputs(model)
+    with torch.no_grad():
+        apart = model.score(x, t, condition)
+        with model.merged():
+            together = model.score(x, t, condition)
+            assert any(not torch.equal(p, weights[name]) for name, p in model.module.named_parameters())
+        assert torch.equal(model.score(x, t, condition), apart)
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(p, weights[name]) for name, p in model.module.named_parameters())
+
+
 def score_inputs(model, prompts=("a red star", "a blue circle")):
     g = torch.Generator().manual_seed(1)
     return torch.randn(2, 4, 8, 8, generator=g), torch.tensor([0.3, 0.9]), model.encode(list(prompts))
@@ -124,7 +146,9 @@ def test_only_the_lora_of_the_unet_is_trained_in_float32(pipeline):
     model = StableDiffusion(CPU, path=str(pipeline), dtype="bfloat16", lora_rank=3, lora_targets=("to_q", "ff.net.2"))
     trained = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
     assert trained
-    assert all("lora" in n and ("to_q" in n or "ff.net.2" in n) and p.dtype == torch.float32 for n, p in trained.items())
+    assert all(
+        "lora" in n and ("to_q" in n or "ff.net.2" in n) and p.dtype == torch.float32 for n, p in trained.items()
+    )
     assert {p.dtype for n, p in model.module.named_parameters() if n not in trained} == {torch.bfloat16}
     assert not any(p.requires_grad for p in model.vae.parameters())
     assert pictures(model, PROMPTS, SEEDS).dtype == torch.float32
@@ -192,8 +216,8 @@ def test_bad_paths_and_targets_are_one_line(pipeline, tmp_path, monkeypatch):
 def test_written_png_is_the_image(model, tmp_path):
     image = pictures(model, PROMPTS[:1], [0])[0]
     to_pil(image).save(tmp_path / "x.png")
-    from PIL import Image
     import numpy as np
+    from PIL import Image
 
     back = torch.from_numpy(np.asarray(Image.open(tmp_path / "x.png")).copy()).permute(2, 0, 1) / 255
     assert (back - image).abs().max() <= 0.5 / 255 + 1e-6

@@ -69,7 +69,9 @@ def test_ddim_is_diffusers_step(eta, prediction, steps):
             variance = scheduler._get_variance(timestep, timestep - 1000 // steps)
             reference = Normal(mean.double(), eta * variance.double().sqrt()).log_prob(theirs.double())
             # in float32 diffusers rounds 1 - alpha_bar, which moves log S itself by a few 1e-6 a dimension
-            assert (law.log_prob(theirs) / 256 - reference.mean((1, 2, 3))).abs().max() < 1e-5 * max(1, 1 / law.std.min())
+            assert (law.log_prob(theirs) / 256 - reference.mean((1, 2, 3))).abs().max() < 1e-5 * max(
+                1, 1 / law.std.min()
+            )
 
 
 def test_ddim_eta_zero_is_deterministic_and_last_step_to_data_too():

@@ -1,0 +1,245 @@
+"""Measure condrl itself.
+
+    python scripts/benchmark.py overhead            an epoch against the bare UNet calls it needs
+    python scripts/benchmark.py memory              peak memory with 10 and with 40 denoising steps
+    python scripts/benchmark.py sd15                Stable Diffusion 1.5's full size with random weights
+
+`key=value` words change configs/quickstart.yaml; --json FILE writes what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from condrl.config import Config, load_config
+from condrl.errors import UsageError
+from condrl.prompts import load_prompts
+from condrl.run import make, make_policy, make_rewards, peak_memory_gb, provenance, write_json
+from condrl.trainer import Clock, Trainer
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+
+
+def make_trainer(config: Config) -> Trainer:
+    """A trainer as finetune.py makes it, on the config's training prompts."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    rows = load_prompts(config.prompts.train, "prompts.train")
+    policy = make_policy(config, accelerator.device)
+    policy.model.encode([row.prompt for row in rows])
+    policy.model.finish_encoding()
+    return Trainer(config, policy, make("algorithm", config.algorithm), make_rewards(config), rows, accelerator)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+# ---------------------------------------------------------------------------------------------- overhead
+
+
+def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """Epochs of the trainer, each beside tight loops of the same UNet calls; medians of the ratios.
+
+    The bare roll-out calls the UNet without any LoRA; the bare update calls it with its LoRA, forward and backward.
+    """
+    trainer = make_trainer(config)
+    images, guided = config.images_per_epoch, 2 if config.model["guidance"] != 1 else 1
+    pairs = images * (config.train.steps_per_image or len(trainer.steps)) * config.train.inner_epochs
+    forward, backward = images * trainer.policy.steps * guided, pairs * guided
+    forward_batch = best_batch(trainer, images * guided, train=False)
+    backward_batch = best_batch(trainer, images * guided, train=True)
+    rows = []
+    for epoch in tqdm(range(args.repeats + 1), desc="epochs"):
+        clock = Clock()
+        experience = trainer.collect(epoch, clock)
+        update = seconds(functools.partial(trainer.update, experience, epoch))
+        with trainer.policy.model.reference():
+            bare_rollout = seconds(lambda: bare(trainer, forward, forward_batch, train=False))
+        bare_update = seconds(lambda: bare(trainer, backward, backward_batch, train=True))
+        rows.append({**clock.seconds, "update": update, "bare_rollout": bare_rollout, "bare_update": bare_update})
+    rows = rows[1:]  # the first warms up
+    whole = [row["rollout"] + row["decode"] + row["score"] + row["update"] for row in rows]
+    return {
+        "rollout_ratio": statistics.median(row["rollout"] / row["bare_rollout"] for row in rows),
+        "update_ratio": statistics.median(row["update"] / row["bare_update"] for row in rows),
+        "images_per_second": images / statistics.median(whole),
+        "rollout_ratios": [row["rollout"] / row["bare_rollout"] for row in rows],
+        "update_ratios": [row["update"] / row["bare_update"] for row in rows],
+        "seconds": {name: statistics.median(row[name] for row in rows) for name in rows[0]},
+        "bare_batch": {"rollout": forward_batch, "update": backward_batch},
+        "unet_evaluations": {"rollout": forward, "update": backward},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def bare(trainer: Trainer, count: int, batch: int, train: bool) -> None:
+    """`count` UNet evaluations in batches, and their backward passes when training."""
+    model: Any = trainer.policy.model
+    x = torch.randn(batch, *model.state_shape, device=model.device).to(model._table.dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    t = torch.randint(0, 1000, (batch,), device=model.device)
+    embedded = model._table[torch.zeros(batch, dtype=torch.long)]
+    with torch.set_grad_enabled(train):
+        for start in range(0, count, batch):
+            n = min(batch, count - start)
+            out = model.module(x[:n], t[:n], embedded[:n]).sample
+            if train:
+                out.float().sum().backward()
+    model.module.zero_grad()
+
+
+def best_batch(trainer: Trainer, most: int, train: bool) -> int:
+    """The batch size, of powers of two up to `most`, with the most UNet evaluations per second."""
+    sizes = [size for size in (16, 32, 64, 128, 256) if size <= most] or [most]
+    speed = {}
+    for size in sizes:
+        bare(trainer, size, size, train)
+        speed[size] = 256 / min(seconds(functools.partial(bare, trainer, 256, size, train)) for _ in range(2))
+    return max(speed, key=lambda size: speed[size])
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def memory(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of an epoch, each number of steps in a process of its own."""
+    words = [
+        f"train.steps_per_image={config.train.steps_per_image}" if config.train.steps_per_image else "train.steps=null"
+    ]
+    peaks = {}
+    for steps in (10, 40):
+        done = subprocess.run(
+            [sys.executable, __file__, "epoch", *args.words, *words, f"sampler.steps={steps}"],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise UsageError(f"the epoch with {steps} steps failed: {done.stderr.strip().splitlines()[-1]}")
+        peaks[steps] = json.loads(done.stdout.splitlines()[-1])
+    stored = peaks[40]["stored_gb"] - peaks[10]["stored_gb"]
+    grown = peaks[40]["peak_memory_gb"] - peaks[10]["peak_memory_gb"]
+    return {"steps": peaks, "grown_gb": grown, "stored_latents_grown_gb": stored}
+
+
+def epoch(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """One epoch's peak memory, for `memory`."""
+    trainer = make_trainer(config)
+    for number in range(3):
+        experience = trainer.collect(number, Clock())
+        trainer.update(experience, number)
+    stored = experience.rollout.states.nbytes / 1e9
+    return {"peak_memory_gb": peak_memory_gb(trainer.policy.model.device), "stored_gb": stored}
+
+
+# ---------------------------------------------------------------------------------------------- full size
+
+
+def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """Stable Diffusion 1.5's own configuration with random weights, saved, loaded, rolled out once and updated once."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_sd15(Path(folder))
+        words = [f"model.path={folder}", "rewards.shapes.weight=0", "rewards.jpeg_compressibility.weight=1"]
+        small = ["sampler.steps=2", "train.prompts_per_epoch=1", "train.images_per_prompt=2", "train.rollout_batch=1"]
+        update = ["train.updates_per_epoch=1", "train.steps_per_image=1", "train.loss_batch=1"]
+        words += ["model.gradient_checkpointing=true", *small, *update, *args.words]
+        config = load_config([str(QUICKSTART), *words])
+        loading = time.perf_counter()
+        trainer = make_trainer(config)
+    clock = Clock()
+    loaded = clock.last - loading
+    experience = trainer.collect(0, clock)
+    metrics = trainer.update(experience, 0)
+    clock.lap("update")
+    weights = sum(p.numel() for p in trainer.policy.model.module.parameters())
+    return {
+        "peak_memory_gb": peak_memory_gb(trainer.policy.model.device),
+        "unet_weights": weights,
+        "seconds": {"load": loaded, **clock.seconds},
+        "grad_norm": metrics["grad_norm"],
+        "unet_calls": trainer.policy.model.evaluations,
+        "settings": words[1:],
+    }
+
+
+def save_sd15(folder: Path) -> None:
+    """A diffusers folder with the networks of stable-diffusion-v1-5 and random weights."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from pretrain_shapes import make_tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = make_tokenizer(folder / "words")
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # diffusers' defaults are SD 1.5's
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    text = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        set_alpha_to_one=False,
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        unet=unet,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measures = {"overhead": overhead, "memory": memory, "epoch": epoch, "sd15": sd15}
+    parser.add_argument("what", choices=measures)
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--repeats", type=int, default=5, help="measured epochs of `overhead`")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    args = parser.parse_intermixed_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    found = measures[args.what](load_config([str(QUICKSTART), *args.words]), args)
+    if args.json:
+        write_json(args.json, {**found, **provenance()})
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,224 @@
+"""The loop and DDPO on a Gaussian chain whose gradients are known, and on a tiny Stable Diffusion pipeline."""
+
+import contextlib
+import json
+import types
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import condrl
+from condrl import RunError
+from condrl.config import build_config
+from condrl.policy import Policy
+from condrl.prompts import Row
+from condrl.rewards import make_reward
+from condrl.rollout import rollout, sample, seeded
+from condrl.run import make, make_sampler
+from condrl.schedule import schedule_from_diffusers
+from condrl.trainer import Trainer
+
+SCHEDULE = schedule_from_diffusers(
+    {"num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.2, "set_alpha_to_one": False, "steps_offset": 1}
+)
+
+
+class Line(torch.nn.Module):
+    """Score of a Gaussian whose mean is learned, one number per prompt."""
+
+    def __init__(self, prompts):
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.zeros(prompts, 2))
+
+    def forward(self, x, t, condition):
+        alpha, variance = (c.to(x)[:, None] for c in (SCHEDULE.alpha(t), torch.ones_like(t)))
+        return (alpha * self.mean[condition] - x) / variance
+
+
+class LineModel:
+    """Points in the plane; p(x | c) = N(mean_c, I), so the score is (alpha mean - x) / 1."""
+
+    schedule, device, state_shape, evaluations = SCHEDULE, torch.device("cpu"), (2,), 0
+
+    def __init__(self, prompts=2):
+        self.module = Line(prompts)
+
+    def encode(self, prompts):
+        return torch.tensor([int(p) for p in prompts])
+
+    def score(self, x, t, condition, module=None):
+        return (module or self.module)(x, t, condition)
+
+    def decode(self, x):
+        return x
+
+    def merged(self):
+        return contextlib.nullcontext()
+
+
+@condrl.reward
+def rightwards(samples, prompts):
+    """x for prompt 0, -x for prompt 1."""
+    sign = torch.tensor([1.0 if p == "0" else -1.0 for p in prompts]).to(samples)
+    return sign * samples[:, 0]
+
+
+def make_trainer(tmp_path, model=None, steps=8, **sections):
+    tree = {
+        "sampler": {"steps": steps},
+        "rewards": {"rightwards": {}},
+        "train": {"prompts_per_epoch": 2, "images_per_prompt": 16, "rollout_batch": 8, "loss_batch": 50, "epochs": 1},
+        "run": {"dir": str(tmp_path)},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    config = build_config(tree)
+    model = model or LineModel()
+    policy = Policy(model, make_sampler(config.sampler, model.schedule))
+    rewards = [make_reward(name, options) for name, options in config.rewards.items()]
+    rows = [Row(0, "0"), Row(1, "1")]
+    return Trainer(config, policy, make("algorithm", config.algorithm), rewards, rows, Accelerator(cpu=True))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(Trainer, "picture", lambda *_: None)
+
+
+def clock():
+    return types.SimpleNamespace(lap=lambda name: None)
+
+
+def test_stored_log_probs_are_those_of_the_transitions(tmp_path):
+    trainer = make_trainer(tmp_path)
+    experience = trainer.collect(0, clock())
+    r, policy = experience.rollout, trainer.policy
+    assert r.states.shape == (9, 32, 2)
+    for k in range(8):
+        law = policy.transition(r.states[k], torch.full((32,), k), r.condition)
+        torch.testing.assert_close(law.log_prob(r.states[k + 1]), r.log_probs[k], atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_at_the_start_is_reinforce(tmp_path):
+    """Every ratio is 1, so the gradient is that of -mean_i A_i sum_k log p(x_{k+1} | x_k), THEORY 4.2."""
+    trainer = make_trainer(tmp_path, train={"loss_batch": 7, "max_grad_norm": 1e9})
+    experience = trainer.collect(0, clock())
+    gradients = []
+    trainer.optimizer.step = lambda: gradients.append(trainer.policy.model.module.mean.grad.clone())
+    trainer.optimise(experience, torch.arange(32), torch.Generator())
+    r, total = experience.rollout, torch.zeros(())
+    for k in range(8):
+        law = trainer.policy.transition(r.states[k], torch.full((32,), k), r.condition)
+        total = total - (experience.advantages * law.log_prob(r.states[k + 1])).sum() / 32
+    (expected,) = torch.autograd.grad(total, trainer.policy.model.module.mean)
+    torch.testing.assert_close(gradients[0], expected, atol=1e-5, rtol=1e-4)
+    assert expected.abs().max() > 0.01
+
+
+def test_a_subset_of_steps_has_the_same_gradient_on_average(tmp_path):
+    full = make_trainer(tmp_path, train={"max_grad_norm": 1e9})
+    experience, found = full.collect(0, clock()), {}
+    for name, per_image in (("all", None), ("some", 3)):
+        full.config.train.steps_per_image = per_image
+        grads = []
+        full.optimizer.step = lambda grads=grads: grads.append(full.policy.model.module.mean.grad.clone())
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(400 if per_image else 1):
+            full.optimise(experience, torch.arange(32), generator)
+        found[name] = torch.stack(grads)
+    error = found["some"].std(0) / 400**0.5
+    assert ((found["some"].mean(0) - found["all"][0]).abs() < 4 * error + 1e-9).all()
+
+
+def test_only_chosen_steps_are_trained(tmp_path):
+    trainer = make_trainer(tmp_path, train={"steps": [2, 5], "steps_per_image": 1})
+    drawn = trainer.draw_steps(1000, torch.Generator().manual_seed(0))
+    assert drawn.shape == (1000, 1)
+    assert set(drawn.flatten().tolist()) == {2, 5}
+
+
+def test_ddpo_learns_each_prompts_direction(tmp_path):
+    trainer = make_trainer(tmp_path, train={"epochs": 30, "lr": 0.05, "updates_per_epoch": 2, "inner_epochs": 2})
+    trainer.fit()
+    mean = trainer.policy.model.module.mean
+    assert mean[0, 0] > 0.5
+    assert mean[1, 0] < -0.5
+    assert mean[:, 1].abs().max() < 0.5 * mean[:, 0].abs().min()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 31))
+    assert lines[-1]["reward/rightwards"] > lines[0]["reward/rightwards"] + 0.5
+    assert lines[-1]["updates"] == 120
+    assert {"loss", "grad_norm", "approx_kl", "clip_fraction", "lr", "seconds/rollout", "seconds/update"} <= set(
+        lines[0]
+    )
+
+
+def test_clipping_is_one_sided(tmp_path):
+    """The min stops a ratio that has gone the right way too far, and never one that has gone the wrong way."""
+    trainer = make_trainer(tmp_path)
+    experience = trainer.collect(0, clock())
+    batch = experience.pairs(torch.arange(32), torch.full((32,), 4))
+    algorithm, module = trainer.algorithm, trainer.policy.model.module
+    with torch.no_grad():
+        module.mean += 1.5
+    ratio = (
+        trainer.policy.transition(batch.x, batch.k, batch.condition).log_prob(batch.next_x) - batch.old_log_prob
+    ).exp()
+    loss, metrics = algorithm.loss(trainer.policy, batch)
+    (gradient,) = torch.autograd.grad(loss.sum(), module.mean, retain_graph=True)
+    per_image = torch.stack([torch.autograd.grad(x, module.mean, retain_graph=True)[0].abs().sum() for x in loss])
+    times = trainer.policy.sampler.times
+    bound = algorithm.clip_range * (50 * (times[4] - times[5]) / times[0]).sqrt()
+    stopped = ((batch.advantage > 0) & (ratio > 1 + bound)) | ((batch.advantage < 0) & (ratio < 1 - bound))
+    assert stopped.any()
+    assert (~stopped).any()
+    assert torch.equal(per_image == 0, stopped | (batch.advantage == 0))
+    assert metrics["clip_fraction"].item() == pytest.approx(((ratio - 1).abs() > bound).float().mean().item())
+    assert gradient.abs().sum() > 0
+
+
+def test_a_changed_policy_is_caught_before_the_first_update(tmp_path):
+    trainer = make_trainer(tmp_path)
+    experience = trainer.collect(0, clock())
+    trainer.check_ratios(experience)
+    with torch.no_grad():
+        trainer.policy.model.module.mean += 0.01
+    with pytest.raises(RunError, match=r"ratio should be 1, but one is off by .*0\.001"):
+        trainer.check_ratios(experience)
+
+
+def test_ratios_are_one_on_stable_diffusion(model):
+    """Roll-out batches and loss batches differ here; float32 stays within 1e-3."""
+    policy = Policy(model, make_sampler({"name": "ddim", "steps": 6, "spacing": None, "eta": 1.0}, model.schedule))
+    condition = model.encode(["a red star", "a blue circle"] * 4)
+    r = rollout(policy, condition, torch.Generator().manual_seed(0), batch=8)
+    worst = 0.0
+    for k in range(6):
+        for rows in torch.arange(8).split(3):
+            law = policy.transition(r.states[k, rows], torch.full((len(rows),), k), condition[rows])
+            worst = max(
+                worst, (law.log_prob(r.states[k + 1, rows]) - r.log_probs[k, rows]).exp().sub(1).abs().max().item()
+            )
+    assert worst < 1e-3
+
+
+def test_sampling_by_seed_does_not_depend_on_the_batch(model):
+    policy = Policy(model, make_sampler({"name": "ddim", "steps": 4, "spacing": None, "eta": 1.0}, model.schedule))
+    condition = model.encode(["a red star", "a blue circle", "a red star"])
+    with torch.no_grad():
+        together = sample(policy, condition, seeded([3, 4, 5]), batch=3)
+        apart = sample(policy, condition, seeded([3, 4, 5]), batch=1)
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+
+
+def test_rng_depends_on_seed_epoch_and_phase(tmp_path):
+    trainer = make_trainer(tmp_path)
+    draws = {
+        tuple(torch.rand(2, generator=trainer.generator(epoch, phase)).tolist())
+        for epoch in (0, 1)
+        for phase in ("rollout", "update")
+    }
+    assert len(draws) == 4
+    first, again = trainer.collect(0, clock()), trainer.collect(0, clock())
+    assert torch.equal(first.rollout.states, again.rollout.states)
