@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from condrl.errors import UsageError
+
 SIDE = 64  # pixels
 GROUND = (236, 236, 232)
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -99,7 +101,7 @@ class Request:
 def parse(prompt: str) -> Request:
     """Read a prompt of the grammar above.
 
-    Raises: ValueError naming the words that are not understood.
+    Raises: UsageError naming the words that are not understood.
     """
     for relation in RELATIONS:
         first, found, second = prompt.partition(f" {relation} ")
@@ -119,7 +121,7 @@ def _parse_phrase(text: str, prompt: str) -> Phrase:
         shape = words[2].removesuffix("s") if count > 1 else words[2]
         if shape in SHAPES:
             return Phrase(shape, words[1], size, count)
-    raise ValueError(
+    raise UsageError(
         f"the shapes vocabulary has no reading of {text!r} in the prompt {prompt!r}: "
         "write (a | two | three) [small | large] colour shape, as in 'a small red star left of two blue squares'; "
         f"colours: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}"
@@ -296,7 +298,7 @@ def _template(shape: str, height: int, width: int) -> np.ndarray:
 def obey(images: np.ndarray, prompts: Sequence[str]) -> list[float]:
     """The obedience of each image, float (B, 3, H, W) in [0, 1], to its prompt.
 
-    Raises: ValueError on a prompt outside the vocabulary.
+    Raises: UsageError on a prompt outside the vocabulary.
     """
     return [obedience(read(image), parse(prompt)) for image, prompt in zip(images, prompts, strict=True)]
 

@@ -65,7 +65,7 @@ def run(config: Config, train: Any, heldout: Any, rewards: Any, folder: Path, be
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    accelerator = Accelerator(log_with=config.run.trackers or None, project_dir=str(folder))
+    accelerator = Accelerator(mixed_precision="no", log_with=config.run.trackers or None, project_dir=str(folder))
     if accelerator.num_processes > 1:
         raise UsageError("this version tunes in one process: accelerate launch --num_processes 1 scripts/finetune.py")
     policy = make_policy(config, accelerator.device)

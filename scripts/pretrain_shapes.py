@@ -185,7 +185,7 @@ def train_vae(args: argparse.Namespace) -> None:
     vae: Any = make_vae().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr or 2e-3, weight_decay=0.0)
     progress = Progress(args.work / "vae.pt", vae=vae, optimizer=optimizer)
-    steps = args.steps or 2400
+    steps = args.steps or 1800
     for step in progress.loop(steps):
         set_lr(optimizer, (args.lr or 2e-3) * trapezoid(step, steps, warmup=50, decay=0.5))
         rng = random.Random(step)
@@ -225,11 +225,11 @@ def train_unet(args: argparse.Namespace) -> None:
     nets: Any = nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
     nets["unet"].to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(nets, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    lr = args.lr or 1.5e-3
+    lr = args.lr or 1.2e-3
     optimizer = torch.optim.AdamW(nets.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     progress = Progress(args.work / "unet.pt", nets=nets, average=average, optimizer=optimizer)
     scheduler = DDIMScheduler(**SCHEDULER)
-    steps, batch = args.steps or 9000, args.batch or 64
+    steps, batch = args.steps or 6000, args.batch or 64
     for step in progress.loop(steps):
         set_lr(optimizer, lr * trapezoid(step, steps))
         rng = random.Random(step)
@@ -280,11 +280,21 @@ def export(args: argparse.Namespace) -> None:
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(args.out)
+    make_tokenizer(args.out / "tokenizer")  # vocab.json and merges.txt, for readers that do not know tokenizer.json
+    keep_text_model_prefix(args.out / "text_encoder" / "model.safetensors")
     write_prompts(args.out)
     weights = {
         name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("vae", "unet", "text_encoder")
     }
     (args.out / "README.md").write_text(model_card(args, weights, vae_progress, unet_progress))
+
+
+def keep_text_model_prefix(path: Path) -> None:
+    """Give a text encoder's weights the key names that every release of transformers reads."""
+    from safetensors.torch import load_file, save_file
+
+    state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def write_prompts(folder: Path, train: int = 1024, heldout: int = 512) -> None:
@@ -329,7 +339,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps of the stage in all")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--scenes", type=int, default=60_000, help="scenes whose latents are cached")
+    parser.add_argument("--scenes", type=int, default=50_000, help="scenes whose latents are cached")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
