@@ -1,4 +1,4 @@
-"""LoRA out and in, in the format that diffusers, ComfyUI and A1111 read."""
+"""LoRA out and in, in the format that diffusers and ComfyUI read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from torch import Tensor, nn
 from condrl.errors import UsageError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+CARD = """---
+base_model: {base}
+library_name: diffusers
+tags: [lora, text-to-image, stable-diffusion, condrl]
+---
+
+# LoRA tuned with condrl
+
+Base model: `{base}`. `pipe.load_lora_weights(<this folder>)` loads it into a diffusers pipeline; ComfyUI reads
+`{file}`. The scale is baked in (alpha = rank). Settings and measurements: `config.yaml` and `result.json` of the run.
+"""
 
 
 def lora_layers(unet: nn.Module) -> dict[str, Any]:
@@ -32,12 +43,13 @@ def lora_state(unet: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_lora(unet: nn.Module, folder: Path) -> None:
-    """Write the LoRA of a UNet to `folder`."""
+def save_lora(unet: nn.Module, folder: Path, base: str) -> None:
+    """Write the LoRA of a UNet, and a model card that names its base model, to `folder`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file(lora_state(unet), folder / LORA_FILE, metadata={"format": "pt"})
+    (folder / "README.md").write_text(CARD.format(base=base, file=LORA_FILE))
 
 
 @torch.no_grad()

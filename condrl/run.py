@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import resource
@@ -90,6 +92,36 @@ def prepare_folder(config: Config) -> Path:
         file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def make_accelerator(config: Config) -> Any:
+    """An Accelerator that leaves precision to `model.dtype`, with the config's trackers started.
+
+    Raises: UsageError when a tracker is not installed, or when there are several processes.
+    """
+    from accelerate import Accelerator
+
+    for tracker in config.run.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UsageError(f"config run.trackers: {tracker} is not installed: pip install 'condrl[{tracker}]'")
+    accelerator = Accelerator(
+        mixed_precision="no", log_with=config.run.trackers or None, project_dir=str(config.folder)
+    )
+    if accelerator.num_processes > 1:
+        raise UsageError("this version tunes in one process: accelerate launch --num_processes 1 scripts/finetune.py")
+    accelerator.init_trackers("condrl", config=flatten(dataclasses.asdict(config)))
+    return accelerator
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `section.key`, with what trackers cannot take written as text."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
 
 
 def provenance() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from condrl.config import Config, load_config
 from condrl.errors import UsageError
 from condrl.prompts import load_prompts
-from condrl.run import make, make_policy, make_rewards, peak_memory_gb, provenance, write_json
+from condrl.run import make, make_accelerator, make_policy, make_rewards, peak_memory_gb, provenance, write_json
 from condrl.trainer import Clock, Trainer
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -35,9 +35,7 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 def make_trainer(config: Config) -> Trainer:
     """A trainer as finetune.py makes it, on the config's training prompts."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
+    accelerator = make_accelerator(config)
     rows = load_prompts(config.prompts.train, "prompts.train")
     policy = make_policy(config, accelerator.device)
     policy.model.encode([row.prompt for row in rows])

@@ -33,6 +33,9 @@ def main(words: list[str]) -> int:
     except RunError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -56,18 +59,15 @@ def finetune(words: list[str]) -> None:
 
 def run(config: Config, train: Any, heldout: Any, rewards: Any, folder: Path, begun: float) -> None:
     import torch
-    from accelerate import Accelerator
 
     from condrl.report import save_comparison
-    from condrl.run import make, make_measures, make_policy, peak_memory_gb, provenance, write_json
+    from condrl.run import make, make_accelerator, make_measures, make_policy, peak_memory_gb, provenance, write_json
     from condrl.trainer import Trainer
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    accelerator = Accelerator(mixed_precision="no", log_with=config.run.trackers or None, project_dir=str(folder))
-    if accelerator.num_processes > 1:
-        raise UsageError("this version tunes in one process: accelerate launch --num_processes 1 scripts/finetune.py")
+    accelerator = make_accelerator(config)
     policy = make_policy(config, accelerator.device)
     policy.model.encode([row.prompt for row in [*train, *heldout]])
     policy.model.finish_encoding()
@@ -76,10 +76,9 @@ def run(config: Config, train: Any, heldout: Any, rewards: Any, folder: Path, be
     before = heldout_evaluation(config, policy, heldout, measures, "base")
     try:
         trainer.fit()
-    except KeyboardInterrupt:
+    finally:  # also when interrupted
         policy.model.save_adapter(folder / "lora")
-        raise RunError(f"interrupted in epoch {trainer.epoch + 1}; the LoRA so far is in {folder / 'lora'}") from None
-    policy.model.save_adapter(folder / "lora")
+        print(f"the LoRA after {trainer.epoch} epochs is in {folder / 'lora'}", flush=True)
     after = heldout_evaluation(config, policy, heldout, measures, "tuned")
     result: dict[str, Any] = {
         "seconds": round(time.monotonic() - begun, 1),

@@ -159,9 +159,11 @@ def test_reward_of_an_installed_package(tmp_path):
         "train.epochs=1",
         "evaluate.prompts=1",
     ]
+    words += ["run.trackers=[tensorboard]"]
     done = run_python(FINETUNE, *words, cwd=tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     assert "reward/brightness" in (tmp_path / "runs/quickstart/metrics.jsonl").read_text()
+    assert list((tmp_path / "runs/quickstart/condrl").glob("events.out.tfevents.*"))
 
 
 def test_help_lists_the_config():

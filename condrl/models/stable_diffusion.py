@@ -45,11 +45,10 @@ class StableDiffusion:
         pipe = load_pipeline(path, revision, single_file_config, getattr(torch, dtype))
         self.guidance, self.guidance_gradient, self.decode_batch = guidance, guidance_gradient, decode_batch
         self.schedule = schedule_from_diffusers(pipe.scheduler.config)
-        self.device = device
+        self.device, self.path = device, path
         self.evaluations = 0
         self.vae = pipe.vae.requires_grad_(False).to(self.device)
         self.module: nn.Module = pipe.unet.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
-        self.scheduler_config = dict(pipe.scheduler.config)
         self._pipe: Any = pipe.to(self.device)
         self._rows: dict[str, int] = {}
         self._table = torch.empty(0)
@@ -147,8 +146,8 @@ class StableDiffusion:
                 weight.data = original  # put back, not subtracted: no rounding is left behind
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the LoRA as diffusers, ComfyUI and A1111 read it."""
-        save_lora(self.module, folder)
+        """Write the LoRA as diffusers and ComfyUI read it."""
+        save_lora(self.module, folder, self.path)
 
     def load_adapter(self, folder: Path) -> None:
         """Read a LoRA into the existing adapter."""

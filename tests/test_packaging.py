@@ -1,0 +1,58 @@
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from helpers import ROOT, run_python
+
+PROBE = """
+import condrl, condrl.config
+print(condrl.__file__, condrl.sampler.find("ddim").source, condrl.reward.names())
+print((condrl.config.locate("asset:shapes") / "unet/diffusion_pytorch_model.safetensors").stat().st_size)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """What `pip install` from a wheel puts into site-packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(source),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = folder.glob("condrl-*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_wheel_has_plugins_assets_and_types(wheel, tmp_path):
+    done = run_python("-c", PROBE, cwd=tmp_path, PYTHONPATH=str(wheel))
+    assert done.returncode == 0, done.stderr
+    first, size = done.stdout.splitlines()
+    assert first.count(str(wheel)) == 2  # the wheel's files, not the checkout's
+    assert "jpeg_compressibility" in first
+    assert 1e6 < int(size) < 20e6
+    assert (wheel / "condrl" / "py.typed").is_file()
+    assert sum(f.stat().st_size for f in (wheel / "condrl" / "assets").rglob("*") if f.is_file()) < 20e6
+
+
+def test_editable_install_reads_the_checkout(tmp_path):
+    done = run_python("-c", PROBE, cwd=tmp_path)
+    assert done.stdout.splitlines()[0].count(str(ROOT)) == 2, done.stderr
