@@ -64,9 +64,14 @@ def load_lora(unet: nn.Module, folder: Path) -> None:
     if not path.is_file():
         raise UsageError(f"there is no LoRA at {folder}: expected a folder with {LORA_FILE}")
     saved, own = load_file(path), lora_state(unet)
+    if not all(key.endswith((".lora.down.weight", ".lora.up.weight")) for key in saved):
+        raise UsageError(f"the LoRA {path} is not in diffusers' format: its keys are like {min(saved)}")
     wrong = sorted(set(saved) ^ set(own)) or [k for k in own if saved[k].shape != own[k].shape]
     if wrong:
-        raise UsageError(f"the LoRA {path} does not fit model.lora_rank and model.lora_targets: see {wrong[0]}")
+        rank = min(saved[key].shape[0] for key in saved if key.endswith("down.weight"))
+        raise UsageError(
+            f"the LoRA {path} (rank {rank}) does not fit model.lora_rank and model.lora_targets: see {wrong[0]}"
+        )
     for name, layer in lora_layers(unet).items():
         (adapter,) = layer.lora_A
         layer.lora_A[adapter].weight.copy_(saved[f"unet.{name}.lora.down.weight"])

@@ -31,7 +31,7 @@ class RunConfig:
     dir: str | None = None  # another folder for the run
     seed: int = 0  # of everything that is drawn at random
     threads: int | None = None  # CPU threads; null: torch's own choice
-    trackers: list[str] = field(default_factory=list)  # also log to: tensorboard, wandb
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)  # where else to log
     overwrite: bool = False  # replace what an earlier run left in the folder
     check_ratios: bool = True  # stop unless every likelihood ratio is 1 before the first update
 
@@ -65,7 +65,6 @@ class EvaluateConfig:
     measures: dict[str, Any] = field(default_factory=dict)  # rewards to report on held-out prompts: name -> options
     prompts: int | None = None  # the first so many held-out prompts; null: all
     images_per_prompt: int = 1  # each with its own seed, the same for base and tuned
-    every: int = 0  # epochs between evaluations; 0: only before and after
     pictures: int = 8  # images in the before | after picture
 
 
@@ -107,6 +106,15 @@ SECTIONS: dict[str, Any] = {
     "evaluate": EvaluateConfig,
     "run": RunConfig,
 }
+COUNTS = (
+    "epochs",
+    "prompts_per_epoch",
+    "images_per_prompt",
+    "rollout_batch",
+    "updates_per_epoch",
+    "inner_epochs",
+    "loss_batch",
+)
 DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": "ddpo"}
 
 
@@ -121,14 +129,22 @@ def load_config(words: Sequence[str]) -> Config:
     merged = OmegaConf.create({})
     for word in words:
         merged = _merge(merged, _read(word), word)
-    return build_config(OmegaConf.to_container(merged, resolve=True))  # type: ignore[arg-type]
+    try:
+        tree: Any = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:  # a ${reference} that leads nowhere
+        raise UsageError(f"config: {_one_line(error)}") from error
+    return build_config(tree)
+
+
+def is_setting(word: str) -> bool:
+    """Whether a word of a command line is `key=value` rather than a file."""
+    return bool(re.match(r"[\w.:\[\]-]+=", word)) and not Path(word).exists()
 
 
 def _read(word: str) -> DictConfig:
-    if re.match(r"[\w.\[\]:]+=", word):
-        key, _, value = word.partition("=")
+    if is_setting(word):
         try:
-            return OmegaConf.from_dotlist([f"{key}={value}"])
+            return OmegaConf.from_dotlist([word])
         except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
             raise UsageError(f"cannot read {word!r}: {_one_line(error)}") from error
     if not Path(word).is_file():
@@ -230,9 +246,15 @@ def _field_of(option: Option) -> tuple[str, Any, Any]:
 def check_arithmetic(config: Config) -> None:
     """Raises: UsageError when a batch does not divide what it splits, or a count is not positive."""
     train, images = config.train, config.images_per_epoch
-    for name in ("prompts_per_epoch", "images_per_prompt", "rollout_batch", "updates_per_epoch", "loss_batch"):
-        if getattr(train, name) < 1:
-            raise UsageError(f"config train.{name}: must be at least 1, got {getattr(train, name)}")
+    for where, section, names in (("train", train, COUNTS), ("evaluate", config.evaluate, ("images_per_prompt",))):
+        for name in names:
+            if getattr(section, name) < 1:
+                raise UsageError(f"config {where}.{name}: must be at least 1, got {getattr(section, name)}")
+    for name in ("lr", "max_grad_norm"):
+        if getattr(train, name) <= 0:
+            raise UsageError(f"config train.{name}: must be above 0, got {getattr(train, name)}")
+    if not all(0 <= beta < 1 for beta in train.betas):
+        raise UsageError(f"config train.betas: must be in [0, 1), got {list(train.betas)}")
     sentence = f"{train.prompts_per_epoch} prompts x {train.images_per_prompt} images = {images} images per epoch"
     if images % train.updates_per_epoch:
         raise UsageError(
@@ -251,8 +273,12 @@ def locate(path: str) -> Path:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, loadable again."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    """The resolved config, loadable again from any folder."""
+    tree = dataclasses.asdict(config)
+    tree["plugins"] = [str(Path(path).expanduser().resolve()) for path in config.plugins]
+    for name, path in tree["prompts"].items():
+        tree["prompts"][name] = str(locate(path).resolve()) if path and not path.startswith("asset:") else path
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def config_help() -> str:

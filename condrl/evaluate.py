@@ -10,7 +10,7 @@ from torch import Tensor
 
 from condrl.policy import Policy
 from condrl.prompts import Row
-from condrl.rewards import Reward
+from condrl.rewards import Reward, score
 from condrl.rollout import sample, seeded
 
 
@@ -19,7 +19,7 @@ class Estimate:
     """A mean over prompts with its 95 % confidence interval (normal approximation, prompts as the unit)."""
 
     mean: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None  # None for a single prompt
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class Evaluation:
 def estimate(scores: Tensor, images_per_prompt: int) -> Estimate:
     """Mean and interval of scores (P * images_per_prompt,), a prompt's images next to each other."""
     means = scores.double().reshape(-1, images_per_prompt).mean(1)
-    half = 1.96 * means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
     mean = means.mean().item()
+    if len(means) == 1:
+        return Estimate(mean, None)
+    half = 1.96 * means.std().item() / len(means) ** 0.5
     return Estimate(mean, (mean - half, mean + half))
 
 
@@ -61,8 +63,8 @@ def evaluate(
         part = slice(start, start + batch)
         seeds = [seed + i for i in range(len(rows))[part]]
         images = policy.model.decode(sample(policy, condition[part], seeded(seeds), batch))
-        for measure in measures:
-            scores[measure.name].append(measure(images, rows[part]).cpu())
+        for name, values in score(measures, images, rows[part]).each.items():
+            scores[name].append(values.cpu())
         shown.extend(images[: max(0, pictures - len(shown))].cpu())
     measured = {name: estimate(torch.cat(values), per_prompt) for name, values in scores.items()}
     return Evaluation(measured, shown, [row.prompt for row in rows[: len(shown)]])

@@ -29,7 +29,13 @@ def load_prompts(path: str, key: str) -> list[Row]:
     file = locate(path)
     if not path or not file.is_file():
         raise UsageError(f"config {key}: there is no prompt file {path!r}")
-    lines = [(number, line.strip()) for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)]
+    if file.suffix not in (".txt", ".jsonl"):
+        raise UsageError(f"config {key}: {path} is neither .txt (a prompt per line) nor .jsonl (an object per line)")
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"config {key}: {path} is not UTF-8 text") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line]
     if not lines:
         raise UsageError(f"config {key}: the prompt file {path} is empty")

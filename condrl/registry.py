@@ -12,7 +12,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import pkgutil
 import re
 import sys
 import typing
@@ -107,8 +106,9 @@ class Registry:
             return lambda t: self(t, name=name)
         plugin = Plugin(self.kind, name or snake_case(target.__name__), target)
         known = self.plugins.get(plugin.name)
-        if known and known.source != plugin.source:
-            raise UsageError(f"two files define the {self.kind} {plugin.name!r}: {known.source} and {plugin.source}")
+        taken = known.source if known else self._shipped().get(plugin.name, plugin.source)
+        if Path(taken).resolve() != Path(plugin.source).resolve():
+            raise UsageError(f"two files define the {self.kind} {plugin.name!r}: {taken} and {plugin.source}")
         self.plugins[plugin.name] = plugin
         return target
 
@@ -117,26 +117,32 @@ class Registry:
 
         Raises: UsageError with the list of names when there is none, or saying why it cannot be imported.
         """
-        if name not in self.plugins:
-            self._load(name)
+        for load in (self._load, lambda _: self._load_entry_points()):
+            if name not in self.plugins:
+                load(name)
         if name not in self.plugins:
             known = self.names()
             raise UsageError(f"unknown {self.kind} {name!r}.{suggestion(name, known)} There are: {', '.join(known)}")
         return self.plugins[name]
 
     def names(self) -> list[str]:
-        """Registered and shipped plugins, and entry points not shipped under another kind."""
+        """Registered and shipped plugins."""
         return sorted({*self.plugins, *self._shipped()})
 
     def all(self) -> list[Plugin]:
         """Every registered and shipped plugin and every entry point of this kind, imported."""
-        for point in importlib.metadata.entry_points(group=GROUP):
-            import_plugin(f"entry point {point.name!r}", point.load)
+        self._load_entry_points()
         return [self.find(name) for name in self.names()]
 
-    def _shipped(self) -> list[str]:
-        package = importlib.import_module(self.home)
-        return [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    def _load_entry_points(self) -> None:
+        for point in importlib.metadata.entry_points(group=GROUP):
+            import_plugin(f"entry point {point.name!r}", point.load)
+
+    def _shipped(self) -> dict[str, str]:
+        """The shipped plugin files by name."""
+        folders = [Path(folder) for folder in importlib.import_module(self.home).__path__]
+        files = [file for folder in folders for file in folder.glob("*.py") if not file.stem.startswith("_")]
+        return {file.stem: str(file) for file in files}
 
     def _load(self, name: str) -> None:
         if name in self._shipped():

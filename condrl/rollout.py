@@ -19,7 +19,7 @@ class Rollout:
     """B trajectories of K steps."""
 
     states: Tensor  # (K + 1, B, ...) float32: x_0 is noise, x_K the sample
-    log_probs: Tensor  # (K, B) nats; nan where the step is deterministic
+    log_probs: Tensor  # (K, B) float64, nats; nan where the step is deterministic
     condition: Tensor  # (B,) rows of the model's prompt table
 
     @property
@@ -43,7 +43,7 @@ def rollout(policy: Policy, condition: Tensor, generator: torch.Generator, batch
     """Trajectories for conditions (B,), `batch` at a time."""
     model, count = policy.model, len(condition)
     states = torch.empty((policy.steps + 1, count, *model.state_shape), device=model.device)
-    log_probs = torch.full((policy.steps, count), torch.nan, device=model.device)
+    log_probs = torch.full((policy.steps, count), torch.nan, dtype=torch.float64, device=model.device)
     with model.merged():
         for start in range(0, count, batch):
             rows = slice(start, start + batch)

@@ -8,9 +8,10 @@ import importlib.util
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ import condrl
 from condrl.config import Config
 from condrl.errors import UsageError
 from condrl.policy import Model, Policy
+from condrl.prompts import Row
 from condrl.registry import REGISTRIES
 from condrl.rewards import Reward, make_reward
 from condrl.schedule import DiscreteSchedule, schedule_from_diffusers
+from condrl.trainer import Algorithm, Trainer
 from condrl.transition import Sampler, trained_steps
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 RUN_FILES = ("config.yaml", "metrics.jsonl", "result.json")
+RUN_FOLDERS = ("images", "lora", "condrl")  # the last is the trackers'
 
 
 def make(kind: str, section: Mapping[str, Any], *arguments: Any) -> Any:
@@ -53,13 +57,23 @@ def make_rewards(config: Config) -> list[Reward]:
 
 
 def make_measures(config: Config) -> list[Reward]:
-    """What to report on held-out prompts: `evaluate.measures`, or the rewards when it is empty."""
-    return [make_reward(name, options) for name, options in config.evaluate.measures.items()] or make_rewards(config)
+    """What to report on held-out prompts: `evaluate.measures` and the rewards."""
+    measures = [make_reward(name, options) for name, options in config.evaluate.measures.items()]
+    return measures + [r for r in make_rewards(config) if r.name not in config.evaluate.measures]
 
 
 def make_policy(config: Config, device: torch.device) -> Policy:
     model: Model = make("model", config.model, device)
     return Policy(model, make_sampler(config.sampler, model.schedule))
+
+
+def make_trainer(config: Config, train: Sequence[Row], heldout: Sequence[Row] = ()) -> Trainer:
+    """The model with its prompts encoded and its text encoder released, and what tunes it."""
+    accelerator = make_accelerator(config)
+    policy = make_policy(config, accelerator.device)
+    policy.model.encode([row.prompt for row in [*train, *heldout]])
+    policy.model.finish_encoding()
+    return Trainer(config, policy, make("algorithm", config.algorithm), make_rewards(config), train, accelerator)
 
 
 def check_combination(config: Config) -> None:
@@ -70,7 +84,12 @@ def check_combination(config: Config) -> None:
     sampler = make_sampler(
         config.sampler, schedule_from_diffusers({"num_train_timesteps": 1000, "set_alpha_to_one": False})
     )
-    algorithm: Any = REGISTRIES["algorithm"].find(config.algorithm["name"]).target
+    algorithm: Algorithm = make("algorithm", config.algorithm)
+    if "groups" in algorithm.needs and config.train.images_per_prompt < 2:
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} compares images of one prompt with each other, and "
+            "train.images_per_prompt=1 leaves nothing to compare: raise it, or set algorithm.advantage=prompt"
+        )
     if "stochastic steps" in algorithm.needs and not sampler.stochastic.any():
         raise UsageError(
             f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler "
@@ -79,19 +98,21 @@ def check_combination(config: Config) -> None:
     trained_steps(sampler, config.train)
 
 
-def prepare_folder(config: Config) -> Path:
-    """Create the run's folder.
+def check_folder(config: Config) -> None:
+    """Raises: UsageError when the run's folder holds a run already and `run.overwrite` is not set."""
+    if not config.run.overwrite and any((config.folder / name).exists() for name in RUN_FILES):
+        raise UsageError(
+            f"{config.folder} holds a run already: choose another run.name=, or run.overwrite=true to replace it"
+        )
 
-    Raises: UsageError when it holds a run already and `run.overwrite` is not set.
-    """
-    folder = config.folder
-    left = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if left and not config.run.overwrite:
-        raise UsageError(f"{folder} holds a run already: choose another run.name=, or run.overwrite=true to replace it")
-    for file in [*left, *(folder / "images").glob("*.png")]:
-        file.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+
+def prepare_folder(config: Config) -> None:
+    """Create the run's folder, without what an earlier run left there."""
+    for name in RUN_FILES:
+        (config.folder / name).unlink(missing_ok=True)
+    for name in RUN_FOLDERS:
+        shutil.rmtree(config.folder / name, ignore_errors=True)
+    config.folder.mkdir(parents=True, exist_ok=True)
 
 
 def make_accelerator(config: Config) -> Any:
@@ -126,13 +147,20 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """Versions, git revision and command of this process."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "versions": {"condrl": condrl.__version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "revision": git.stdout.strip() or None,
+        "revision": git_revision(Path(__file__).resolve().parents[1]),
         "command": sys.argv,
     }
+
+
+def git_revision(checkout: Path) -> str | None:
+    """The commit of condrl's own checkout; None when it is installed from a wheel or git is missing."""
+    if not (checkout / ".git").exists() or not shutil.which("git"):
+        return None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=checkout)
+    return git.stdout.strip() or None
 
 
 def peak_memory_gb(device: torch.device) -> float:

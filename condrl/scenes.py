@@ -7,6 +7,7 @@
 
 Grammar:  phrase := (a | an | two | three) [small | large] colour shape[s]
           prompt := phrase | phrase relation phrase | phrase and phrase | phrase, phrase and phrase
+A prompt asks for at most three objects, and a relation stands between two single ones.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ COUNTS = ("a", "two", "three")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATION_GAP = 8.0  # pixels between the centres, along the relation's axis, which must be the longer one
+MAX_OBJECTS = 3
 SPECK = 8  # pixels: smaller blobs are ignored
 UNKNOWN = "unknown"
 
@@ -106,9 +108,17 @@ def parse(prompt: str) -> Request:
     for relation in RELATIONS:
         first, found, second = prompt.partition(f" {relation} ")
         if found:
-            return Request((_parse_phrase(first, prompt), _parse_phrase(second, prompt)), relation)
+            request = Request((_parse_phrase(first, prompt), _parse_phrase(second, prompt)), relation)
+            if len(request.objects) > 2:
+                raise UsageError(
+                    f"the prompt {prompt!r} relates more than one object to another: that can mean two things"
+                )
+            return request
     parts = prompt.replace(" and ", ", ").split(", ")
-    return Request(tuple(_parse_phrase(part, prompt) for part in parts))
+    request = Request(tuple(_parse_phrase(part, prompt) for part in parts))
+    if len(request.objects) > MAX_OBJECTS:
+        raise UsageError(f"the prompt {prompt!r} asks for more than {MAX_OBJECTS} objects")
+    return request
 
 
 def _parse_phrase(text: str, prompt: str) -> Phrase:
@@ -123,7 +133,7 @@ def _parse_phrase(text: str, prompt: str) -> Phrase:
             return Phrase(shape, words[1], size, count)
     raise UsageError(
         f"the shapes vocabulary has no reading of {text!r} in the prompt {prompt!r}: "
-        "write (a | two | three) [small | large] colour shape, as in 'a small red star left of two blue squares'; "
+        "write (a | two | three) [small | large] colour shape, as in 'a small red star left of a blue square'; "
         f"colours: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}"
     )
 
@@ -147,6 +157,14 @@ def _describe_group(group: list[Thing], rng: random.Random, mention_size: float)
     return Phrase(group[0].shape, group[0].color, size, len(group))
 
 
+def meaning(request: Request) -> tuple[str, ...]:
+    """The same for two prompts that ask for the same: "A left of B" and "B right of A", "A and B" and "B and A"."""
+    first, *rest = map(str, request.phrases)
+    if request.relation in ("right of", "below"):
+        return rest[0], INVERSE[request.relation], first
+    return (first, request.relation, *rest) if request.relation else tuple(sorted([first, *rest]))
+
+
 def relation_between(first: Thing, second: Thing) -> str | None:
     """Where `first` lies seen from `second`, along the longer axis; None when they are too close to say."""
     dx, dy = first.x - second.x, first.y - second.y
@@ -160,7 +178,7 @@ def relation_between(first: Thing, second: Thing) -> str | None:
 # ---------------------------------------------------------------------------------------------- drawing
 
 
-def random_scene(rng: random.Random, max_objects: int = 3, repeat: float = 0.35) -> list[Thing]:
+def random_scene(rng: random.Random, max_objects: int = MAX_OBJECTS, repeat: float = 0.35) -> list[Thing]:
     """One to `max_objects` objects that do not touch; with probability `repeat` an object copies the one before."""
     while True:
         scene: list[Thing] = []
@@ -225,7 +243,12 @@ def outline(shape: str) -> tuple[tuple[float, float], ...]:
 
 
 def read(image: np.ndarray) -> list[Thing]:
-    """Find the objects in an image, float (3, H, W) in [0, 1]; shape or colour is 'unknown' where it is neither."""
+    """Find the objects in an image, float (3, SIDE, SIDE) in [0, 1]; shape or colour is 'unknown' where it is neither.
+
+    Raises: UsageError on an image of another size.
+    """
+    if image.shape != (3, SIDE, SIDE):
+        raise UsageError(f"the shapes checker reads images of {SIDE} x {SIDE} pixels, got shape {image.shape}")
     pixels = image.transpose(1, 2, 0)
     ground = np.array(GROUND) / 255
     foreground = np.abs(pixels - ground).max(-1) > 0.25

@@ -32,8 +32,6 @@ class DiscreteSchedule:
     steps_offset: int = 0
     final_time: float = 0.0
 
-    end: float = 1.0
-
     def _alpha_bar(self, t: Tensor) -> Tensor:
         table = torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar])
         position = t.double() * len(self.alpha_bar)
@@ -80,6 +78,10 @@ class DiscreteSchedule:
             "linspace": torch.linspace(0, count - 1, steps, dtype=torch.float64).round().flip(0),
             "trailing": (count - k * count / steps).round() - 1,
         }[spacing or self.spacing]
+        if index[0] >= count:
+            raise UsageError(
+                f"config sampler.steps: {steps} steps with the scheduler's offset begin after its last time"
+            )
         return torch.cat([(index + 1) / count, torch.tensor([self.final_time], dtype=torch.float64)])
 
     def score(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from condrl.rollout import Rollout, rollout
 from condrl.transition import trained_steps
 
 Metrics = dict[str, Tensor]
+Need = Literal["stochastic steps", "groups"]  # groups: several images of a prompt in an epoch
+PICTURES = 8  # images in an epoch's picture
 RATIO_TOLERANCE = {"full": 1e-3, "half": 2e-2}  # by the precision of the frozen weights
 
 
@@ -46,6 +48,7 @@ class Experience:
     rows: list[Row]
     scores: Scores
     advantages: Tensor  # (B,)
+    shown: Tensor  # (P, ...) the first sample of the first prompts
 
     def pairs(self, images: Tensor, steps: Tensor) -> Minibatch:
         """The pairs (images[i], steps[i])."""
@@ -63,7 +66,8 @@ class Experience:
 class Algorithm(Protocol):
     """What an algorithm plugin provides; its dataclass fields are its options."""
 
-    needs: Sequence[str]  # of: stochastic steps
+    @property
+    def needs(self) -> Sequence[Need]: ...
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Credit (B,) of rewards (B,) for images of prompt rows `groups` (B,)."""
@@ -104,15 +108,24 @@ class Trainer:
         """
         bar = tqdm(range(self.epoch, self.config.train.epochs), desc="tuning", unit="epoch")
         for epoch in bar:
-            clock = Clock()
-            experience = self.collect(epoch, clock)
-            if epoch == 0 and self.config.run.check_ratios:
-                self.check_ratios(experience)
-            metrics = self.update(experience, epoch)
-            clock.lap("update")
-            self.epoch, self.images = epoch + 1, self.images + len(experience.rows)
-            self.record(experience, metrics, clock)
-            bar.set_postfix(reward=f"{experience.scores.total.mean().item():.3f}")
+            reward = self.run_epoch(epoch)
+            bar.set_postfix(reward=f"{reward:.3f}")
+
+    def run_epoch(self, epoch: int) -> float:
+        """Roll out, score, credit, update, record; returns the mean reward."""
+        clock = Clock()
+        experience = self.collect(epoch, clock)
+        self.picture(experience, epoch)
+        clock.lap("picture")
+        if epoch < 2 and self.config.run.check_ratios:
+            # every pair before the first update, then some once the LoRA is no longer zero
+            self.check_ratios(experience, None if epoch == 0 else self.config.train.loss_batch)
+            clock.lap("check")
+        metrics = self.update(experience, epoch)
+        clock.lap("update")
+        self.epoch, self.images = epoch + 1, self.images + len(experience.rows)
+        self.record(experience, metrics, clock)
+        return experience.scores.total.mean().item()
 
     def collect(self, epoch: int, clock: Clock) -> Experience:
         """Roll out an epoch's prompts, score the images and give them credit."""
@@ -122,23 +135,22 @@ class Trainer:
         generator = self.generator(epoch, "rollout")
         trajectories = rollout(self.policy, model.encode([r.prompt for r in rows]), generator, train.rollout_batch)
         clock.lap("rollout")
-        samples = self.decode(trajectories.samples)
+        with torch.no_grad():
+            samples = model.decode(trajectories.samples)
         clock.lap("decode")
         scores = score(self.rewards, samples, rows)
         groups = torch.tensor([row.index for row in rows], device=scores.total.device)
         advantages = self.algorithm.advantages(scores.total, groups)
         clock.lap("score")
-        self.picture(samples, rows, scores, epoch)
-        return Experience(trajectories, rows, scores, advantages)
-
-    @torch.no_grad()
-    def decode(self, states: Tensor) -> Tensor:
-        return self.policy.model.decode(states)
+        shown = samples[:: train.images_per_prompt][:PICTURES].cpu()
+        return Experience(trajectories, rows, scores, advantages, shown)
 
     def update(self, experience: Experience, epoch: int) -> dict[str, float]:
         """The epoch's optimiser steps; returns the means of their metrics."""
         train, totals = self.config.train, defaultdict[str, list[Tensor]](list)
         generator = self.generator(epoch, "update")
+        if self.half:
+            experience = self.with_log_probs_of_the_update(experience)
         for _ in range(train.inner_epochs):
             order = torch.randperm(len(experience.rows), generator=generator)
             for images in order.chunk(train.updates_per_epoch):
@@ -158,8 +170,13 @@ class Trainer:
             self.accelerator.backward(loss.sum() * weight)
             metrics["loss"] = loss.detach().mean()
             for name, value in metrics.items():
-                totals[name].append(value * (len(part) / len(pairs)))
+                totals[name].append(value.detach() * (len(part) / len(pairs)))
         norm = self.accelerator.clip_grad_norm_(self.weights, train.max_grad_norm)
+        if not norm.isfinite():
+            raise RunError(
+                f"the gradient of update {self.updates + 1} has norm {norm.item()}, so the update was not made: "
+                "lower train.lr, or use model.dtype=bfloat16 or float32 if it is float16"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
@@ -174,22 +191,47 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ checks
 
-    @torch.no_grad()
-    def check_ratios(self, experience: Experience) -> None:
-        """Raises: RunError unless the loss's policy gives every stored step the probability the roll-out gave it."""
+    def check_ratios(self, experience: Experience, most: int | None = None) -> None:
+        """Compare the update's own log-probabilities, at most so many, with those that it takes for the roll-out's.
+
+        Raises: RunError unless every likelihood ratio is 1.
+        """
+        if self.half:
+            experience = self.with_log_probs_of_the_update(experience)
+        pairs = self.every_pair(len(experience.rows))
+        pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))][:most]
         worst = 0.0
-        for part in self.every_pair(len(experience.rows)).split(self.config.train.loss_batch):
+        for part in pairs.split(self.config.train.loss_batch):
             batch = experience.pairs(*part.unbind(1))
-            law = self.policy.transition(batch.x, batch.k, batch.condition)
+            law = self.policy.transition(batch.x, batch.k, batch.condition)  # with gradients, as the update does
             worst = max(worst, (law.log_prob(batch.next_x) - batch.old_log_prob).exp().sub(1).abs().max().item())
-        half = any(p.dtype.itemsize == 2 for p in self.policy.model.module.parameters())
-        allowed = RATIO_TOLERANCE["half" if half else "full"]
+        allowed = RATIO_TOLERANCE["half" if self.half else "full"]
         if not worst <= allowed:
             raise RunError(
                 f"before the first update every likelihood ratio should be 1, but one is off by {worst:.2g} "
-                f"(allowed: {allowed:g}): the loss does not see the policy that was rolled out. "
-                "Dropout or half precision can cause this; model.dtype=float32 rules out the latter."
+                f"(allowed: {allowed:g}): the loss does not see the policy that was rolled out. Dropout, or kernels "
+                "whose result depends on the batch, can cause this; model.dtype=float32 and "
+                "train.loss_batch=train.rollout_batch reduce it, run.check_ratios=false goes on regardless."
             )
+
+    @property
+    def half(self) -> bool:
+        """Whether the frozen weights have half precision."""
+        return any(p.dtype.itemsize == 2 for p in self.policy.model.module.parameters())
+
+    @torch.no_grad()
+    def with_log_probs_of_the_update(self, experience: Experience) -> Experience:
+        """The experience with its log-probabilities recomputed in the update's own batches.
+
+        In half precision the result of a network depends on its batch by far more than a ratio may be off.
+        """
+        log_probs = torch.full_like(experience.rollout.log_probs, torch.nan)
+        for part in self.every_pair(len(experience.rows)).split(self.config.train.loss_batch):
+            batch = experience.pairs(*part.unbind(1))
+            law = self.policy.transition(batch.x, batch.k, batch.condition)
+            images, steps = part.to(log_probs.device).unbind(1)
+            log_probs[steps, images] = law.log_prob(batch.next_x)
+        return replace(experience, rollout=replace(experience.rollout, log_probs=log_probs))
 
     def every_pair(self, images: int) -> Tensor:
         """All (image, trained step) pairs, (images * steps, 2), ordered by step as the roll-out was."""
@@ -222,12 +264,14 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
         self.accelerator.log(line, step=self.epoch)
 
-    def picture(self, samples: Tensor, rows: Sequence[Row], scores: Scores, epoch: int) -> None:
-        """Save an epoch's first group of each prompt, with prompts and rewards."""
-        every = max(1, self.config.train.images_per_prompt)
-        chosen = range(0, len(rows), every)[:8]
-        labels = [f"{rows[i].prompt} [{scores.total[i].item():.2f}]" for i in chosen]
-        save_grid(self.config.folder / "images" / f"epoch_{epoch + 1:04d}.png", [samples[i] for i in chosen], labels)
+    def picture(self, experience: Experience, epoch: int) -> None:
+        """Save the first image of the first prompts, with prompts and rewards; images only, not points."""
+        if experience.shown.dim() != 4:
+            return
+        every, total = self.config.train.images_per_prompt, experience.scores.total
+        chosen = range(0, len(experience.rows), every)[:PICTURES]
+        labels = [f"{experience.rows[i].prompt} [{total[i].item():.2f}]" for i in chosen]
+        save_grid(self.config.folder / "images" / f"epoch_{epoch + 1:04d}.png", list(experience.shown), labels)
 
 
 class Clock:
@@ -238,5 +282,7 @@ class Clock:
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[name], self.last = now - self.last, now

@@ -25,22 +25,16 @@ import torch
 from tqdm import tqdm
 
 from condrl.config import Config, load_config
-from condrl.errors import UsageError
+from condrl.errors import UsageError, exit_code
 from condrl.prompts import load_prompts
-from condrl.run import make, make_accelerator, make_policy, make_rewards, peak_memory_gb, provenance, write_json
+from condrl.run import make_trainer, peak_memory_gb, provenance, write_json
 from condrl.trainer import Clock, Trainer
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 
-def make_trainer(config: Config) -> Trainer:
-    """A trainer as finetune.py makes it, on the config's training prompts."""
-    accelerator = make_accelerator(config)
-    rows = load_prompts(config.prompts.train, "prompts.train")
-    policy = make_policy(config, accelerator.device)
-    policy.model.encode([row.prompt for row in rows])
-    policy.model.finish_encoding()
-    return Trainer(config, policy, make("algorithm", config.algorithm), make_rewards(config), rows, accelerator)
+def quickstart_trainer(config: Config) -> Trainer:
+    return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -61,7 +55,7 @@ def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
     The bare roll-out calls the UNet without any LoRA; the bare update calls it with its LoRA, forward and backward.
     """
-    trainer = make_trainer(config)
+    trainer = quickstart_trainer(config)
     images, guided = config.images_per_epoch, 2 if config.model["guidance"] != 1 else 1
     pairs = images * (config.train.steps_per_image or len(trainer.steps)) * config.train.inner_epochs
     forward, backward = images * trainer.policy.steps * guided, pairs * guided
@@ -142,11 +136,12 @@ def memory(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 def epoch(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """One epoch's peak memory, for `memory`."""
-    trainer = make_trainer(config)
+    trainer = quickstart_trainer(config)
     for number in range(3):
         experience = trainer.collect(number, Clock())
         trainer.update(experience, number)
-    stored = experience.rollout.states.nbytes / 1e9
+        stored = experience.rollout.states.nbytes / 1e9
+        del experience
     return {"peak_memory_gb": peak_memory_gb(trainer.policy.model.device), "stored_gb": stored}
 
 
@@ -163,10 +158,12 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         words += ["model.gradient_checkpointing=true", *small, *update, *args.words]
         config = load_config([str(QUICKSTART), *words])
         loading = time.perf_counter()
-        trainer = make_trainer(config)
+        trainer = quickstart_trainer(config)
     clock = Clock()
     loaded = clock.last - loading
     experience = trainer.collect(0, clock)
+    trainer.check_ratios(experience)
+    clock.lap("check")
     metrics = trainer.update(experience, 0)
     clock.lap("update")
     weights = sum(p.numel() for p in trainer.policy.model.module.parameters())
@@ -237,7 +234,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    sys.exit(exit_code(main))

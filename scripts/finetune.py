@@ -12,118 +12,134 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from condrl.config import Config, config_help, load_config, to_yaml
-from condrl.errors import RunError, UsageError
+from condrl.config import config_help, is_setting, load_config, to_yaml
+from condrl.errors import exit_code
+
+if TYPE_CHECKING:
+    from condrl.config import Config
+    from condrl.evaluate import Evaluation
+    from condrl.prompts import Row
+    from condrl.trainer import Trainer
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 
 def main(words: list[str]) -> int:
+    """Exit code: 0, 1 for a run that had to stop, 2 for bad input, 130 when interrupted."""
     if {"-h", "--help"} & set(words):
         print(__doc__, config_help(), sep="\n")
         return 0
-    try:
-        finetune(words)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: finetune(words))
 
 
 def finetune(words: list[str]) -> None:
-    """Check everything that can be checked, then measure, tune, measure again and save."""
+    """Check everything that can be checked without the model, then tune."""
     begun = time.monotonic()
-    from_file = any("=" not in word for word in words)
-    config = load_config(words if from_file else [str(QUICKSTART), *words])
+    config = load_config([str(QUICKSTART), *words] if all(map(is_setting, words)) else words)
 
     from condrl.prompts import load_prompts
-    from condrl.run import check_combination, make_rewards, prepare_folder
+    from condrl.run import check_combination, check_folder, make_rewards
 
     train = load_prompts(config.prompts.train, "prompts.train")
     heldout = load_prompts(config.prompts.heldout, "prompts.heldout") if config.prompts.heldout else []
     check_combination(config)
-    rewards = make_rewards(config)
-    folder = prepare_folder(config)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    run(config, train, heldout[: config.evaluate.prompts], rewards, folder, begun)
+    check_folder(config)
+    make_rewards(config)
+    run(config, train, heldout[: config.evaluate.prompts], begun)
 
 
-def run(config: Config, train: Any, heldout: Any, rewards: Any, folder: Path, begun: float) -> None:
+def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float) -> None:
+    """Measure, tune, save, measure again."""
     import torch
 
-    from condrl.report import save_comparison
-    from condrl.run import make, make_accelerator, make_measures, make_policy, peak_memory_gb, provenance, write_json
-    from condrl.trainer import Trainer
+    from condrl.run import make_trainer, peak_memory_gb, prepare_folder, provenance, write_json
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    accelerator = make_accelerator(config)
-    policy = make_policy(config, accelerator.device)
-    policy.model.encode([row.prompt for row in [*train, *heldout]])
-    policy.model.finish_encoding()
-    trainer = Trainer(config, policy, make("algorithm", config.algorithm), rewards, train, accelerator)
-    measures = make_measures(config)
-    before = heldout_evaluation(config, policy, heldout, measures, "base")
+    trainer = make_trainer(config, train, heldout)
+    model, folder = trainer.policy.model, config.folder
+    prepare_folder(config)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    origin = provenance()
+    base = heldout_evaluation(trainer, heldout, "base")
     try:
         trainer.fit()
-    finally:  # also when interrupted
-        policy.model.save_adapter(folder / "lora")
-        print(f"the LoRA after {trainer.epoch} epochs is in {folder / 'lora'}", flush=True)
-    after = heldout_evaluation(config, policy, heldout, measures, "tuned")
-    result: dict[str, Any] = {
+    except KeyboardInterrupt:
+        model.save_adapter(folder / "lora")
+        print(f"\nthe LoRA after {trainer.epoch} epochs is in {folder / 'lora'}", flush=True)
+        raise
+    model.save_adapter(folder / "lora")
+    tuned = heldout_evaluation(trainer, heldout, "tuned")
+    result = {
+        "heldout": compared(base, tuned),
         "seconds": round(time.monotonic() - begun, 1),
-        "peak_memory_gb": round(peak_memory_gb(accelerator.device), 3),
+        "peak_memory_gb": round(peak_memory_gb(model.device), 3),
         "images": trainer.images,
-        "unet_calls": policy.model.evaluations,
+        "unet_calls": model.evaluations,
         "seed": config.run.seed,
-        **provenance(),
+        **origin,
     }
-    if before and after:
-        result["heldout"] = {
-            name: {"base": dataclasses.asdict(before.measures[name]), "tuned": dataclasses.asdict(after.measures[name])}
-            for name in before.measures
-        }
-        save_comparison(folder / "images" / "before_after.png", before.pictures, after.pictures, before.labels)
     write_json(folder / "result.json", result)
-    accelerator.end_training()
+    if base and tuned and base.pictures:
+        save_comparison_of(base, tuned, folder / "images" / "before_after.png")
+    trainer.accelerator.end_training()
     print(summary(result, folder))
 
 
-def heldout_evaluation(config: Config, policy: Any, heldout: Any, measures: Any, who: str) -> Any:
+def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Evaluation | None:
     """Measure the policy on the held-out prompts; None when there are none."""
     from condrl.evaluate import evaluate
+    from condrl.run import make_measures
 
     if not heldout:
         return None
-    options = config.evaluate
-    seed = 1_000_000 + config.run.seed * 100_000  # far from the seeds a user would sample with
+    config = trainer.config
     found = evaluate(
-        policy, heldout, measures, seed, options.images_per_prompt, config.train.rollout_batch, options.pictures
+        trainer.policy,
+        heldout,
+        make_measures(config),
+        seed=1_000_000 + config.run.seed * 100_000,  # far from the seeds a user would sample with
+        per_prompt=config.evaluate.images_per_prompt,
+        batch=config.train.rollout_batch,
+        pictures=config.evaluate.pictures,
     )
     print(f"held-out, {who}: " + ", ".join(f"{name} {e.mean:.3f}" for name, e in found.measures.items()), flush=True)
     return found
 
 
+def compared(base: Evaluation | None, tuned: Evaluation | None) -> dict[str, Any]:
+    """Each measure's estimates, base and tuned."""
+    if not base or not tuned:
+        return {}
+    both = {"base": base.measures, "tuned": tuned.measures}
+    return {name: {who: dataclasses.asdict(m[name]) for who, m in both.items()} for name in base.measures}
+
+
+def save_comparison_of(base: Evaluation, tuned: Evaluation, path: Path) -> None:
+    from condrl.report import save_comparison
+
+    save_comparison(path, base.pictures, tuned.pictures, base.labels)
+
+
 def summary(result: dict[str, Any], folder: Path) -> str:
     """The result as a table."""
-    lines = [f"{'held-out':<24}{'base':>24}{'tuned':>24}"]
-    for name, row in result.get("heldout", {}).items():
-        cells = [f"{e['mean']:.3f} [{e['ci95'][0]:.3f}, {e['ci95'][1]:.3f}]" for e in (row["base"], row["tuned"])]
-        lines.append(f"{name:<24}" + "".join(f"{cell:>24}" for cell in cells))
+    lines = [f"{'held-out':<20}{'base':>26}{'tuned':>26}"]
+    for name, row in result["heldout"].items():
+        lines.append(f"{name:<20}" + "".join(f"{interval(row[who]):>26}" for who in ("base", "tuned")))
     lines.append(
         f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"
     )
     return "\n".join(lines)
+
+
+def interval(estimate: dict[str, Any]) -> str:
+    low, high = estimate["ci95"] or (float("nan"), float("nan"))
+    return f"{estimate['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 if __name__ == "__main__":

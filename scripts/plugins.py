@@ -12,7 +12,7 @@ import typing
 from typing import Any
 
 from condrl.config import GridConfig, WeightConfig
-from condrl.errors import UsageError
+from condrl.errors import UsageError, exit_code
 from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, type_hints
 
 COMMON = {"sampler": GridConfig, "reward": WeightConfig}
@@ -59,7 +59,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UsageError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -297,12 +297,14 @@ def keep_text_model_prefix(path: Path) -> None:
     save_file(state, path, metadata={"format": "pt"})
 
 
-def write_prompts(folder: Path, train: int = 1024, heldout: int = 512) -> None:
-    """Distinct prompts, described as the training captions were; no prompt is in both lists."""
-    rng, prompts = random.Random(2), dict[str, None]()
+def write_prompts(folder: Path, train: int = 512, heldout: int = 512) -> None:
+    """Prompts of distinct meaning, described as the training captions were and dealt to the two lists at random."""
+    rng, prompts = random.Random(2), dict[tuple[str, ...], str]()
     while len(prompts) < train + heldout:
-        prompts[str(scenes.describe(scenes.random_scene(rng), rng))] = None
-    lines = list(prompts)
+        request = scenes.describe(scenes.random_scene(rng), rng)
+        prompts.setdefault(scenes.meaning(request), str(request))
+    lines = list(prompts.values())
+    rng.shuffle(lines)
     (folder / "heldout.txt").write_text("\n".join(lines[:heldout]) + "\n")
     (folder / "train.txt").write_text("\n".join(lines[heldout:]) + "\n")
 

@@ -14,8 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from condrl.config import Config, load_config
-from condrl.errors import UsageError
+from condrl.config import Config, is_setting, load_config
+from condrl.errors import UsageError, exit_code
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -44,16 +44,16 @@ def read_words(words: list[str]) -> tuple[Config, Path | None]:
     """
     from condrl.checkpoint import LORA_FILE
 
-    folders = [Path(word) for word in words if "=" not in word]
-    settings = [word for word in words if "=" in word]
+    folders = [Path(word) for word in words if not is_setting(word)]
+    settings = [word for word in words if is_setting(word)]
     if len(folders) > 1:
         raise UsageError(f"expected one run or LoRA folder, got {' '.join(map(str, folders))}")
     if not folders:
         return load_config(settings), None
     (folder,) = folders
     if (folder / LORA_FILE).is_file() or folder.is_file():
-        run = folder.parent / "config.yaml"
-        return load_config([str(run)] * run.is_file() + settings), folder
+        runs = [parent / "config.yaml" for parent in folder.resolve().parents[:2]]
+        return load_config([str(run) for run in runs if run.is_file()][:1] + settings), folder
     if not (folder / "config.yaml").is_file() or not (folder / "lora" / LORA_FILE).is_file():
         raise UsageError(f"{folder} holds neither a finished run (config.yaml and lora/) nor {LORA_FILE}")
     return load_config([str(folder / "config.yaml"), *settings]), folder / "lora"
@@ -100,7 +100,4 @@ def draw(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        draw(parse(sys.argv[1:]))
-    except UsageError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    sys.exit(exit_code(lambda: draw(parse(sys.argv[1:]))))

@@ -6,16 +6,19 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, load_script, run_python
+from helpers import ROOT, run_python
 from PIL import Image
+from safetensors.torch import load_file
 
 from condrl.checkpoint import LORA_FILE
+from condrl.config import load_config
 
 FINETUNE = str(ROOT / "scripts" / "finetune.py")
 SAMPLE = str(ROOT / "scripts" / "sample.py")
 SMALL = [
     "train.epochs=2", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8",
     "train.updates_per_epoch=2", "train.steps_per_image=2", "sampler.steps=4", "evaluate.prompts=6", "evaluate.pictures=2",
+    "train.lr=0.03",
 ]  # fmt: skip
 REWARD = """
 import condrl
@@ -41,14 +44,16 @@ def run(tmp_path_factory):
 def test_a_run_leaves_everything_behind(run):
     folder, done = run
     result = json.loads((folder / "result.json").read_text())
-    assert set(result["heldout"]) == {"shapes_exact", "shapes"}
+    assert set(result["heldout"]) == {"shapes_exact", "shapes", "redness"}
+    assert result["heldout"]["redness"]["tuned"]["mean"] != result["heldout"]["redness"]["base"]["mean"]
     for measure in result["heldout"].values():
         for who in ("base", "tuned"):
             low, high = measure[who]["ci95"]
             assert low <= measure[who]["mean"] <= high
-    # images: 2 epochs of 8; evaluations: held-out twice, roll-outs, the ratio check, updates; guided ones count twice
     assert result["images"] == 16
-    assert result["unet_calls"] == 2 * (2 * 6 * 4 + 2 * 8 * 4 + 8 * 4 + 2 * 8 * 2)
+    # held-out twice, two roll-outs, the ratio check of epochs 1 and 2, two updates
+    guided = 2 if load_config([str(folder / "config.yaml")]).model["guidance"] != 1 else 1
+    assert result["unet_calls"] == guided * (2 * 6 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 2)
     assert result["seed"] == 0
     assert 0 < result["peak_memory_gb"] < 3
     assert 0 < result["seconds"] < 300
@@ -71,6 +76,8 @@ def test_a_run_is_repeated_by_its_seed(run, tmp_path):
     assert again.returncode == 0, again.stderr
     first, second = (json.loads((f / "result.json").read_text())["heldout"] for f in (folder, tmp_path / "again"))
     assert first == second
+    first, second = (load_file(f / "lora" / LORA_FILE) for f in (folder, tmp_path / "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_finished_run_is_not_overwritten_unless_asked(run):
@@ -117,15 +124,20 @@ def test_sample_is_the_plain_diffusers_pipeline_with_the_lora(run, tmp_path):
     done = run_python(SAMPLE, str(folder), "--prompt", "a red star left of a blue square", "--seeds", "0", "1", "2",
                       "--folder", str(tmp_path), "--out", str(tmp_path / "sheet" / "s.png"), cwd=folder.parents[1])  # fmt: skip
     assert done.returncode == 0, done.stderr
-    config = load_script("sample").load_config([str(folder / "config.yaml")])
+    config = load_config([str(folder / "config.yaml")])
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "condrl/assets/shapes", dtype=torch.float32)
     pipe.load_lora_weights(folder / "lora")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+
+    def theirs(seed):
+        return pipe("a red star left of a blue square", generator=torch.Generator().manual_seed(seed), eta=1.0,
+                    num_inference_steps=4, guidance_scale=config.model["guidance"], output_type="np").images[0]  # fmt: skip
+
+    ours = [np.asarray(Image.open(tmp_path / f"{seed:04d}.png")) / 255 for seed in range(3)]
     for seed in range(3):
-        theirs = pipe("a red star left of a blue square", generator=torch.Generator().manual_seed(seed), eta=1.0,
-                      num_inference_steps=4, guidance_scale=config.model["guidance"], output_type="np").images[0]  # fmt: skip
-        ours = np.asarray(Image.open(tmp_path / f"{seed:04d}.png")) / 255
-        assert np.abs(ours - theirs).max() <= 1.5 / 255  # 1/255, and half a level of rounding in the PNG
+        assert np.abs(ours[seed] - theirs(seed)).max() <= 1.5 / 255  # 1/255, and half a level of rounding in the PNG
+    pipe.unload_lora_weights()
+    assert max(np.abs(ours[seed] - theirs(seed)).max() for seed in range(3)) > 10 / 255  # the LoRA did something
 
 
 @pytest.mark.parametrize(

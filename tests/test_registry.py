@@ -54,6 +54,12 @@ def test_duplicates_name_both_files(tmp_path):
         load_file(str(second))
 
 
+def test_a_shipped_name_is_not_taken_over(tmp_path):
+    body = "import condrl\n@condrl.reward\ndef jpeg_incompressibility(samples, prompts):\n    return samples.mean((1, 2, 3))\n"
+    with pytest.raises(UsageError, match=r"jpeg_incompressibility.*plugins.*mine\.py"):
+        load_file(str(write(tmp_path / "mine.py", body)))
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ class StableDiffusion:
         single_file_config: str | None = None,  # diffusers folder or hub id with the configs of a single file
         dtype: Dtype = "float32",  # of the frozen weights; the LoRA is always float32
         guidance: float = 5.0,  # classifier-free guidance scale; 1: none
-        guidance_gradient: Literal["both", "conditional"] = "both",  # branches through which the gradient flows
+        guidance_gradient: Literal["both", "conditional"] = "both",  # branches with a gradient; the cost is the same
         negative_prompt: str = "",  # the prompt of the unconditional branch
         lora_rank: int = 16,  # rank of the LoRA
         lora_alpha: int | None = None,  # LoRA scale is alpha / rank; null: alpha = rank
@@ -42,6 +43,9 @@ class StableDiffusion:
         gradient_checkpointing: bool = False,  # recompute activations in the backward pass: less memory, slower
         decode_batch: int = 16,  # images that the VAE decodes at a time
     ) -> None:
+        for name, value in (("lora_rank", lora_rank), ("lora_alpha", lora_alpha), ("decode_batch", decode_batch)):
+            if value is not None and value < 1:
+                raise UsageError(f"config model.{name}: must be at least 1, got {value}")
         pipe = load_pipeline(path, revision, single_file_config, getattr(torch, dtype))
         self.guidance, self.guidance_gradient, self.decode_batch = guidance, guidance_gradient, decode_batch
         self.schedule = schedule_from_diffusers(pipe.scheduler.config)
@@ -78,11 +82,19 @@ class StableDiffusion:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
         if new and self._pipe is None:
             raise RunError(f"the text encoder was released before the prompt {new[0]!r} was encoded")
+        for prompt in new:
+            self._check_length(prompt)
         for start in range(0, len(new), 64):
             embedded, _ = self._pipe.encode_prompt(new[start : start + 64], self.device, 1, False)
             self._table = torch.cat([self._table.to(embedded), embedded]) if len(self._table) else embedded
         self._rows |= {prompt: len(self._rows) + i for i, prompt in enumerate(new)}
         return torch.tensor([self._rows[prompt] for prompt in prompts])
+
+    def _check_length(self, prompt: str) -> None:
+        tokenizer = self._pipe.tokenizer
+        count, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
+        if count > most:
+            warnings.warn(f"the prompt {prompt!r} has {count} tokens; the model reads the first {most}", stacklevel=2)
 
     def finish_encoding(self) -> None:
         """Release the text encoder and the rest of the pipeline."""
@@ -170,11 +182,15 @@ def load_pipeline(path: str, revision: str | None, single_file_config: str | Non
     options: dict[str, Any] = dict(dtype=dtype, safety_checker=None)
     try:
         if source.is_file():
-            return StableDiffusionPipeline.from_single_file(str(source), config=single_file_config, **options)
-        where = str(source) if source.is_dir() else path
-        return StableDiffusionPipeline.from_pretrained(where, revision=revision, feature_extractor=None, **options)
+            pipe = StableDiffusionPipeline.from_single_file(str(source), config=single_file_config, **options)
+        else:
+            where = str(source) if source.is_dir() else path
+            pipe = StableDiffusionPipeline.from_pretrained(where, revision=revision, feature_extractor=None, **options)
     except (OSError, ValueError) as error:
         raise UsageError(f"config model.path: cannot load {path!r}: {str(error).splitlines()[0]}") from error
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels or pipe.unet.config.addition_embed_type:
+        raise UsageError(f"config model.path: {path!r} is not a text-to-image Stable Diffusion 1.x or 2.x model")
+    return pipe
 
 
 def add_lora(unet: Any, rank: int, alpha: int, targets: Sequence[str]) -> None:

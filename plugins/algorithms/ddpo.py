@@ -9,15 +9,15 @@ from torch import Tensor
 import condrl
 from condrl.credit import PromptTracker, group_advantages
 from condrl.policy import Policy
-from condrl.trainer import Metrics, Minibatch
+from condrl.trainer import Metrics, Minibatch, Need
+
+MAX_LOG_RATIO = 20.0  # nats: no float32 overflow where the min leaves the ratio unbounded (negative advantages)
 
 
 @condrl.algorithm
 @dataclass(kw_only=True)
 class DDPO:
     """DDPO-IS: clipped importance-weighted policy gradient on any subset of steps (Black et al. 2024, eq. 5)."""
-
-    needs = ("stochastic steps",)
 
     clip_range: float = 0.2  # bound on |ratio - 1| for a step of 1/50 of the time; others scale with sqrt(step)
     advantage: Literal["group", "prompt"] = "group"  # against the epoch's images of a prompt, or its last rewards
@@ -32,6 +32,10 @@ class DDPO:
     def __post_init__(self) -> None:
         self.tracker = PromptTracker(self.tracker_length, self.tracker_least)
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return ("stochastic steps", "groups") if self.advantage == "group" else ("stochastic steps",)
+
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Advantages (B,) of rewards (B,) of prompt rows (B,)."""
         if self.advantage == "group":
@@ -42,8 +46,9 @@ class DDPO:
 
     def loss(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Metrics]:
         """PPO's loss of each (image, step) pair, (B,), with the min that keeps clipping one-sided."""
-        log_ratio = policy.transition(batch.x, batch.k, batch.condition).log_prob(batch.next_x) - batch.old_log_prob
-        ratio = log_ratio.exp()
+        log_prob = policy.transition(batch.x, batch.k, batch.condition).log_prob(batch.next_x)
+        log_ratio = (log_prob - batch.old_log_prob).float()
+        ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
         times = policy.sampler.times
         step = (times[batch.k] - times[batch.k + 1]) / times[0]
         bound = (self.clip_range * (50 * step).sqrt()).to(ratio)
