@@ -55,6 +55,7 @@ class TrainConfig:
     loss_batch: int = 64  # (image, step) pairs in one forward and backward
     lr: float = 3e-4  # AdamW learning rate
     warmup: int = 0  # optimiser steps of linear warm-up
+    lr_decay: Literal["none", "linear"] = "none"  # linear: to zero at the last optimiser step
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW moments
     weight_decay: float = 1e-4  # AdamW weight decay
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm

@@ -247,9 +247,13 @@ class Trainer:
         )
 
     def set_lr(self) -> None:
-        warmup = min(1.0, (self.updates + 1) / max(1, self.config.train.warmup))
+        """The learning rate of the next update: warm-up, then constant or falling."""
+        train = self.config.train
+        factor = min(1.0, (self.updates + 1) / max(1, train.warmup))
+        if train.lr_decay == "linear":
+            factor *= 1 - self.updates / (train.epochs * train.inner_epochs * train.updates_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.train.lr * warmup
+            group["lr"] = train.lr * factor
 
     # ------------------------------------------------------------------------------------------ record
 
