@@ -101,7 +101,7 @@ def test_help_shows_every_key_with_a_comment():
         (["prompts.train=nowhere.txt"], "prompts.train: there is no prompt file 'nowhere.txt'"),
         (["prompts.train={empty}"], "is empty"),
         (["prompts.train={broken}"], "line 2: not JSON"),
-        (["rewards.beauty.weight=1"], "unknown reward 'beauty'. There are: jpeg_compressibility"),
+        (["rewards.beauty.weight=1"], "unknown reward 'beauty'. There are: "),
         (["plugins=[{syntax}]"], "line 1"),
         (["train.updates_per_epoch=5"], "not divisible"),
         (["sampler.eta=0"], "ddpo needs steps with noise"),

@@ -244,7 +244,7 @@ def test_the_update_goes_through_the_prepared_module_and_the_rollout_does_not(tm
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     trainer = make_trainer(tmp_path)
     experience = trainer.collect(0, clock())
-    experience.advantages[3] = float("nan")
+    experience.advantages.fill_(float("nan"))
     before = trainer.policy.model.module.mean.detach().clone()
     with pytest.raises(RunError, match="update 1 has norm nan"):
         trainer.update(experience, 0)
