@@ -132,6 +132,38 @@ def test_a_subset_of_steps_has_the_same_gradient_on_average(tmp_path):
     assert ((found["some"].mean(0) - found["all"][0]).abs() < 4 * error + 1e-9).all()
 
 
+def test_balanced_steps_have_gradients_of_like_noise(model):
+    """Noise z / S times the slope of the mean in the network's output, times the weight, is the same at every step."""
+    import importlib
+
+    step_weights = importlib.import_module("condrl.plugins.algorithms.ddpo").step_weights
+    policy = Policy(model, make_sampler({"name": "ddim", "steps": 8, "spacing": None, "eta": 1.0}, model.schedule))
+    weights = step_weights(policy)
+    assert weights.max() == 1
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    for k in range(8):
+        output = torch.randn(1, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+        law = policy.sampler.step(torch.tensor([k]), x, lambda y, t, o=output: model.schedule.score(o, y, t))
+        noise = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+        (gradient,) = torch.autograd.grad(law.log_prob(law.sample(noise).detach()).sum(), output)
+        size = (gradient * weights[k]).abs() / noise.abs()
+        if k == 0:
+            first = size
+        torch.testing.assert_close(size.mean(), first.mean(), rtol=1e-6, atol=0)
+
+
+def test_learning_rate_warms_up_and_falls_linearly(tmp_path):
+    trainer = make_trainer(
+        tmp_path, train={"lr": 0.1, "lr_decay": "linear", "warmup": 2, "epochs": 2, "updates_per_epoch": 2}
+    )
+    rates = []
+    for update in range(4):
+        trainer.updates = update
+        trainer.set_lr()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.05, 0.075, 0.05, 0.025])
+
+
 def test_only_chosen_steps_are_trained(tmp_path):
     trainer = make_trainer(tmp_path, train={"steps": [2, 5], "steps_per_image": 1})
     drawn = trainer.draw_steps(1000, torch.Generator().manual_seed(0))
