@@ -116,7 +116,7 @@ def prepare_folder(config: Config) -> None:
 
 
 def make_accelerator(config: Config) -> Any:
-    """An Accelerator that leaves precision to `model.dtype`, with the config's trackers started.
+    """An Accelerator that leaves precision to `model.dtype`; `start_trackers` when the run's folder is ready.
 
     Raises: UsageError when a tracker is not installed, or when there are several processes.
     """
@@ -130,8 +130,12 @@ def make_accelerator(config: Config) -> Any:
     )
     if accelerator.num_processes > 1:
         raise UsageError("this version tunes in one process: accelerate launch --num_processes 1 scripts/finetune.py")
-    accelerator.init_trackers("condrl", config=flatten(dataclasses.asdict(config)))
     return accelerator
+
+
+def start_trackers(config: Config, accelerator: Any) -> None:
+    """Start what `run.trackers` names, with the config beside the metrics."""
+    accelerator.init_trackers("condrl", config=flatten(dataclasses.asdict(config)))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

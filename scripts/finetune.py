@@ -56,7 +56,7 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
     """Measure, tune, save, measure again."""
     import torch
 
-    from condrl.run import make_trainer, peak_memory_gb, prepare_folder, provenance, write_json
+    from condrl.run import make_trainer, peak_memory_gb, prepare_folder, provenance, start_trackers, write_json
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -64,6 +64,7 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
     trainer = make_trainer(config, train, heldout)
     model, folder = trainer.policy.model, config.folder
     prepare_folder(config)
+    start_trackers(config, trainer.accelerator)
     (folder / "config.yaml").write_text(to_yaml(config))
     origin = provenance()
     base = heldout_evaluation(trainer, heldout, "base")

@@ -18,7 +18,7 @@ SAMPLE = str(ROOT / "scripts" / "sample.py")
 SMALL = [
     "train.epochs=2", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8",
     "train.updates_per_epoch=2", "train.steps_per_image=2", "sampler.steps=4", "evaluate.prompts=6", "evaluate.pictures=2",
-    "train.lr=0.03",
+    "train.lr=0.03", "train.steps=null",
 ]  # fmt: skip
 REWARD = """
 import condrl
@@ -127,7 +127,7 @@ def test_sample_is_the_plain_diffusers_pipeline_with_the_lora(run, tmp_path):
     config = load_config([str(folder / "config.yaml")])
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "condrl/assets/shapes", dtype=torch.float32)
     pipe.load_lora_weights(folder / "lora")
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=config.sampler["spacing"])
 
     def theirs(seed):
         return pipe("a red star left of a blue square", generator=torch.Generator().manual_seed(seed), eta=1.0,
@@ -144,7 +144,7 @@ def test_sample_is_the_plain_diffusers_pipeline_with_the_lora(run, tmp_path):
     ("body", "message"),
     [
         ("return samples.mean((1, 2, 3)) * float('nan')", "the reward 'mine' returned nan for the prompt '"),
-        ("return samples.mean((2, 3))", "the reward 'mine' returned shape (8, 3) for 8 samples, the first of prompt '"),
+        ("return samples.mean((2, 3))", "the reward 'mine' returned shape (1, 3) for 1 samples, the first of prompt '"),
     ],
 )
 def test_a_bad_reward_stops_with_its_name_and_the_prompt(body, message, tmp_path):
