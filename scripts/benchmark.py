@@ -33,8 +33,8 @@ from condrl.trainer import Clock, Trainer
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 
-def quickstart_trainer(config: Config) -> Trainer:
-    return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+def quickstart_trainer(config: Config, prompts: int | None = None) -> Trainer:
+    return make_trainer(config, load_prompts(config.prompts.train, "prompts.train")[:prompts])
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -154,11 +154,11 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         save_sd15(Path(folder))
         words = [f"model.path={folder}", "rewards.shapes.weight=0", "rewards.jpeg_compressibility.weight=1"]
         small = ["sampler.steps=2", "train.prompts_per_epoch=1", "train.images_per_prompt=2", "train.rollout_batch=1"]
-        update = ["train.updates_per_epoch=1", "train.steps_per_image=1", "train.loss_batch=1"]
+        update = ["train.updates_per_epoch=1", "train.steps=null", "train.steps_per_image=1", "train.loss_batch=1"]
         words += ["model.gradient_checkpointing=true", *small, *update, *args.words]
         config = load_config([str(QUICKSTART), *words])
         loading = time.perf_counter()
-        trainer = quickstart_trainer(config)
+        trainer = quickstart_trainer(config, prompts=4)
     clock = Clock()
     loaded = clock.last - loading
     experience = trainer.collect(0, clock)

@@ -10,6 +10,7 @@ import condrl
 from condrl.credit import PromptTracker, group_advantages
 from condrl.policy import Policy
 from condrl.trainer import Metrics, Minibatch, Need
+from condrl.transition import Transition
 
 MAX_LOG_RATIO = 20.0  # nats: no float32 overflow where the min leaves the ratio unbounded (negative advantages)
 
@@ -71,8 +72,11 @@ def step_weights(policy: Policy) -> Tensor:
     The score function of a step is z / S times the mean's slope in the network's output (THEORY 4.1). Where S is small,
     near the data, it is so noisy that it drowns the steps that decide what is in the image.
     """
-    k = torch.arange(policy.steps)
     schedule, zero = policy.model.schedule, torch.zeros(policy.steps, 1, dtype=torch.float64)
-    laws = [policy.sampler.step(k, zero, lambda x, t, o=o: schedule.score(zero + o, x, t)) for o in (0.0, 1.0)]
-    weights = (laws[1].std / (laws[1].mean - laws[0].mean).abs()).flatten()
+
+    def law(output: float) -> Transition:
+        return policy.sampler.step(torch.arange(policy.steps), zero, lambda x, t: schedule.score(zero + output, x, t))
+
+    at_zero, at_one = law(0.0), law(1.0)
+    weights = (at_one.std / (at_one.mean - at_zero.mean).abs()).flatten()
     return weights / weights.max()
