@@ -116,18 +116,13 @@ def best_batch(trainer: Trainer, most: int, train: bool) -> int:
 
 def memory(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of an epoch, each number of steps in a process of its own."""
-    words = [
-        f"train.steps_per_image={config.train.steps_per_image}" if config.train.steps_per_image else "train.steps=null"
-    ]
     peaks = {}
     for steps in (10, 40):
-        done = subprocess.run(
-            [sys.executable, __file__, "epoch", *args.words, *words, f"sampler.steps={steps}"],
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, __file__, "epoch", *args.words, f"sampler.steps={steps}"]
+        command += ["--threads", str(args.threads)] if args.threads else []
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            raise UsageError(f"the epoch with {steps} steps failed: {done.stderr.strip().splitlines()[-1]}")
+            raise UsageError(f"the epoch with {steps} steps failed with exit code {done.returncode}")
         peaks[steps] = json.loads(done.stdout.splitlines()[-1])
     stored = peaks[40]["stored_gb"] - peaks[10]["stored_gb"]
     grown = peaks[40]["peak_memory_gb"] - peaks[10]["peak_memory_gb"]
