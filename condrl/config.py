@@ -64,6 +64,7 @@ class TrainConfig:
 @dataclass
 class EvaluateConfig:
     measures: dict[str, Any] = field(default_factory=dict)  # rewards to report on held-out prompts: name -> options
+    sampler: dict[str, Any] = field(default_factory=dict)  # where it differs from the sampler that tunes
     prompts: int | None = None  # the first so many held-out prompts; null: all
     images_per_prompt: int = 1  # each with its own seed, the same for base and tuned
     pictures: int = 8  # images in the before | after picture
@@ -72,7 +73,9 @@ class EvaluateConfig:
 @dataclass
 class GridConfig:
     steps: int = 50  # denoising steps
-    spacing: Literal["leading", "linspace", "trailing"] | None = None  # of their times; null: as the model's scheduler
+    # of their times; null: as the model's scheduler, or uniform where there is none
+    spacing: Literal["leading", "linspace", "trailing", "uniform", "log_snr"] | None = None
+    noise_steps: list[int] | None = None  # the steps that keep their noise, the others being deterministic; null: all
 
 
 @dataclass
@@ -127,14 +130,38 @@ def load_config(words: Sequence[str]) -> Config:
 
     Raises: UsageError, in one line, on an unknown key, a wrong type, a missing file or an unknown plugin.
     """
-    merged = OmegaConf.create({})
-    for word in words:
-        merged = _merge(merged, _read(word), word)
+    parts = [(word, _read(word)) for word in words]
+    merged = _merged(_without_replaced_plugins(parts, _merged(parts)))
     try:
         tree: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:  # a ${reference} that leads nowhere
         raise UsageError(f"config: {_one_line(error)}") from error
     return build_config(tree)
+
+
+def _merged(parts: Sequence[tuple[str, DictConfig]]) -> Any:
+    merged = OmegaConf.create({})
+    for word, values in parts:
+        merged = _merge(merged, values, word)
+    return merged
+
+
+def _without_replaced_plugins(parts: Sequence[tuple[str, DictConfig]], merged: Any) -> list[tuple[str, DictConfig]]:
+    """The parts, without a file's options for a plugin whose place a later word gives to another plugin."""
+    kept = []
+    for word, values in parts:
+        for kind in () if is_setting(word) else DEFAULT_PLUGINS:
+            name = _plugin_name(values.get(kind))
+            if name and name != _plugin_name(merged.get(kind)):
+                common = [f.name for f in dataclasses.fields(GridConfig)] if kind == "sampler" else []
+                values = copy.deepcopy(values)
+                values[kind] = {key: values[kind][key] for key in common if key in values[kind]}
+        kept.append((word, values))
+    return kept
+
+
+def _plugin_name(section: Any) -> Any:
+    return section.get("name") if isinstance(section, DictConfig) else section
 
 
 def is_setting(word: str) -> bool:
@@ -187,11 +214,14 @@ def build_config(tree: Mapping[str, Any]) -> Config:
         _section(tree.pop("rewards", {}), "rewards"),
         _section(tree["evaluate"].pop("measures", {}), "evaluate.measures"),
     )
+    deployed = _section(tree["evaluate"].pop("sampler", {}), "evaluate.sampler")
     config: Config = _typed(Config, tree, "")
     for path in config.plugins:
         load_file(path)
     for kind, section in plugin_sections.items():
         setattr(config, kind, _plugin_section(kind, section))
+    if deployed:
+        config.evaluate.sampler = _deployed_sampler(config.sampler, deployed)
     config.rewards = _reward_sections(rewards, "rewards", WeightConfig)
     config.evaluate.measures = _reward_sections(measures, "evaluate.measures")
     check_arithmetic(config)
@@ -214,6 +244,15 @@ def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
     name = str(options.pop("name", DEFAULT_PLUGINS[kind]))
     common = GridConfig if kind == "sampler" else None
     return {"name": name, **typed_options(REGISTRIES[kind].find(name), options, kind, common)}
+
+
+def _deployed_sampler(sampler: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampler that tunes with what `evaluate.sampler` changes; another sampler takes over the time grid only."""
+    same = changes.get("name", sampler["name"]) == sampler["name"]
+    kept = sampler if same else {f.name: sampler[f.name] for f in dataclasses.fields(GridConfig)}
+    options = {**kept, **changes}
+    name = str(options.pop("name"))
+    return {"name": name, **typed_options(REGISTRIES["sampler"].find(name), options, "evaluate.sampler", GridConfig)}
 
 
 def _reward_sections(rewards: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:

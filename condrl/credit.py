@@ -15,14 +15,25 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalise: bool = True, le
     `groups` (B,) are integer ids. With `leave_one_out` the mean is of the others (Ahmadian et al. 2024), without
     it the advantage shrinks by 1 - 1 / K. A group without spread gives zero.
     """
+    centred, size, std = _by_group(rewards, groups)
+    if leave_one_out:
+        centred = centred * size / (size - 1).clamp(min=1)
+    return centred / (std + 1e-4) if normalise else centred
+
+
+def group_std(rewards: Tensor, groups: Tensor) -> Tensor:
+    """The standard deviation (B,) of the rewards (B,) in each image's group."""
+    return _by_group(rewards, groups)[2]
+
+
+def _by_group(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards less their group's mean, the group's size and its standard deviation, each (B,)."""
     _, index = groups.unique(return_inverse=True)
     size = torch.zeros_like(rewards).scatter_add(0, index, torch.ones_like(rewards))[index]
     mean = torch.zeros_like(rewards).scatter_add(0, index, rewards)[index] / size
     centred = rewards - mean
     variance = torch.zeros_like(rewards).scatter_add(0, index, centred.square())[index] / size
-    if leave_one_out:
-        centred = centred * size / (size - 1).clamp(min=1)
-    return centred / (variance.sqrt() + 1e-4) if normalise else centred
+    return centred, size, variance.sqrt()
 
 
 class PromptTracker:

@@ -10,14 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from condrl.schedule import DiscreteSchedule
+from condrl.schedule import Schedule
 from condrl.transition import Sampler, Transition
 
 
 class Model(Protocol):
     """What a model plugin provides. A condition is a (B,) tensor of rows in the model's table of encoded prompts."""
 
-    schedule: DiscreteSchedule
+    schedule: Schedule
     module: nn.Module  # the network that holds every trained weight
     evaluations: int  # network evaluations of one image so far
 
@@ -37,6 +37,10 @@ class Model(Protocol):
 
     def score(self, x: Tensor, t: Tensor, condition: Tensor, module: nn.Module | None = None) -> Tensor:
         """The (guided) score at x (B, ...), times t (B,); through `module` when it wraps the trained network."""
+        ...
+
+    def features(self, condition: Tensor) -> Tensor:
+        """What a value network is told of conditions (B,), (B, F)."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
@@ -64,7 +68,12 @@ class Policy:
         self.prepared = prepared  # accelerate's wrapping of model.module: losses go through it, roll-outs do not
         self.steps = len(sampler.times) - 1
 
-    def transition(self, x: Tensor, k: Tensor, condition: Tensor) -> Transition:
+    def transition(self, x: Tensor, k: Tensor, condition: Tensor, memory: Tensor | None = None) -> Transition:
         """The law of the state after step k (B,) from x (B, ...); in grad mode through the prepared module."""
         module = self.prepared if torch.is_grad_enabled() else None
-        return self.sampler.step(k, x, lambda y, t: self.model.score(y, t, condition, module))
+        return self.sampler.step(k, x, lambda y, t: self.model.score(y, t, condition, module), memory)
+
+    def action(self, x: Tensor, k: Tensor, condition: Tensor) -> Tensor:
+        """The score at x (B, ...) and the beginning of step k (B,); in grad mode through the prepared module."""
+        module = self.prepared if torch.is_grad_enabled() else None
+        return self.model.score(x, self.sampler.times[k], condition, module)

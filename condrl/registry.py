@@ -73,7 +73,13 @@ def type_hints(target: Any) -> dict[str, Any]:
 
 
 def comments(target: Any) -> dict[str, str]:
-    """`name: type = default  # comment` lines in the source of a class or function, by name."""
+    """`name: type = default  # comment` lines in the source of a class, its bases, or a function, by name."""
+    bases = target.__mro__[1:-1] if inspect.isclass(target) else ()
+    inherited = {name: note for base in reversed(bases) for name, note in _own_comments(base).items()}
+    return inherited | _own_comments(target)
+
+
+def _own_comments(target: Any) -> dict[str, str]:
     try:
         source = inspect.getsource(target)
     except OSError:  # typed at a prompt

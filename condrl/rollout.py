@@ -21,6 +21,7 @@ class Rollout:
     states: Tensor  # (K + 1, B, ...) float32: x_0 is noise, x_K the sample
     log_probs: Tensor  # (K, B) float64, nats; nan where the step is deterministic
     condition: Tensor  # (B,) rows of the model's prompt table
+    memories: Tensor | None = None  # (K, B, ...) what a multi-step sampler carried into each step
 
     @property
     def samples(self) -> Tensor:
@@ -30,10 +31,12 @@ class Rollout:
 def chain(policy: Policy, condition: Tensor, generator: Generators) -> Iterator[tuple[Tensor, Transition | None]]:
     """Yield x_0 with no law, then each next state with the law it was drawn from."""
     shape = (len(condition), *policy.model.state_shape)
-    x = randn(shape, generator, policy.model.device)
+    x = randn(shape, generator, policy.model.device) * policy.model.schedule.prior_std
     yield x, None
+    memory = None
     for k in range(policy.steps):
-        law = policy.transition(x, torch.full((len(condition),), k), condition)
+        law = policy.transition(x, torch.full((len(condition),), k), condition, memory)
+        memory = law.memory
         x = law.sample(randn(shape, generator, x.device)) if policy.sampler.stochastic[k] else law.mean
         yield x, law
 
@@ -44,6 +47,7 @@ def rollout(policy: Policy, condition: Tensor, generator: torch.Generator, batch
     model, count = policy.model, len(condition)
     states = torch.empty((policy.steps + 1, count, *model.state_shape), device=model.device)
     log_probs = torch.full((policy.steps, count), torch.nan, dtype=torch.float64, device=model.device)
+    memories = None
     with model.merged():
         for start in range(0, count, batch):
             rows = slice(start, start + batch)
@@ -51,7 +55,10 @@ def rollout(policy: Policy, condition: Tensor, generator: torch.Generator, batch
                 states[k, rows] = x
                 if law is not None and policy.sampler.stochastic[k - 1]:
                     log_probs[k - 1, rows] = law.log_prob(x)
-    return Rollout(states, log_probs, condition)
+                if law is not None and law.memory is not None and k < policy.steps:
+                    memories = torch.zeros_like(states[1:]) if memories is None else memories
+                    memories[k, rows] = law.memory
+    return Rollout(states, log_probs, condition, memories)
 
 
 @torch.no_grad()

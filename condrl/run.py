@@ -18,17 +18,19 @@ from typing import Any
 import torch
 
 import condrl
-from condrl.config import Config
+from condrl.algorithms import Algorithm
+from condrl.config import Config, GridConfig
 from condrl.errors import UsageError
 from condrl.policy import Model, Policy
 from condrl.prompts import Row
 from condrl.registry import REGISTRIES
 from condrl.rewards import Reward, make_reward
-from condrl.schedule import DiscreteSchedule, schedule_from_diffusers
-from condrl.trainer import Algorithm, Trainer
-from condrl.transition import Sampler, trained_steps
+from condrl.schedule import Schedule, schedule_from_diffusers
+from condrl.trainer import Trainer
+from condrl.transition import Coefficients, Sampler, trained_steps, windowed
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
+NOISE_OPTIONS = ("eta", "noise_level")  # what sampler plugins call the option that is 0 for a deterministic step
 RUN_FILES = ("config.yaml", "metrics.jsonl", "result.json")
 RUN_FOLDERS = ("images", "lora", "condrl")  # the last is the trackers'
 
@@ -39,10 +41,18 @@ def make(kind: str, section: Mapping[str, Any], *arguments: Any) -> Any:
     return REGISTRIES[kind].find(section["name"]).target(*arguments, **options)
 
 
-def make_sampler(section: Mapping[str, Any], schedule: DiscreteSchedule) -> Sampler:
+def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
     """The config's sampler on the time grid it asks for."""
-    options = {key: value for key, value in section.items() if key not in ("steps", "spacing")}
-    return make("sampler", options, schedule, schedule.grid(section["steps"], section["spacing"]))
+    grid = {field.name for field in dataclasses.fields(GridConfig)}
+    options = {key: value for key, value in section.items() if key not in grid}
+    times, chosen = schedule.grid(section["steps"], section["spacing"]), section.get("noise_steps")
+    sampler: Sampler = make("sampler", options, schedule, times)
+    if chosen is None:
+        return sampler
+    if not set(chosen) <= set(range(section["steps"])):
+        raise UsageError(f"config sampler.noise_steps: {chosen} are not all among the {section['steps']} steps")
+    quiet = {key: 0.0 if key in NOISE_OPTIONS else value for key, value in options.items()}
+    return windowed(sampler, make("sampler", quiet, schedule, times), chosen)
 
 
 def make_rewards(config: Config) -> list[Reward]:
@@ -65,6 +75,43 @@ def make_measures(config: Config) -> list[Reward]:
 def make_policy(config: Config, device: torch.device) -> Policy:
     model: Model = make("model", config.model, device)
     return Policy(model, make_sampler(config.sampler, model.schedule))
+
+
+def deployed(config: Config, policy: Policy) -> Policy:
+    """The policy with the sampler that it is evaluated with."""
+    if not config.evaluate.sampler:
+        return policy
+    return Policy(policy.model, make_sampler(config.evaluate.sampler, policy.model.schedule))
+
+
+def noise_level(sampler: Mapping[str, Any]) -> float | None:
+    """eta of a sampler's section; None where it is not one number."""
+    if sampler["name"] == "flow_sde":
+        return float(sampler["noise_level"]) / 2**0.5
+    return float(sampler["eta"]) if "eta" in sampler else None
+
+
+def transfer(eta: float, deployed: float) -> float:
+    """M(eta, eta'): how far a policy tuned at eta moves the mean when sampled at eta', over what kappa asks for.
+
+    Exact for a Gaussian and a linear reward (THEORY 3.4). 1 for eta = 1.
+    """
+    return 2 * eta**2 * (1 + deployed**2) / ((1 + eta**2) * (eta**2 + deployed**2))
+
+
+def transfer_warning(config: Config) -> str | None:
+    """What to say of a config that tunes at one noise level and evaluates at another; None when there is nothing."""
+    algorithm: Algorithm = make("algorithm", config.algorithm)
+    if not config.evaluate.sampler or not {"stochastic steps", "affine steps"} & set(algorithm.needs):
+        return None
+    tuned, used = noise_level(config.sampler), noise_level(config.evaluate.sampler)
+    if not tuned or used is None or tuned in (1.0, used):
+        return None
+    return (
+        f"tuned at eta={tuned:.3g}, evaluated at eta={used:.3g}: a Gaussian's mean would move "
+        f"{transfer(tuned, used):.2f} times as far as the KL weight asks for; "
+        "only what is tuned at eta=1 can be sampled at any eta"
+    )
 
 
 def make_trainer(config: Config, train: Sequence[Row], heldout: Sequence[Row] = ()) -> Trainer:
@@ -90,7 +137,19 @@ def check_combination(config: Config) -> None:
             f"the algorithm {config.algorithm['name']} compares images of one prompt with each other, and "
             "train.images_per_prompt=1 leaves nothing to compare: raise it, or set algorithm.advantage=prompt"
         )
-    if "stochastic steps" in algorithm.needs and not sampler.stochastic.any():
+    if "affine steps" in algorithm.needs and not isinstance(sampler, Coefficients):
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} needs a sampler whose steps are affine in the score, and "
+            f"{config.sampler['name']} is not: use ddim, exponential or euler_maruyama"
+        )
+    if "stochastic steps" not in algorithm.needs:
+        if config.train.steps is not None or config.train.steps_per_image is not None:
+            raise UsageError(
+                f"the algorithm {config.algorithm['name']} does not choose among denoising steps: leave train.steps "
+                "and train.steps_per_image out"
+            )
+        return
+    if not sampler.stochastic.any():
         raise UsageError(
             f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler "
             f"{config.sampler['name']} has none as configured: set sampler.eta=1"

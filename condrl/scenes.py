@@ -262,6 +262,7 @@ def connected_components(mask: np.ndarray) -> list[np.ndarray]:
         padded = np.pad(labels, 1)
         neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
         spread = np.where(mask, np.maximum.reduce([labels, *neighbours]), 0)
+        spread = np.where(mask, spread.ravel()[spread - 1], 0)  # a label is a pixel: go on to that pixel's label
         if np.array_equal(spread, labels):
             return [labels == label for label in np.unique(labels) if label]
         labels = spread

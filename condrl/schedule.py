@@ -6,6 +6,7 @@ times: 0 is data, `end` is noise. All times and coefficients are float64; tensor
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,12 +16,153 @@ from torch import Tensor
 
 from condrl.errors import UsageError
 
-Spacing = Literal["leading", "linspace", "trailing"]
+Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
+DIFFUSERS_SPACINGS = ("leading", "linspace", "trailing")
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
+class Schedule(ABC):
+    """alpha(t), sigma(t), f(t), g(t)^2 for times t of any shape, float64."""
+
+    end: float  # the time that sampling begins at
+    final_time: float  # the time that it ends at
+    prior_std: float = 1.0  # of the noise that it begins with
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def f(self, t: Tensor) -> Tensor:
+        """d log(alpha) / dt."""
+
+    @abstractmethod
+    def g2(self, t: Tensor) -> Tensor:
+        """g(t)^2 = d(sigma^2)/dt - 2 f sigma^2."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """lambda(t) = log(alpha / sigma), falling in t."""
+        return (self.alpha(t) / self.sigma(t)).log()
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The times at which lambda(t) is so much, by bisection, within [0, end]."""
+        low, high = torch.zeros_like(log_snr), torch.full_like(log_snr, self.end)
+        for _ in range(60):
+            middle = (low + high) / 2
+            later = self.log_snr(middle) > log_snr
+            low, high = middle.where(later, low), high.where(later, middle)
+        return (low + high) / 2
+
+    def grid(self, steps: int, spacing: Spacing | None = None) -> Tensor:
+        """The (steps + 1,) times from `end` to `final_time`, uniform in t (the default) or in lambda.
+
+        Raises: UsageError when there is no step, or on a spacing that needs a diffusers scheduler.
+        """
+        if steps < 1:
+            raise UsageError(f"config sampler.steps: must be at least 1, got {steps}")
+        if spacing in DIFFUSERS_SPACINGS:
+            raise UsageError(f"config sampler.spacing: {spacing} needs a diffusers scheduler; use uniform or log_snr")
+        ends = torch.tensor([self.end, self.final_time], dtype=torch.float64)
+        if spacing != "log_snr":
+            return torch.linspace(self.end, self.final_time, steps + 1, dtype=torch.float64)
+        last = self._least_time
+        extra = int(last > self.final_time)  # lambda is infinite at 0, so one step goes there from the least time
+        if steps == extra:
+            return ends
+        start, stop = self.log_snr(torch.stack([ends[0], ends.new_tensor(last)])).tolist()
+        times = self.time_of(torch.linspace(start, stop, steps + 1 - extra, dtype=torch.float64))
+        times[0], times[-1] = self.end, last
+        return torch.cat([times, ends[1:]]) if extra else times
+
+    def score(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """What a network says at x (B, ...) and times t (B,), as a score: here it is one."""
+        return prediction
+
+    @property
+    def _least_time(self) -> float:
+        """The last time of a grid uniform in lambda that is not 0."""
+        return self.final_time or 1e-3 * self.end
+
+
 @dataclass(frozen=True)
-class DiscreteSchedule:
+class VP(Schedule):
+    """beta(t) = b0 + (b1 - b0) t, f = -beta / 2, g^2 = beta (Song et al. 2021); THEORY 1.1."""
+
+    b0: float = 0.1
+    b1: float = 20.0
+    end: float = 1.0
+    final_time: float = 1e-3
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.b0 + (self.b1 - self.b0) * t.double()
+
+    def alpha(self, t: Tensor) -> Tensor:
+        t = t.double()
+        return (-(self.b0 * t + (self.b1 - self.b0) * t.square() / 2) / 2).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self.alpha(t).square()).sqrt()
+
+    def f(self, t: Tensor) -> Tensor:
+        return -self.beta(t) / 2
+
+    def g2(self, t: Tensor) -> Tensor:
+        return self.beta(t)
+
+
+@dataclass(frozen=True)
+class OU(Schedule):
+    """The Ornstein-Uhlenbeck process dX = -rate X dt + noise dB; THEORY 1.1."""
+
+    rate: float = 0.5
+    noise: float = 1.0
+    end: float = 6.0
+    final_time: float = 0.05
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (-self.rate * t.double()).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.noise * (-torch.expm1(-2 * self.rate * t.double()) / (2 * self.rate)).sqrt()
+
+    def f(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, -self.rate, dtype=torch.float64)
+
+    def g2(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.noise**2, dtype=torch.float64)
+
+    @property
+    def prior_std(self) -> float:  # type: ignore[override]
+        return self.sigma(torch.tensor(self.end)).item()
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(Schedule):
+    """X_t = (1 - t) X_0 + t eps, singular at t = 1, where `end` keeps away from it; THEORY 1.1."""
+
+    end: float = 1 - 1e-3
+    final_time: float = 1e-3
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t.double()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def f(self, t: Tensor) -> Tensor:
+        return -1 / (1 - t.double())
+
+    def g2(self, t: Tensor) -> Tensor:
+        return 2 * t.double() / (1 - t.double())
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"vp": VP, "ou": OU, "rectified_flow": RectifiedFlow}
+
+
+@dataclass(frozen=True)
+class DiscreteSchedule(Schedule):
     """The variance-preserving process tabulated by a diffusers scheduler: `alpha_bar[i]` at time (i + 1) / T.
 
     Between the tabulated times alpha_bar is linear in t, and alpha_bar(0) = 1.
@@ -31,6 +173,7 @@ class DiscreteSchedule:
     spacing: Spacing = "leading"
     steps_offset: int = 0
     final_time: float = 0.0
+    end: float = 1.0
 
     def _alpha_bar(self, t: Tensor) -> Tensor:
         table = torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar])
@@ -45,10 +188,6 @@ class DiscreteSchedule:
     def sigma(self, t: Tensor) -> Tensor:
         return (1 - self._alpha_bar(t)).sqrt()
 
-    def log_snr(self, t: Tensor) -> Tensor:
-        """lambda(t) = log(alpha / sigma)."""
-        return (self.alpha(t) / self.sigma(t)).log()
-
     def f(self, t: Tensor) -> Tensor:
         """d log(alpha) / dt, the slope of the table's cell to the left of t."""
         count = len(self.alpha_bar)
@@ -60,16 +199,22 @@ class DiscreteSchedule:
         """g(t)^2 = -2 f(t), as for every variance-preserving process."""
         return -2 * self.f(t)
 
+    @property
+    def _least_time(self) -> float:
+        return self.final_time or 1 / len(self.alpha_bar)
+
     def network_time(self, t: Tensor) -> Tensor:
         """The timestep that the network was trained with, (B,) float32, for times t."""
         return (t.double() * len(self.alpha_bar) - 1).float()
 
     def grid(self, steps: int, spacing: Spacing | None = None) -> Tensor:
-        """The (steps + 1,) times of a diffusers sampler, from noise to `final_time`.
+        """The (steps + 1,) times of a diffusers sampler, from noise to `final_time`, or as `Schedule.grid`.
 
         Raises: UsageError when the table has fewer times than `steps`.
         """
-        count = len(self.alpha_bar)
+        spacing, count = spacing or self.spacing, len(self.alpha_bar)
+        if spacing not in DIFFUSERS_SPACINGS:
+            return super().grid(steps, spacing)
         if not 1 <= steps <= count:
             raise UsageError(f"config sampler.steps: must be between 1 and {count}, got {steps}")
         k = torch.arange(steps, dtype=torch.float64)
@@ -77,7 +222,7 @@ class DiscreteSchedule:
             "leading": (k * (count // steps)).flip(0) + self.steps_offset,
             "linspace": torch.linspace(0, count - 1, steps, dtype=torch.float64).round().flip(0),
             "trailing": (count - k * count / steps).round() - 1,
-        }[spacing or self.spacing]
+        }[spacing]
         if index[0] >= count:
             raise UsageError(
                 f"config sampler.steps: {steps} steps with the scheduler's offset begin after its last time"
@@ -86,7 +231,7 @@ class DiscreteSchedule:
 
     def score(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """A network's prediction (B, ...) at x (B, ...) and times t (B,), as a score."""
-        alpha, sigma = (_like(c, x) for c in (self.alpha(t), self.sigma(t)))
+        alpha, sigma = (like(c, x) for c in (self.alpha(t), self.sigma(t)))
         if self.prediction == "epsilon":
             return score_from_epsilon(prediction, sigma)
         if self.prediction == "v_prediction":
@@ -102,8 +247,8 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
     prediction, spacing = config.get("prediction_type", "epsilon"), config.get("timestep_spacing", "leading")
     if prediction not in get_args(Prediction):
         raise UsageError(f"the model predicts {prediction!r}; known are {', '.join(get_args(Prediction))}")
-    if spacing not in get_args(Spacing):
-        raise UsageError(f"the scheduler's timestep_spacing is {spacing!r}; known are {', '.join(get_args(Spacing))}")
+    if spacing not in DIFFUSERS_SPACINGS:
+        raise UsageError(f"the scheduler's timestep_spacing is {spacing!r}; known are {', '.join(DIFFUSERS_SPACINGS)}")
     alpha_bar = (1 - betas_of(config)).cumprod(0)
     if config.get("rescale_betas_zero_snr"):
         root = alpha_bar.sqrt()
@@ -133,7 +278,7 @@ def betas_of(config: Mapping[str, Any]) -> Tensor:
 # ---------------------------------------------------------------------------------------------- conversions
 
 
-def _like(coefficient: Tensor, x: Tensor) -> Tensor:
+def like(coefficient: Tensor, x: Tensor) -> Tensor:
     """A (B,) coefficient as x's dtype and device, shaped to multiply x (B, ...)."""
     return coefficient.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 

@@ -6,76 +6,22 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from condrl.algorithms import Algorithm, Examples, Experience, Metrics, Transitions
 from condrl.config import Config
 from condrl.errors import RunError
 from condrl.policy import Policy
 from condrl.prompts import Row, epoch_rows
 from condrl.report import save_grid
-from condrl.rewards import Reward, Scores, score
-from condrl.rollout import Rollout, rollout
-from condrl.transition import trained_steps
+from condrl.rewards import Reward, score
 
-Metrics = dict[str, Tensor]
-Need = Literal["stochastic steps", "groups"]  # groups: several images of a prompt in an epoch
 PICTURES = 8  # images in an epoch's picture
 RATIO_TOLERANCE = {"full": 1e-3, "half": 2e-2}  # by the precision of the frozen weights
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """B (image, step) pairs."""
-
-    x: Tensor  # (B, ...) state before the step
-    k: Tensor  # (B,) step index
-    next_x: Tensor  # (B, ...) state after it
-    old_log_prob: Tensor  # (B,) nats, at roll-out
-    advantage: Tensor  # (B,)
-    condition: Tensor  # (B,)
-
-
-@dataclass(frozen=True)
-class Experience:
-    """An epoch's trajectories with what was made of them; B images."""
-
-    rollout: Rollout
-    rows: list[Row]
-    scores: Scores
-    advantages: Tensor  # (B,)
-    shown: Tensor  # (P, ...) the first sample of the first prompts
-
-    def pairs(self, images: Tensor, steps: Tensor) -> Minibatch:
-        """The pairs (images[i], steps[i])."""
-        r, where, k = self.rollout, images.to(self.advantages.device), steps.to(self.advantages.device)
-        return Minibatch(
-            x=r.states[k, where],
-            k=steps,
-            next_x=r.states[k + 1, where],
-            old_log_prob=r.log_probs[k, where],
-            advantage=self.advantages[where],
-            condition=r.condition[images],
-        )
-
-
-class Algorithm(Protocol):
-    """What an algorithm plugin provides; its dataclass fields are its options."""
-
-    @property
-    def needs(self) -> Sequence[Need]: ...
-
-    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """Credit (B,) of rewards (B,) for images of prompt rows `groups` (B,)."""
-        ...
-
-    def loss(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Metrics]:
-        """The loss of each pair (B,), and means to log."""
-        ...
 
 
 class Trainer:
@@ -94,9 +40,14 @@ class Trainer:
         self.rewards, self.rows, self.accelerator = rewards, rows, accelerator
         self.weights = [p for p in policy.model.module.parameters() if p.requires_grad]
         train = config.train
-        optimizer = torch.optim.AdamW(self.weights, train.lr, train.betas, weight_decay=train.weight_decay)
+        algorithm.setup(policy)
+        own = algorithm.modules()
+        self.rates = [train.lr, *(lr for _, lr in own.values())]
+        groups = [self.weights, *(list(module.parameters()) for module, _ in own.values())]
+        optimizer = torch.optim.AdamW(
+            [{"params": group} for group in groups], train.lr, train.betas, weight_decay=train.weight_decay
+        )
         policy.prepared, self.optimizer = accelerator.prepare(policy.model.module, optimizer)
-        self.steps = trained_steps(policy.sampler, config.train)
         self.epoch = self.updates = self.images = 0
 
     # ------------------------------------------------------------------------------------------ phases
@@ -117,11 +68,13 @@ class Trainer:
         experience = self.collect(epoch, clock)
         self.picture(experience, epoch)
         clock.lap("picture")
-        if epoch < 2 and self.config.run.check_ratios:
+        examples = self.examples(experience, epoch)
+        clock.lap("examples")
+        if epoch < 2 and self.config.run.check_ratios and isinstance(examples, Transitions):
             # every pair before the first update, then some once the LoRA is no longer zero
-            self.check_ratios(experience, None if epoch == 0 else self.config.train.loss_batch)
+            self.check_ratios(examples, None if epoch == 0 else self.config.train.loss_batch)
             clock.lap("check")
-        metrics = self.update(experience, epoch)
+        metrics = self.update(examples, epoch)
         clock.lap("update")
         self.epoch, self.images = epoch + 1, self.images + len(experience.rows)
         self.record(experience, metrics, clock)
@@ -133,7 +86,8 @@ class Trainer:
         drawn = epoch_rows(self.rows, self.config.run.seed, epoch, train.prompts_per_epoch)
         rows = [row for row in drawn for _ in range(train.images_per_prompt)]
         generator = self.generator(epoch, "rollout")
-        trajectories = rollout(self.policy, model.encode([r.prompt for r in rows]), generator, train.rollout_batch)
+        condition = model.encode([row.prompt for row in rows])
+        trajectories = self.algorithm.rollout(self.policy, condition, generator, train.rollout_batch)
         clock.lap("rollout")
         with torch.no_grad():
             samples = model.decode(trajectories.samples)
@@ -143,30 +97,38 @@ class Trainer:
         advantages = self.algorithm.advantages(scores.total, groups)
         clock.lap("score")
         shown = samples[:: train.images_per_prompt][:PICTURES].cpu()
-        return Experience(trajectories, rows, scores, advantages, shown)
+        return Experience(
+            trajectories, rows, scores, advantages, shown, lambda points: score(self.rewards, points, rows).total
+        )
 
-    def update(self, experience: Experience, epoch: int) -> dict[str, float]:
+    def examples(self, experience: Experience, epoch: int) -> Examples:
+        """What the epoch's updates learn from."""
+        train = self.config.train
+        examples = self.algorithm.examples(self.policy, experience, train, self.generator(epoch, "examples"))
+        if self.half and isinstance(examples, Transitions):
+            return examples.with_log_probs_of(self.policy, train.loss_batch)
+        return examples
+
+    def update(self, examples: Examples, epoch: int) -> dict[str, float]:
         """The epoch's optimiser steps; returns the means of their metrics."""
         train, totals = self.config.train, defaultdict[str, list[Tensor]](list)
         generator = self.generator(epoch, "update")
-        if self.half:
-            experience = self.with_log_probs_of_the_update(experience)
         for _ in range(train.inner_epochs):
-            order = torch.randperm(len(experience.rows), generator=generator)
-            for images in order.chunk(train.updates_per_epoch):
-                for name, value in self.optimise(experience, images, generator).items():
+            for part in torch.randperm(examples.images, generator=generator).chunk(train.updates_per_epoch):
+                for name, value in self.optimise(examples, part, generator).items():
                     totals[name].append(value)
-        return {name: torch.stack(values).mean().item() for name, values in totals.items()}
+        means = {name: torch.stack(values).mean().item() for name, values in totals.items()}
+        return means | {name: value.item() for name, value in examples.metrics.items()}
 
-    def optimise(self, experience: Experience, images: Tensor, generator: torch.Generator) -> Metrics:
-        """One optimiser step on the mean over images of the loss summed over steps."""
+    def optimise(self, examples: Examples, images: Tensor, generator: torch.Generator) -> Metrics:
+        """One optimiser step on the mean over images of the loss summed over columns."""
         train, totals = self.config.train, defaultdict[str, list[Tensor]](list)
-        steps = self.draw_steps(len(images), generator)
-        weight = len(self.steps) / steps.numel()  # a subset of the steps stands for all of them
-        pairs = torch.stack([images[:, None].expand_as(steps), steps], -1).flatten(0, 1)
+        columns = self.draw_columns(examples.columns, len(images), generator)
+        weight = len(examples.columns) / columns.numel()  # a subset of the columns stands for all of them
+        pairs = torch.stack([images[:, None].expand_as(columns), columns], -1).flatten(0, 1)
         self.set_lr()
         for part in pairs.split(train.loss_batch):
-            loss, metrics = self.algorithm.loss(self.policy, experience.pairs(*part.unbind(1)))
+            loss, metrics = self.algorithm.loss(self.policy, examples.minibatch(*part.unbind(1)))
             self.accelerator.backward(loss.sum() * weight)
             metrics["loss"] = loss.detach().mean()
             for name, value in metrics.items():
@@ -182,28 +144,26 @@ class Trainer:
         self.updates += 1
         return {**{name: torch.stack(values).sum() for name, values in totals.items()}, "grad_norm": norm}
 
-    def draw_steps(self, images: int, generator: torch.Generator) -> Tensor:
-        """The steps trained for each image, (images, n): all, or n drawn without replacement."""
-        count = self.config.train.steps_per_image or len(self.steps)
-        if count == len(self.steps):
-            return self.steps.expand(images, -1)
-        return self.steps[torch.rand(images, len(self.steps), generator=generator).argsort(1)[:, :count]]
+    def draw_columns(self, columns: Tensor, images: int, generator: torch.Generator) -> Tensor:
+        """The columns trained for each image, (images, n): all, or n drawn without replacement."""
+        count = self.config.train.steps_per_image or len(columns)
+        if count == len(columns):
+            return columns.expand(images, -1)
+        return columns[torch.rand(images, len(columns), generator=generator).argsort(1)[:, :count]]
 
     # ------------------------------------------------------------------------------------------ checks
 
-    def check_ratios(self, experience: Experience, most: int | None = None) -> None:
+    def check_ratios(self, examples: Transitions, most: int | None = None) -> None:
         """Compare the update's own log-probabilities, at most so many, with those that it takes for the roll-out's.
 
         Raises: RunError unless every likelihood ratio is 1.
         """
-        if self.half:
-            experience = self.with_log_probs_of_the_update(experience)
-        pairs = self.every_pair(len(experience.rows))
+        pairs = examples.pairs()
         pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))][:most]
         worst = 0.0
         for part in pairs.split(self.config.train.loss_batch):
-            batch = experience.pairs(*part.unbind(1))
-            law = self.policy.transition(batch.x, batch.k, batch.condition)  # with gradients, as the update does
+            batch = examples.minibatch(*part.unbind(1))
+            law = batch.law(self.policy)  # with gradients, as the update does
             worst = max(worst, (law.log_prob(batch.next_x) - batch.old_log_prob).exp().sub(1).abs().max().item())
         allowed = RATIO_TOLERANCE["half" if self.half else "full"]
         if not worst <= allowed:
@@ -219,29 +179,11 @@ class Trainer:
         """Whether the frozen weights have half precision."""
         return any(p.dtype.itemsize == 2 for p in self.policy.model.module.parameters())
 
-    @torch.no_grad()
-    def with_log_probs_of_the_update(self, experience: Experience) -> Experience:
-        """The experience with its log-probabilities recomputed in the update's own batches.
-
-        In half precision the result of a network depends on its batch by far more than a ratio may be off.
-        """
-        log_probs = torch.full_like(experience.rollout.log_probs, torch.nan)
-        for part in self.every_pair(len(experience.rows)).split(self.config.train.loss_batch):
-            batch = experience.pairs(*part.unbind(1))
-            law = self.policy.transition(batch.x, batch.k, batch.condition)
-            images, steps = part.to(log_probs.device).unbind(1)
-            log_probs[steps, images] = law.log_prob(batch.next_x)
-        return replace(experience, rollout=replace(experience.rollout, log_probs=log_probs))
-
-    def every_pair(self, images: int) -> Tensor:
-        """All (image, trained step) pairs, (images * steps, 2), ordered by step as the roll-out was."""
-        return torch.cartesian_prod(self.steps, torch.arange(images)).flip(1)
-
     # ------------------------------------------------------------------------------------------ helpers
 
     def generator(self, epoch: int, phase: str) -> torch.Generator:
         """Randomness as a function of seed, epoch and phase alone."""
-        phases = ("rollout", "update")
+        phases = ("rollout", "examples", "update")
         return torch.Generator().manual_seed(
             (self.config.run.seed * 1_000_003 + epoch) * len(phases) + phases.index(phase)
         )
@@ -252,8 +194,8 @@ class Trainer:
         factor = min(1.0, (self.updates + 1) / max(1, train.warmup))
         if train.lr_decay == "linear":
             factor *= 1 - self.updates / (train.epochs * train.inner_epochs * train.updates_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = train.lr * factor
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
 
     # ------------------------------------------------------------------------------------------ record
 

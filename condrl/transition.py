@@ -7,15 +7,17 @@ differentiated follows from them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from condrl.config import TrainConfig
 from condrl.errors import UsageError
+from condrl.schedule import Schedule, like
 
 Act = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> score
 
@@ -26,6 +28,7 @@ class Transition:
 
     mean: Tensor
     std: Tensor
+    memory: Tensor | None = None  # what a multi-step sampler hands on to its next step, (B, ...)
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + self.std * noise
@@ -57,7 +60,7 @@ class Sampler(Protocol):
         """(K,) bool: the steps that have a log-probability."""
         ...
 
-    def step(self, k: Tensor, x: Tensor, act: Act) -> Transition:
+    def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
         """The law of the state after step k (B,) from x (B, ...), calling `act` for scores."""
         ...
 
@@ -75,11 +78,67 @@ class Coefficients:
     def stochastic(self) -> Tensor:
         return self.S > 0
 
-    def step(self, k: Tensor, x: Tensor, act: Act) -> Transition:
+    def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
         action = act(x, self.times[k])
-        shape = (-1, *[1] * (x.dim() - 1))
-        A, B, S = (c[k].to(x.device, x.dtype).reshape(shape) for c in (self.A, self.B, self.S))
+        A, B, S = (like(c[k], x) for c in (self.A, self.B, self.S))
         return Transition(A * x + B * action, S)
+
+
+def euler_maruyama(schedule: Schedule, times: Tensor, eta: Tensor | float) -> Coefficients:
+    """S1: A = 1 - f D, B = (1 + eta^2) g^2 D / 2, S = eta g sqrt(D), for any noise level eta >= 0 (THEORY 1.3)."""
+    t, step = times[:-1], times[:-1] - times[1:]
+    g2 = schedule.g2(t)
+    return Coefficients(times, 1 - schedule.f(t) * step, (1 + eta**2) * g2 * step / 2, eta * (g2 * step).sqrt())
+
+
+@dataclass(frozen=True)
+class Overshoot:
+    """S4: any deterministic solver, made stochastic by going too far and adding noise back (THEORY 1.3).
+
+    From t it goes to w with lambda_w = lambda_u + eta^2 h, then noise brings w back to u: an exact Gaussian law.
+    """
+
+    schedule: Schedule
+    times: Tensor  # (K + 1,)
+    eta: Tensor  # (K,)
+    solver: Callable[[Tensor, Tensor, Tensor, Act], Tensor]  # (x, t, w, act) -> the state at w
+
+    @cached_property
+    def aims(self) -> Tensor:
+        """(K,) the times w."""
+        t, u = self.times[:-1], self.times[1:]
+        level = self.schedule.log_snr(u)
+        aim = self.schedule.time_of(level + self.eta**2 * (level - self.schedule.log_snr(t)))
+        return u.where((self.eta == 0) | (u == 0), aim)
+
+    @property
+    def stochastic(self) -> Tensor:
+        return self.aims < self.times[1:]
+
+    def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
+        t, u, w = self.times[k], self.times[k + 1], self.aims[k]
+        alpha_u, alpha_w, sigma_u, sigma_w = (
+            like(c, x) for c in (self.schedule.alpha(u), self.schedule.alpha(w), *map(self.schedule.sigma, (u, w)))
+        )
+        back = alpha_u / alpha_w
+        std = (sigma_u.square() - (back * sigma_w).square()).clamp(min=0).sqrt()
+        return Transition(back * self.solver(x, t, w, act), std)
+
+
+def windowed(noisy: Any, quiet: Any, steps: Sequence[int]) -> Any:
+    """A sampler that is `noisy` at the chosen steps and `quiet` at the others (THEORY 7.5, partial SDE).
+
+    Both are dataclasses of one plugin; whatever they hold per step, (K,), is taken from one or the other.
+    """
+    count = len(noisy.times) - 1
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[list(steps)] = True
+    chosen = {}
+    for field in fields(noisy):
+        first, second = getattr(noisy, field.name), getattr(quiet, field.name)
+        if isinstance(first, Tensor) and first.shape == (count,):
+            chosen[field.name] = first.where(mask, second)
+    return replace(noisy, **chosen)
 
 
 def trained_steps(sampler: Sampler, train: TrainConfig) -> Tensor:

@@ -3,14 +3,18 @@
     python scripts/benchmark.py overhead            an epoch against the bare UNet calls it needs
     python scripts/benchmark.py memory              peak memory with 10 and with 40 denoising steps
     python scripts/benchmark.py sd15                Stable Diffusion 1.5's full size with random weights
+    python scripts/benchmark.py exact               every algorithm on toys, against the exact optimum
+    python scripts/benchmark.py transfer            tuned at one noise level, sampled at another, beside the theory
 
-`key=value` words change configs/quickstart.yaml; --json FILE writes what was measured.
+`key=value` words change configs/quickstart.yaml, or the toys' configs for `exact` and `transfer`.
+--json FILE writes what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import subprocess
@@ -24,10 +28,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from condrl.algorithms import Transitions
 from condrl.config import Config, load_config
 from condrl.errors import UsageError, exit_code
+from condrl.exact import solve
+from condrl.policy import Policy
 from condrl.prompts import load_prompts
-from condrl.run import make_trainer, peak_memory_gb, provenance, write_json
+from condrl.run import make_sampler, make_trainer, peak_memory_gb, provenance, write_json
+from condrl.run import transfer as transfer_factor
 from condrl.trainer import Clock, Trainer
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -53,23 +61,31 @@ def seconds(work: Callable[[], Any]) -> float:
 def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Epochs of the trainer, each beside tight loops of the same UNet calls; medians of the ratios.
 
-    The bare roll-out calls the UNet without any LoRA; the bare update calls it with its LoRA, forward and backward.
+    The bare roll-out calls the UNet without any LoRA; the bare update calls it with its LoRA, forward and backward,
+    and without it as often as the algorithm evaluates the policy that made the images.
     """
     trainer = quickstart_trainer(config)
+    model: Any = trainer.policy.model
     images, guided = config.images_per_epoch, 2 if config.model["guidance"] != 1 else 1
-    pairs = images * (config.train.steps_per_image or len(trainer.steps)) * config.train.inner_epochs
-    forward, backward = images * trainer.policy.steps * guided, pairs * guided
     forward_batch = best_batch(trainer, images * guided, train=False)
     backward_batch = best_batch(trainer, images * guided, train=True)
-    rows = []
+    rows, counts = [], {}
     for epoch in tqdm(range(args.repeats + 1), desc="epochs"):
-        clock = Clock()
+        clock, before = Clock(), model.evaluations
         experience = trainer.collect(epoch, clock)
-        update = seconds(functools.partial(trainer.update, experience, epoch))
-        with trainer.policy.model.reference():
-            bare_rollout = seconds(lambda: bare(trainer, forward, forward_batch, train=False))
-        bare_update = seconds(lambda: bare(trainer, backward, backward_batch, train=True))
-        rows.append({**clock.seconds, "update": update, "bare_rollout": bare_rollout, "bare_update": bare_update})
+        counts["rollout"], before = model.evaluations - before, model.evaluations
+        examples = trainer.examples(experience, epoch)
+        clock.lap("examples")
+        counts["examples"], before = model.evaluations - before, model.evaluations
+        trainer.update(examples, epoch)
+        clock.lap("update")
+        counts["update"] = model.evaluations - before
+        with model.reference():
+            bare_rollout = seconds(lambda: bare(trainer, counts["rollout"], forward_batch, train=False))
+            bare_examples = seconds(lambda: bare(trainer, counts["examples"], forward_batch, train=False))
+        bare_update = bare_examples + seconds(lambda: bare(trainer, counts["update"], backward_batch, train=True))
+        rows.append({**clock.seconds, "bare_rollout": bare_rollout, "bare_update": bare_update})
+        rows[-1]["update"] += rows[-1].pop("examples")
     rows = rows[1:]  # the first warms up
     whole = [row["rollout"] + row["decode"] + row["score"] + row["update"] for row in rows]
     return {
@@ -80,7 +96,7 @@ def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         "update_ratios": [row["update"] / row["bare_update"] for row in rows],
         "seconds": {name: statistics.median(row[name] for row in rows) for name in rows[0]},
         "bare_batch": {"rollout": forward_batch, "update": backward_batch},
-        "unet_evaluations": {"rollout": forward, "update": backward},
+        "unet_evaluations": counts,
         "threads": torch.get_num_threads(),
     }
 
@@ -134,7 +150,7 @@ def epoch(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     trainer = quickstart_trainer(config)
     for number in range(3):
         experience = trainer.collect(number, Clock())
-        trainer.update(experience, number)
+        trainer.update(trainer.examples(experience, number), number)
         stored = experience.rollout.states.nbytes / 1e9
         del experience
     return {"peak_memory_gb": peak_memory_gb(trainer.policy.model.device), "stored_gb": stored}
@@ -157,9 +173,11 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     clock = Clock()
     loaded = clock.last - loading
     experience = trainer.collect(0, clock)
-    trainer.check_ratios(experience)
+    examples = trainer.examples(experience, 0)
+    if isinstance(examples, Transitions):
+        trainer.check_ratios(examples)
     clock.lap("check")
-    metrics = trainer.update(experience, 0)
+    metrics = trainer.update(examples, 0)
     clock.lap("update")
     weights = sum(p.numel() for p in trainer.policy.model.module.parameters())
     return {
@@ -211,21 +229,110 @@ def save_sd15(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+# ---------------------------------------------------------------------------------------------- toys
+
+TOYS = Path(__file__).resolve().parents[1] / "configs" / "toy"
+ALGORITHMS = ("reinforce", "ddpo", "dpok", "grpo", "ctrl")
+Row = dict[str, Any]
+
+
+def toy_trainer(problem: str, words: list[str]) -> Trainer:
+    """A toy's trainer with a folder of its own for what it records."""
+    folder = tempfile.mkdtemp(prefix="condrl_toy_")
+    config = load_config([str(TOYS / f"{problem}.yaml"), f"run.dir={folder}", *words])
+    torch.manual_seed(config.run.seed)
+    return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+
+
+def exact(config: Config, args: argparse.Namespace) -> list[Row]:
+    """Rows of algorithm x problem x seed: how much of the way to the best possible objective was gone."""
+    rows: list[Row] = []
+    for problem, algorithm, seed in itertools.product(args.problems, args.algorithms, range(args.seeds)):
+        words = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", f"run.seed={seed}", *args.words]
+        row = {"algorithm": algorithm, "problem": problem, "seed": seed, **gap(problem, words)}
+        print(
+            f"{algorithm:<10} {problem} seed {seed}  gap closed {row['gap_closed']:.4f}  "
+            f"KL to p* {row['kl_to_optimum']:.4f}  {row['reward_queries']} queries  {row['seconds']:.0f} s",
+            flush=True,
+        )
+        rows.append(row)
+    return rows
+
+
+def gap(problem: str, words: list[str]) -> Row:
+    """Tune a toy and audit it."""
+    trainer = toy_trainer(problem, words)
+    solved = solve(trainer.policy, trainer.rows, trainer.rewards, trainer.config.algorithm["kappa"])
+    tuning = seconds(trainer.fit)
+    audits = solved.audit(trainer.policy)
+    return {
+        "gap_closed": solved.gap_closed(audits),
+        "kl_to_optimum": solved.kl_to_optimum(audits),
+        "reward_queries": trainer.images,
+        "seconds": tuning,
+        "optimum": solved.optimum,
+        "pretrained": solved.pretrained,
+        "objective": sum(audit.objective for audit in audits) / len(audits),
+    }
+
+
+def transfer(config: Config, args: argparse.Namespace) -> list[Row]:
+    """Tune N(1, .49) on r = .9 x at one (eta, N), sample at another (eta', M): shifts of the mean, over b v / kappa."""
+    rows: list[Row] = []
+    grid = ["sampler.name=exponential", "sampler.spacing=log_snr"]
+    for eta in (0.5, 1.0, 1.4):
+        words = ["algorithm.kappa=0.5", "rewards.quadratic.curvature=[0]", f"sampler.eta={eta}", *grid, *args.words]
+        trainer = toy_trainer("g1", words)
+        trainer.fit()
+        for deployed_eta, steps in itertools.product((0.0, 0.5, 1.0), (24, 400)):
+            row = {"eta": eta, "steps": trainer.policy.steps, "deployed_eta": deployed_eta, "deployed_steps": steps}
+            row |= {"shift": shift(trainer, deployed_eta, steps), "theory": transfer_factor(eta, deployed_eta)}
+            print(
+                f"eta {eta} with {row['steps']} steps -> eta {deployed_eta} with {steps}: "
+                f"shift {row['shift']:.3f}, theory {row['theory']:.3f}",
+                flush=True,
+            )
+            rows.append(row)
+    return rows
+
+
+def shift(trainer: Trainer, eta: float, steps: int) -> float:
+    """How far a tuned Gaussian's mean moves under another sampler, over what kappa asks for."""
+    section = {"name": "exponential", "steps": steps, "spacing": "log_snr", "eta": eta}
+    policy = Policy(trainer.policy.model, make_sampler(section, trainer.policy.model.schedule))
+    solved = solve(policy, trainer.rows, trainer.rewards, trainer.config.algorithm["kappa"])
+    tuned, base = solved.audit(policy)[0].masses, solved.cases[0].pretrained.masses
+    asked = 0.9 * 0.49 / trainer.config.algorithm["kappa"]
+    return ((tuned - base) * solved.line.x).sum().item() / asked
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measures = {"overhead": overhead, "memory": memory, "epoch": epoch, "sd15": sd15}
+    measures = {
+        "overhead": overhead,
+        "memory": memory,
+        "epoch": epoch,
+        "sd15": sd15,
+        "exact": exact,
+        "transfer": transfer,
+    }
     parser.add_argument("what", choices=measures)
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--repeats", type=int, default=5, help="measured epochs of `overhead`")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--problems", nargs="+", default=["g1", "m1", "p1"], help="toys of `exact`")
+    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), help="algorithms of `exact`")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of `exact`")
     args = parser.parse_intermixed_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = measures[args.what](load_config([str(QUICKSTART), *args.words]), args)
+    toys = args.what in ("exact", "transfer")
+    found: Any = measures[args.what](load_config([str(QUICKSTART), *([] if toys else args.words)]), args)
     if args.json:
-        write_json(args.json, {**found, **provenance()})
-    print(json.dumps(found))
+        write_json(args.json, found if toys else {**found, **provenance()})
+    if not toys:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

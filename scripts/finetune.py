@@ -42,13 +42,15 @@ def finetune(words: list[str]) -> None:
     config = load_config([str(QUICKSTART), *words] if all(map(is_setting, words)) else words)
 
     from condrl.prompts import load_prompts
-    from condrl.run import check_combination, check_folder, make_rewards
+    from condrl.run import check_combination, check_folder, make_rewards, transfer_warning
 
     train = load_prompts(config.prompts.train, "prompts.train")
     heldout = load_prompts(config.prompts.heldout, "prompts.heldout") if config.prompts.heldout else []
     check_combination(config)
     check_folder(config)
     make_rewards(config)
+    if warning := transfer_warning(config):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     run(config, train, heldout[: config.evaluate.prompts], begun)
 
 
@@ -88,6 +90,10 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
     write_json(folder / "result.json", result)
     if base and tuned and base.pictures:
         save_comparison_of(base, tuned, folder / "images" / "before_after.png")
+    if len(model.state_shape) == 1:
+        from condrl.plots import save_plots
+
+        save_plots(trainer)
     trainer.accelerator.end_training()
     print(summary(result, folder))
 
@@ -95,13 +101,13 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
 def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Evaluation | None:
     """Measure the policy on the held-out prompts; None when there are none."""
     from condrl.evaluate import evaluate
-    from condrl.run import make_measures
+    from condrl.run import deployed, make_measures
 
     if not heldout:
         return None
     config = trainer.config
     found = evaluate(
-        trainer.policy,
+        deployed(config, trainer.policy),
         heldout,
         make_measures(config),
         seed=1_000_000 + config.run.seed * 100_000,  # far from the seeds a user would sample with

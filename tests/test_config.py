@@ -19,9 +19,13 @@ def test_later_words_win_and_types_are_kept():
     )
     assert config.train.lr == 3e-4
     assert tuple(config.train.betas) == (0.9, 0.98)
-    assert config.rewards == {"shapes": {"weight": 1.0}, "jpeg_compressibility": {"weight": 2.0, "quality": 95}}
+    assert config.rewards == {
+        "shapes": {"weight": 1.0},
+        "shapes_exact": {"weight": 1.0},
+        "jpeg_compressibility": {"weight": 2.0, "quality": 95},
+    }
     assert config.sampler["eta"] == 1.0
-    assert config.algorithm["clip_range"] == 0.2  # a default of the plugin
+    assert config.algorithm["normalise"] is True  # a default of the plugin
 
 
 def test_resolved_config_loads_again_to_itself(tmp_path):
@@ -36,7 +40,7 @@ def test_resolved_config_loads_again_to_itself(tmp_path):
         ("train.epohcs=3", r"train\.epohcs: there is no such key\. Did you mean: 'epochs'"),
         ("trian.epochs=3", r"trian.*'train'"),
         ("sampler.etaa=1", r"sampler\.etaa: .*'eta'"),
-        ("algorithm.clip_rnge=1", r"algorithm\.clip_rnge: .*'clip_range'"),
+        ("algorithm.temprature=1", r"algorithm\.temprature: .*'temperature'"),
         ("rewards.shapes.wieght=1", r"rewards\.shapes\.wieght: .*'weight'"),
         ("model.guidence=1", r"model\.guidence: .*'guidance'"),
         ("train.lr=fast", r"train\.lr: .*'fast'"),
@@ -87,6 +91,18 @@ def test_an_option_without_default_must_be_given():
     assert build_config({"rewards": {"needs_target": {"target": "x"}}}).rewards["needs_target"]["target"] == "x"
 
 
+def test_a_files_options_go_with_the_plugin_they_were_written_for(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("algorithm: {name: nft, draws: 2}\nsampler: {name: ddim, steps: 7, eta: 0.5}\n")
+    config = load_config([str(file), "algorithm.name=ddpo", "algorithm.clip_range=0.1"])
+    assert (config.algorithm["name"], config.algorithm["clip_range"]) == ("ddpo", 0.1)
+    assert (config.sampler["steps"], config.sampler["eta"]) == (7, 0.5)
+    assert load_config([str(file), "algorithm=ddpo"]).algorithm["name"] == "ddpo"
+    assert load_config([str(file), "algorithm.name=nft"]).algorithm["draws"] == 2
+    with pytest.raises(UsageError, match=r"algorithm\.draws: there is no such key"):
+        load_config([str(file), "algorithm.draws=3", "algorithm.name=ddpo"])
+
+
 def test_help_shows_every_key_with_a_comment():
     lines = config_help().splitlines()
     assert any(line.startswith("  lr: 0.0003  # AdamW learning rate") for line in lines)
@@ -104,10 +120,14 @@ def test_help_shows_every_key_with_a_comment():
         (["rewards.beauty.weight=1"], "unknown reward 'beauty'. There are: "),
         (["plugins=[{syntax}]"], "line 1"),
         (["train.updates_per_epoch=5"], "not divisible"),
-        (["sampler.eta=0"], "ddpo needs steps with noise"),
+        (["algorithm.name=ddpo", "sampler.eta=0"], "ddpo needs steps with noise"),
+        (["train.steps=[0]"], "nft does not choose among denoising steps"),
+        (["algorithm.draws=0"], "algorithm.draws: must be at least 1, got 0"),
+        (["algorithm.temperature=-1"], "algorithm.temperature: must be positive, got -1"),
+        (["algorithm.times=[0.5,0.2]"], "algorithm.times: must rise within (0, 1], got [0.5, 0.2]"),
         (["sampler.eta=2"], "needs a value in [0, 1], got 2.0"),
-        (["rewards.shapes.weight=0"], "no reward has a weight"),
-        (["train.steps=[16]"], "train.steps"),
+        (["rewards.shapes.weight=0", "rewards.shapes_exact.weight=0"], "no reward has a weight"),
+        (["algorithm.name=ddpo", "train.steps=[16]"], "train.steps"),
     ],
 )
 def test_finetune_exits_with_2_before_any_model_work(words, message, tmp_path, monkeypatch, capsys):

@@ -107,7 +107,7 @@ def test_gradient_at_the_start_is_reinforce(tmp_path):
     experience = trainer.collect(0, clock())
     gradients = []
     trainer.optimizer.step = lambda: gradients.append(trainer.policy.model.module.mean.grad.clone())
-    trainer.optimise(experience, torch.arange(32), torch.Generator())
+    trainer.optimise(trainer.examples(experience, 0), torch.arange(32), torch.Generator())
     r, total = experience.rollout, torch.zeros(())
     for k in range(8):
         law = trainer.policy.transition(r.states[k], torch.full((32,), k), r.condition)
@@ -126,7 +126,7 @@ def test_a_subset_of_steps_has_the_same_gradient_on_average(tmp_path):
         full.optimizer.step = lambda grads=grads: grads.append(full.policy.model.module.mean.grad.clone())
         generator = torch.Generator().manual_seed(0)
         for _ in range(400 if per_image else 1):
-            full.optimise(experience, torch.arange(32), generator)
+            full.optimise(full.examples(experience, 0), torch.arange(32), generator)
         found[name] = torch.stack(grads)
     error = found["some"].std(0) / 400**0.5
     assert ((found["some"].mean(0) - found["all"][0]).abs() < 4 * error + 1e-9).all()
@@ -166,7 +166,8 @@ def test_learning_rate_warms_up_and_falls_linearly(tmp_path):
 
 def test_only_chosen_steps_are_trained(tmp_path):
     trainer = make_trainer(tmp_path, train={"steps": [2, 5], "steps_per_image": 1})
-    drawn = trainer.draw_steps(1000, torch.Generator().manual_seed(0))
+    columns = trainer.examples(trainer.collect(0, clock()), 0).columns
+    drawn = trainer.draw_columns(columns, 1000, torch.Generator().manual_seed(0))
     assert drawn.shape == (1000, 1)
     assert set(drawn.flatten().tolist()) == {2, 5}
 
@@ -191,7 +192,7 @@ def test_clipping_is_one_sided(tmp_path):
     """The min stops a ratio that has gone the right way too far, and never one that has gone the wrong way."""
     trainer = make_trainer(tmp_path)
     experience = trainer.collect(0, clock())
-    batch = experience.pairs(torch.arange(32), torch.full((32,), 4))
+    batch = trainer.examples(experience, 0).minibatch(torch.arange(32), torch.full((32,), 4))
     algorithm, module = trainer.algorithm, trainer.policy.model.module
     with torch.no_grad():
         module.mean += 1.5
@@ -213,12 +214,12 @@ def test_clipping_is_one_sided(tmp_path):
 
 def test_a_changed_policy_is_caught_before_the_first_update(tmp_path):
     trainer = make_trainer(tmp_path)
-    experience = trainer.collect(0, clock())
-    trainer.check_ratios(experience)
+    examples = trainer.examples(trainer.collect(0, clock()), 0)
+    trainer.check_ratios(examples)
     with torch.no_grad():
         trainer.policy.model.module.mean += 0.01
     with pytest.raises(RunError, match=r"ratio should be 1, but one is off by .*0\.001"):
-        trainer.check_ratios(experience)
+        trainer.check_ratios(examples)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -233,14 +234,14 @@ def test_ratios_are_one_on_stable_diffusion(dtype, pipeline, tmp_path):
         rows=[Row(0, "a red star"), Row(1, "a blue circle")],
         rewards={"jpeg_compressibility": {}, "rightwards": {"weight": 0}},
     )
-    experience = trainer.collect(0, clock())
-    trainer.check_ratios(experience)
+    examples = trainer.examples(trainer.collect(0, clock()), 0)
+    trainer.check_ratios(examples)
     if dtype == "float32":
         with torch.no_grad():
             for layer in lora_layers(model.module).values():
                 layer.lora_B["default"].weight.mul_(1.2)
         with pytest.raises(RunError, match="ratio should be 1"):
-            trainer.check_ratios(experience)
+            trainer.check_ratios(examples)
 
 
 def test_sums_over_many_dimensions_keep_their_digits():
@@ -268,7 +269,7 @@ def test_the_update_goes_through_the_prepared_module_and_the_rollout_does_not(tm
     trainer.policy.prepared = Prepared()
     experience = trainer.collect(0, clock())
     assert calls == []
-    trainer.update(experience, 0)
+    trainer.update(trainer.examples(experience, 0), 0)
     assert calls
     assert all(calls)
 
@@ -279,7 +280,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     experience.advantages.fill_(float("nan"))
     before = trainer.policy.model.module.mean.detach().clone()
     with pytest.raises(RunError, match="update 1 has norm nan"):
-        trainer.update(experience, 0)
+        trainer.update(trainer.examples(experience, 0), 0)
     assert torch.equal(trainer.policy.model.module.mean, before)
 
 
@@ -302,3 +303,72 @@ def test_rng_depends_on_seed_epoch_and_phase(tmp_path):
     assert len(draws) == 4
     first, again = trainer.collect(0, clock()), trainer.collect(0, clock())
     assert torch.equal(first.rollout.states, again.rollout.states)
+
+
+def nft_trainer(tmp_path, **sections):
+    algorithm = {"name": "nft", "normalise": False, "adaptive": False, **sections.pop("algorithm", {})}
+    return make_trainer(tmp_path, algorithm=algorithm, sampler={"eta": 0.0}, **sections)
+
+
+def test_nft_is_diffusionnft(tmp_path):
+    """The loss is a / b times r |e - b d|^2 + (1 - r) |e + b d|^2 of Zheng et al. 2025, up to a constant in theta."""
+    trainer = nft_trainer(tmp_path, algorithm={"temperature": 1.5, "draws": 2})
+    examples = trainer.examples(trainer.collect(0, clock()), 0)
+    batch = examples.minibatch(torch.arange(32), torch.arange(32) % 2)
+    a, b, mean = 3.0, 0.5, trainer.policy.model.module.mean
+    alpha, sigma = SCHEDULE.alpha(batch.t)[:, None].float(), SCHEDULE.sigma(batch.t)[:, None].float()
+    clean = (batch.x - sigma * batch.noise) / alpha
+
+    def velocity(score):
+        x0 = (batch.x + sigma**2 * score) / alpha
+        return -sigma * score * alpha - sigma * x0
+
+    differences = []
+    for value in (0.0, 0.3, -0.7):
+        with torch.no_grad():
+            mean.fill_(value)
+        new, old = (
+            velocity(s) for s in (trainer.policy.model.score(batch.x, batch.t, batch.condition), batch.old_score)
+        )
+        target, r = alpha * batch.noise - sigma * clean, (0.5 + batch.advantage / (2 * a))[:, None]
+        plus, minus = (1 - b) * old + b * new, (1 + b) * old - b * new
+        published = (r * (plus - target) ** 2 + (1 - r) * (minus - target) ** 2).mean(1) * a / b
+        differences.append(published - trainer.algorithm.loss(trainer.policy, batch)[0])
+    torch.testing.assert_close(differences[1], differences[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(differences[2], differences[0], rtol=1e-4, atol=1e-4)
+
+
+def test_nft_aims_at_the_tilted_law(tmp_path):
+    """p (1 + A / temperature) with A = x has mean Var(x) / temperature; so has the minimum, at every time."""
+    for times in ((0.1, 0.2), (0.8, 0.97)):
+        trainer = nft_trainer(
+            tmp_path,
+            algorithm={"temperature": 5.0, "draws": 8, "times": times},
+            train={"images_per_prompt": 4000, "rollout_batch": 8000, "max_grad_norm": 1e9},
+        )
+        experience = trainer.collect(0, clock())
+        examples, mean = trainer.examples(experience, 0), trainer.policy.model.module.mean
+        optimizer = torch.optim.LBFGS([mean], max_iter=50)
+
+        def closure(trainer=trainer, examples=examples, optimizer=optimizer):
+            optimizer.zero_grad()
+            images = torch.arange(8000).repeat(8)
+            loss, _ = trainer.algorithm.loss(
+                trainer.policy, examples.minibatch(images, torch.arange(8).repeat_interleave(8000))
+            )
+            loss.mean().backward()
+            return loss.mean()
+
+        optimizer.step(closure)
+        shift = experience.rollout.samples[:, 0].var().item() / 5
+        assert 0.1 < shift < 0.3
+        torch.testing.assert_close(mean.detach(), torch.tensor([[shift, 0.0], [-shift, 0.0]]), atol=0.02, rtol=0)
+
+
+def test_nft_learns_each_prompts_direction(tmp_path):
+    trainer = nft_trainer(tmp_path, train={"epochs": 30, "lr": 0.05, "updates_per_epoch": 2})
+    trainer.fit()
+    mean = trainer.policy.model.module.mean
+    assert mean[0, 0] > 0.5
+    assert mean[1, 0] < -0.5
+    assert mean[:, 1].abs().max() < 0.5 * mean[:, 0].abs().min()

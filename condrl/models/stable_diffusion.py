@@ -120,6 +120,10 @@ class StableDiffusion:
             predicted = unconditional + self.guidance * (conditional - unconditional)
         return self.schedule.score(predicted, x, t)
 
+    def features(self, condition: Tensor) -> Tensor:
+        """Mean token embeddings (B, F)."""
+        return self._table[condition].float().mean(1)
+
     def decode(self, x: Tensor) -> Tensor:
         """Latents (B, 4, h, w) -> images (B, 3, H, W) float32 in [0, 1]; differentiable."""
         latents = (x / self.vae.config.scaling_factor).to(self.vae.dtype)

@@ -1,0 +1,336 @@
+"""What an algorithm is given, and what it provides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from condrl.config import TrainConfig
+from condrl.credit import group_advantages, group_std
+from condrl.errors import UsageError
+from condrl.policy import Policy
+from condrl.prompts import Row
+from condrl.rewards import Scores
+from condrl.rollout import Rollout, rollout
+from condrl.schedule import like
+from condrl.transition import Transition, randn, trained_steps
+
+MAX_LOG_RATIO = 20.0  # nats: no float32 overflow where the min leaves the ratio unbounded (negative advantages)
+
+Metrics = dict[str, Tensor]
+# groups: several images of a prompt in an epoch; affine steps: a sampler that is three numbers per step
+Need = Literal["stochastic steps", "groups", "affine steps"]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """An epoch's trajectories with what was made of them; B images."""
+
+    rollout: Rollout
+    rows: list[Row]
+    scores: Scores
+    advantages: Tensor  # (B,)
+    shown: Tensor  # (P, ...) the first sample of the first prompts
+    score: Callable[[Tensor], Tensor]  # the total reward (B,) of other samples (B, ...) for the same rows
+
+    @property
+    def groups(self) -> Tensor:
+        """(B,) the prompt row of each image."""
+        return torch.tensor([row.index for row in self.rows], device=self.scores.total.device)
+
+
+class Examples(Protocol):
+    """What a loss is averaged over: so many columns for each of B images."""
+
+    @property
+    def images(self) -> int:
+        """B."""
+        ...
+
+    @property
+    def metrics(self) -> Metrics:
+        """Means to log."""
+        ...
+
+    @property
+    def columns(self) -> Tensor:
+        """(n,) the columns that are trained."""
+        ...
+
+    def minibatch(self, images: Tensor, columns: Tensor) -> Any:
+        """The entries (images[i], columns[i])."""
+        ...
+
+
+class Algorithm:
+    """The base of algorithm plugins, which are dataclasses: a field is an option. What they do not say is as here."""
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        """What it cannot do without."""
+        return ()
+
+    def setup(self, policy: Policy) -> None:
+        """Make what depends on the policy."""
+
+    def modules(self) -> dict[str, tuple[nn.Module, float]]:
+        """Networks of its own that are trained with the policy, by name, with their learning rates."""
+        return {}
+
+    def rollout(self, policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Rollout:
+        """Trajectories for conditions (B,), `batch` at a time."""
+        return rollout(policy, condition, generator, batch)
+
+    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """Credit (B,) of rewards (B,) for images of prompt rows `groups` (B,)."""
+        raise NotImplementedError
+
+    def examples(
+        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
+    ) -> Examples:
+        """What `loss` is given, in parts: by default the denoising steps of the roll-out."""
+        return Transitions(experience.rollout, experience.advantages, trained_steps(policy.sampler, train))
+
+    def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
+        """The loss of each entry (B,), and means to log."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Steps:
+    """B (image, step) pairs."""
+
+    x: Tensor  # (B, ...) state before the step
+    k: Tensor  # (B,) step index
+    next_x: Tensor  # (B, ...) state after it
+    old_log_prob: Tensor  # (B,) nats, at roll-out
+    advantage: Tensor  # (B,)
+    condition: Tensor  # (B,)
+    memory: Tensor | None = None  # (B, ...) of a multi-step sampler
+    base: Transition | None = None  # the pretrained model's law of `next_x`
+    kl_weight: Tensor | None = None  # (B,) of the KL to it
+
+    def law(self, policy: Policy) -> Transition:
+        """The policy's law of `next_x`."""
+        return policy.transition(self.x, self.k, self.condition, self.memory)
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """The denoising steps of an epoch's images; a column is a step."""
+
+    rollout: Rollout
+    advantages: Tensor  # (B,), or (K, B) where they differ from step to step
+    columns: Tensor  # (n,)
+    base: PathKL | None = None
+    kl_weights: Tensor | None = None  # (B,)
+    metrics: Metrics = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return self.advantages.shape[-1]
+
+    def minibatch(self, images: Tensor, columns: Tensor) -> Steps:
+        r, where, k = self.rollout, images.to(self.advantages.device), columns.to(self.advantages.device)
+        return Steps(
+            x=r.states[k, where],
+            k=columns,
+            next_x=r.states[k + 1, where],
+            old_log_prob=r.log_probs[k, where],
+            advantage=self.advantages[where] if self.advantages.dim() == 1 else self.advantages[k, where],
+            condition=r.condition[images],
+            memory=None if r.memories is None else r.memories[k, where],
+            base=None if self.base is None else self.base.law(k, where),
+            kl_weight=None if self.kl_weights is None else self.kl_weights[where],
+        )
+
+    def pairs(self) -> Tensor:
+        """All (image, trained step) pairs, (B * n, 2), ordered by step as the roll-out was."""
+        return torch.cartesian_prod(self.columns, torch.arange(self.images)).flip(1)
+
+    @torch.no_grad()
+    def with_log_probs_of(self, policy: Policy, batch: int) -> Transitions:
+        """These with their log-probabilities recomputed, `batch` pairs at a time as an update does.
+
+        In half precision the result of a network depends on its batch by far more than a ratio may be off.
+        """
+        log_probs = torch.full_like(self.rollout.log_probs, torch.nan)
+        for part in self.pairs().split(batch):
+            steps = self.minibatch(*part.unbind(1))
+            images, k = part.to(log_probs.device).unbind(1)
+            log_probs[k, images] = steps.law(policy).log_prob(steps.next_x)
+        return replace(self, rollout=replace(self.rollout, log_probs=log_probs))
+
+
+# ---------------------------------------------------------------------------------------------- policy gradients
+
+
+@dataclass(frozen=True)
+class PathKL:
+    """The pretrained model's laws along trajectories, and the KL of each of their steps."""
+
+    means: Tensor  # (K, B, ...)
+    stds: Tensor  # (K, B)
+    kl: Tensor  # (K, B) nats, 0 where a step is deterministic
+
+    def law(self, k: Tensor, images: Tensor) -> Transition:
+        means = self.means[k, images]
+        return Transition(means, like(self.stds[k, images], means))
+
+    @property
+    def to_go(self) -> Tensor:
+        """(K, B) the sum over the steps after k."""
+        return self.kl.flip(0).cumsum(0).flip(0) - self.kl
+
+
+@torch.no_grad()
+def path_kl(policy: Policy, rollout: Rollout, batch: int) -> PathKL:
+    """KL(current || pretrained) of each step at the visited states, `batch` images at a time (THEORY 2.2)."""
+    count = len(rollout.condition)
+    means = torch.zeros_like(rollout.states[1:])
+    stds, kl = (means.new_zeros(policy.steps, count) for _ in range(2))
+    for k in policy.sampler.stochastic.nonzero().flatten().tolist():
+        for start in range(0, count, batch):
+            rows = slice(start, start + batch)
+            x, condition = rollout.states[k, rows], rollout.condition[rows]
+            memory = None if rollout.memories is None else rollout.memories[k, rows]
+            place = x, torch.full((len(x),), k), condition, memory
+            law = policy.transition(*place)
+            with policy.model.reference():
+                base = policy.transition(*place)
+            means[k, rows], stds[k, rows], kl[k, rows] = base.mean, base.std.flatten(), law.kl(base)
+    return PathKL(means, stds, kl)
+
+
+@dataclass(kw_only=True)
+class PolicyGradient(Algorithm):
+    """The score-function gradients of E r - kappa KL(chain || pretrained chain) on denoising steps.
+
+    The KL's gradient is exact: grad log p_k meets r - kappa sum_{j > k} KL_j, and KL_k is differentiated itself
+    (THEORY 4.4). `normalise` divides a prompt's whole objective, so kappa keeps its meaning and p* its place.
+    """
+
+    kappa: float = 0.0  # reward per nat of path KL to the pretrained model
+    normalise: bool = True  # divide by the standard deviation of the rewards of a prompt's images
+    leave_one_out: bool = False  # centre a group's returns on the mean of the others
+    advantage_clip: float = 5.0  # bound on |advantage|
+
+    def __post_init__(self) -> None:
+        if self.kappa < 0:
+            raise UsageError(f"config algorithm.kappa: must be at least 0, got {self.kappa}")
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return ("stochastic steps", "groups")
+
+    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """(B,) of rewards (B,) of prompt rows (B,)."""
+        return self.bounded(group_advantages(rewards, groups, self.normalise, self.leave_one_out))
+
+    def bounded(self, advantages: Tensor) -> Tensor:
+        return advantages.clamp(-self.advantage_clip, self.advantage_clip)
+
+    def examples(
+        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
+    ) -> Transitions:
+        columns, rollout = trained_steps(policy.sampler, train), experience.rollout
+        if self.kappa == 0:
+            return Transitions(rollout, experience.advantages, columns)
+        rewards, groups = experience.scores.total, experience.groups
+        scale = 1 / (group_std(rewards, groups) + 1e-4) if self.normalise else torch.ones_like(rewards)
+        base = path_kl(policy, rollout, train.rollout_batch)
+        returns = rewards - self.kappa * self.kl_to_go(base)
+        centred = torch.stack([group_advantages(g, groups, False, self.leave_one_out) for g in returns])
+        total = base.kl.sum(0).mean()
+        metrics = {"path_kl": total, "objective": rewards.mean() - self.kappa * total}
+        return Transitions(rollout, self.bounded(centred * scale), columns, base, self.kappa * scale, metrics)
+
+    def kl_to_go(self, base: PathKL) -> Tensor:
+        """(K, B) what a step's choice will cost later, nats."""
+        return base.to_go
+
+    def loss(self, policy: Policy, batch: Steps) -> tuple[Tensor, Metrics]:
+        law = batch.law(policy)
+        loss, metrics = self.surrogate(policy, law, batch)
+        if batch.base is not None and batch.kl_weight is not None:
+            loss = loss + batch.kl_weight * law.kl(batch.base)
+        return loss, metrics
+
+    def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
+        """A loss (B,) whose gradient at the roll-out's policy is -A grad log p, and means to log."""
+        raise NotImplementedError
+
+
+def clipped(log_ratio: Tensor, advantage: Tensor, bound: Tensor | float) -> tuple[Tensor, Metrics]:
+    """PPO's -min(w A, clip(w, 1 - bound, 1 + bound) A) of log w (B,): the min keeps clipping one-sided (THEORY 4.2)."""
+    log_ratio = log_ratio.float()
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    low, high = torch.as_tensor(1 - bound).to(ratio), torch.as_tensor(1 + bound).to(ratio)
+    loss = -torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
+    with torch.no_grad():
+        return loss, {
+            "approx_kl": (ratio - 1 - log_ratio).mean(),  # nats per step (Schulman 2020, k3)
+            "clip_fraction": ((ratio < low) | (ratio > high)).float().mean(),
+        }
+
+
+# ---------------------------------------------------------------------------------------------- forward process
+
+
+@dataclass(frozen=True)
+class Noised:
+    """B draws of the forward process, x = alpha(t) x_N + sigma(t) noise, from the policy's own samples x_N."""
+
+    x: Tensor  # (B, ...)
+    t: Tensor  # (B,) float64
+    noise: Tensor  # (B, ...)
+    old_score: Tensor  # (B, ...) at (x, t), of the policy that made the samples
+    advantage: Tensor  # (B,)
+    condition: Tensor  # (B,)
+
+
+@dataclass(frozen=True)
+class NoisedSamples:
+    """An epoch's final states, each noised n times; a column is a draw."""
+
+    draws: Noised  # (n * B, ...): every image's first draw, then every image's second, ...
+    columns: Tensor  # (n,)
+    metrics: Metrics = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return len(self.draws.t) // len(self.columns)
+
+    def minibatch(self, images: Tensor, columns: Tensor) -> Noised:
+        rows = columns * self.images + images
+        return Noised(*(getattr(self.draws, f.name)[rows.to(self.draws.x.device)] for f in fields(Noised)))
+
+
+@torch.no_grad()
+def noised_samples(
+    policy: Policy,
+    experience: Experience,
+    draws: int,
+    times: tuple[float, float],
+    batch: int,
+    generator: torch.Generator,
+) -> NoisedSamples:
+    """Noise each final state `draws` times, at times stratified over the range `times`."""
+    clean, condition, schedule = experience.rollout.samples, experience.rollout.condition, policy.model.schedule
+    count, (low, high) = len(clean), times
+    strata = (torch.arange(draws)[:, None] + torch.rand(draws, count, generator=generator)).flatten() / draws
+    t = (low + (high - low) * strata).double()
+    clean, condition, advantage = (torch.cat([v] * draws) for v in (clean, condition, experience.advantages))
+    noise = randn(clean.shape, generator, clean.device)
+    alpha, sigma = (like(c, clean) for c in (schedule.alpha(t), schedule.sigma(t)))
+    x = alpha * clean + sigma * noise
+    with policy.model.merged():
+        parts = [
+            policy.model.score(*part)
+            for part in zip(x.split(batch), t.split(batch), condition.split(batch), strict=True)
+        ]
+    return NoisedSamples(Noised(x, t, noise, torch.cat(parts), advantage, condition), torch.arange(draws))

@@ -1,0 +1,118 @@
+"""One-dimensional problems solved and audited without sampling: the optimum, any policy's objective, their distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from condrl import oracle
+from condrl.errors import UsageError
+from condrl.models.mixture import Mixture
+from condrl.oracle import Audit, Line
+from condrl.policy import Policy
+from condrl.prompts import Row
+from condrl.rewards import Reward, score
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt's problem on the line: means are (K, n), masses and values (n,)."""
+
+    base: Tensor
+    reward: Tensor
+    pretrained: Audit
+    optimal: Audit
+    target: Tensor  # masses of p* ~ p exp(r / kappa), from the exact law of the data
+
+
+@dataclass(frozen=True)
+class Problem:
+    """E r - kappa KL of the chain that a 1-D model and a sampler make, for each prompt row, solved on a line."""
+
+    line: Line
+    rows: Sequence[Row]
+    kappa: float
+    std: Tensor  # (K,)
+    start: Tensor  # (n,)
+    cases: list[Case]
+
+    @property
+    def optimum(self) -> float:
+        """J*, the mean over prompts."""
+        return sum(case.optimal.objective for case in self.cases) / len(self.cases)
+
+    @property
+    def pretrained(self) -> float:
+        """J of the pretrained model."""
+        return sum(case.pretrained.objective for case in self.cases) / len(self.cases)
+
+    def audit(self, policy: Policy) -> list[Audit]:
+        """What the policy does for each row."""
+        pairs = zip(self.rows, self.cases, strict=True)
+        return [self._audit(means_of(policy, self.line, row), case) for row, case in pairs]
+
+    def _audit(self, means: Tensor, case: Case) -> Audit:
+        return oracle.audit(self.line, means, case.base, self.std, self.start, case.reward, self.kappa)
+
+    def gap_closed(self, audits: Sequence[Audit]) -> float:
+        """(J - J_pretrained) / (J* - J_pretrained)."""
+        reached = sum(audit.objective for audit in audits) / len(audits)
+        return (reached - self.pretrained) / (self.optimum - self.pretrained)
+
+    def kl_to_optimum(self, audits: Sequence[Audit]) -> float:
+        """KL(p_theta || p*) in nats, the mean over prompts."""
+        pairs = zip(audits, self.cases, strict=True)
+        return sum(oracle.kl_of_masses(audit.masses, case.target) for audit, case in pairs) / len(audits)
+
+
+@torch.no_grad()
+def means_of(policy: Policy, line: Line, row: Row) -> Tensor:
+    """The policy's means (K, n) at the cells of the line."""
+    x = line.x[:, None].to(torch.float32)
+    condition = policy.model.encode([row.prompt] * line.cells)
+    steps = [policy.transition(x, torch.full((line.cells,), k), condition).mean for k in range(policy.steps)]
+    return torch.stack(steps)[..., 0].double()
+
+
+@torch.no_grad()
+def solve(
+    policy: Policy, rows: Sequence[Row], rewards: Sequence[Reward], kappa: float, cells: int = 1000, reach: float = 9.0
+) -> Problem:
+    """The optimum of each row's problem by dynamic programming on [-reach, reach].
+
+    Raises: UsageError unless the model is a 1-D mixture and its sampler has no memory.
+    """
+    model = policy.model
+    if not isinstance(model, Mixture) or model.state_shape != (1,):
+        raise UsageError("exact answers need a one-dimensional model=mixture")
+    line, prior = Line(-reach, reach, cells), model.schedule.prior_std
+    one = policy.transition(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    if one.memory is not None:
+        raise UsageError("exact answers need a sampler whose steps depend on the state alone")
+    std = torch.cat(
+        [
+            policy.transition(torch.zeros(1, 1), torch.tensor([k]), torch.zeros(1, dtype=torch.long)).std.flatten()
+            for k in range(policy.steps)
+        ]
+    ).double()
+    start = line.masses(-line.x.square() / (2 * prior**2))
+    cases = [_case(policy, row, rewards, kappa, line, std, start) for row in rows]
+    return Problem(line, rows, kappa, std, start, cases)
+
+
+def _case(
+    policy: Policy, row: Row, rewards: Sequence[Reward], kappa: float, line: Line, std: Tensor, start: Tensor
+) -> Case:
+    model = policy.model
+    assert isinstance(model, Mixture)  # checked by `solve`
+    with model.reference():
+        base = means_of(policy, line, row)
+    reward = score(rewards, line.x[:, None].float(), [row] * line.cells).total.double()
+    program = oracle.dynamic_program(line, base, std, reward, kappa)
+    law = model.law.rows(model.encode([row.prompt] * line.cells))
+    target, _ = oracle.tilted_masses(line, law.log_prob(line.x[:, None]), reward, kappa)
+    audits = [oracle.audit(line, means, base, std, start, reward, kappa) for means in (base, program.means)]
+    return Case(base, reward, audits[0], audits[1], target)

@@ -1,0 +1,242 @@
+"""Toys in one or two dimensions: a Gaussian mixture per prompt, with its exact score or one learned from its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import condrl
+from condrl import oracle
+from condrl.errors import UsageError
+from condrl.registry import suggestion
+from condrl.schedule import SCHEDULES, Schedule, like
+
+WEIGHTS = "correction.safetensors"
+
+
+@condrl.model
+class Mixture:
+    """Points (B, d) whose pretrained score is known exactly or learned, plus a trained correction that starts at 0."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        laws: dict[str, Any],  # prompt -> weights (n), means (n x d) and variances (n, n x d or n x d x d)
+        schedule: Literal["vp", "ou", "rectified_flow"] = "vp",  # the forward process
+        schedule_options: dict[str, float] = {},  # noqa: B006  its parameters: b0, b1, rate, noise, end, final_time
+        pretrained: Literal["exact", "network"] = "exact",  # the score that tuning starts from
+        pretrain_steps: int = 2000,  # Adam steps of denoising score matching for pretrained=network
+        correction: Literal["mlp", "affine"] = "mlp",  # what is trained: a network, or gain(t) x + offset(t)
+        width: int = 64,  # units in the hidden layers of the networks
+        knots: int = 32,  # intervals of time in the tables of correction=affine
+        seed: int = 0,  # of the networks' initial weights and of the data
+    ) -> None:
+        self.device, self.prompts = device, list(laws)
+        self.law = read_laws(laws)
+        self.schedule = make_schedule(schedule, schedule_options)
+        self.state_shape = (self.law.means.shape[-1],)
+        self.evaluations = 0
+        self._corrected = True
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            shape = (len(laws), *self.state_shape)
+            learned = pretrained == "network"
+            self._network = pretrain(self.law, self.schedule, width, pretrain_steps) if learned else None
+            make, size = (Correction, width) if correction == "mlp" else (Affine, knots)
+            self.module: nn.Module = make(self.schedule, *shape, size)
+        self.module.to(device)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Rows (B,) of the prompts' laws.
+
+        Raises: UsageError on a prompt without a law.
+        """
+        for prompt in prompts:
+            if prompt not in self.prompts:
+                raise UsageError(f"config model.laws: no law for {prompt!r}.{suggestion(prompt, self.prompts)}")
+        return torch.tensor([self.prompts.index(prompt) for prompt in prompts])
+
+    def finish_encoding(self) -> None:
+        """Nothing is held for encoding."""
+
+    def score(self, x: Tensor, t: Tensor, condition: Tensor, module: nn.Module | None = None) -> Tensor:
+        """The pretrained score plus the correction, (B, d) at x (B, d) and times t (B,)."""
+        self.evaluations += len(x)
+        score = self.pretrained_score(x, t, condition)
+        return score + (module or self.module)(x, t, condition) if self._corrected else score
+
+    def pretrained_score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The score (B, d) that tuning started from."""
+        if self._network is not None:
+            with torch.no_grad():
+                return self._network(x, t, condition) / like(self.schedule.sigma(t), x)
+        law = self.law.rows(condition).noised(self.schedule.alpha(t), self.schedule.sigma(t))
+        return law.to(x).score(x)
+
+    def features(self, condition: Tensor) -> Tensor:
+        """One-hot prompts (B, C)."""
+        return nn.functional.one_hot(condition, len(self.prompts)).float().to(self.device)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it, the score is the pretrained one."""
+        self._corrected = False
+        try:
+            yield
+        finally:
+            self._corrected = True
+
+    def merged(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the correction's weights."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in self.module.state_dict().items()}, folder / WEIGHTS)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read the correction's weights.
+
+        Raises: UsageError when there are none in the folder.
+        """
+        from safetensors.torch import load_file
+
+        if not (folder / WEIGHTS).is_file():
+            raise UsageError(f"{folder} holds no {WEIGHTS}")
+        self.module.load_state_dict(load_file(folder / WEIGHTS))
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+class Features(nn.Module):
+    """What a toy's network is told: x, the time, the log-SNR, and the prompt (one-hot)."""
+
+    def __init__(self, schedule: Schedule, prompts: int, dimensions: int) -> None:
+        super().__init__()
+        self.schedule, self.prompts, self.size = schedule, prompts, dimensions + 2 + prompts
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        clock = torch.stack([t / self.schedule.end, self.schedule.log_snr(t).clamp(-5, 5) / 3], -1).to(x)
+        return torch.cat([x, clock, nn.functional.one_hot(condition, self.prompts).to(x)], -1)
+
+
+class Correction(nn.Module):
+    """An MLP of (x, t, prompt) that starts at zero."""
+
+    def __init__(self, schedule: Schedule, prompts: int, dimensions: int, width: int) -> None:
+        super().__init__()
+        self.features = Features(schedule, prompts, dimensions)
+        self.layers = mlp(self.features.size, width, dimensions)
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return self.layers(self.features(x, t, condition))
+
+
+class Affine(nn.Module):
+    """gain(t) x + offset(t) for each prompt, linear in t between the ends of equal intervals; starts at zero."""
+
+    def __init__(self, schedule: Schedule, prompts: int, dimensions: int, knots: int) -> None:
+        super().__init__()
+        self.start, self.span, self.knots = schedule.final_time, schedule.end - schedule.final_time, knots
+        self.table = nn.Parameter(torch.zeros(2, prompts, knots + 1, dimensions))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        position = (t - self.start) / self.span * self.knots
+        nearest = position.round()  # a time of the table is not moved off it by rounding
+        position = nearest.where((position - nearest).abs() < 1e-6, position).clamp(0, self.knots)
+        left = position.floor().clamp(max=self.knots - 1).long()
+        share = like(position - left, x)
+        gain, offset = (1 - share) * self.table[:, condition, left] + share * self.table[:, condition, left + 1]
+        return gain * x + offset
+
+
+def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Two hidden layers with SiLU."""
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs)
+    )
+
+
+class EpsilonNetwork(Correction):
+    """-epsilon(x, t, prompt), to be divided by sigma."""
+
+
+def pretrain(law: oracle.Mixture, schedule: Schedule, width: int, steps: int, batch: int = 512) -> nn.Module:
+    """Denoising score matching on fresh data of every prompt; the loss is that of epsilon."""
+    prompts, _, dimensions = law.means.shape
+    network = EpsilonNetwork(schedule, prompts, dimensions, width)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    for _ in range(steps):
+        condition = torch.randint(prompts, (batch,), generator=generator)
+        clean = law.rows(condition).sample(generator).float()
+        span = schedule.end - schedule.final_time
+        t = schedule.final_time + span * torch.rand(batch, generator=generator, dtype=torch.float64)
+        noise = torch.randn(clean.shape, generator=generator)
+        x = like(schedule.alpha(t), clean) * clean + like(schedule.sigma(t), clean) * noise
+        loss = (network(x, t, condition) + noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    return network.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------- options
+
+
+def make_schedule(name: str, options: Mapping[str, float]) -> Schedule:
+    """Raises: UsageError on a parameter that the schedule does not have."""
+    try:
+        return SCHEDULES[name](**options)
+    except TypeError as error:
+        raise UsageError(f"config model.schedule_options: {name} {str(error).split('__init__() ')[-1]}") from error
+
+
+def read_laws(laws: Mapping[str, Any]) -> oracle.Mixture:
+    """The mixtures of the prompts, one row each.
+
+    Raises: UsageError when a law's numbers do not fit together.
+    """
+    if not laws:
+        raise UsageError("config model.laws: no prompt has a law")
+    rows = [_read_law(prompt, law) for prompt, law in laws.items()]
+    shapes = {tuple(means.shape) for _, means, _ in rows}
+    if len(shapes) > 1:
+        raise UsageError(f"config model.laws: all prompts need as many components and dimensions, got {sorted(shapes)}")
+    return oracle.Mixture.of(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+
+
+def _read_law(prompt: str, law: Any) -> tuple[Tensor, Tensor, Tensor]:
+    where = f"config model.laws.{prompt}"
+    if not isinstance(law, Mapping) or set(law) != {"weights", "means", "variances"}:
+        raise UsageError(f"{where}: expected weights, means and variances")
+    try:
+        weights, means, variances = (
+            torch.tensor(law[key], dtype=torch.float64) for key in ("weights", "means", "variances")
+        )
+        means = means[:, None] if means.dim() == 1 else means
+        if variances.dim() == 1:
+            variances = variances[:, None].expand(means.shape)
+        covariances = torch.diag_embed(variances) if variances.dim() == 2 else variances
+        fits = weights.shape == means.shape[:1] and covariances.shape == (*means.shape, means.shape[1])
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UsageError(f"{where}: {str(error).splitlines()[0]}") from error
+    if not fits or not (weights > 0).all() or not (torch.linalg.eigvalsh(covariances) > 0).all():
+        raise UsageError(f"{where}: n positive weights, n means and n positive variances are needed")
+    return weights, means, covariances

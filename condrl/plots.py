@@ -1,0 +1,99 @@
+"""Plots of toy runs: laws before and after beside the optimal one, the learned control, the objective as it rose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condrl.exact import Problem, solve
+from condrl.models.mixture import Mixture
+from condrl.policy import Policy
+from condrl.rollout import rollout
+from condrl.trainer import Trainer
+from condrl.transition import Coefficients
+
+
+def save_plots(trainer: Trainer) -> None:
+    """Write density.png (1-D) or plane.png (2-D), and objective.png, into the run's images/."""
+    model, folder = trainer.policy.model, trainer.config.folder / "images"
+    if not isinstance(model, Mixture):
+        return
+    folder.mkdir(exist_ok=True)
+    kappa = getattr(trainer.algorithm, "kappa", 0.0)
+    problem = None
+    if model.state_shape == (1,) and isinstance(trainer.policy.sampler, Coefficients) and kappa > 0:
+        problem = solve(trainer.policy, trainer.rows, trainer.rewards, kappa)
+        plot_densities(problem, trainer.policy, folder / "density.png")
+    if model.state_shape == (2,):
+        plot_plane(trainer, folder / "plane.png")
+    plot_objective(trainer.config.folder / "metrics.jsonl", problem, folder / "objective.png")
+
+
+def _axes(rows: int, columns: int, size: float = 3.2) -> tuple[Any, Any]:
+    """A figure that needs no display, and its axes (rows, columns)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size * 1.3 * columns, size * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def plot_densities(problem: Problem, policy: Policy, path: Path) -> None:
+    """Each prompt's exact density before and after tuning, and p*."""
+    figure, axes = _axes(1, len(problem.rows))
+    line = problem.line
+    for axis, row, case, audit in zip(axes[0], problem.rows, problem.cases, problem.audit(policy), strict=True):
+        curves = {"pretrained": case.pretrained.masses, "tuned": audit.masses, "best possible": case.optimal.masses}
+        for (name, masses), style in zip(curves.items(), ("--", "-", ":"), strict=True):
+            axis.plot(line.x, masses / line.width, style, label=name)
+        axis.fill_between(line.x, case.target / line.width, color="0.88", label="p*")
+        axis.set(title=row.prompt, xlabel="x", xlim=(-5, 5))
+    axes[0][0].set_ylabel("density")
+    axes[0][0].legend()
+    figure.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def plot_plane(trainer: Trainer, path: Path, points: int = 600) -> None:
+    """Samples before and after, and the learned change of the score half-way through."""
+    policy, rows = trainer.policy, list(trainer.rows)
+    model = policy.model
+    figure, axes = _axes(len(rows), 2, 3.6)
+    middle = policy.sampler.times[policy.steps // 2]
+    side = torch.linspace(-3, 3, 15)
+    lattice = torch.cartesian_prod(side, side)
+    for row, (left, right) in zip(rows, axes, strict=True):
+        condition = model.encode([row.prompt] * points)
+        tuned = rollout(policy, condition, torch.Generator().manual_seed(1), points).samples
+        with model.reference():
+            before = rollout(policy, condition, torch.Generator().manual_seed(1), points).samples
+        for samples, name in ((before, "pretrained"), (tuned, "tuned")):
+            left.scatter(*samples.T, s=5, alpha=0.5, label=name)
+        left.set(title=row.prompt, xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
+        left.legend(loc="lower left")
+        place = lattice, middle.expand(len(lattice)), model.encode([row.prompt] * len(lattice))
+        change = model.score(*place)
+        with model.reference():
+            change = change - model.score(*place)
+        right.quiver(*lattice.T, *change.T, angles="xy")
+        right.set(title=f"change of the score at t = {middle:.2f}", aspect="equal")
+    figure.savefig(path, dpi=110)
+
+
+def plot_objective(metrics: Path, problem: Problem | None, path: Path) -> None:
+    """Objective (or reward, where there is no KL) against reward queries, with the optimum as a line."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    name = "objective" if lines and "objective" in lines[0] else "reward/total"
+    figure, axes = _axes(1, 1)
+    axis = axes[0][0]
+    axis.plot([line["images"] for line in lines], [line[name] for line in lines], label="each epoch's samples")
+    if problem is not None:
+        axis.axhline(problem.optimum, color="black", linestyle=":", label=f"best possible, {problem.optimum:.4f}")
+        axis.axhline(problem.pretrained, color="grey", linestyle="--", label=f"pretrained, {problem.pretrained:.4f}")
+    axis.set(xlabel="reward queries", ylabel="E r - kappa KL" if name == "objective" else "reward")
+    axis.legend()
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,52 @@
+"""Value networks: what reward a state promises."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from condrl.schedule import Schedule, like
+
+
+class Value(nn.Module):
+    """V(x, t, c) = c_skip(t) r(x0hat) + c_out(t) F(x, t, c): the reward of the denoised prediction, corrected.
+
+    c_skip = alpha^2 / (alpha^2 + sigma^2) and c_out = sigma / sqrt(alpha^2 + sigma^2), so V is r at t = 0
+    (THEORY 5.4). Without the hint r(x0hat), V = F. Points go into F as they are, images through three convolutions.
+    """
+
+    def __init__(self, schedule: Schedule, state_shape: tuple[int, ...], features: int, width: int = 64) -> None:
+        super().__init__()
+        self.schedule = schedule
+        points = len(state_shape) == 1
+        self.body, size = (nn.Identity(), state_shape[0]) if points else convolutions(state_shape[0], width)
+        self.head = nn.Sequential(
+            nn.Linear(size + 2 + features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+        )
+
+    def forward(self, x: Tensor, t: Tensor, features: Tensor, hint: Tensor | None = None) -> Tensor:
+        """(B,) at x (B, ...), times t (B,), prompt features (B, F) and hints r(x0hat) (B,)."""
+        clock = torch.stack([t / self.schedule.end, self.schedule.log_snr(t).clamp(-5, 5) / 3], -1).to(x)
+        found: Tensor = self.head(torch.cat([self.body(x), clock, features.to(x)], -1))[:, 0]
+        if hint is None:
+            return found
+        alpha, sigma = (like(c, found) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
+        total = alpha.square() + sigma.square()
+        return alpha.square() / total * hint + sigma / total.sqrt() * found
+
+
+def convolutions(channels: int, width: int) -> tuple[nn.Module, int]:
+    """Latents (B, C, h, w) -> (B, width), and width."""
+    return (
+        nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, 2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, 2, padding=1),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ),
+        width,
+    )

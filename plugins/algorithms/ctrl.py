@@ -1,0 +1,236 @@
+"""CTRL: score-as-action in continuous time (Zhao et al. 2024, 2025)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import condrl
+from condrl.algorithms import Algorithm, Experience, Metrics, Need, clipped
+from condrl.config import TrainConfig
+from condrl.credit import group_advantages, group_std
+from condrl.policy import Policy
+from condrl.rollout import Rollout
+from condrl.schedule import like, x0_from_score
+from condrl.transition import Coefficients, randn
+from condrl.values import Value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actions(Rollout):
+    """Trajectories with the scores that were used, a ~ N(mu, Sigma_k), and the pretrained ones."""
+
+    actions: Tensor  # (K, B, ...)
+    base: Tensor  # (K, B, ...) pretrained scores
+    kl: Tensor  # (K, B) cost of each step, nats
+
+
+@dataclass(frozen=True)
+class ActionSteps:
+    """B (image, step) pairs."""
+
+    x: Tensor
+    k: Tensor  # (B,)
+    action: Tensor
+    base: Tensor
+    old_log_prob: Tensor  # (B,) of the action, nats
+    advantage: Tensor  # (B,)
+    scale: Tensor  # (B,) what the prompt's objective is multiplied by
+    target: Tensor  # (B,) the return that the value should predict
+    hint: Tensor | None  # (B,) r(x0hat)
+    condition: Tensor  # (B,)
+
+
+@dataclass(frozen=True)
+class ActionTable:
+    """An epoch's steps; a column is a step."""
+
+    rollout: Actions
+    columns: Tensor  # (K,)
+    old_log_probs: Tensor  # (K, B)
+    advantages: Tensor  # (K, B)
+    scale: Tensor  # (B,)
+    targets: Tensor  # (K, B)
+    hints: Tensor | None  # (K, B)
+    metrics: Metrics
+
+    @property
+    def images(self) -> int:
+        return len(self.scale)
+
+    def minibatch(self, images: Tensor, columns: Tensor) -> ActionSteps:
+        r, i, k = self.rollout, images.to(self.scale.device), columns.to(self.scale.device)
+        return ActionSteps(
+            x=r.states[k, i],
+            k=columns,
+            action=r.actions[k, i],
+            base=r.base[k, i],
+            old_log_prob=self.old_log_probs[k, i],
+            advantage=self.advantages[k, i],
+            scale=self.scale[i],
+            target=self.targets[k, i],
+            hint=None if self.hints is None else self.hints[k, i],
+            condition=r.condition[images],
+        )
+
+
+@condrl.algorithm
+@dataclass(kw_only=True)
+class CTRL(Algorithm):
+    """Continuous-time PPO on the score as action, for SDE and ODE samplers (Zhao et al. 2025; THEORY 5).
+
+    The policy is N(mu, Sigma), Sigma = exploration / (2 g^2); the advantage rate is the TD error of a value network in
+    physical time; the running cost is kappa times the path KL of the mean, exactly. An ODE has no path KL: there the
+    cost is (kappa / 2) g^2 |mu - s_pre|^2 by fiat (THEORY 2.2).
+    """
+
+    kappa: float = 0.0  # reward per nat of path KL to the pretrained model
+    exploration: float = 1.0  # the variance of an action is this over 2 g(t)^2
+    clip_range: float = 0.2  # bound on |ratio - 1| of an action's probability
+    memory: float = 0.5  # time constant of the advantage estimate, as a share of the schedule's time
+    value_lr: float = 1e-3  # learning rate of the value network
+    value_width: int = 64  # its hidden units
+    value_hint: bool | None = None  # show it the reward of the denoised state; null: for images
+    normalise: bool = True  # divide by the standard deviation of the rewards of a prompt's images
+    advantage_clip: float = 5.0  # bound on |advantage|
+
+    value: Value = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("exploration", "memory", "value_lr"):
+            if getattr(self, name) <= 0:
+                raise condrl.UsageError(f"config algorithm.{name}: must be positive, got {getattr(self, name)}")
+        if self.kappa < 0:
+            raise condrl.UsageError(f"config algorithm.kappa: must be at least 0, got {self.kappa}")
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return ("affine steps", "groups")
+
+    def setup(self, policy: Policy) -> None:
+        features = policy.model.features(torch.zeros(1, dtype=torch.long)).shape[1]
+        self.value = Value(policy.model.schedule, policy.model.state_shape, features, self.value_width)
+        self.value.to(policy.model.device)
+
+    def modules(self) -> dict[str, tuple[torch.nn.Module, float]]:
+        return {"value": (self.value, self.value_lr)}
+
+    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        return group_advantages(rewards, groups, self.normalise)
+
+    # ------------------------------------------------------------------------------------------ roll-out
+
+    def variance(self, policy: Policy) -> Tensor:
+        """Sigma of each step's action (K,)."""
+        return self.exploration / (2 * policy.model.schedule.g2(policy.sampler.times[:-1]))
+
+    def costs(self, policy: Policy) -> Tensor:
+        """w (K,) with KL_k = w |mu - s_pre|^2: B^2 / 2 S^2, or g^2 D / 2 where a step has no noise."""
+        sampler = policy.sampler
+        assert isinstance(sampler, Coefficients)  # needs
+        fiat = policy.model.schedule.g2(sampler.times[:-1]) * -sampler.times.diff() / 2
+        return fiat.where(sampler.S == 0, sampler.B.square() / (2 * sampler.S.square()))
+
+    @torch.no_grad()
+    def rollout(self, policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Actions:
+        parts = [self._trajectories(policy, part, generator) for part in condition.split(batch)]
+        whole = {name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("states", "actions", "base", "kl")}
+        none = torch.full_like(whole["kl"], torch.nan, dtype=torch.float64)
+        return Actions(log_probs=none, condition=condition, **whole)
+
+    def _trajectories(self, policy: Policy, condition: Tensor, generator: torch.Generator) -> Actions:
+        sampler, model = policy.sampler, policy.model
+        assert isinstance(sampler, Coefficients)  # needs
+        std, weights = self.variance(policy).sqrt().tolist(), self.costs(policy).tolist()
+        x = randn((len(condition), *model.state_shape), generator, model.device) * model.schedule.prior_std
+        states, actions, base, kl = [x], [], [], []
+        for k, (A, B, S) in enumerate(zip(*(c.tolist() for c in (sampler.A, sampler.B, sampler.S)), strict=True)):
+            step = torch.full((len(x),), k)
+            mean = policy.action(x, step, condition)
+            with model.reference():
+                base.append(policy.action(x, step, condition))
+            actions.append(mean + std[k] * randn(x.shape, generator, x.device))
+            kl.append(weights[k] * (mean - base[-1]).square().flatten(1).sum(1))
+            x = A * x + B * actions[-1]
+            x = x + S * randn(x.shape, generator, x.device) if S else x
+            states.append(x)
+        lists = {"states": states, "actions": actions, "base": base, "kl": kl}
+        none = torch.full((policy.steps, len(x)), torch.nan, dtype=torch.float64)
+        return Actions(
+            log_probs=none, condition=condition, **{name: torch.stack(values) for name, values in lists.items()}
+        )
+
+    # ------------------------------------------------------------------------------------------ credit
+
+    @torch.no_grad()
+    def examples(
+        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
+    ) -> ActionTable:
+        r, rewards = experience.rollout, experience.scores.total
+        assert isinstance(r, Actions)  # from our own rollout
+        hints = self._hints(policy, experience) if self._hinted(policy) else None
+        values = torch.stack([self._value(policy, r, k, hints) for k in range(policy.steps)] + [rewards])
+        to_go = r.kl.flip(0).cumsum(0).flip(0)
+        td = values[1:] - values[:-1] - self.kappa * r.kl
+        scale = 1 / (group_std(rewards, experience.groups) + 1e-4) if self.normalise else torch.ones_like(rewards)
+        targets, path = rewards - self.kappa * to_go, r.kl.sum(0).mean()
+        fit = 1 - (targets - values[:-1]).var() / targets.var().clamp(min=1e-12)
+        metrics = {"path_kl": path, "objective": rewards.mean() - self.kappa * path, "value_explains": fit}
+        every = torch.arange(policy.steps)
+        means = [self._mean(policy, r, k) for k in every]
+        old = torch.stack([self._log_prob(policy, means[k], r.actions[k], every[k : k + 1]) for k in every])
+        advantages = (self._accumulate(policy, td) * scale).clamp(-self.advantage_clip, self.advantage_clip)
+        return ActionTable(r, every, old, advantages, scale, targets, hints, metrics)
+
+    def _accumulate(self, policy: Policy, td: Tensor) -> Tensor:
+        """A_k = TD_k + exp(-D_k / l) A_{k+1}: generalised advantages with a time constant l (THEORY 5.3)."""
+        times = policy.sampler.times
+        kept = (times.diff() / (self.memory * policy.model.schedule.end)).exp().tolist()
+        found = torch.zeros_like(td)
+        later = torch.zeros_like(td[0])
+        for k in reversed(range(len(td))):
+            later = found[k] = td[k] + kept[k] * later
+        return found
+
+    def _hinted(self, policy: Policy) -> bool:
+        return len(policy.model.state_shape) > 1 if self.value_hint is None else self.value_hint
+
+    def _hints(self, policy: Policy, experience: Experience) -> Tensor:
+        """(K, B) rewards of the pretrained model's denoised states."""
+        r, schedule = experience.rollout, policy.model.schedule
+        assert isinstance(r, Actions)
+        rows = []
+        for k, t in enumerate(policy.sampler.times[:-1]):
+            x = r.states[k]
+            times = t.expand(len(x))
+            clean = x0_from_score(r.base[k], x, like(schedule.alpha(times), x), like(schedule.sigma(times), x))
+            rows.append(experience.score(policy.model.decode(clean)))
+        return torch.stack(rows)
+
+    def _value(self, policy: Policy, r: Actions, k: int, hints: Tensor | None) -> Tensor:
+        t = policy.sampler.times[k].expand(len(r.condition))
+        return self.value(r.states[k], t, policy.model.features(r.condition), None if hints is None else hints[k])
+
+    def _mean(self, policy: Policy, r: Actions, k: Tensor) -> Tensor:
+        return policy.action(r.states[k], k.expand(len(r.condition)), r.condition)
+
+    def _log_prob(self, policy: Policy, mean: Tensor, action: Tensor, k: Tensor) -> Tensor:
+        """Of the action, but for its constant, (B,) float64."""
+        error = (action - mean).square().flatten(1).sum(1, dtype=torch.float64)
+        return -error / (2 * self.variance(policy)[k].to(error))
+
+    # ------------------------------------------------------------------------------------------ loss
+
+    def loss(self, policy: Policy, batch: ActionSteps) -> tuple[Tensor, Metrics]:
+        """PPO on the action, the running cost of its mean, the value's error weighed by the step (THEORY 5.5)."""
+        mean = policy.action(batch.x, batch.k, batch.condition)
+        loss, metrics = clipped(
+            self._log_prob(policy, mean, batch.action, batch.k) - batch.old_log_prob, batch.advantage, self.clip_range
+        )
+        cost = self.costs(policy)[batch.k].to(mean) * (mean - batch.base).square().flatten(1).sum(1)
+        t, times = policy.sampler.times[batch.k], policy.sampler.times
+        found = self.value(batch.x, t, policy.model.features(batch.condition), batch.hint)
+        share = ((times[batch.k] - times[batch.k + 1]) / times[0]).to(found)
+        error = share * (found - batch.target).square()
+        return loss + self.kappa * batch.scale * cost + error, metrics | {"value_loss": error.mean()}

@@ -1,0 +1,64 @@
+"""NFT: reward-weighted matching of the policy's own noised samples (DiffusionNFT, Zheng et al. 2025)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import condrl
+from condrl.algorithms import Algorithm, Examples, Experience, Metrics, Need, Noised, noised_samples
+from condrl.config import TrainConfig
+from condrl.credit import group_advantages
+from condrl.policy import Policy
+from condrl.schedule import like
+
+
+@condrl.algorithm
+@dataclass(kw_only=True)
+class NFT(Algorithm):
+    """DiffusionNFT: no likelihoods, so any sampler, and far less gradient noise (Zheng et al. 2025)."""
+
+    temperature: float = 3.0  # an epoch aims at the density p (1 + advantage / temperature); larger: smaller steps
+    draws: int = 4  # times at which each image is noised
+    times: tuple[float, float] = (0.1, 0.97)  # their range, as a share of the schedule's time
+    normalise: bool = True  # divide a group's advantages by its standard deviation
+    adaptive: bool = True  # weigh draws by 1 / mean |error|: less noise, and a minimum that is moved a little
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise condrl.UsageError(f"config algorithm.temperature: must be positive, got {self.temperature}")
+        if self.draws < 1:
+            raise condrl.UsageError(f"config algorithm.draws: must be at least 1, got {self.draws}")
+        if not 0 < self.times[0] < self.times[1] <= 1:
+            raise condrl.UsageError(f"config algorithm.times: must rise within (0, 1], got {list(self.times)}")
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return ("groups",)
+
+    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """Group advantages (B,), bounded by the temperature so that no density is asked to be negative."""
+        return group_advantages(rewards, groups, self.normalise).clamp(-self.temperature, self.temperature)
+
+    def examples(
+        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
+    ) -> Examples:
+        return noised_samples(policy, experience, self.draws, self.times, train.rollout_batch, generator)
+
+    def loss(self, policy: Policy, batch: Noised) -> tuple[Tensor, Metrics]:
+        """temperature |d|^2 - 2 A <e, d> of each draw, (B,): d is the change of velocity, e the old one's error.
+
+        With r = (1 + A / a) / 2 and temperature = a b this is, but for a constant, a / b times DiffusionNFT's
+        r |e - b d|^2 + (1 - r) |e + b d|^2, whose minimum is at d = E[A e | x] / temperature (THEORY 7.6).
+        """
+        schedule = policy.model.schedule
+        alpha, sigma = (like(c, batch.x) for c in (schedule.alpha(batch.t), schedule.sigma(batch.t)))
+        score = policy.model.score(batch.x, batch.t, batch.condition, policy.prepared)
+        change = (sigma / alpha * (score - batch.old_score)).flatten(1)
+        error = (sigma / alpha * (-batch.noise / sigma - batch.old_score)).flatten(1)
+        step = change.square().mean(1)
+        loss = self.temperature * step - 2 * batch.advantage * (error * change).mean(1)
+        if self.adaptive:
+            loss = loss / error.abs().mean(1)
+        return loss, {"velocity_change": step.detach().mean()}

@@ -1,0 +1,21 @@
+"""Euler-Maruyama steps of the reverse SDE of any noise level; eta = 0 is Euler's method on the ODE."""
+
+from torch import Tensor
+
+import condrl
+from condrl.schedule import Schedule
+from condrl.transition import Coefficients
+from condrl.transition import euler_maruyama as coefficients
+
+
+@condrl.sampler
+def euler_maruyama(
+    schedule: Schedule,
+    times: Tensor,
+    *,
+    eta: float = 1.0,  # noise level >= 0
+) -> Coefficients:
+    """Euler-Maruyama at noise level eta; eta = 0 is Euler on the probability-flow ODE (THEORY 1.3, S1)."""
+    if eta < 0:
+        raise condrl.UsageError(f"config sampler.eta: euler_maruyama needs a value of at least 0, got {eta}")
+    return coefficients(schedule, times, eta)

@@ -1,0 +1,29 @@
+"""The exponential integrator of the reverse SDE: DDIM at eta = 0, DDPM at eta = 1, and any noise level."""
+
+import torch
+from torch import Tensor
+
+import condrl
+from condrl.schedule import Schedule
+from condrl.transition import Coefficients
+
+
+@condrl.sampler
+def exponential(
+    schedule: Schedule,
+    times: Tensor,
+    *,
+    eta: float = 1.0,  # noise level >= 0
+) -> Coefficients:
+    """Exact in the linear part for a score of constant epsilon; gDDIM (Zhang et al. 2023; THEORY 1.3, S2)."""
+    if eta < 0:
+        raise condrl.UsageError(f"config sampler.eta: exponential needs a value of at least 0, got {eta}")
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    if alpha[0] == 0:
+        raise condrl.UsageError("exponential cannot start where the signal is zero (zero terminal SNR)")
+    alpha_t, alpha_u, sigma_t, sigma_u = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
+    A = alpha_u / alpha_t
+    ratio = sigma_u / (sigma_t * A)  # e^{-h}, h the gain in log-SNR; 0 for a step to the data
+    kept = torch.ones_like(ratio) if eta == 0 else ratio ** (eta**2)
+    B = sigma_t * (A * sigma_t - sigma_u * kept)
+    return Coefficients(times, A, B, sigma_u * (1 - kept.square()).sqrt())

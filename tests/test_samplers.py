@@ -1,0 +1,258 @@
+"""Samplers against published formulas and the laws that they should reproduce (THEORY 8.6, rows 1 to 4)."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from condrl import UsageError, oracle
+from condrl.models.mixture import Mixture
+from condrl.oracle import Line
+from condrl.policy import Policy
+from condrl.rollout import rollout
+from condrl.run import make, make_sampler
+from condrl.schedule import OU, VP, RectifiedFlow, schedule_from_diffusers
+from condrl.transition import randn
+
+LAWS = {"m1": {"weights": [0.3, 0.7], "means": [-2.0, 1.5], "variances": [0.4, 0.25]}}
+SCHEDULES = [VP(), OU(), RectifiedFlow(), schedule_from_diffusers({"num_train_timesteps": 1000, "steps_offset": 1})]
+NAMES = ["ddim", "euler_maruyama", "exponential", "heun", "dpm_solver_pp", "flow_sde", "dance_sde"]
+
+
+def sampler(schedule, name, steps=10, spacing="uniform", **options):
+    return make_sampler({"name": name, "steps": steps, "spacing": spacing, **options}, schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:3])
+def test_schedules_agree_with_their_definitions(schedule):
+    """f = d log(alpha) / dt and g^2 = d(sigma^2) / dt - 2 f sigma^2 (THEORY 1.1)."""
+    t = torch.linspace(0.05, 0.9, 30, dtype=torch.float64, requires_grad=True)
+    (f,) = torch.autograd.grad(schedule.alpha(t).log().sum(), t)
+    (growth,) = torch.autograd.grad(schedule.sigma(t).square().sum(), t)
+    torch.testing.assert_close(schedule.f(t), f, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(schedule.g2(t), growth - 2 * f * schedule.sigma(t) ** 2, atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(schedule.time_of(schedule.log_snr(t.detach())), t.detach(), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("spacing", ["uniform", "log_snr"])
+def test_grids_fall_from_noise_to_data(schedule, spacing):
+    times = schedule.grid(16, spacing)
+    assert times.shape == (17,)
+    assert (times.diff() < 0).all()
+    assert (times[0].item(), times[-1].item()) == (schedule.end, schedule.final_time)
+    gaps = times.diff() if spacing == "uniform" else schedule.log_snr(times).diff()
+    gaps = gaps[gaps.isfinite()][: -1 if schedule.final_time == 0 else None]
+    torch.testing.assert_close(gaps, gaps[:1].expand_as(gaps), rtol=1e-5, atol=1e-9)
+    if not hasattr(schedule, "alpha_bar"):
+        with pytest.raises(UsageError, match="trailing needs a diffusers scheduler"):
+            schedule.grid(16, "trailing")
+
+
+def test_exponential_is_ddim_and_ddpm():
+    for schedule in SCHEDULES:
+        for eta in (0.0, 1.0):
+            ours, theirs = (sampler(schedule, name, eta=eta) for name in ("exponential", "ddim"))
+            for a, b in zip((ours.A, ours.B, ours.S), (theirs.A, theirs.B, theirs.S), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_flow_sde_is_flow_grpo():
+    """Liu et al. 2025: x (1 + s^2 / 2t dt) + v (1 + s^2 (1 - t) / 2t) dt, s = a sqrt(t / (1 - t)), dt < 0."""
+    schedule, a = RectifiedFlow(), 0.7
+    ours = sampler(schedule, "flow_sde", noise_level=a)
+    t, dt = ours.times[:-1], ours.times.diff()
+    level = a * (t / (1 - t)).sqrt()
+    x, score = torch.randn(2, 10, dtype=torch.float64)
+    v = -x / (1 - t) - t / (1 - t) * score
+    mean = x * (1 + level**2 / (2 * t) * dt) + v * (1 + level**2 * (1 - t) / (2 * t)) * dt
+    torch.testing.assert_close(ours.A * x + ours.B * score, mean, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(ours.S, level * (-dt).sqrt(), atol=1e-10, rtol=1e-10)
+
+
+def test_dance_sde_has_a_constant_rate_of_noise():
+    """Xue et al. 2025: x - D v + e^2 s D / 2, standard deviation e sqrt(D)."""
+    schedule, e = RectifiedFlow(), 0.3
+    ours = sampler(schedule, "dance_sde", noise_level=e)
+    t, step = ours.times[:-1], -ours.times.diff()
+    x, score = torch.randn(2, 10, dtype=torch.float64)
+    v = -x / (1 - t) - t / (1 - t) * score
+    torch.testing.assert_close(ours.S, e * step.sqrt(), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(
+        ours.A * x + ours.B * score, x - step * v + e**2 * score * step / 2, atol=1e-9, rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_overshooting_with_ddim_is_the_exponential_sampler(eta):
+    """THEORY 1.3, S4."""
+    from condrl.transition import Overshoot
+
+    schedule = VP()
+    exact = sampler(schedule, "exponential", eta=eta)
+
+    def ddim(x, t, w, act):
+        a_t, a_w, s_t, s_w = (
+            c(v)[:, None]
+            for c, v in ((schedule.alpha, t), (schedule.alpha, w), (schedule.sigma, t), (schedule.sigma, w))
+        )
+        noise = -s_t * act(x, t)
+        return a_w * (x - s_t * noise) / a_t + s_w * noise
+
+    ours = Overshoot(schedule, exact.times, torch.full((10,), eta, dtype=torch.float64), ddim)
+    k = torch.arange(10)
+    x = torch.randn(10, 3, dtype=torch.float64)
+    act = lambda y, t: torch.sin(y) * t[:, None]  # noqa: E731
+    a, b = ours.step(k, x, act), exact.step(k, x, act)
+    torch.testing.assert_close(a.mean, b.mean, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(a.std, b.std, atol=1e-9, rtol=1e-9)
+
+
+def on_a_line(line, schedule, name, steps, spacing, **options):
+    """Final masses of the mixture's own sampler, started exactly, and the exact law at the final time."""
+    model = Mixture(torch.device("cpu"), laws=LAWS)
+    chain = sampler(schedule, name, steps, spacing, **options)
+    law = model.law.rows(torch.zeros(line.cells, dtype=torch.long))
+    x = line.x[:, None]
+
+    def at(t):
+        t = torch.full((line.cells,), t, dtype=torch.float64)
+        return law.noised(schedule.alpha(t), schedule.sigma(t))
+
+    masses = line.masses(at(schedule.end).log_prob(x))
+    for k in range(steps):
+        step = chain.step(
+            torch.full((line.cells,), k), x, lambda y, t: law.noised(schedule.alpha(t), schedule.sigma(t)).score(y)
+        )
+        masses = line.push(masses, step.mean[:, 0], step.std.flatten()[0].item())
+    return masses, line.masses(at(schedule.final_time).log_prob(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("euler_maruyama", {"eta": 1.0}),
+        ("euler_maruyama", {"eta": 0.0}),
+        ("exponential", {"eta": 0.7}),
+        ("ddim", {"eta": 1.0}),
+        ("ddim", {"eta": 0.0}),
+        ("flow_sde", {"noise_level": 0.7}),
+    ],
+)
+def test_first_order_convergence(name, options):
+    """The mean of x^2 on M1 from the exact start, steps doubled twice (THEORY 1.4; 8.6, row 3)."""
+    line, schedule = Line(-9, 9, 1500), OU(end=3.0)
+    errors = []
+    for steps in (32, 64, 128):
+        masses, exact = on_a_line(line, schedule, name, steps, "uniform", **options)
+        errors.append(abs(((masses - exact) * line.x**2).sum().item()))
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert slopes[-1] == pytest.approx(1, abs=0.2), (errors, slopes)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0, 1.4])
+def test_every_noise_level_keeps_the_marginals(eta):
+    line = Line(-9, 9, 1200)
+    masses, exact = on_a_line(line, OU(end=3.0), "exponential", 64, "log_snr", eta=eta)
+    assert (masses - exact).abs().sum().item() / 2 < 0.03
+
+
+@pytest.mark.parametrize("name", ["dpm_solver_pp", "heun"])
+def test_second_order_convergence(name):
+    """The probability-flow map of a few points, steps doubled."""
+    model = Mixture(torch.device("cpu"), laws=LAWS, schedule="ou", schedule_options={"end": 3.0})
+    law = model.law.rows(torch.zeros(5, dtype=torch.long))
+    schedule, start = model.schedule, torch.linspace(-1.5, 1.5, 5, dtype=torch.float64)[:, None]
+
+    def final(name, steps):
+        chain, x, memory = sampler(schedule, name, steps, "log_snr", eta=0.0), start, None
+        for k in range(steps):
+            step = chain.step(
+                torch.full((5,), k), x, lambda y, t: law.noised(schedule.alpha(t), schedule.sigma(t)).score(y), memory
+            )
+            x, memory = step.mean, step.memory
+        return x
+
+    truth = final("heun", 2000)
+    errors = [(final(name, steps) - truth).abs().max().item() for steps in (40, 80, 160)]
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.4), errors
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logged_probabilities_are_the_gaussians(name):
+    """Whatever the sampler: x' has the law that its log-probability and its KL say, also with a window of noise."""
+    model = Mixture(torch.device("cpu"), laws=LAWS)
+    options = {"noise_level": 0.5} if name.endswith("_sde") else {"eta": 0.8}
+    policy = Policy(model, sampler(model.schedule, name, 8, noise_steps=[1, 2, 5], **options))
+    found = rollout(policy, torch.zeros(64, dtype=torch.long), torch.Generator().manual_seed(0), 32)
+    assert policy.sampler.stochastic.nonzero().flatten().tolist() == [1, 2, 5]
+    for k in range(8):
+        memory = None if found.memories is None else found.memories[k]
+        law = policy.transition(found.states[k], torch.full((64,), k), found.condition, memory)
+        if k in (1, 2, 5):
+            expected = Normal(law.mean, law.std.expand_as(law.mean)).log_prob(found.states[k + 1]).sum(1)
+            torch.testing.assert_close(found.log_probs[k].float(), expected, atol=1e-4, rtol=1e-4)
+            z = (found.states[k + 1] - law.mean) / law.std
+            assert 0.7 < z.std().item() < 1.3
+        else:
+            assert found.log_probs[k].isnan().all()
+            torch.testing.assert_close(found.states[k + 1], law.mean, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_sampler_draws_the_pretrained_mixture(name):
+    """A few thousand points have the right mean and spread."""
+    model = Mixture(torch.device("cpu"), laws=LAWS, schedule="ou")
+    options = {"noise_level": 0.5} if name.endswith("_sde") else {"eta": 0.6}
+    policy = Policy(model, sampler(model.schedule, name, 60, **options))
+    x = rollout(policy, torch.zeros(4000, dtype=torch.long), torch.Generator().manual_seed(1), 4000).samples
+    assert x.mean().item() == pytest.approx(0.45, abs=0.12)
+    assert x.std().item() == pytest.approx(1.69, abs=0.1)
+    assert (x < -0.5).float().mean().item() == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samplers_drive_stable_diffusion(name, model):
+    options = {"noise_level": 0.5} if name.endswith("_sde") else {"eta": 0.8}
+    policy = Policy(model, sampler(model.schedule, name, 4, "log_snr", **options))
+    found = rollout(policy, model.encode(["a red star", "a blue circle"]), torch.Generator().manual_seed(0), 2)
+    assert found.samples.isfinite().all()
+    assert found.log_probs[policy.sampler.stochastic].isfinite().all()
+    assert policy.sampler.stochastic[:3].all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_noise_is_one_line(name):
+    option = "noise_level" if name.endswith("_sde") else "eta"
+    with pytest.raises(UsageError, match=f"config sampler.{option}: .* got -1"):
+        sampler(VP(), name, **{option: -1.0})
+    with pytest.raises(UsageError, match=r"noise_steps: \[10\] are not all among the 10 steps"):
+        sampler(VP(), name, noise_steps=[10], **{option: 0.5})
+
+
+def test_transfer_between_noise_levels():
+    """THEORY 3.4: tilted at eta, sampled at eta', the mean moves by M(eta, eta') of what it should."""
+    b, kappa, s0 = 0.9, 0.5, 0.7
+    schedule = OU(end=6.0, final_time=1e-3)
+    times = schedule.grid(1000, "log_snr")
+    alpha, sigma = schedule.alpha(times[:-1]), schedule.sigma(times[:-1])
+    variance = alpha**2 * s0**2 + sigma**2
+    rho = alpha * s0 / variance.sqrt()
+    for eta, deployed in ((0.5, 0.0), (0.5, 1.0), (1.0, 0.0), (1.4, 0.0)):
+        extra = 2 * eta**2 / (1 + eta**2) * (b / kappa) * s0 * rho ** (eta**2) / variance.sqrt()
+        chain = make("sampler", {"name": "exponential", "eta": deployed}, schedule, times)
+        gain, _, _ = oracle.gaussian_chain(chain, schedule.alpha(times), schedule.sigma(times), 0.0, s0**2)
+        shift = 0.0
+        for k in range(1000):
+            shift = gain[k] * shift + chain.B[k] * extra[k]
+        M = 2 * eta**2 * (1 + deployed**2) / ((1 + eta**2) * (eta**2 + deployed**2))
+        expected = b / kappa * s0**2 * M * (1 - rho[0] ** (eta**2 + deployed**2))
+        assert shift.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_randn_is_that_of_its_generators():
+    a = randn((2, 3), [torch.Generator().manual_seed(i) for i in (4, 5)], torch.device("cpu"))
+    b = randn((1, 3), [torch.Generator().manual_seed(5)], torch.device("cpu"))
+    assert torch.equal(a[1:], b)
