@@ -1,4 +1,4 @@
-"""One-dimensional problems solved and audited without sampling: the optimum, any policy's objective, their distance."""
+"""Problems solved exactly: 1-D chains and policies audited without sampling; values of any model by Monte Carlo."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from condrl import oracle
 from condrl.errors import UsageError
 from condrl.models.mixture import Mixture
-from condrl.oracle import Audit, Line
+from condrl.oracle import Audit, Line, ValueEstimate
 from condrl.policy import Policy
 from condrl.prompts import Row
 from condrl.rewards import Reward, score
+from condrl.rollout import continued
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,29 @@ def solve(
     start = line.masses(-line.x.square() / (2 * prior**2))
     cases = [_case(policy, row, rewards, kappa, line, std, start) for row in rows]
     return Problem(line, rows, kappa, std, start, cases)
+
+
+@torch.no_grad()
+def monte_carlo_value(
+    policy: Policy,
+    place: tuple[Tensor, int],
+    row: Row,
+    rewards: Sequence[Reward],
+    kappa: float,
+    particles: int,
+    generator: torch.Generator,
+) -> ValueEstimate:
+    """V = kappa log E exp(r / kappa) at a state x (...) before step k, place = (x, k), for any model and reward.
+
+    By so many pretrained chains that go on from there (Feynman-Kac; THEORY 3.1).
+    """
+    (state, first), model = place, policy.model
+    condition = model.encode([row.prompt] * particles)
+    final = state.expand(particles, *state.shape)
+    with model.reference():
+        for x, _ in continued(policy, final, first, condition, generator):
+            final = x
+    return oracle.feynman_kac(score(rewards, model.decode(final), [row] * particles).total, kappa)
 
 
 def _case(

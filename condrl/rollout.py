@@ -30,14 +30,21 @@ class Rollout:
 
 def chain(policy: Policy, condition: Tensor, generator: Generators) -> Iterator[tuple[Tensor, Transition | None]]:
     """Yield x_0 with no law, then each next state with the law it was drawn from."""
-    shape = (len(condition), *policy.model.state_shape)
-    x = randn(shape, generator, policy.model.device) * policy.model.schedule.prior_std
+    x = randn((len(condition), *policy.model.state_shape), generator, policy.model.device)
+    x = x * policy.model.schedule.prior_std
     yield x, None
+    yield from continued(policy, x, 0, condition, generator)
+
+
+def continued(
+    policy: Policy, x: Tensor, first: int, condition: Tensor, generator: Generators
+) -> Iterator[tuple[Tensor, Transition]]:
+    """Yield the states after step `first` and later ones, from x (B, ...) before it, with their laws."""
     memory = None
-    for k in range(policy.steps):
+    for k in range(first, policy.steps):
         law = policy.transition(x, torch.full((len(condition),), k), condition, memory)
         memory = law.memory
-        x = law.sample(randn(shape, generator, x.device)) if policy.sampler.stochastic[k] else law.mean
+        x = law.sample(randn(tuple(x.shape), generator, x.device)) if policy.sampler.stochastic[k] else law.mean
         yield x, law
 
 

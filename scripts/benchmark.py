@@ -321,8 +321,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--repeats", type=int, default=5, help="measured epochs of `overhead`")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--problems", nargs="+", default=["g1", "m1", "p1"], help="toys of `exact`")
-    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), help="algorithms of `exact`")
+    parser.add_argument(
+        "--problems", type=lambda s: s.split(","), default=["g1", "m1", "p1"], help="toys of `exact`, as g1,m1"
+    )
+    parser.add_argument(
+        "--algorithms", type=lambda s: s.split(","), default=list(ALGORITHMS), help="of `exact`, as dpok,ctrl"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="seeds of `exact`")
     args = parser.parse_intermixed_args()
     if args.threads:

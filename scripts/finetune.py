@@ -88,7 +88,7 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
         **origin,
     }
     write_json(folder / "result.json", result)
-    if base and tuned and base.pictures:
+    if base and tuned and base.pictures and base.pictures[0].dim() == 3:
         save_comparison_of(base, tuned, folder / "images" / "before_after.png")
     if len(model.state_shape) == 1:
         from condrl.plots import save_plots

@@ -1,0 +1,240 @@
+"""Algorithms on problems whose gradients and optima are known (THEORY 8.6, rows 8, 9 and 11)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+from condrl import UsageError, oracle
+from condrl.config import load_config
+from condrl.exact import monte_carlo_value, solve
+from condrl.prompts import Row
+from condrl.run import check_combination, make_trainer
+from condrl.trainer import Clock, Trainer
+from condrl.transition import Coefficients
+
+TOYS = ROOT / "configs" / "toy"
+FAMILY = ["reinforce", "ddpo", "dpok", "grpo", "ctrl"]
+
+
+def trainer_of(problem: str, folder: Path, *words: str, rows: int | None = None) -> Trainer:
+    """A toy's trainer; `rows` repeats its first prompt so many times, each a group of its own."""
+    from condrl.prompts import load_prompts
+
+    config = load_config([str(TOYS / f"{problem}.yaml"), f"run.dir={folder}", *words])
+    prompts = load_prompts(config.prompts.train, "prompts.train")
+    if rows:
+        prompts = [Row(i, prompts[0].prompt) for i in range(rows)]
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(config.run.seed)
+    return make_trainer(config, prompts)
+
+
+def gradients(trainer: Trainer, epochs: int) -> torch.Tensor:
+    """The gradient of each epoch's loss in the trained table, (epochs, ...), the weights held still."""
+    (table,) = trainer.weights
+    found = []
+    trainer.optimizer.step = lambda: found.append(table.grad.clone())
+    for epoch in range(epochs):
+        examples = trainer.examples(trainer.collect(epoch, Clock()), epoch)
+        trainer.optimise(examples, torch.arange(examples.images), torch.Generator())
+    return torch.stack(found).double()
+
+
+def chain_of(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sampler, schedule = trainer.policy.sampler, trainer.policy.model.schedule
+    assert isinstance(sampler, Coefficients)
+    return oracle.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
+
+
+def exact_gradient(trainer: Trainer, reward: tuple[float, float], kappa: float) -> torch.Tensor:
+    """Of E r - kappa KL in the table of the affine correction, (2, K), by the moments of the chain."""
+    (a, c, S), sampler, (b, Q) = chain_of(trainer), trainer.policy.sampler, reward
+    # the table runs from the data to the noise; its first knot, at the final time, is never used
+    table = trainer.weights[0].detach().double()[:, 0, 1:, 0].flip(1).requires_grad_()
+    m, v, kl = torch.zeros((), dtype=torch.float64), trainer.policy.model.schedule.prior_std**2, 0.0
+    for k in range(len(a)):
+        dg, do = sampler.B[k] * table[0, k], sampler.B[k] * table[1, k]
+        if S[k] > 0:
+            kl = kl + (dg**2 * (v + m**2) + 2 * dg * do * m + do**2) / (2 * S[k] ** 2)
+        gain = a[k] + dg
+        m, v = gain * m + c[k] + do, gain**2 * v + S[k] ** 2
+    objective = b * m - Q * (m**2 + v) / 2 - kappa * kl
+    (gradient,) = torch.autograd.grad(objective, table)
+    return gradient
+
+
+def small(steps: int, *words: str) -> list[str]:
+    return [f"sampler.steps={steps}", f"model.knots={steps}", *words]
+
+
+GROUPS = [
+    "train.max_grad_norm=1e9",
+    "train.prompts_per_epoch=500",
+    "train.images_per_prompt=8",
+    "train.rollout_batch=4000",
+    "train.loss_batch=32000",
+]
+
+
+def z_scores(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Of minus the estimates (epochs, 2, 1, K + 1, 1) against the expected gradient (2, K)."""
+    estimates = -found[:, :, 0, 1:, 0].flip(2)
+    return (estimates.mean(0) - expected) / (estimates.std(0) / len(estimates) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "loo", "factor"),
+    [("reinforce", False, 7 / 8), ("reinforce", True, 1.0), ("ddpo", True, 1.0), ("grpo", True, 1.0)],
+)
+def test_gradient_of_the_reward(name, loo, factor, tmp_path):
+    """b Pi_k for a shift of step k, shrunk by 1 - 1 / K when an image is in its own baseline."""
+    words = [
+        "algorithm.kappa=0",
+        "algorithm.normalise=false",
+        f"algorithm.leave_one_out={loo}",
+        "algorithm.advantage_clip=1e9",
+    ]
+    linear = ["rewards.quadratic.linear=[0.9]", "rewards.quadratic.curvature=[0]"]
+    trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(8, *words, *linear, *GROUPS), rows=500)
+    expected = exact_gradient(trainer, (0.9, 0.0), 0.0)
+    found = gradients(trainer, 12)
+    assert z_scores(found, factor * expected).abs().max() < 5
+    a, _, _ = chain_of(trainer)
+    shift = torch.stack([0.9 * a[k + 1 :].prod() for k in range(8)])
+    torch.testing.assert_close(expected[1], shift * trainer.policy.sampler.B, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "ddpo", "dpok", "grpo"])
+def test_gradient_with_the_kl(name, tmp_path):
+    """Away from the pretrained model the gradient is that of E r - kappa KL; without the KL-to-go it is not."""
+    reward = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]"]
+    words = [
+        "algorithm.kappa=0.3",
+        "algorithm.normalise=false",
+        "algorithm.leave_one_out=true",
+        "algorithm.advantage_clip=1e9",
+    ]
+    trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(6, *words, *reward, *GROUPS), rows=500)
+    with torch.no_grad():
+        trainer.weights[0].copy_(
+            0.6 * torch.randn(trainer.weights[0].shape, generator=torch.Generator().manual_seed(3))
+        )
+    expected = exact_gradient(trainer, (2.0, 2.0), 0.3)
+    assert z_scores(gradients(trainer, 16), expected).abs().max() < 5
+    if name == "dpok":
+        trainer.algorithm.truncated = True
+        assert z_scores(gradients(trainer, 16), expected).abs().max() > 8
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_algorithm_closes_the_gap(name, tmp_path):
+    words = ["train.epochs=150", "train.images_per_prompt=256", "train.rollout_batch=256", "train.lr=3e-2"]
+    words += ["algorithm.kappa=0.5"]
+    trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(12, *words))
+    solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
+    assert solved.gap_closed(solved.audit(trainer.policy)) == pytest.approx(0, abs=1e-6)
+    trainer.fit()
+    audits = solved.audit(trainer.policy)
+    assert solved.gap_closed(audits) > 0.97
+    assert solved.gap_closed(audits) <= 1 + 1e-4
+    assert audits[0].kl > 0.01
+
+
+def test_riccati_is_where_they_go(tmp_path):
+    words = ["train.epochs=300", "train.lr=3e-2", "algorithm.name=dpok"]
+    trainer = trainer_of("g1", tmp_path, *small(12, *words))
+    trainer.fit()
+    found = oracle.riccati(chain_of(trainer), (0.9, 0.6, 0.0), 0.5, (0.0, trainer.policy.model.schedule.prior_std**2))
+    x = torch.tensor([[-0.5], [0.5], [1.5]])
+    with torch.no_grad():
+        for k in range(12):
+            means = trainer.policy.transition(x, torch.full((3,), k), torch.zeros(3, dtype=torch.long)).mean
+            torch.testing.assert_close(means.double(), found.gain[k] * x.double() + found.offset[k], atol=0.06, rtol=0)
+
+
+def test_ctrl_on_an_ode_finds_the_deterministic_optimum(tmp_path):
+    """With eta = 0 the action's noise is the only randomness; the best mean is Riccati's with S^2 = B^2 / (g^2 D)."""
+    words = ["algorithm.name=ctrl", "algorithm.kappa=0.5", "sampler.eta=0", "train.epochs=300", "train.lr=3e-2"]
+    trainer = trainer_of("g1", tmp_path, *small(12, *words))
+    trainer.fit()
+    a, c, _ = chain_of(trainer)
+    sampler, g2 = trainer.policy.sampler, trainer.policy.model.schedule.g2(trainer.policy.sampler.times[:-1])
+    stand_in = sampler.B / (g2 * -sampler.times.diff()).sqrt()
+    found = oracle.riccati((a, c, stand_in), (0.9, 0.6, 0.0), 0.5, (0.0, 1.0))
+    gaps = []
+    x = torch.tensor([[0.2], [1.2]])
+    with torch.no_grad():
+        for k in range(12):
+            place = x, torch.full((2,), k), torch.zeros(2, dtype=torch.long)
+            means = trainer.policy.transition(*place).mean.double()
+            best = found.gain[k] * x.double() + found.offset[k]
+            base = a[k] * x.double() + c[k]
+            gaps.append(((means - best).square().sum().item(), (base - best).square().sum().item()))
+    ours, idle = map(sum, zip(*gaps, strict=True))
+    assert ours < 0.1 * idle
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["algorithm.kappa=-1"], "kappa: must be at least 0"),
+        (["algorithm.name=ctrl", "sampler.name=heun"], "ctrl needs a sampler whose steps are affine in the score"),
+        (["algorithm.name=ctrl", "algorithm.exploration=0"], "exploration: must be positive"),
+        (["algorithm.name=reinforce", "sampler.eta=0"], "reinforce needs steps with noise"),
+        (["algorithm.name=ddpo", "algorithm.kappa=1", "algorithm.advantage=prompt"], "kappa needs advantage=group"),
+    ],
+)
+def test_combinations_that_cannot_work(words, message):
+    with pytest.raises(UsageError, match=message):
+        check_combination(load_config([str(TOYS / "g1.yaml"), *words]))
+
+
+def test_monte_carlo_value_is_the_dynamic_programs(tmp_path):
+    """Of the unrestricted optimum: kappa log E exp(r / kappa), by quadrature through the base chain."""
+    trainer = trainer_of("m1", tmp_path, "sampler.steps=16")
+    policy, generator = trainer.policy, torch.Generator().manual_seed(0)
+    line = oracle.Line(-9, 9, 1500)
+    solved = solve(policy, trainer.rows, trainer.rewards, 0.5, cells=1500)
+    values = solved.cases[0].reward / 0.5
+    z, w = oracle.hermite(40)
+    for k in reversed(range(6, 16)):
+        points = solved.cases[0].base[k][:, None] + solved.std[k] * z
+        values = (line.interpolate(values, points) + w.log()).logsumexp(1)
+    for x in (-1.0, 0.3, 1.2):
+        found = monte_carlo_value(
+            policy, (torch.tensor([x]), 6), trainer.rows[0], trainer.rewards, 0.5, 20_000, generator
+        )
+        exact = 0.5 * line.interpolate(values, torch.tensor([x], dtype=torch.float64)).item()
+        assert abs(found.value - exact) < 4 * found.error + 1e-3
+        assert found.error < 0.05
+
+
+def test_path_kl_is_the_exact_one_on_average(tmp_path):
+    trainer = trainer_of("g1", tmp_path, "train.images_per_prompt=8000", "train.rollout_batch=8000", *small(10))
+    with torch.no_grad():
+        trainer.weights[0].normal_(0, 0.4, generator=torch.Generator().manual_seed(1))
+    solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
+    examples = trainer.examples(trainer.collect(0, Clock()), 0)
+    kl = examples.base.kl.sum(0)
+    exact = solved.audit(trainer.policy)[0].kl
+    assert abs(kl.mean().item() - exact) < 4 * kl.std().item() / 8000**0.5 + 1e-4
+    assert exact > 0.1
+    torch.testing.assert_close(examples.base.to_go[0] + examples.base.kl[0], kl)
+
+
+@pytest.mark.parametrize("name", [*FAMILY, "nft"])
+def test_every_algorithm_tunes_stable_diffusion(name, pipeline, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
+    words = [f"model.path={pipeline}", "model.lora_rank=2", "model.guidance=1", f"prompts.train={tmp_path}/prompts.txt"]
+    words += ["rewards.jpeg_compressibility.weight=1", f"algorithm.name={name}", f"run.dir={tmp_path}"]
+    words += ["train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8", "train.epochs=2"]
+    if name != "nft":
+        words += ["algorithm.kappa=0.01"]
+    config = load_config([*words, "sampler.steps=3", "train.loss_batch=8", "train.lr=1e-2"])
+    trainer = make_trainer(config, [Row(0, "a red star"), Row(1, "a blue circle")])
+    before = [p.detach().clone() for p in trainer.weights]
+    trainer.fit()
+    assert any((p != q).any() for p, q in zip(trainer.weights, before, strict=True))
+    assert all(p.isfinite().all() for p in trainer.weights)
