@@ -5,8 +5,9 @@
     python scripts/benchmark.py sd15                Stable Diffusion 1.5's full size with random weights
     python scripts/benchmark.py exact               every algorithm on toys, against the exact optimum
     python scripts/benchmark.py transfer            tuned at one noise level, sampled at another, beside the theory
+    python scripts/benchmark.py steps               tuned with 20 steps, deployed with 8 and 80
 
-`key=value` words change configs/quickstart.yaml, or the toys' configs for `exact` and `transfer`.
+`key=value` words change configs/quickstart.yaml, or the toys' configs for the last three.
 --json FILE writes what was measured.
 """
 
@@ -306,6 +307,27 @@ def shift(trainer: Trainer, eta: float, steps: int) -> float:
     return ((tuned - base) * solved.line.x).sum().item() / asked
 
 
+def steps(config: Config, args: argparse.Namespace) -> list[Row]:
+    """Tune M1 with 20 steps, deploy with 8, 20 and 80: the gap each closes in the chain that it is deployed with."""
+    rows: list[Row] = []
+    for algorithm, seed in itertools.product(args.algorithms, range(args.seeds)):
+        words = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", "sampler.steps=20", f"run.seed={seed}"]
+        trainer = toy_trainer("m1", [*words, *args.words])
+        trainer.fit()
+        for count in (8, 20, 80):
+            section = {**trainer.config.sampler, "steps": count}
+            policy = Policy(trainer.policy.model, make_sampler(section, trainer.policy.model.schedule))
+            solved = solve(policy, trainer.rows, trainer.rewards, 0.5)
+            audits = solved.audit(policy)
+            row = {"algorithm": algorithm, "seed": seed, "steps": 20, "deployed_steps": count}
+            rows.append(row | {"gap_closed": solved.gap_closed(audits), "reward": audits[0].reward})
+            print(f"{algorithm:<10} seed {seed}  20 -> {count:<3} gap closed {rows[-1]['gap_closed']:.4f}", flush=True)
+    return rows
+
+
+TOY_MEASURES = (exact, transfer, steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measures = {
@@ -331,7 +353,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    toys = args.what in ("exact", "transfer")
+    toys = measures[args.what] in TOY_MEASURES
     found: Any = measures[args.what](load_config([str(QUICKSTART), *([] if toys else args.words)]), args)
     if args.json:
         write_json(args.json, found if toys else {**found, **provenance()})

@@ -238,3 +238,54 @@ def test_every_algorithm_tunes_stable_diffusion(name, pipeline, tmp_path):
     trainer.fit()
     assert any((p != q).any() for p, q in zip(trainer.weights, before, strict=True))
     assert all(p.isfinite().all() for p in trainer.weights)
+
+
+@pytest.mark.parametrize("eta", [0.6, 1.0])
+def test_the_path_kl_bounds_the_terminal_one(eta, tmp_path):
+    """THEORY 2.2; for the best policy of a memoryless chain the two are equal (8.3)."""
+    trainer = trainer_of("m1", tmp_path, f"sampler.steps={300 if eta == 1 else 60}", f"sampler.eta={eta}")
+    solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
+    (case,) = solved.cases
+    terminal = oracle.kl_of_masses(case.optimal.masses, case.pretrained.masses)
+    assert terminal <= case.optimal.kl + 1e-6
+    assert terminal > 0.1
+    if eta == 1:
+        assert case.optimal.kl == pytest.approx(terminal, rel=0.025)
+        assert solved.optimum == pytest.approx(
+            0.5
+            * oracle.tilted_masses(solved.line, case.pretrained.masses.clamp(min=1e-300).log(), case.reward, 0.5)[1],
+            abs=0.02,
+        )
+    for module in trainer.policy.model.module.parameters():
+        with torch.no_grad():
+            module.add_(0.05 * torch.randn(module.shape, generator=torch.Generator().manual_seed(0)))
+    (audit,) = solved.audit(trainer.policy)
+    assert 0.001 < oracle.kl_of_masses(audit.masses, case.pretrained.masses) <= audit.kl
+
+
+def test_clipping_without_the_min_misses_the_optimum(tmp_path, monkeypatch):
+    """THEORY 4.2: without the min a ratio that has gone the wrong way loses its gradient too."""
+    import condrl.plugins.algorithms.dpok as module
+
+    words = ["algorithm.kappa=0.5", "algorithm.clip_range=0.02", "train.epochs=40", "train.inner_epochs=8"]
+    words += [
+        "train.updates_per_epoch=4",
+        "train.lr=1e-1",
+        "train.lr_decay=none",
+        "train.images_per_prompt=256",
+        "train.rollout_batch=256",
+    ]
+
+    def wrong(log_ratio, advantage, bound):
+        ratio = log_ratio.float().exp()
+        return -ratio.clamp(1 - bound, 1 + bound) * advantage, {}
+
+    gaps = []
+    for name, clip in (("right", module.clipped), ("wrong", wrong)):
+        monkeypatch.setattr(module, "clipped", clip)
+        trainer = trainer_of("g1", tmp_path / name, *small(12, *words))
+        solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
+        trainer.fit()
+        gaps.append(solved.gap_closed(solved.audit(trainer.policy)))
+    assert gaps[0] > 0.9, gaps
+    assert gaps[1] < gaps[0] - 0.2, gaps
