@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from condrl.errors import UsageError
 from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file
 
+Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -73,8 +74,7 @@ class EvaluateConfig:
 @dataclass
 class GridConfig:
     steps: int = 50  # denoising steps
-    # of their times; null: as the model's scheduler, or uniform where there is none
-    spacing: Literal["leading", "linspace", "trailing", "uniform", "log_snr"] | None = None
+    spacing: Spacing | None = None  # of their times; null: as the model's scheduler, or uniform where it has none
     noise_steps: list[int] | None = None  # the steps that keep their noise, the others being deterministic; null: all
 
 

@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from condrl.config import Spacing
 from condrl.errors import UsageError
 
-Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
 DIFFUSERS_SPACINGS = ("leading", "linspace", "trailing")
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 

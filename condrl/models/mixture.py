@@ -29,7 +29,7 @@ class Mixture:
         *,
         laws: dict[str, Any],  # prompt -> weights (n), means (n x d) and variances (n, n x d or n x d x d)
         schedule: Literal["vp", "ou", "rectified_flow"] = "vp",  # the forward process
-        schedule_options: dict[str, float] = {},  # noqa: B006  its parameters: b0, b1, rate, noise, end, final_time
+        schedule_options: dict[str, float] | None = None,  # its parameters: b0, b1, rate, noise, end, final_time
         pretrained: Literal["exact", "network"] = "exact",  # the score that tuning starts from
         pretrain_steps: int = 2000,  # Adam steps of denoising score matching for pretrained=network
         correction: Literal["mlp", "affine"] = "mlp",  # what is trained: a network, or gain(t) x + offset(t)
@@ -39,7 +39,7 @@ class Mixture:
     ) -> None:
         self.device, self.prompts = device, list(laws)
         self.law = read_laws(laws)
-        self.schedule = make_schedule(schedule, schedule_options)
+        self.schedule = make_schedule(schedule, schedule_options or {})
         self.state_shape = (self.law.means.shape[-1],)
         self.evaluations = 0
         self._corrected = True

@@ -86,10 +86,10 @@ class CTRL(Algorithm):
     """
 
     kappa: float = 0.0  # reward per nat of path KL to the pretrained model
-    exploration: float = 1.0  # the variance of an action is this over 2 g(t)^2
+    exploration: float = 2.0  # the variance of an action is this over 2 g(t)^2
     clip_range: float = 0.2  # bound on |ratio - 1| of an action's probability
-    memory: float = 0.5  # time constant of the advantage estimate, as a share of the schedule's time
-    value_lr: float = 1e-3  # learning rate of the value network
+    memory: float = 5.0  # time constant of the advantage estimate, as a share of the schedule's time
+    value_lr: float = 3e-3  # learning rate of the value network
     value_width: int = 64  # its hidden units
     value_hint: bool | None = None  # show it the reward of the denoised state; null: for images
     normalise: bool = True  # divide by the standard deviation of the rewards of a prompt's images
