@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from condrl.config import TrainConfig
-from condrl.credit import group_advantages, group_std
+from condrl.credit import group_advantages, group_scale
 from condrl.errors import UsageError
 from condrl.policy import Policy
 from condrl.prompts import Row
@@ -22,8 +22,9 @@ from condrl.transition import Transition, randn, trained_steps
 MAX_LOG_RATIO = 20.0  # nats: no float32 overflow where the min leaves the ratio unbounded (negative advantages)
 
 Metrics = dict[str, Tensor]
-# groups: several images of a prompt in an epoch; affine steps: a sampler that is three numbers per step
-Need = Literal["stochastic steps", "groups", "affine steps"]
+# groups: several images of a prompt in an epoch; affine steps: a sampler that is three numbers per step;
+# one pass: one update on each image
+Need = Literal["stochastic steps", "groups", "affine steps", "one pass"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,33 @@ class Examples(Protocol):
     def minibatch(self, images: Tensor, columns: Tensor) -> Any:
         """The entries (images[i], columns[i])."""
         ...
+
+
+@runtime_checkable
+class RatioExamples(Examples, Protocol):
+    """Examples whose minibatches have `old_log_prob` and `log_prob(policy)`."""
+
+    def with_log_probs(self, log_probs: Tensor) -> RatioExamples:
+        """These with other old log-probabilities (K, B)."""
+        ...
+
+
+def every_pair(examples: Examples) -> Tensor:
+    """All (image, column) pairs, (B * n, 2), ordered by column as a roll-out is."""
+    return torch.cartesian_prod(examples.columns, torch.arange(examples.images)).flip(1)
+
+
+@torch.no_grad()
+def recomputed(examples: RatioExamples, policy: Policy, batch: int) -> RatioExamples:
+    """The examples with their log-probabilities recomputed, `batch` pairs at a time as an update does.
+
+    In half precision the result of a network depends on its batch by far more than a ratio may be off.
+    """
+    log_probs = torch.full((policy.steps, examples.images), torch.nan, dtype=torch.float64, device=policy.model.device)
+    for part in every_pair(examples).split(batch):
+        images, k = part.to(log_probs.device).unbind(1)
+        log_probs[k, images] = examples.minibatch(*part.unbind(1)).log_prob(policy)
+    return examples.with_log_probs(log_probs)
 
 
 class Algorithm:
@@ -118,6 +146,10 @@ class Steps:
         """The policy's law of `next_x`."""
         return policy.transition(self.x, self.k, self.condition, self.memory)
 
+    def log_prob(self, policy: Policy) -> Tensor:
+        """What `old_log_prob` is under this policy."""
+        return self.law(policy).log_prob(self.next_x)
+
 
 @dataclass(frozen=True)
 class Transitions:
@@ -148,21 +180,7 @@ class Transitions:
             kl_weight=None if self.kl_weights is None else self.kl_weights[where],
         )
 
-    def pairs(self) -> Tensor:
-        """All (image, trained step) pairs, (B * n, 2), ordered by step as the roll-out was."""
-        return torch.cartesian_prod(self.columns, torch.arange(self.images)).flip(1)
-
-    @torch.no_grad()
-    def with_log_probs_of(self, policy: Policy, batch: int) -> Transitions:
-        """These with their log-probabilities recomputed, `batch` pairs at a time as an update does.
-
-        In half precision the result of a network depends on its batch by far more than a ratio may be off.
-        """
-        log_probs = torch.full_like(self.rollout.log_probs, torch.nan)
-        for part in self.pairs().split(batch):
-            steps = self.minibatch(*part.unbind(1))
-            images, k = part.to(log_probs.device).unbind(1)
-            log_probs[k, images] = steps.law(policy).log_prob(steps.next_x)
+    def with_log_probs(self, log_probs: Tensor) -> Transitions:
         return replace(self, rollout=replace(self.rollout, log_probs=log_probs))
 
 
@@ -217,11 +235,13 @@ class PolicyGradient(Algorithm):
     kappa: float = 0.0  # reward per nat of path KL to the pretrained model
     normalise: bool = True  # divide by the standard deviation of the rewards of a prompt's images
     leave_one_out: bool = False  # centre a group's returns on the mean of the others
-    advantage_clip: float = 5.0  # bound on |advantage|
+    advantage_clip: float = 5.0  # bound on |advantage| when normalised
 
     def __post_init__(self) -> None:
         if self.kappa < 0:
             raise UsageError(f"config algorithm.kappa: must be at least 0, got {self.kappa}")
+        if self.advantage_clip <= 0:
+            raise UsageError(f"config algorithm.advantage_clip: must be positive, got {self.advantage_clip}")
 
     @property
     def needs(self) -> Sequence[Need]:
@@ -232,7 +252,8 @@ class PolicyGradient(Algorithm):
         return self.bounded(group_advantages(rewards, groups, self.normalise, self.leave_one_out))
 
     def bounded(self, advantages: Tensor) -> Tensor:
-        return advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        """Normalised advantages within the bound; in the reward's own unit a bound would change the objective."""
+        return advantages.clamp(-self.advantage_clip, self.advantage_clip) if self.normalise else advantages
 
     def examples(
         self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
@@ -241,7 +262,7 @@ class PolicyGradient(Algorithm):
         if self.kappa == 0:
             return Transitions(rollout, experience.advantages, columns)
         rewards, groups = experience.scores.total, experience.groups
-        scale = 1 / (group_std(rewards, groups) + 1e-4) if self.normalise else torch.ones_like(rewards)
+        scale = group_scale(rewards, groups) if self.normalise else torch.ones_like(rewards)
         base = path_kl(policy, rollout, train.rollout_batch)
         returns = rewards - self.kappa * self.kl_to_go(base)
         centred = torch.stack([group_advantages(g, groups, False, self.leave_one_out) for g in returns])
@@ -263,6 +284,25 @@ class PolicyGradient(Algorithm):
     def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
         """A loss (B,) whose gradient at the roll-out's policy is -A grad log p, and means to log."""
         raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class ClippedPolicyGradient(PolicyGradient):
+    """PPO's clipped importance weights, for several updates on an epoch's images (Schulman et al. 2017)."""
+
+    clip_range: float = 0.2  # bound on |ratio - 1| for a step of 1/50 of the time; others scale with sqrt(step)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip_range <= 0:
+            raise UsageError(f"config algorithm.clip_range: must be positive, got {self.clip_range}")
+
+    def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
+        """PPO's loss with a bound that scales with the square root of the step (THEORY 9.2)."""
+        times = policy.sampler.times
+        step = (times[batch.k] - times[batch.k + 1]) / times[0]
+        bound = self.clip_range * (50 * step).sqrt()
+        return clipped(law.log_prob(batch.next_x) - batch.old_log_prob, batch.advantage, bound)
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, bound: Tensor | float) -> tuple[Tensor, Metrics]:
@@ -307,7 +347,8 @@ class NoisedSamples:
 
     def minibatch(self, images: Tensor, columns: Tensor) -> Noised:
         rows = columns * self.images + images
-        return Noised(*(getattr(self.draws, f.name)[rows.to(self.draws.x.device)] for f in fields(Noised)))
+        values = (getattr(self.draws, f.name) for f in fields(Noised))
+        return Noised(*(value[rows.to(value.device)] for value in values))
 
 
 @torch.no_grad()
@@ -319,11 +360,11 @@ def noised_samples(
     batch: int,
     generator: torch.Generator,
 ) -> NoisedSamples:
-    """Noise each final state `draws` times, at times stratified over the range `times`."""
+    """Noise each final state `draws` times, at times stratified over a range of shares of the schedule's time."""
     clean, condition, schedule = experience.rollout.samples, experience.rollout.condition, policy.model.schedule
     count, (low, high) = len(clean), times
     strata = (torch.arange(draws)[:, None] + torch.rand(draws, count, generator=generator)).flatten() / draws
-    t = (low + (high - low) * strata).double()
+    t = schedule.end * (low + (high - low) * strata).double()
     clean, condition, advantage = (torch.cat([v] * draws) for v in (clean, condition, experience.advantages))
     noise = randn(clean.shape, generator, clean.device)
     alpha, sigma = (like(c, clean) for c in (schedule.alpha(t), schedule.sigma(t)))

@@ -250,6 +250,8 @@ def _deployed_sampler(sampler: Mapping[str, Any], changes: Mapping[str, Any]) ->
     """The sampler that tunes with what `evaluate.sampler` changes; another sampler takes over the time grid only."""
     same = changes.get("name", sampler["name"]) == sampler["name"]
     kept = sampler if same else {f.name: sampler[f.name] for f in dataclasses.fields(GridConfig)}
+    if changes.get("steps", sampler["steps"]) != sampler["steps"]:
+        kept = {**kept, "noise_steps": None}  # they were counted on another grid
     options = {**kept, **changes}
     name = str(options.pop("name"))
     return {"name": name, **typed_options(REGISTRIES["sampler"].find(name), options, "evaluate.sampler", GridConfig)}

@@ -21,9 +21,10 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalise: bool = True, le
     return centred / (std + 1e-4) if normalise else centred
 
 
-def group_std(rewards: Tensor, groups: Tensor) -> Tensor:
-    """The standard deviation (B,) of the rewards (B,) in each image's group."""
-    return _by_group(rewards, groups)[2]
+def group_scale(rewards: Tensor, groups: Tensor) -> Tensor:
+    """1 / the standard deviation (B,) of the rewards (B,) in each image's group; 0 for a group without spread."""
+    std = _by_group(rewards, groups)[2]
+    return torch.zeros_like(std).where(std < 1e-6, 1 / (std + 1e-4))
 
 
 def _by_group(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,10 +72,10 @@ class Problem:
 @torch.no_grad()
 def means_of(policy: Policy, line: Line, row: Row) -> Tensor:
     """The policy's means (K, n) at the cells of the line."""
-    x = line.x[:, None].to(torch.float32)
+    x = line.x[:, None].to(policy.model.device, torch.float32)
     condition = policy.model.encode([row.prompt] * line.cells)
     steps = [policy.transition(x, torch.full((line.cells,), k), condition).mean for k in range(policy.steps)]
-    return torch.stack(steps)[..., 0].double()
+    return torch.stack(steps)[..., 0].cpu().double()
 
 
 @torch.no_grad()
@@ -90,17 +90,19 @@ def solve(
     if not isinstance(model, Mixture) or model.state_shape != (1,):
         raise UsageError("exact answers need a one-dimensional model=mixture")
     line, prior = Line(-reach, reach, cells), model.schedule.prior_std
-    one = policy.transition(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    if one.memory is not None:
+    origin, first = torch.zeros(1, 1, device=model.device), torch.zeros(1, dtype=torch.long)
+    if policy.transition(origin, first, first).memory is not None:
         raise UsageError("exact answers need a sampler whose steps depend on the state alone")
-    std = torch.cat(
-        [
-            policy.transition(torch.zeros(1, 1), torch.tensor([k]), torch.zeros(1, dtype=torch.long)).std.flatten()
-            for k in range(policy.steps)
-        ]
-    ).double()
+    std = (
+        torch.cat([policy.transition(origin, torch.tensor([k]), first).std.flatten() for k in range(policy.steps)])
+        .cpu()
+        .double()
+    )
     start = line.masses(-line.x.square() / (2 * prior**2))
     cases = [_case(policy, row, rewards, kappa, line, std, start) for row in rows]
+    laws = [law for case in cases for law in (case.pretrained.masses, case.optimal.masses, case.target)]
+    if max(law[[0, -1]].max().item() for law in laws) > 1e-6:
+        raise UsageError(f"exact answers: a law reaches beyond [-{reach:g}, {reach:g}]")
     return Problem(line, rows, kappa, std, start, cases)
 
 
@@ -120,7 +122,7 @@ def monte_carlo_value(
     """
     (state, first), model = place, policy.model
     condition = model.encode([row.prompt] * particles)
-    final = state.expand(particles, *state.shape)
+    final = state.to(model.device).expand(particles, *state.shape)
     with model.reference():
         for x, _ in continued(policy, final, first, condition, generator):
             final = x

@@ -64,7 +64,7 @@ def plot_plane(trainer: Trainer, path: Path, points: int = 600) -> None:
     model = policy.model
     figure, axes = _axes(len(rows), 2, 3.6)
     middle = policy.sampler.times[policy.steps // 2]
-    side = torch.linspace(-3, 3, 15)
+    side = torch.linspace(-3, 3, 15, device=model.device)
     lattice = torch.cartesian_prod(side, side)
     for row, (left, right) in zip(rows, axes, strict=True):
         condition = model.encode([row.prompt] * points)
@@ -72,14 +72,14 @@ def plot_plane(trainer: Trainer, path: Path, points: int = 600) -> None:
         with model.reference():
             before = rollout(policy, condition, torch.Generator().manual_seed(1), points).samples
         for samples, name in ((before, "pretrained"), (tuned, "tuned")):
-            left.scatter(*samples.T, s=5, alpha=0.5, label=name)
+            left.scatter(*samples.cpu().T, s=5, alpha=0.5, label=name)
         left.set(title=row.prompt, xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
         left.legend(loc="lower left")
         place = lattice, middle.expand(len(lattice)), model.encode([row.prompt] * len(lattice))
         change = model.score(*place)
         with model.reference():
             change = change - model.score(*place)
-        right.quiver(*lattice.T, *change.T, angles="xy")
+        right.quiver(*lattice.cpu().T, *change.cpu().T, angles="xy")
         right.set(title=f"change of the score at t = {middle:.2f}", aspect="equal")
     figure.savefig(path, dpi=110)
 

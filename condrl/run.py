@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 import condrl
-from condrl.algorithms import Algorithm
+from condrl.algorithms import Algorithm, PolicyGradient
 from condrl.config import Config, GridConfig
 from condrl.errors import UsageError
 from condrl.policy import Model, Policy
 from condrl.prompts import Row
 from condrl.registry import REGISTRIES
 from condrl.rewards import Reward, make_reward
-from condrl.schedule import Schedule, schedule_from_diffusers
+from condrl.schedule import OU, Schedule, schedule_from_diffusers
 from condrl.trainer import Trainer
 from condrl.transition import Coefficients, Sampler, trained_steps, windowed
 
@@ -47,8 +47,14 @@ def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
     options = {key: value for key, value in section.items() if key not in grid}
     times, chosen = schedule.grid(section["steps"], section["spacing"]), section.get("noise_steps")
     sampler: Sampler = make("sampler", options, schedule, times)
+    if not schedule.alpha(times[0]) > 0:
+        raise UsageError(
+            "the sampler cannot start where the signal is zero (zero terminal SNR): use sampler.spacing=leading"
+        )
     if chosen is None:
         return sampler
+    if not set(options) & set(NOISE_OPTIONS):
+        raise UsageError(f"config sampler.noise_steps: {section['name']} has neither of the options {NOISE_OPTIONS}")
     if not set(chosen) <= set(range(section["steps"])):
         raise UsageError(f"config sampler.noise_steps: {chosen} are not all among the {section['steps']} steps")
     quiet = {key: 0.0 if key in NOISE_OPTIONS else value for key, value in options.items()}
@@ -109,7 +115,7 @@ def transfer_warning(config: Config) -> str | None:
         return None
     return (
         f"tuned at eta={tuned:.3g}, evaluated at eta={used:.3g}: a Gaussian's mean would move "
-        f"{transfer(tuned, used):.2f} times as far as the KL weight asks for; "
+        f"{transfer(tuned, used):.2f} times as far as it should; "
         "only what is tuned at eta=1 can be sampled at any eta"
     )
 
@@ -120,7 +126,10 @@ def make_trainer(config: Config, train: Sequence[Row], heldout: Sequence[Row] = 
     policy = make_policy(config, accelerator.device)
     policy.model.encode([row.prompt for row in [*train, *heldout]])
     policy.model.finish_encoding()
-    return Trainer(config, policy, make("algorithm", config.algorithm), make_rewards(config), train, accelerator)
+    algorithm: Algorithm = make("algorithm", config.algorithm)
+    if "stochastic steps" in algorithm.needs:
+        trained_steps(policy.sampler, config.train)  # now with the model's own schedule
+    return Trainer(config, policy, algorithm, make_rewards(config), train, accelerator)
 
 
 def check_combination(config: Config) -> None:
@@ -128,14 +137,24 @@ def check_combination(config: Config) -> None:
 
     Raises: UsageError when the sampler cannot give the algorithm or the config what it needs.
     """
-    sampler = make_sampler(
-        config.sampler, schedule_from_diffusers({"num_train_timesteps": 1000, "set_alpha_to_one": False})
-    )
+    stand_in = schedule_from_diffusers({"num_train_timesteps": 1000, "set_alpha_to_one": False})
+    sampler = make_sampler(config.sampler, stand_in if config.sampler["steps"] <= 1000 else OU())
+    if config.evaluate.sampler:
+        make_sampler(config.evaluate.sampler, stand_in if config.evaluate.sampler["steps"] <= 1000 else OU())
     algorithm: Algorithm = make("algorithm", config.algorithm)
     if "groups" in algorithm.needs and config.train.images_per_prompt < 2:
         raise UsageError(
             f"the algorithm {config.algorithm['name']} compares images of one prompt with each other, and "
-            "train.images_per_prompt=1 leaves nothing to compare: raise it, or set algorithm.advantage=prompt"
+            "train.images_per_prompt=1 leaves nothing to compare: raise it, or use ddpo with algorithm.advantage=prompt"
+        )
+    if "one pass" in algorithm.needs and config.train.inner_epochs > 1:
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} has no importance weights: set train.inner_epochs=1, or use ddpo"
+        )
+    if isinstance(algorithm, PolicyGradient) and algorithm.kappa > 0 and getattr(sampler, "has_memory", False):
+        raise UsageError(
+            f"algorithm.kappa needs a sampler whose steps depend on the state alone, and {config.sampler['name']} "
+            "remembers earlier steps: use another sampler, or algorithm.kappa=0"
         )
     if "affine steps" in algorithm.needs and not isinstance(sampler, Coefficients):
         raise UsageError(
@@ -152,7 +171,7 @@ def check_combination(config: Config) -> None:
     if not sampler.stochastic.any():
         raise UsageError(
             f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler "
-            f"{config.sampler['name']} has none as configured: set sampler.eta=1"
+            f"{config.sampler['name']} has none as configured: set sampler.eta=1, or look at the sampler's own options"
         )
     trained_steps(sampler, config.train)
 

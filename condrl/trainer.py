@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from condrl.algorithms import Algorithm, Examples, Experience, Metrics, Transitions
+from condrl.algorithms import Algorithm, Examples, Experience, Metrics, RatioExamples, every_pair, recomputed
 from condrl.config import Config
 from condrl.errors import RunError
 from condrl.policy import Policy
@@ -70,7 +70,7 @@ class Trainer:
         clock.lap("picture")
         examples = self.examples(experience, epoch)
         clock.lap("examples")
-        if epoch < 2 and self.config.run.check_ratios and isinstance(examples, Transitions):
+        if epoch < 2 and self.config.run.check_ratios and isinstance(examples, RatioExamples):
             # every pair before the first update, then some once the LoRA is no longer zero
             self.check_ratios(examples, None if epoch == 0 else self.config.train.loss_batch)
             clock.lap("check")
@@ -105,8 +105,8 @@ class Trainer:
         """What the epoch's updates learn from."""
         train = self.config.train
         examples = self.algorithm.examples(self.policy, experience, train, self.generator(epoch, "examples"))
-        if self.half and isinstance(examples, Transitions):
-            return examples.with_log_probs_of(self.policy, train.loss_batch)
+        if self.half and isinstance(examples, RatioExamples):
+            return recomputed(examples, self.policy, train.loss_batch)
         return examples
 
     def update(self, examples: Examples, epoch: int) -> dict[str, float]:
@@ -153,18 +153,18 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ checks
 
-    def check_ratios(self, examples: Transitions, most: int | None = None) -> None:
+    def check_ratios(self, examples: RatioExamples, most: int | None = None) -> None:
         """Compare the update's own log-probabilities, at most so many, with those that it takes for the roll-out's.
 
         Raises: RunError unless every likelihood ratio is 1.
         """
-        pairs = examples.pairs()
+        pairs = every_pair(examples)
         pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))][:most]
         worst = 0.0
         for part in pairs.split(self.config.train.loss_batch):
             batch = examples.minibatch(*part.unbind(1))
-            law = batch.law(self.policy)  # with gradients, as the update does
-            worst = max(worst, (law.log_prob(batch.next_x) - batch.old_log_prob).exp().sub(1).abs().max().item())
+            log_prob = batch.log_prob(self.policy)  # with gradients, as the update does
+            worst = max(worst, (log_prob - batch.old_log_prob).exp().sub(1).abs().max().item())
         allowed = RATIO_TOLERANCE["half" if self.half else "full"]
         if not worst <= allowed:
             raise RunError(

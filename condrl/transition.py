@@ -87,8 +87,8 @@ class Coefficients:
 def euler_maruyama(schedule: Schedule, times: Tensor, eta: Tensor | float) -> Coefficients:
     """S1: A = 1 - f D, B = (1 + eta^2) g^2 D / 2, S = eta g sqrt(D), for any noise level eta >= 0 (THEORY 1.3)."""
     t, step = times[:-1], times[:-1] - times[1:]
-    g2 = schedule.g2(t)
-    return Coefficients(times, 1 - schedule.f(t) * step, (1 + eta**2) * g2 * step / 2, eta * (g2 * step).sqrt())
+    churn = eta**2 * schedule.churn(times) * step
+    return Coefficients(times, 1 - schedule.f(t) * step, (schedule.g2(t) * step + churn) / 2, churn.sqrt())
 
 
 @dataclass(frozen=True)

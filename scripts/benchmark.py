@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from condrl.algorithms import Transitions
+from condrl.algorithms import RatioExamples
 from condrl.config import Config, load_config
 from condrl.errors import UsageError, exit_code
 from condrl.exact import solve
@@ -175,7 +175,7 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     loaded = clock.last - loading
     experience = trainer.collect(0, clock)
     examples = trainer.examples(experience, 0)
-    if isinstance(examples, Transitions):
+    if isinstance(examples, RatioExamples):
         trainer.check_ratios(examples)
     clock.lap("check")
     metrics = trainer.update(examples, 0)

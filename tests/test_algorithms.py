@@ -181,6 +181,11 @@ def test_ctrl_on_an_ode_finds_the_deterministic_optimum(tmp_path):
     [
         (["algorithm.kappa=-1"], "kappa: must be at least 0"),
         (["algorithm.name=ctrl", "sampler.name=heun"], "ctrl needs a sampler whose steps are affine in the score"),
+        (["algorithm.name=reinforce", "train.inner_epochs=2"], "reinforce has no importance weights"),
+        (["sampler.name=dpm_solver_pp", "sampler.eta=1"], "dpm_solver_pp remembers earlier steps"),
+        (["algorithm.clip_range=-1"], "clip_range: must be positive"),
+        (["algorithm.advantage_clip=0"], "advantage_clip: must be positive"),
+        (["evaluate.sampler.steps=0"], "must be between 1 and 1000|at least 1"),
         (["algorithm.name=ctrl", "algorithm.exploration=0"], "exploration: must be positive"),
         (["algorithm.name=reinforce", "sampler.eta=0"], "reinforce needs steps with noise"),
         (["algorithm.name=ddpo", "algorithm.kappa=1", "algorithm.advantage=prompt"], "kappa needs advantage=group"),
@@ -236,7 +241,8 @@ def test_every_algorithm_tunes_stable_diffusion(name, pipeline, tmp_path):
     trainer = make_trainer(config, [Row(0, "a red star"), Row(1, "a blue circle")])
     before = [p.detach().clone() for p in trainer.weights]
     trainer.fit()
-    assert any((p != q).any() for p, q in zip(trainer.weights, before, strict=True))
+    moved = [p for p, q in zip(trainer.weights, before, strict=True) if not q.any() and p.any()]  # lora_B starts at 0
+    assert moved
     assert all(p.isfinite().all() for p in trainer.weights)
 
 
@@ -265,7 +271,7 @@ def test_the_path_kl_bounds_the_terminal_one(eta, tmp_path):
 
 def test_clipping_without_the_min_misses_the_optimum(tmp_path, monkeypatch):
     """THEORY 4.2: without the min a ratio that has gone the wrong way loses its gradient too."""
-    import condrl.plugins.algorithms.dpok as module
+    import condrl.algorithms as module
 
     words = ["algorithm.kappa=0.5", "algorithm.clip_range=0.02", "train.epochs=40", "train.inner_epochs=8"]
     words += [

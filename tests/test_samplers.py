@@ -64,7 +64,7 @@ def test_flow_sde_is_flow_grpo():
     schedule, a = RectifiedFlow(), 0.7
     ours = sampler(schedule, "flow_sde", noise_level=a)
     t, dt = ours.times[:-1], ours.times.diff()
-    level = a * (t / (1 - t)).sqrt()
+    level = a * (t / (1 - torch.cat([t[1:2], t[1:]]))).sqrt()  # their code takes 1 - t of the second time at first
     x, score = torch.randn(2, 10, dtype=torch.float64)
     v = -x / (1 - t) - t / (1 - t) * score
     mean = x * (1 + level**2 / (2 * t) * dt) + v * (1 + level**2 * (1 - t) / (2 * t)) * dt
@@ -202,9 +202,10 @@ def test_logged_probabilities_are_the_gaussians(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_sampler_draws_the_pretrained_mixture(name):
+@pytest.mark.parametrize("schedule", ["ou", "rectified_flow"])
+def test_every_sampler_draws_the_pretrained_mixture(name, schedule):
     """A few thousand points have the right mean and spread."""
-    model = Mixture(torch.device("cpu"), laws=LAWS, schedule="ou")
+    model = Mixture(torch.device("cpu"), laws=LAWS, schedule=schedule)
     options = {"noise_level": 0.5} if name.endswith("_sde") else {"eta": 0.6}
     policy = Policy(model, sampler(model.schedule, name, 60, **options))
     x = rollout(policy, torch.zeros(4000, dtype=torch.long), torch.Generator().manual_seed(1), 4000).samples

@@ -47,7 +47,7 @@ class Mixture:
             torch.manual_seed(seed)
             shape = (len(laws), *self.state_shape)
             learned = pretrained == "network"
-            self._network = pretrain(self.law, self.schedule, width, pretrain_steps) if learned else None
+            self._network = pretrain(self.law, self.schedule, width, pretrain_steps).to(device) if learned else None
             make, size = (Correction, width) if correction == "mlp" else (Affine, knots)
             self.module: nn.Module = make(self.schedule, *shape, size)
         self.module.to(device)
@@ -171,14 +171,10 @@ def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     )
 
 
-class EpsilonNetwork(Correction):
-    """-epsilon(x, t, prompt), to be divided by sigma."""
-
-
 def pretrain(law: oracle.Mixture, schedule: Schedule, width: int, steps: int, batch: int = 512) -> nn.Module:
-    """Denoising score matching on fresh data of every prompt; the loss is that of epsilon."""
+    """A network that says -epsilon, by denoising score matching on fresh data of every prompt."""
     prompts, _, dimensions = law.means.shape
-    network = EpsilonNetwork(schedule, prompts, dimensions, width)
+    network = Correction(schedule, prompts, dimensions, width)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(torch.initial_seed())
@@ -203,9 +199,16 @@ def pretrain(law: oracle.Mixture, schedule: Schedule, width: int, steps: int, ba
 def make_schedule(name: str, options: Mapping[str, float]) -> Schedule:
     """Raises: UsageError on a parameter that the schedule does not have."""
     try:
-        return SCHEDULES[name](**options)
+        schedule = SCHEDULES[name](**options)
     except TypeError as error:
         raise UsageError(f"config model.schedule_options: {name} {str(error).split('__init__() ')[-1]}") from error
+    ends = torch.tensor([schedule.final_time, schedule.end], dtype=torch.float64)
+    sane = 0 <= schedule.final_time < schedule.end and schedule.alpha(ends).gt(0).all() and schedule.sigma(ends)[1] > 0
+    if not sane or not (schedule.sigma(ends).isfinite().all() and schedule.g2(ends[1:]).isfinite().all()):
+        raise UsageError(
+            f"config model.schedule_options: {name} with {dict(options)} is not a schedule from data to noise"
+        )
+    return schedule
 
 
 def read_laws(laws: Mapping[str, Any]) -> oracle.Mixture:

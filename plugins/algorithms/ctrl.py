@@ -1,7 +1,9 @@
 """CTRL: score-as-action in continuous time (Zhao et al. 2024, 2025)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 import condrl
 from condrl.algorithms import Algorithm, Experience, Metrics, Need, clipped
 from condrl.config import TrainConfig
-from condrl.credit import group_advantages, group_std
+from condrl.credit import group_advantages, group_scale
 from condrl.policy import Policy
 from condrl.rollout import Rollout
 from condrl.schedule import like, x0_from_score
@@ -23,13 +25,14 @@ class Actions(Rollout):
 
     actions: Tensor  # (K, B, ...)
     base: Tensor  # (K, B, ...) pretrained scores
-    kl: Tensor  # (K, B) cost of each step, nats
+    kl: Tensor  # (K, B) cost of each step, nats; log_probs are those of the actions
 
 
 @dataclass(frozen=True)
 class ActionSteps:
     """B (image, step) pairs."""
 
+    algorithm: CTRL
     x: Tensor
     k: Tensor  # (B,)
     action: Tensor
@@ -41,14 +44,19 @@ class ActionSteps:
     hint: Tensor | None  # (B,) r(x0hat)
     condition: Tensor  # (B,)
 
+    def log_prob(self, policy: Policy) -> Tensor:
+        """What `old_log_prob` is under this policy."""
+        mean = policy.action(self.x, self.k, self.condition)
+        return self.algorithm.log_prob(policy, mean, self.action, self.k)
+
 
 @dataclass(frozen=True)
 class ActionTable:
     """An epoch's steps; a column is a step."""
 
+    algorithm: CTRL
     rollout: Actions
     columns: Tensor  # (K,)
-    old_log_probs: Tensor  # (K, B)
     advantages: Tensor  # (K, B)
     scale: Tensor  # (B,)
     targets: Tensor  # (K, B)
@@ -62,17 +70,21 @@ class ActionTable:
     def minibatch(self, images: Tensor, columns: Tensor) -> ActionSteps:
         r, i, k = self.rollout, images.to(self.scale.device), columns.to(self.scale.device)
         return ActionSteps(
+            algorithm=self.algorithm,
             x=r.states[k, i],
             k=columns,
             action=r.actions[k, i],
             base=r.base[k, i],
-            old_log_prob=self.old_log_probs[k, i],
+            old_log_prob=r.log_probs[k, i],
             advantage=self.advantages[k, i],
             scale=self.scale[i],
             target=self.targets[k, i],
             hint=None if self.hints is None else self.hints[k, i],
             condition=r.condition[images],
         )
+
+    def with_log_probs(self, log_probs: Tensor) -> ActionTable:
+        return replace(self, rollout=replace(self.rollout, log_probs=log_probs))
 
 
 @condrl.algorithm
@@ -135,31 +147,29 @@ class CTRL(Algorithm):
     @torch.no_grad()
     def rollout(self, policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Actions:
         parts = [self._trajectories(policy, part, generator) for part in condition.split(batch)]
-        whole = {name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("states", "actions", "base", "kl")}
-        none = torch.full_like(whole["kl"], torch.nan, dtype=torch.float64)
-        return Actions(log_probs=none, condition=condition, **whole)
+        names = ("states", "actions", "base", "kl", "log_probs")
+        whole = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
+        return Actions(condition=condition, **whole)
 
     def _trajectories(self, policy: Policy, condition: Tensor, generator: torch.Generator) -> Actions:
         sampler, model = policy.sampler, policy.model
         assert isinstance(sampler, Coefficients)  # needs
         std, weights = self.variance(policy).sqrt().tolist(), self.costs(policy).tolist()
         x = randn((len(condition), *model.state_shape), generator, model.device) * model.schedule.prior_std
-        states, actions, base, kl = [x], [], [], []
+        states, actions, base, kl, log_probs = [x], [], [], [], []
         for k, (A, B, S) in enumerate(zip(*(c.tolist() for c in (sampler.A, sampler.B, sampler.S)), strict=True)):
             step = torch.full((len(x),), k)
             mean = policy.action(x, step, condition)
             with model.reference():
                 base.append(policy.action(x, step, condition))
             actions.append(mean + std[k] * randn(x.shape, generator, x.device))
+            log_probs.append(self.log_prob(policy, mean, actions[-1], step))
             kl.append(weights[k] * (mean - base[-1]).square().flatten(1).sum(1))
             x = A * x + B * actions[-1]
             x = x + S * randn(x.shape, generator, x.device) if S else x
             states.append(x)
-        lists = {"states": states, "actions": actions, "base": base, "kl": kl}
-        none = torch.full((policy.steps, len(x)), torch.nan, dtype=torch.float64)
-        return Actions(
-            log_probs=none, condition=condition, **{name: torch.stack(values) for name, values in lists.items()}
-        )
+        lists = {"states": states, "actions": actions, "base": base, "kl": kl, "log_probs": log_probs}
+        return Actions(condition=condition, **{name: torch.stack(values) for name, values in lists.items()})
 
     # ------------------------------------------------------------------------------------------ credit
 
@@ -169,19 +179,19 @@ class CTRL(Algorithm):
     ) -> ActionTable:
         r, rewards = experience.rollout, experience.scores.total
         assert isinstance(r, Actions)  # from our own rollout
-        hints = self._hints(policy, experience) if self._hinted(policy) else None
+        hints = self._hints(policy, experience, train.rollout_batch) if self._hinted(policy) else None
         values = torch.stack([self._value(policy, r, k, hints) for k in range(policy.steps)] + [rewards])
         to_go = r.kl.flip(0).cumsum(0).flip(0)
         td = values[1:] - values[:-1] - self.kappa * r.kl
-        scale = 1 / (group_std(rewards, experience.groups) + 1e-4) if self.normalise else torch.ones_like(rewards)
+        scale = group_scale(rewards, experience.groups) if self.normalise else torch.ones_like(rewards)
         targets, path = rewards - self.kappa * to_go, r.kl.sum(0).mean()
         fit = 1 - (targets - values[:-1]).var() / targets.var().clamp(min=1e-12)
         metrics = {"path_kl": path, "objective": rewards.mean() - self.kappa * path, "value_explains": fit}
         every = torch.arange(policy.steps)
-        means = [self._mean(policy, r, k) for k in every]
-        old = torch.stack([self._log_prob(policy, means[k], r.actions[k], every[k : k + 1]) for k in every])
-        advantages = (self._accumulate(policy, td) * scale).clamp(-self.advantage_clip, self.advantage_clip)
-        return ActionTable(r, every, old, advantages, scale, targets, hints, metrics)
+        advantages = self._accumulate(policy, td) * scale
+        if self.normalise:
+            advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        return ActionTable(self, r, every, advantages, scale, targets, hints, metrics)
 
     def _accumulate(self, policy: Policy, td: Tensor) -> Tensor:
         """A_k = TD_k + exp(-D_k / l) A_{k+1}: generalised advantages with a time constant l (THEORY 5.3)."""
@@ -196,7 +206,7 @@ class CTRL(Algorithm):
     def _hinted(self, policy: Policy) -> bool:
         return len(policy.model.state_shape) > 1 if self.value_hint is None else self.value_hint
 
-    def _hints(self, policy: Policy, experience: Experience) -> Tensor:
+    def _hints(self, policy: Policy, experience: Experience, batch: int) -> Tensor:
         """(K, B) rewards of the pretrained model's denoised states."""
         r, schedule = experience.rollout, policy.model.schedule
         assert isinstance(r, Actions)
@@ -205,17 +215,14 @@ class CTRL(Algorithm):
             x = r.states[k]
             times = t.expand(len(x))
             clean = x0_from_score(r.base[k], x, like(schedule.alpha(times), x), like(schedule.sigma(times), x))
-            rows.append(experience.score(policy.model.decode(clean)))
+            rows.append(experience.score(torch.cat([policy.model.decode(part) for part in clean.split(batch)])))
         return torch.stack(rows)
 
     def _value(self, policy: Policy, r: Actions, k: int, hints: Tensor | None) -> Tensor:
         t = policy.sampler.times[k].expand(len(r.condition))
         return self.value(r.states[k], t, policy.model.features(r.condition), None if hints is None else hints[k])
 
-    def _mean(self, policy: Policy, r: Actions, k: Tensor) -> Tensor:
-        return policy.action(r.states[k], k.expand(len(r.condition)), r.condition)
-
-    def _log_prob(self, policy: Policy, mean: Tensor, action: Tensor, k: Tensor) -> Tensor:
+    def log_prob(self, policy: Policy, mean: Tensor, action: Tensor, k: Tensor) -> Tensor:
         """Of the action, but for its constant, (B,) float64."""
         error = (action - mean).square().flatten(1).sum(1, dtype=torch.float64)
         return -error / (2 * self.variance(policy)[k].to(error))
@@ -226,7 +233,7 @@ class CTRL(Algorithm):
         """PPO on the action, the running cost of its mean, the value's error weighed by the step (THEORY 5.5)."""
         mean = policy.action(batch.x, batch.k, batch.condition)
         loss, metrics = clipped(
-            self._log_prob(policy, mean, batch.action, batch.k) - batch.old_log_prob, batch.advantage, self.clip_range
+            self.log_prob(policy, mean, batch.action, batch.k) - batch.old_log_prob, batch.advantage, self.clip_range
         )
         cost = self.costs(policy)[batch.k].to(mean) * (mean - batch.base).square().flatten(1).sum(1)
         t, times = policy.sampler.times[batch.k], policy.sampler.times

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms import Metrics, Need, PolicyGradient, Steps, clipped
+from condrl.algorithms import ClippedPolicyGradient, Metrics, Need, Steps
 from condrl.credit import PromptTracker
 from condrl.policy import Policy
 from condrl.transition import Transition
@@ -16,10 +16,9 @@ from condrl.transition import Transition
 
 @condrl.algorithm
 @dataclass(kw_only=True)
-class DDPO(PolicyGradient):
+class DDPO(ClippedPolicyGradient):
     """DDPO-IS: clipped importance-weighted policy gradient on any subset of steps (Black et al. 2024, eq. 5)."""
 
-    clip_range: float = 0.2  # bound on |ratio - 1| for a step of 1/50 of the time; others scale with sqrt(step)
     advantage: Literal["group", "prompt"] = "group"  # against the epoch's images of a prompt, or its last rewards
     tracker_length: int = 32  # rewards remembered per prompt by advantage=prompt
     tracker_least: int = 16  # until so many are known, advantage=prompt standardises over the epoch
@@ -31,6 +30,8 @@ class DDPO(PolicyGradient):
         super().__post_init__()
         if self.kappa and self.advantage == "prompt":
             raise condrl.UsageError("config algorithm: kappa needs advantage=group")
+        if self.advantage == "prompt" and (not self.normalise or self.leave_one_out):
+            raise condrl.UsageError("config algorithm: normalise and leave_one_out are of advantage=group")
         self.tracker = PromptTracker(self.tracker_length, self.tracker_least)
 
     @property
@@ -43,11 +44,7 @@ class DDPO(PolicyGradient):
         return self.bounded(self.tracker.advantages(rewards, groups.tolist()))
 
     def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
-        """PPO's loss with a bound that scales with the square root of the step (THEORY 9.2)."""
-        times = policy.sampler.times
-        step = (times[batch.k] - times[batch.k + 1]) / times[0]
-        bound = self.clip_range * (50 * step).sqrt()
-        loss, metrics = clipped(law.log_prob(batch.next_x) - batch.old_log_prob, batch.advantage, bound)
+        loss, metrics = super().surrogate(policy, law, batch)
         if self.balance_steps:
             loss = loss * step_weights(policy)[batch.k].to(loss)
         return loss, metrics

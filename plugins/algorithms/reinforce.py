@@ -1,11 +1,12 @@
 """REINFORCE on denoising steps, the DDPO-SF of Black et al. 2024."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 import condrl
-from condrl.algorithms import Metrics, PolicyGradient, Steps
+from condrl.algorithms import Metrics, Need, PolicyGradient, Steps
 from condrl.policy import Policy
 from condrl.transition import Transition
 
@@ -14,6 +15,10 @@ from condrl.transition import Transition
 @dataclass(kw_only=True)
 class REINFORCE(PolicyGradient):
     """DDPO-SF: A grad log p, for one update on each image (Black et al. 2024, eq. 4; THEORY 4.2)."""
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return (*super().needs, "one pass")
 
     def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
         return -batch.advantage * (law.log_prob(batch.next_x) - batch.old_log_prob).float(), {}

@@ -19,10 +19,6 @@ def ddim(
     if not 0 <= eta <= 1:
         raise condrl.UsageError(f"config sampler.eta: ddim needs a value in [0, 1], got {eta}")
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    if alpha[0] == 0:
-        raise condrl.UsageError(
-            "ddim cannot start where the signal is zero (zero terminal SNR): use sampler.spacing=leading"
-        )
     alpha_t, alpha_u, sigma_t, sigma_u = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
     fresh = 1 - (alpha_t * sigma_u / (alpha_u * sigma_t)).square()  # 1 - e^{-2h}, h the gain in log-SNR
     A = alpha_u / alpha_t

@@ -14,12 +14,14 @@ from condrl.transition import Act, Transition
 class MultistepDPM:
     """The state is (sigma_u / sigma_t) e^{-eta^2 h} x + alpha_u (1 - e^{-(1 + eta^2) h}) D, plus noise.
 
-    D extrapolates from the last two denoised predictions; the law is exact given the earlier one, its memory.
+    D extrapolates from the last two denoised predictions. The law is exact given the earlier one, its memory; a policy
+    gradient takes that memory as given, so it misses how earlier actions act through it.
     """
 
     schedule: Schedule
     times: Tensor  # (K + 1,)
     eta: Tensor  # (K,)
+    has_memory = True
 
     @property
     def stochastic(self) -> Tensor:

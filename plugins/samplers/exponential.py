@@ -19,8 +19,6 @@ def exponential(
     if eta < 0:
         raise condrl.UsageError(f"config sampler.eta: exponential needs a value of at least 0, got {eta}")
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    if alpha[0] == 0:
-        raise condrl.UsageError("exponential cannot start where the signal is zero (zero terminal SNR)")
     alpha_t, alpha_u, sigma_t, sigma_u = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
     A = alpha_u / alpha_t
     ratio = sigma_u / (sigma_t * A)  # e^{-h}, h the gain in log-SNR; 0 for a step to the data
