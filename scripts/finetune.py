@@ -5,6 +5,7 @@
     accelerate launch scripts/finetune.py plugins=[my_reward.py] rewards.redness.weight=1
 
 Writes runs/<run.name>/: config.yaml, metrics.jsonl (a line per epoch), images/, lora/, result.json.
+--json FILE writes the result there too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condrl.config import config_help, is_setting, load_config, to_yaml
-from condrl.errors import exit_code
+from condrl.errors import UsageError, exit_code
 
 if TYPE_CHECKING:
     from condrl.config import Config
@@ -39,10 +40,11 @@ def main(words: list[str]) -> int:
 def finetune(words: list[str]) -> None:
     """Check everything that can be checked without the model, then tune."""
     begun = time.monotonic()
+    words, copy = split_json(words)
     config = load_config([str(QUICKSTART), *words] if all(map(is_setting, words)) else words)
 
     from condrl.prompts import load_prompts
-    from condrl.run import check_combination, check_folder, make_rewards, transfer_warning
+    from condrl.run import check_combination, check_folder, make_rewards, transfer_warning, write_json
 
     train = load_prompts(config.prompts.train, "prompts.train")
     heldout = load_prompts(config.prompts.heldout, "prompts.heldout") if config.prompts.heldout else []
@@ -51,11 +53,26 @@ def finetune(words: list[str]) -> None:
     make_rewards(config)
     if warning := transfer_warning(config):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
-    run(config, train, heldout[: config.evaluate.prompts], begun)
+    result = run(config, train, heldout[: config.evaluate.prompts], begun)
+    if copy:
+        write_json(copy, result)
 
 
-def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float) -> None:
-    """Measure, tune, save, measure again."""
+def split_json(words: list[str]) -> tuple[list[str], Path | None]:
+    """The words without `--json FILE`, and the file.
+
+    Raises: UsageError when no file follows.
+    """
+    if "--json" not in words:
+        return words, None
+    place = words.index("--json")
+    if place + 1 == len(words):
+        raise UsageError("--json needs a file: --json result.json")
+    return words[:place] + words[place + 2 :], Path(words[place + 1])
+
+
+def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float) -> dict[str, Any]:
+    """Measure, tune, save, measure again; returns the result."""
     import torch
 
     from condrl.run import make_trainer, peak_memory_gb, prepare_folder, provenance, start_trackers, write_json
@@ -96,6 +113,7 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
         save_plots(trainer)
     trainer.accelerator.end_training()
     print(summary(result, folder))
+    return result
 
 
 def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Evaluation | None:

@@ -113,6 +113,7 @@ def test_help_shows_every_key_with_a_comment():
     ("words", "message"),
     [
         (["train.epohcs=3"], "Did you mean: 'epochs'"),
+        (["--json"], "--json needs a file"),
         (["train.lr=fast"], "train.lr"),
         (["prompts.train=nowhere.txt"], "prompts.train: there is no prompt file 'nowhere.txt'"),
         (["prompts.train={empty}"], "is empty"),

@@ -114,12 +114,14 @@ def test_tuning_at_one_noise_level_and_evaluating_at_another_warns():
 @pytest.mark.parametrize("problem", ["g1", "m1", "p1", "plane"])
 def test_toy_runs_write_their_plots(problem, tmp_path, capsys):
     words = [str(ROOT / f"configs/toy/{problem}.yaml"), f"run.dir={tmp_path / 'run'}", "train.epochs=2"]
-    assert load_script("finetune").main([*words, "evaluate.images_per_prompt=20"]) == 0
+    words += ["evaluate.images_per_prompt=20", "--json", str(tmp_path / "copy.json")]
+    assert load_script("finetune").main(words) == 0
     assert "quadratic" in capsys.readouterr().out
     pictures = {file.name for file in (tmp_path / "run/images").iterdir()}
     assert pictures == {"objective.png", "plane.png" if problem == "plane" else "density.png"}
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert set(result["heldout"]) == {"quadratic"}
+    assert json.loads((tmp_path / "copy.json").read_text()) == result
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert {"path_kl", "objective"} <= set(json.loads(lines[0]))
 
