@@ -32,12 +32,14 @@ from tqdm import tqdm
 from condrl.algorithms import RatioExamples
 from condrl.config import Config, load_config
 from condrl.errors import UsageError, exit_code
-from condrl.exact import solve
+from condrl.exact import means_of, solve
+from condrl.oracle import Line
 from condrl.policy import Policy
 from condrl.prompts import load_prompts
 from condrl.run import make_sampler, make_trainer, peak_memory_gb, provenance, write_json
 from condrl.run import transfer as transfer_factor
 from condrl.trainer import Clock, Trainer
+from condrl.transition import Coefficients
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
@@ -257,6 +259,8 @@ def exact(config: Config, args: argparse.Namespace) -> list[Row]:
             flush=True,
         )
         rows.append(row)
+        if args.json:
+            write_json(args.json, rows)  # as it goes
     return rows
 
 
@@ -278,18 +282,24 @@ def gap(problem: str, words: list[str]) -> Row:
 
 
 def transfer(config: Config, args: argparse.Namespace) -> list[Row]:
-    """Tune N(1, .49) on r = .9 x at one (eta, N), sample at another (eta', M): shifts of the mean, over b v / kappa."""
+    """Tune N(1, .49) on r = .9 x at one (eta, N), sample at another (eta', M): shifts of the mean, over b v / kappa.
+
+    Beside them the theory's M(eta, eta') (1 - rho_T^(eta^2 + eta'^2)), exact for N and M without end (THEORY 3.4).
+    """
     rows: list[Row] = []
-    grid = ["sampler.name=exponential", "sampler.spacing=log_snr"]
     for eta in (0.5, 1.0, 1.4):
-        words = ["algorithm.kappa=0.5", "rewards.quadratic.curvature=[0]", f"sampler.eta={eta}", *grid, *args.words]
+        words = ["algorithm.kappa=0.5", "rewards.quadratic.curvature=[0]", f"sampler.eta={eta}", *args.words]
         trainer = toy_trainer("g1", words)
         trainer.fit()
-        for deployed_eta, steps in itertools.product((0.0, 0.5, 1.0), (24, 400)):
-            row = {"eta": eta, "steps": trainer.policy.steps, "deployed_eta": deployed_eta, "deployed_steps": steps}
-            row |= {"shift": shift(trainer, deployed_eta, steps), "theory": transfer_factor(eta, deployed_eta)}
+        schedule = trainer.policy.model.schedule
+        alpha, sigma = (c(torch.tensor(schedule.end)).item() for c in (schedule.alpha, schedule.sigma))
+        rho = alpha * 0.7 / (alpha**2 * 0.49 + sigma**2) ** 0.5
+        for deployed_eta, count in itertools.product((0.0, 0.5, 1.0), (24, 400)):
+            theory = transfer_factor(eta, deployed_eta) * (1 - rho ** (eta**2 + deployed_eta**2))
+            row = {"eta": eta, "steps": trainer.policy.steps, "deployed_eta": deployed_eta, "deployed_steps": count}
+            row |= {"shift": shift(trainer, deployed_eta, count), "theory": theory}
             print(
-                f"eta {eta} with {row['steps']} steps -> eta {deployed_eta} with {steps}: "
+                f"eta {eta} with {row['steps']} steps -> eta {deployed_eta} with {count}: "
                 f"shift {row['shift']:.3f}, theory {row['theory']:.3f}",
                 flush=True,
             )
@@ -297,14 +307,22 @@ def transfer(config: Config, args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def shift(trainer: Trainer, eta: float, steps: int) -> float:
-    """How far a tuned Gaussian's mean moves under another sampler, over what kappa asks for."""
-    section = {"name": "exponential", "steps": steps, "spacing": "log_snr", "eta": eta}
-    policy = Policy(trainer.policy.model, make_sampler(section, trainer.policy.model.schedule))
-    solved = solve(policy, trainer.rows, trainer.rewards, trainer.config.algorithm["kappa"])
-    tuned, base = solved.audit(policy)[0].masses, solved.cases[0].pretrained.masses
-    asked = 0.9 * 0.49 / trainer.config.algorithm["kappa"]
-    return ((tuned - base) * solved.line.x).sum().item() / asked
+def shift(trainer: Trainer, eta: float, count: int) -> float:
+    """How far a tuned Gaussian's mean moves under a sampler of another noise level and step count, over b v / kappa."""
+    model, line, row = trainer.policy.model, Line(-9, 9, 1000), trainer.rows[0]
+    section = {"name": "euler_maruyama", "steps": count, "spacing": "uniform", "eta": eta}
+    policy = Policy(model, make_sampler(section, model.schedule))
+    assert isinstance(policy.sampler, Coefficients)
+    tuned = means_of(policy, line, row)
+    with model.reference():
+        base = means_of(policy, line, row)
+    ends = []
+    for means in (tuned, base):
+        masses = line.masses(-line.x.square() / (2 * model.schedule.prior_std**2))
+        for mean, std in zip(means, policy.sampler.S.tolist(), strict=True):
+            masses = line.push(masses, mean, std)
+        ends.append((masses * line.x).sum().item())
+    return (ends[0] - ends[1]) / (0.9 * 0.49 / trainer.config.algorithm["kappa"])
 
 
 def steps(config: Config, args: argparse.Namespace) -> list[Row]:

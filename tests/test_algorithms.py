@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, load_script
 
 from condrl import UsageError, oracle
 from condrl.config import load_config
@@ -295,3 +295,44 @@ def test_clipping_without_the_min_misses_the_optimum(tmp_path, monkeypatch):
         gaps.append(solved.gap_closed(solved.audit(trainer.policy)))
     assert gaps[0] > 0.9, gaps
     assert gaps[1] < gaps[0] - 0.2, gaps
+
+
+def test_a_group_without_spread_weighs_nothing():
+    from condrl.credit import group_scale
+
+    rewards, groups = torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0]), torch.tensor([0, 0, 0, 1, 1])
+    torch.testing.assert_close(group_scale(rewards, groups), torch.tensor([0, 0, 0, 1 / 1.0001, 1 / 1.0001]))
+
+
+def test_nft_noises_over_the_whole_of_the_schedules_time(tmp_path):
+    trainer = trainer_of("m1", tmp_path, "algorithm.name=nft", "algorithm.draws=4")
+    draws = trainer.examples(trainer.collect(0, Clock()), 0).draws
+    assert draws.t.max() > 0.9 * 6
+    assert draws.t.min() < 0.2 * 6
+    first = draws.t[:512]  # the first of four strata of [.1, .97]
+    assert 0.1 * 6 <= first.min() <= first.max() <= (0.1 + 0.87 / 4) * 6
+
+
+@pytest.mark.parametrize(
+    ("what", "words", "keys"),
+    [
+        (
+            "exact",
+            ["--problems", "g1", "--algorithms", "ctrl"],
+            {"algorithm", "problem", "seed", "gap_closed", "kl_to_optimum", "reward_queries", "seconds"},
+        ),
+        ("steps", ["--algorithms", "ddpo"], {"algorithm", "steps", "deployed_steps", "gap_closed"}),
+    ],
+)
+def test_toy_benchmarks_write_rows(what, words, keys, tmp_path, monkeypatch, capsys):
+    import json
+    import sys
+
+    small = ["train.epochs=1", "train.images_per_prompt=64", "train.rollout_batch=64"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", what, *words, "--json", str(tmp_path / "rows.json"), *small])
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    load_script("benchmark").main()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert rows
+    assert all(keys <= set(row) for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
