@@ -348,14 +348,7 @@ TOY_MEASURES = (exact, transfer, steps)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measures = {
-        "overhead": overhead,
-        "memory": memory,
-        "epoch": epoch,
-        "sd15": sd15,
-        "exact": exact,
-        "transfer": transfer,
-    }
+    measures: dict[str, Any] = {f.__name__: f for f in (overhead, memory, epoch, sd15, *TOY_MEASURES)}
     parser.add_argument("what", choices=measures)
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -18,7 +18,7 @@ SAMPLE = str(ROOT / "scripts" / "sample.py")
 SMALL = [
     "train.epochs=2", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8",
     "train.updates_per_epoch=2", "train.steps_per_image=2", "sampler.steps=4", "evaluate.prompts=6", "evaluate.pictures=2",
-    "train.lr=0.03", "train.steps=null",
+    "train.lr=0.03", "algorithm.name=ddpo",
 ]  # fmt: skip
 REWARD = """
 import condrl

@@ -5,6 +5,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from condrl import UsageError
 from condrl.registry import sampler
+from condrl.run import make_sampler
 from condrl.schedule import schedule_from_diffusers
 from condrl.transition import Transition, randn
 
@@ -96,7 +97,7 @@ def test_ddim_eta_zero_is_deterministic_and_last_step_to_data_too():
 def test_ddim_refuses_what_it_cannot_do():
     schedule = schedule_from_diffusers({**SD15, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
     with pytest.raises(UsageError, match=r"zero terminal SNR.*leading"):
-        ddim(schedule, schedule.grid(10))
+        make_sampler({"name": "ddim", "steps": 10, "spacing": "trailing"}, schedule)
     with pytest.raises(UsageError, match=r"eta.*1.5"):
         ddim(schedule, schedule.grid(10, "leading"), eta=1.5)
 
