@@ -324,7 +324,15 @@ def obey(images: np.ndarray, prompts: Sequence[str]) -> list[float]:
 
     Raises: UsageError on a prompt outside the vocabulary.
     """
-    return [obedience(read(image), parse(prompt)) for image, prompt in zip(images, prompts, strict=True)]
+    return [
+        _obedience(np.ascontiguousarray(image, np.float32).tobytes(), image.shape, prompt)
+        for image, prompt in zip(images, prompts, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=512)  # `shapes` and `shapes_exact` ask about the same images
+def _obedience(pixels: bytes, shape: tuple[int, ...], prompt: str) -> float:
+    return obedience(read(np.frombuffer(pixels, np.float32).reshape(shape)), parse(prompt))
 
 
 def obedience(things: Sequence[Thing], request: Request) -> float:
