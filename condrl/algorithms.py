@@ -22,9 +22,10 @@ from condrl.transition import Transition, randn, trained_steps
 MAX_LOG_RATIO = 20.0  # nats: no float32 overflow where the min leaves the ratio unbounded (negative advantages)
 
 Metrics = dict[str, Tensor]
-# groups: several images of a prompt in an epoch; affine steps: a sampler that is three numbers per step;
+# noise: some steps have it; stochastic steps: and `train.steps` chooses among them; affine steps: a sampler that is
+# three numbers per step; Markov steps: none depends on earlier ones; groups: several images of a prompt in an epoch;
 # one pass: one update on each image
-Need = Literal["stochastic steps", "groups", "affine steps", "one pass"]
+Need = Literal["noise", "stochastic steps", "affine steps", "Markov steps", "groups", "one pass", "reward gradients"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,8 @@ class Experience:
     rollout: Rollout
     rows: list[Row]
     scores: Scores
-    advantages: Tensor  # (B,)
     shown: Tensor  # (P, ...) the first sample of the first prompts
-    score: Callable[[Tensor], Tensor]  # the total reward (B,) of other samples (B, ...) for the same rows
+    score: Callable[[Tensor, Tensor], Tensor]  # the total reward (b,) of samples (b, ...) for the images (b,)'s rows
 
     @property
     def groups(self) -> Tensor:
@@ -113,15 +113,11 @@ class Algorithm:
         """Trajectories for conditions (B,), `batch` at a time."""
         return rollout(policy, condition, generator, batch)
 
-    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """Credit (B,) of rewards (B,) for images of prompt rows `groups` (B,)."""
-        raise NotImplementedError
-
     def examples(
         self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
     ) -> Examples:
-        """What `loss` is given, in parts: by default the denoising steps of the roll-out."""
-        return Transitions(experience.rollout, experience.advantages, trained_steps(policy.sampler, train))
+        """What `loss` is given, in parts, with the credit of each image or step."""
+        raise NotImplementedError
 
     def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
         """The loss of each entry (B,), and means to log."""
@@ -245,10 +241,10 @@ class PolicyGradient(Algorithm):
 
     @property
     def needs(self) -> Sequence[Need]:
-        return ("stochastic steps", "groups")
+        return ("stochastic steps", "groups", *(("Markov steps",) if self.kappa > 0 else ()))
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """(B,) of rewards (B,) of prompt rows (B,)."""
+        """Credit (B,) of rewards (B,) for images of prompt rows `groups` (B,), where there is no KL."""
         return self.bounded(group_advantages(rewards, groups, self.normalise, self.leave_one_out))
 
     def bounded(self, advantages: Tensor) -> Tensor:
@@ -259,9 +255,9 @@ class PolicyGradient(Algorithm):
         self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
     ) -> Transitions:
         columns, rollout = trained_steps(policy.sampler, train), experience.rollout
-        if self.kappa == 0:
-            return Transitions(rollout, experience.advantages, columns)
         rewards, groups = experience.scores.total, experience.groups
+        if self.kappa == 0:
+            return Transitions(rollout, self.advantages(rewards, groups), columns)
         scale = group_scale(rewards, groups) if self.normalise else torch.ones_like(rewards)
         base = path_kl(policy, rollout, train.rollout_batch)
         returns = rewards - self.kappa * self.kl_to_go(base)
@@ -354,18 +350,22 @@ class NoisedSamples:
 @torch.no_grad()
 def noised_samples(
     policy: Policy,
-    experience: Experience,
+    rollout: Rollout,
+    advantages: Tensor,
     draws: int,
     times: tuple[float, float],
     batch: int,
     generator: torch.Generator,
 ) -> NoisedSamples:
-    """Noise each final state `draws` times, at times stratified over a range of shares of the schedule's time."""
-    clean, condition, schedule = experience.rollout.samples, experience.rollout.condition, policy.model.schedule
+    """Noise each final state `draws` times, at times stratified over a range of shares of the schedule's time.
+
+    `advantages` (B,) are those of the images.
+    """
+    clean, condition, schedule = rollout.samples, rollout.condition, policy.model.schedule
     count, (low, high) = len(clean), times
     strata = (torch.arange(draws)[:, None] + torch.rand(draws, count, generator=generator)).flatten() / draws
     t = schedule.end * (low + (high - low) * strata).double()
-    clean, condition, advantage = (torch.cat([v] * draws) for v in (clean, condition, experience.advantages))
+    clean, condition, advantage = (torch.cat([v] * draws) for v in (clean, condition, advantages))
     noise = randn(clean.shape, generator, clean.device)
     alpha, sigma = (like(c, clean) for c in (schedule.alpha(t), schedule.sigma(t)))
     x = alpha * clean + sigma * noise

@@ -20,7 +20,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
-class Mixture:
+class GaussianMixture:
     """B laws sum_i w_i N(m_i, U_i diag(l_i) U_i^T) in d dimensions."""
 
     log_weights: Tensor  # (B, n)
@@ -29,7 +29,7 @@ class Mixture:
     bases: Tensor  # (B, n, d, d) their eigenvectors U, as columns
 
     @classmethod
-    def of(cls, weights: Tensor, means: Tensor, covariances: Tensor) -> Mixture:
+    def of(cls, weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixture:
         """From weights (B, n), means (B, n, d) and covariances (B, n, d, d)."""
         variances, bases = torch.linalg.eigh(covariances)
         return cls((weights / weights.sum(-1, keepdim=True)).log(), means, variances, bases)
@@ -38,18 +38,18 @@ class Mixture:
     def covariances(self) -> Tensor:
         return self.bases @ torch.diag_embed(self.variances) @ self.bases.mT
 
-    def rows(self, index: Tensor) -> Mixture:
+    def rows(self, index: Tensor) -> GaussianMixture:
         """The laws of the conditions index (B,)."""
-        return Mixture(self.log_weights[index], self.means[index], self.variances[index], self.bases[index])
+        return GaussianMixture(self.log_weights[index], self.means[index], self.variances[index], self.bases[index])
 
-    def to(self, x: Tensor) -> Mixture:
+    def to(self, x: Tensor) -> GaussianMixture:
         """With x's dtype and device."""
-        return Mixture(*(v.to(x) for v in (self.log_weights, self.means, self.variances, self.bases)))
+        return GaussianMixture(*(v.to(x) for v in (self.log_weights, self.means, self.variances, self.bases)))
 
-    def noised(self, alpha: Tensor, sigma: Tensor) -> Mixture:
+    def noised(self, alpha: Tensor, sigma: Tensor) -> GaussianMixture:
         """The laws of alpha X + sigma eps, for alpha, sigma (B,) or scalars."""
         a, s = (c.reshape(-1, 1, 1) for c in (alpha, sigma))
-        return Mixture(self.log_weights, a * self.means, a**2 * self.variances + s**2, self.bases)
+        return GaussianMixture(self.log_weights, a * self.means, a**2 * self.variances + s**2, self.bases)
 
     def _whitened(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """U^T (x - m) (B, n, d) and each component's log-density with its weight (B, n)."""
@@ -68,7 +68,7 @@ class Mixture:
         pulls = torch.einsum("bnij,bnj->bni", self.bases, y / self.variances)
         return -(log_joint.softmax(-1)[..., None] * pulls).sum(1)
 
-    def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Mixture:
+    def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> GaussianMixture:
         """The law of X_0 given alpha X_0 + sigma eps = x (B, d) (THEORY 8.1)."""
         a, s = (c.reshape(-1, 1, 1) for c in (alpha, sigma))
         log_joint = self.noised(alpha, sigma)._whitened(x)[1]
@@ -76,7 +76,7 @@ class Mixture:
         inner = torch.einsum("bnij,bni->bnj", self.bases, self.means) / self.variances
         outer = torch.einsum("bnij,bi->bnj", self.bases, x) * a / s**2
         means = torch.einsum("bnij,bnj->bni", self.bases, variances * (inner + outer))
-        return Mixture(log_joint.log_softmax(-1), means, variances, self.bases)
+        return GaussianMixture(log_joint.log_softmax(-1), means, variances, self.bases)
 
     def mean(self) -> Tensor:
         """(B, d)"""
@@ -108,7 +108,7 @@ class Quadratic:
         return (self.linear * x).sum(-1) - bend / 2 + self.constant
 
 
-def tilted(law: Mixture, reward: Quadratic, kappa: float) -> tuple[Mixture, Tensor]:
+def tilted(law: GaussianMixture, reward: Quadratic, kappa: float) -> tuple[GaussianMixture, Tensor]:
     """p* ~ p exp(r / kappa) and log Z = log E_p exp(r / kappa) (B,) (THEORY 8.2).
 
     Needs S_i^{-1} + Q / kappa > 0, else the tilted law does not exist.
@@ -125,16 +125,18 @@ def tilted(law: Mixture, reward: Quadratic, kappa: float) -> tuple[Mixture, Tens
         - torch.einsum("bni,bni->bn", law.means, pull) / 2
     )
     log_weights = law.log_weights + log_z
-    star = Mixture.of(log_weights.softmax(-1), means, torch.linalg.inv(P))
+    star = GaussianMixture.of(log_weights.softmax(-1), means, torch.linalg.inv(P))
     return star, log_weights.logsumexp(-1)
 
 
-def value(law: Mixture, reward: Quadratic, kappa: float, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def value(law: GaussianMixture, reward: Quadratic, kappa: float, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """V = kappa log E[exp(r(X_0) / kappa) | X_t = x], (B,) at x (B, d) (THEORY 8.2, 3.1)."""
     return kappa * tilted(law.posterior(x, alpha, sigma), reward, kappa)[1]
 
 
-def optimal_score(law: Mixture, reward: Quadratic, kappa: float, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def optimal_score(
+    law: GaussianMixture, reward: Quadratic, kappa: float, x: Tensor, alpha: Tensor, sigma: Tensor
+) -> Tensor:
     """The optimal action at eta = 1: the score of the noised p*, (B, d) at x (B, d) (THEORY 3.1)."""
     return tilted(law, reward, kappa)[0].noised(alpha, sigma).score(x)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from condrl.errors import UsageError
 
@@ -44,6 +44,7 @@ class Plugin:
     kind: str
     name: str
     target: Callable[..., Any]
+    differentiable: bool = True  # of a reward: whether gradients flow through it
 
     @property
     def source(self) -> str:
@@ -100,6 +101,9 @@ class Registry:
         @condrl.reward
         def redness(samples, prompts, *, channel: int = 0): ...
 
+        @condrl.reward(differentiable=False)
+        def file_size(samples, prompts): ...
+
     Raises: UsageError on a name that is taken by another file.
     """
 
@@ -107,10 +111,18 @@ class Registry:
         self.kind, self.home = kind, home
         self.plugins: dict[str, Plugin] = {}
 
-    def __call__(self, target: T | None = None, *, name: str | None = None) -> Any:
+    @overload
+    def __call__(self, target: T, *, name: str | None = None, differentiable: bool = True) -> T: ...
+
+    @overload
+    def __call__(
+        self, target: None = None, *, name: str | None = None, differentiable: bool = True
+    ) -> Callable[[T], T]: ...
+
+    def __call__(self, target: T | None = None, *, name: str | None = None, differentiable: bool = True) -> Any:
         if target is None:
-            return lambda t: self(t, name=name)
-        plugin = Plugin(self.kind, name or snake_case(target.__name__), target)
+            return lambda t: self(t, name=name, differentiable=differentiable)
+        plugin = Plugin(self.kind, name or snake_case(target.__name__), target, differentiable)
         known = self.plugins.get(plugin.name)
         taken = known.source if known else self._shipped().get(plugin.name, plugin.source)
         if Path(taken).resolve() != Path(plugin.source).resolve():

@@ -23,6 +23,7 @@ class Reward:
     name: str
     weight: float
     call: Callable[..., Any]
+    differentiable: bool = True
 
     def __call__(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
         """Scores (B,) float32 of samples (B, ...), row i of which was made for `rows[i]`.
@@ -53,10 +54,10 @@ def accepts(call: Callable[..., Any], name: str) -> bool:
 
 def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
     """A registered reward with the options of its config section; a class is constructed with them."""
-    options = dict(options)
-    weight, target = options.pop("weight", 1.0), registry.find(name).target
+    options, plugin = dict(options), registry.find(name)
+    weight, target = options.pop("weight", 1.0), plugin.target
     call: Any = target(**options) if inspect.isclass(target) else functools.partial(target, **options)
-    return Reward(name, weight, call)
+    return Reward(name, weight, call, plugin.differentiable)
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,8 @@ class Scores:
     total: Tensor
 
 
-@torch.no_grad()
 def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row], batch: int = 64) -> Scores:
-    """Score samples (B, ...) with every reward, `batch` at a time.
+    """Score samples (B, ...) with every reward, `batch` at a time; in grad mode with gradients.
 
     Raises: RunError when images are not in [0, 1], or when a reward fails.
     """

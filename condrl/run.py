@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import condrl
-from condrl.algorithms import Algorithm, PolicyGradient
+from condrl.algorithms import Algorithm
 from condrl.config import Config, GridConfig
 from condrl.errors import UsageError
 from condrl.policy import Model, Policy
@@ -90,11 +91,10 @@ def deployed(config: Config, policy: Policy) -> Policy:
     return Policy(policy.model, make_sampler(config.evaluate.sampler, policy.model.schedule))
 
 
-def noise_level(sampler: Mapping[str, Any]) -> float | None:
-    """eta of a sampler's section; None where it is not one number."""
-    if sampler["name"] == "flow_sde":
-        return float(sampler["noise_level"]) / 2**0.5
-    return float(sampler["eta"]) if "eta" in sampler else None
+def noise_level(sampler: Sampler) -> float | None:
+    """A sampler's eta; None where its steps differ or it does not say."""
+    levels: Tensor | None = getattr(sampler, "eta", None)
+    return levels[0].item() if levels is not None and (levels == levels[0]).all() else None
 
 
 def transfer(eta: float, deployed: float) -> float:
@@ -110,7 +110,7 @@ def transfer_warning(config: Config) -> str | None:
     algorithm: Algorithm = make("algorithm", config.algorithm)
     if not config.evaluate.sampler or not {"stochastic steps", "affine steps"} & set(algorithm.needs):
         return None
-    tuned, used = noise_level(config.sampler), noise_level(config.evaluate.sampler)
+    tuned, used = (noise_level(make_sampler(s, stand_in(s))) for s in (config.sampler, config.evaluate.sampler))
     if not tuned or used is None or tuned in (1.0, used):
         return None
     return (
@@ -132,15 +132,20 @@ def make_trainer(config: Config, train: Sequence[Row], heldout: Sequence[Row] = 
     return Trainer(config, policy, algorithm, make_rewards(config), train, accelerator)
 
 
+def stand_in(sampler: Mapping[str, Any]) -> Schedule:
+    """A schedule on which a sampler's section can be tried before any model is loaded."""
+    discrete = schedule_from_diffusers({"num_train_timesteps": 1000, "set_alpha_to_one": False})
+    return discrete if sampler["steps"] <= 1000 else OU()
+
+
 def check_combination(config: Config) -> None:
     """Check what depends on the sampler, on a stand-in schedule: no model is loaded.
 
     Raises: UsageError when the sampler cannot give the algorithm or the config what it needs.
     """
-    stand_in = schedule_from_diffusers({"num_train_timesteps": 1000, "set_alpha_to_one": False})
-    sampler = make_sampler(config.sampler, stand_in if config.sampler["steps"] <= 1000 else OU())
+    sampler = make_sampler(config.sampler, stand_in(config.sampler))
     if config.evaluate.sampler:
-        make_sampler(config.evaluate.sampler, stand_in if config.evaluate.sampler["steps"] <= 1000 else OU())
+        make_sampler(config.evaluate.sampler, stand_in(config.evaluate.sampler))
     algorithm: Algorithm = make("algorithm", config.algorithm)
     if "groups" in algorithm.needs and config.train.images_per_prompt < 2:
         raise UsageError(
@@ -151,15 +156,28 @@ def check_combination(config: Config) -> None:
         raise UsageError(
             f"the algorithm {config.algorithm['name']} has no importance weights: set train.inner_epochs=1, or use ddpo"
         )
-    if isinstance(algorithm, PolicyGradient) and algorithm.kappa > 0 and getattr(sampler, "has_memory", False):
+    if "reward gradients" in algorithm.needs:
+        for reward in make_rewards(config):
+            if not reward.differentiable:
+                raise UsageError(
+                    f"the algorithm {config.algorithm['name']} differentiates the reward, and {reward.name} has no "
+                    "gradient: use nft, ddpo or another algorithm that needs none"
+                )
+    if "Markov steps" in algorithm.needs and getattr(sampler, "has_memory", False):
         raise UsageError(
-            f"algorithm.kappa needs a sampler whose steps depend on the state alone, and {config.sampler['name']} "
-            "remembers earlier steps: use another sampler, or algorithm.kappa=0"
+            f"the algorithm {config.algorithm['name']}, as configured, needs a sampler whose steps depend on the state "
+            f"alone, and {config.sampler['name']} remembers earlier steps: use another sampler (a policy gradient: or "
+            "algorithm.kappa=0)"
         )
     if "affine steps" in algorithm.needs and not isinstance(sampler, Coefficients):
         raise UsageError(
             f"the algorithm {config.algorithm['name']} needs a sampler whose steps are affine in the score, and "
             f"{config.sampler['name']} is not: use ddim, exponential or euler_maruyama"
+        )
+    if {"stochastic steps", "noise"} & set(algorithm.needs) and not sampler.stochastic.any():
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler "
+            f"{config.sampler['name']} has none as configured: set sampler.eta=1, or look at the sampler's own options"
         )
     if "stochastic steps" not in algorithm.needs:
         if config.train.steps is not None or config.train.steps_per_image is not None:
@@ -168,11 +186,6 @@ def check_combination(config: Config) -> None:
                 "and train.steps_per_image out"
             )
         return
-    if not sampler.stochastic.any():
-        raise UsageError(
-            f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler "
-            f"{config.sampler['name']} has none as configured: set sampler.eta=1, or look at the sampler's own options"
-        )
     trained_steps(sampler, config.train)
 
 

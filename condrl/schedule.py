@@ -50,6 +50,10 @@ class Schedule(ABC):
         """lambda(t) = log(alpha / sigma), falling in t."""
         return (self.alpha(t) / self.sigma(t)).log()
 
+    def clock(self, t: Tensor) -> Tensor:
+        """What small networks are told of times t (B,): (B, 2), both of order 1."""
+        return torch.stack([t / self.end, self.log_snr(t).clamp(-5, 5) / 3], -1)
+
     def time_of(self, log_snr: Tensor) -> Tensor:
         """The times at which lambda(t) is so much, by bisection, within [0, end]."""
         low, high = torch.zeros_like(log_snr), torch.full_like(log_snr, self.end)

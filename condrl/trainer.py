@@ -81,7 +81,7 @@ class Trainer:
         return experience.scores.total.mean().item()
 
     def collect(self, epoch: int, clock: Clock) -> Experience:
-        """Roll out an epoch's prompts, score the images and give them credit."""
+        """Roll out an epoch's prompts and score the images."""
         train, model = self.config.train, self.policy.model
         drawn = epoch_rows(self.rows, self.config.run.seed, epoch, train.prompts_per_epoch)
         rows = [row for row in drawn for _ in range(train.images_per_prompt)]
@@ -91,15 +91,14 @@ class Trainer:
         clock.lap("rollout")
         with torch.no_grad():
             samples = model.decode(trajectories.samples)
-        clock.lap("decode")
-        scores = score(self.rewards, samples, rows)
-        groups = torch.tensor([row.index for row in rows], device=scores.total.device)
-        advantages = self.algorithm.advantages(scores.total, groups)
+            clock.lap("decode")
+            scores = score(self.rewards, samples, rows)
         clock.lap("score")
-        shown = samples[:: train.images_per_prompt][:PICTURES].cpu()
-        return Experience(
-            trajectories, rows, scores, advantages, shown, lambda points: score(self.rewards, points, rows).total
-        )
+
+        def total(points: Tensor, images: Tensor) -> Tensor:
+            return score(self.rewards, points, [rows[i] for i in images.tolist()]).total
+
+        return Experience(trajectories, rows, scores, samples[:: train.images_per_prompt][:PICTURES].cpu(), total)
 
     def examples(self, experience: Experience, epoch: int) -> Examples:
         """What the epoch's updates learn from."""

@@ -73,6 +73,7 @@ class Coefficients:
     A: Tensor  # (K,)
     B: Tensor  # (K,)
     S: Tensor  # (K,)
+    eta: Tensor | None = None  # (K,) noise levels, 1 for the reverse SDE; None where that is not known
 
     @property
     def stochastic(self) -> Tensor:
@@ -87,8 +88,9 @@ class Coefficients:
 def euler_maruyama(schedule: Schedule, times: Tensor, eta: Tensor | float) -> Coefficients:
     """S1: A = 1 - f D, B = (1 + eta^2) g^2 D / 2, S = eta g sqrt(D), for any noise level eta >= 0 (THEORY 1.3)."""
     t, step = times[:-1], times[:-1] - times[1:]
-    churn = eta**2 * schedule.churn(times) * step
-    return Coefficients(times, 1 - schedule.f(t) * step, (schedule.g2(t) * step + churn) / 2, churn.sqrt())
+    level = torch.as_tensor(eta, dtype=t.dtype).expand(len(t))
+    churn = level.square() * schedule.churn(times) * step
+    return Coefficients(times, 1 - schedule.f(t) * step, (schedule.g2(t) * step + churn) / 2, churn.sqrt(), level)
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,24 @@ class Value(nn.Module):
         self.schedule = schedule
         points = len(state_shape) == 1
         self.body, size = (nn.Identity(), state_shape[0]) if points else convolutions(state_shape[0], width)
-        self.head = nn.Sequential(
-            nn.Linear(size + 2 + features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
-        )
+        self.head = mlp(size + 2 + features, width, 1)
 
     def forward(self, x: Tensor, t: Tensor, features: Tensor, hint: Tensor | None = None) -> Tensor:
         """(B,) at x (B, ...), times t (B,), prompt features (B, F) and hints r(x0hat) (B,)."""
-        clock = torch.stack([t / self.schedule.end, self.schedule.log_snr(t).clamp(-5, 5) / 3], -1).to(x)
-        found: Tensor = self.head(torch.cat([self.body(x), clock, features.to(x)], -1))[:, 0]
+        clock, features = self.schedule.clock(t).to(x), features.to(x)
+        found: Tensor = self.head(torch.cat([self.body(x), clock, features], -1))[:, 0]
         if hint is None:
             return found
         alpha, sigma = (like(c, found) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         total = alpha.square() + sigma.square()
         return alpha.square() / total * hint + sigma / total.sqrt() * found
+
+
+def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Two hidden layers with SiLU."""
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs)
+    )
 
 
 def convolutions(channels: int, width: int) -> tuple[nn.Module, int]:

@@ -235,7 +235,7 @@ def save_sd15(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------- toys
 
 TOYS = Path(__file__).resolve().parents[1] / "configs" / "toy"
-ALGORITHMS = ("reinforce", "ddpo", "dpok", "grpo", "ctrl")
+ALGORITHMS = ("reinforce", "ddpo", "dpok", "grpo", "ctrl", "draft", "adjoint_matching")
 Row = dict[str, Any]
 
 
@@ -254,7 +254,7 @@ def exact(config: Config, args: argparse.Namespace) -> list[Row]:
         words = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", f"run.seed={seed}", *args.words]
         row = {"algorithm": algorithm, "problem": problem, "seed": seed, **gap(problem, words)}
         print(
-            f"{algorithm:<10} {problem} seed {seed}  gap closed {row['gap_closed']:.4f}  "
+            f"{algorithm:<16} {problem} seed {seed}  gap closed {row['gap_closed']:.4f}  "
             f"KL to p* {row['kl_to_optimum']:.4f}  {row['reward_queries']} queries  {row['seconds']:.0f} s",
             flush=True,
         )
@@ -294,7 +294,7 @@ def transfer(config: Config, args: argparse.Namespace) -> list[Row]:
         schedule = trainer.policy.model.schedule
         alpha, sigma = (c(torch.tensor(schedule.end)).item() for c in (schedule.alpha, schedule.sigma))
         rho = alpha * 0.7 / (alpha**2 * 0.49 + sigma**2) ** 0.5
-        for deployed_eta, count in itertools.product((0.0, 0.5, 1.0), (24, 400)):
+        for deployed_eta, count in itertools.product((0.0, 0.5, 1.0), sorted({trainer.policy.steps, 1000})):
             theory = transfer_factor(eta, deployed_eta) * (1 - rho ** (eta**2 + deployed_eta**2))
             row = {"eta": eta, "steps": trainer.policy.steps, "deployed_eta": deployed_eta, "deployed_steps": count}
             row |= {"shift": shift(trainer, deployed_eta, count), "theory": theory}
@@ -339,7 +339,7 @@ def steps(config: Config, args: argparse.Namespace) -> list[Row]:
             audits = solved.audit(policy)
             row = {"algorithm": algorithm, "seed": seed, "steps": 20, "deployed_steps": count}
             rows.append(row | {"gap_closed": solved.gap_closed(audits), "reward": audits[0].reward})
-            print(f"{algorithm:<10} seed {seed}  20 -> {count:<3} gap closed {rows[-1]['gap_closed']:.4f}", flush=True)
+            print(f"{algorithm:<16} seed {seed}  20 -> {count:<3} gap closed {rows[-1]['gap_closed']:.4f}", flush=True)
     return rows
 
 

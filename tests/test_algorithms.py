@@ -1,14 +1,16 @@
 """Algorithms on problems whose gradients and optima are known (THEORY 8.6, rows 8, 9 and 11)."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, load_script
 
+import condrl
 from condrl import UsageError, oracle
 from condrl.config import load_config
-from condrl.exact import monte_carlo_value, solve
+from condrl.exact import Problem, monte_carlo_value, solve
 from condrl.prompts import Row
 from condrl.run import check_combination, make_trainer
 from condrl.trainer import Clock, Trainer
@@ -48,9 +50,15 @@ def chain_of(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return oracle.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
 
 
-def exact_gradient(trainer: Trainer, reward: tuple[float, float], kappa: float) -> torch.Tensor:
-    """Of E r - kappa KL in the table of the affine correction, (2, K), by the moments of the chain."""
+def exact_gradient(
+    trainer: Trainer, reward: tuple[float, float], kappa: float, exploration: torch.Tensor | float = 0.0
+) -> torch.Tensor:
+    """Of E r - kappa KL in the table of the affine correction, (2, K), by the moments of the chain.
+
+    `exploration` (K,) is the variance that the noise of the actions adds to each step.
+    """
     (a, c, S), sampler, (b, Q) = chain_of(trainer), trainer.policy.sampler, reward
+    added = torch.as_tensor(exploration).expand(len(a))
     # the table runs from the data to the noise; its first knot, at the final time, is never used
     table = trainer.weights[0].detach().double()[:, 0, 1:, 0].flip(1).requires_grad_()
     m, v, kl = torch.zeros((), dtype=torch.float64), trainer.policy.model.schedule.prior_std**2, 0.0
@@ -59,7 +67,7 @@ def exact_gradient(trainer: Trainer, reward: tuple[float, float], kappa: float) 
         if S[k] > 0:
             kl = kl + (dg**2 * (v + m**2) + 2 * dg * do * m + do**2) / (2 * S[k] ** 2)
         gain = a[k] + dg
-        m, v = gain * m + c[k] + do, gain**2 * v + S[k] ** 2
+        m, v = gain * m + c[k] + do, gain**2 * v + S[k] ** 2 + added[k]
     objective = b * m - Q * (m**2 + v) / 2 - kappa * kl
     (gradient,) = torch.autograd.grad(objective, table)
     return gradient
@@ -128,6 +136,75 @@ def test_gradient_with_the_kl(name, tmp_path):
         assert z_scores(gradients(trainer, 16), expected).abs().max() > 8
 
 
+@pytest.mark.parametrize("memory", [1e9, 0.5])
+def test_gradient_of_ctrl(memory, tmp_path):
+    """With all of the return kept, the gradient is that of E r - kappa KL whatever the value network says."""
+    reward = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]"]
+    words = ["algorithm.kappa=0.3", "algorithm.normalise=false", f"algorithm.memory={memory}"]
+    words += ["algorithm.advantage_clip=1e9", "algorithm.exploration=0.5"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=ctrl", *small(6, *words, *reward, *GROUPS), rows=500)
+    with torch.no_grad():
+        trainer.weights[0].copy_(
+            0.4 * torch.randn(trainer.weights[0].shape, generator=torch.Generator().manual_seed(3))
+        )
+    added = trainer.policy.sampler.B.square() * trainer.algorithm.variance(trainer.policy)
+    expected = exact_gradient(trainer, (2.0, 2.0), 0.3, added)
+    z = z_scores(gradients(trainer, 16), expected).abs().max()
+    assert z < 5 if memory == 1e9 else z > 8  # an untrained value network is no baseline to bootstrap from
+
+
+def test_the_truncated_chain_of_draft_is_biased(tmp_path):
+    """Back through all steps the gradient is exact; through the last three it does not see the earlier steps."""
+    reward = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]", "algorithm.kappa=0.3"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=draft", *small(6, *reward, *GROUPS), rows=500)
+    with torch.no_grad():
+        trainer.weights[0].copy_(
+            0.6 * torch.randn(trainer.weights[0].shape, generator=torch.Generator().manual_seed(3))
+        )
+    expected = exact_gradient(trainer, (2.0, 2.0), 0.3)
+    assert z_scores(gradients(trainer, 12), expected).abs().max() < 5
+    trainer.algorithm.last = 3
+    found = -gradients(trainer, 2)[:, :, 0, 1:, 0].flip(2)
+    assert not found[:, :, :3].any()
+    assert found[:, :, 3:].all()
+
+
+@pytest.mark.parametrize("name", ["draft", "adjoint_matching"])
+def test_reward_gradients_reach_riccatis_optimum(name, tmp_path):
+    """THEORY 8.6, row 10."""
+    words = ["train.epochs=400", "train.updates_per_epoch=1", "train.lr=2e-2", "algorithm.kappa=0.5"]
+    trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(12, *words))
+    solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
+    trainer.fit()
+    audits = solved.audit(trainer.policy)
+    assert solved.optimum - audits[0].objective < 2e-5
+    for found, best in zip(moments(solved, audits[0]), moments(solved, solved.cases[0].optimal), strict=True):
+        assert found == pytest.approx(best, abs=0.005)
+
+
+def moments(solved: Problem, audit: oracle.Audit) -> tuple[float, float]:
+    """Mean and variance of the samples."""
+    masses, x = audit.masses / audit.masses.sum(), solved.line.x
+    mean = (masses * x).sum()
+    return mean.item(), (masses * (x - mean).square()).sum().item()
+
+
+@pytest.mark.parametrize("name", ["reinforce", "ddpo", "grpo"])
+def test_without_a_kl_the_reward_and_the_kl_keep_growing(name, tmp_path):
+    """THEORY 8.6, row 21: there is no fixed point."""
+    words = ["algorithm.kappa=0", "rewards.quadratic.curvature=[0]", "train.epochs=15", "train.lr=2e-2"]
+    trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(12, *words, "train.lr_decay=none"))
+    solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5, reach=14.0)
+    found = [solved.audit(trainer.policy)[0]]
+    for stop in (5, 10, 15):
+        for epoch in range(stop - 5, stop):
+            trainer.run_epoch(epoch)
+        found.append(solved.audit(trainer.policy)[0])
+    for before, after in itertools.pairwise(found):
+        assert after.reward > 1.05 * before.reward
+        assert after.kl > 1.5 * before.kl
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_algorithm_closes_the_gap(name, tmp_path):
     words = ["train.epochs=150", "train.images_per_prompt=256", "train.rollout_batch=256", "train.lr=3e-2"]
@@ -189,6 +266,14 @@ def test_ctrl_on_an_ode_finds_the_deterministic_optimum(tmp_path):
         (["algorithm.name=ctrl", "algorithm.exploration=0"], "exploration: must be positive"),
         (["algorithm.name=reinforce", "sampler.eta=0"], "reinforce needs steps with noise"),
         (["algorithm.name=ddpo", "algorithm.kappa=1", "algorithm.advantage=prompt"], "kappa needs advantage=group"),
+        (["algorithm.name=draft", "algorithm.last=0"], "last: must be at least 1"),
+        (["algorithm.name=draft", "algorithm.kappa=1", "sampler.eta=0"], "draft needs steps with noise"),
+        (["algorithm.name=draft", "sampler.name=dpm_solver_pp"], "dpm_solver_pp remembers earlier steps"),
+        (["algorithm.name=adjoint_matching", "algorithm.kappa=0"], "adjoint_matching needs more than 0"),
+        (
+            ["algorithm.name=draft", "rewards.jpeg_compressibility.weight=1"],
+            "draft differentiates the reward, and jpeg_compressibility has no gradient",
+        ),
     ],
 )
 def test_combinations_that_cannot_work(words, message):
@@ -229,11 +314,16 @@ def test_path_kl_is_the_exact_one_on_average(tmp_path):
     torch.testing.assert_close(examples.base.to_go[0] + examples.base.kl[0], kl)
 
 
-@pytest.mark.parametrize("name", [*FAMILY, "nft"])
+@condrl.reward
+def brightness_of_test(samples, prompts):
+    return samples.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("name", [*FAMILY, "nft", "draft", "adjoint_matching"])
 def test_every_algorithm_tunes_stable_diffusion(name, pipeline, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
     words = [f"model.path={pipeline}", "model.lora_rank=2", "model.guidance=1", f"prompts.train={tmp_path}/prompts.txt"]
-    words += ["rewards.jpeg_compressibility.weight=1", f"algorithm.name={name}", f"run.dir={tmp_path}"]
+    words += ["rewards.brightness_of_test.weight=1", f"algorithm.name={name}", f"run.dir={tmp_path}"]
     words += ["train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8", "train.epochs=2"]
     if name != "nft":
         words += ["algorithm.kappa=0.01"]

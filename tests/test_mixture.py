@@ -9,7 +9,8 @@ from helpers import ROOT, load_script
 from condrl import UsageError
 from condrl.models.mixture import Mixture
 from condrl.oracle import kl_of_masses
-from condrl.run import noise_level, transfer, transfer_warning
+from condrl.run import make_sampler, noise_level, transfer, transfer_warning
+from condrl.schedule import OU
 
 LAWS = {
     "left": {"weights": [0.3, 0.7], "means": [-2.0, 1.5], "variances": [0.4, 0.25]},
@@ -87,13 +88,22 @@ def test_unknown_prompts_and_schedule_options():
         model(schedule_options={"rate": 1.0})
 
 
+LEVELS = [
+    ("flow_sde", {"noise_level": 2**0.5}),
+    ("ddim", {"eta": 0.3}),
+    ("heun", {"eta": 0.5}),
+    ("exponential", {"eta": 1.0, "noise_steps": [1, 2]}),
+]
+
+
 def test_transfer_factor():
     """THEORY 3.4."""
     assert transfer(0.5, 0.0) == pytest.approx(1.6)
     assert transfer(0.5, 1.0) == pytest.approx(0.64)
     assert transfer(1.4, 0.0) == pytest.approx(0.676, abs=1e-3)
     assert [transfer(1.0, eta) for eta in (0.0, 0.5, 2.0)] == pytest.approx([1, 1, 1])
-    assert noise_level({"name": "flow_sde", "noise_level": 2**0.5}) == pytest.approx(1)
+    found = [make_sampler({"name": name, "steps": 5, "spacing": None, **options}, OU()) for name, options in LEVELS]
+    assert [noise_level(sampler) for sampler in found] == [pytest.approx(1), 0.3, 0.5, None]
 
 
 def test_tuning_at_one_noise_level_and_evaluating_at_another_warns():

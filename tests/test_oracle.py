@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from condrl import oracle
-from condrl.oracle import Line, Mixture, Quadratic
+from condrl.oracle import GaussianMixture, Line, Quadratic
 from condrl.schedule import OU, VP
 
 KAPPA = 0.5
-M1 = Mixture.of(
+M1 = GaussianMixture.of(
     torch.tensor([[0.3, 0.7]], dtype=torch.float64),
     torch.tensor([[[-2.0], [1.5]]], dtype=torch.float64),
     torch.tensor([[[[0.4]], [[0.25]]]], dtype=torch.float64),
 )
 BENT = Quadratic(*(torch.tensor(v, dtype=torch.float64) for v in ([[0.9]], [[[0.6]]], [0.0])))
 WIDE = torch.linspace(-12, 12, 24001, dtype=torch.float64)
-D2 = Mixture.of(
+D2 = GaussianMixture.of(
     torch.tensor([[0.4, 0.6]], dtype=torch.float64),
     torch.tensor([[[1.0, -0.5], [-1.0, 0.3]]], dtype=torch.float64),
     torch.tensor([[[[0.5, 0.2], [0.2, 0.4]], [[0.3, -0.1], [-0.1, 0.6]]]], dtype=torch.float64),

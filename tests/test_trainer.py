@@ -107,11 +107,12 @@ def test_gradient_at_the_start_is_reinforce(tmp_path):
     experience = trainer.collect(0, clock())
     gradients = []
     trainer.optimizer.step = lambda: gradients.append(trainer.policy.model.module.mean.grad.clone())
-    trainer.optimise(trainer.examples(experience, 0), torch.arange(32), torch.Generator())
+    examples = trainer.examples(experience, 0)
+    trainer.optimise(examples, torch.arange(32), torch.Generator())
     r, total = experience.rollout, torch.zeros(())
     for k in range(8):
         law = trainer.policy.transition(r.states[k], torch.full((32,), k), r.condition)
-        total = total - (experience.advantages * law.log_prob(r.states[k + 1])).sum() / 32
+        total = total - (examples.advantages * law.log_prob(r.states[k + 1])).sum() / 32
     (expected,) = torch.autograd.grad(total, trainer.policy.model.module.mean)
     torch.testing.assert_close(gradients[0], expected, atol=1e-5, rtol=1e-4)
     assert expected.abs().max() > 0.01
@@ -276,11 +277,11 @@ def test_the_update_goes_through_the_prepared_module_and_the_rollout_does_not(tm
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     trainer = make_trainer(tmp_path)
-    experience = trainer.collect(0, clock())
-    experience.advantages.fill_(float("nan"))
+    examples = trainer.examples(trainer.collect(0, clock()), 0)
+    examples.advantages.fill_(float("nan"))
     before = trainer.policy.model.module.mean.detach().clone()
     with pytest.raises(RunError, match="update 1 has norm nan"):
-        trainer.update(trainer.examples(experience, 0), 0)
+        trainer.update(examples, 0)
     assert torch.equal(trainer.policy.model.module.mean, before)
 
 

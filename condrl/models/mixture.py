@@ -15,6 +15,7 @@ from condrl import oracle
 from condrl.errors import UsageError
 from condrl.registry import suggestion
 from condrl.schedule import SCHEDULES, Schedule, like
+from condrl.values import mlp
 
 WEIGHTS = "correction.safetensors"
 
@@ -120,30 +121,19 @@ class Mixture:
 # ---------------------------------------------------------------------------------------------- networks
 
 
-class Features(nn.Module):
-    """What a toy's network is told: x, the time, the log-SNR, and the prompt (one-hot)."""
-
-    def __init__(self, schedule: Schedule, prompts: int, dimensions: int) -> None:
-        super().__init__()
-        self.schedule, self.prompts, self.size = schedule, prompts, dimensions + 2 + prompts
-
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        clock = torch.stack([t / self.schedule.end, self.schedule.log_snr(t).clamp(-5, 5) / 3], -1).to(x)
-        return torch.cat([x, clock, nn.functional.one_hot(condition, self.prompts).to(x)], -1)
-
-
 class Correction(nn.Module):
-    """An MLP of (x, t, prompt) that starts at zero."""
+    """An MLP of x, the time and the prompt (one-hot) that starts at zero."""
 
     def __init__(self, schedule: Schedule, prompts: int, dimensions: int, width: int) -> None:
         super().__init__()
-        self.features = Features(schedule, prompts, dimensions)
-        self.layers = mlp(self.features.size, width, dimensions)
+        self.schedule, self.prompts = schedule, prompts
+        self.layers = mlp(dimensions + 2 + prompts, width, dimensions)
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        return self.layers(self.features(x, t, condition))
+        prompt = nn.functional.one_hot(condition, self.prompts).to(x)
+        return self.layers(torch.cat([x, self.schedule.clock(t).to(x), prompt], -1))
 
 
 class Affine(nn.Module):
@@ -164,14 +154,7 @@ class Affine(nn.Module):
         return gain * x + offset
 
 
-def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers with SiLU."""
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs)
-    )
-
-
-def pretrain(law: oracle.Mixture, schedule: Schedule, width: int, steps: int, batch: int = 512) -> nn.Module:
+def pretrain(law: oracle.GaussianMixture, schedule: Schedule, width: int, steps: int, batch: int = 512) -> nn.Module:
     """A network that says -epsilon, by denoising score matching on fresh data of every prompt."""
     prompts, _, dimensions = law.means.shape
     network = Correction(schedule, prompts, dimensions, width)
@@ -211,7 +194,7 @@ def make_schedule(name: str, options: Mapping[str, float]) -> Schedule:
     return schedule
 
 
-def read_laws(laws: Mapping[str, Any]) -> oracle.Mixture:
+def read_laws(laws: Mapping[str, Any]) -> oracle.GaussianMixture:
     """The mixtures of the prompts, one row each.
 
     Raises: UsageError when a law's numbers do not fit together.
@@ -222,7 +205,7 @@ def read_laws(laws: Mapping[str, Any]) -> oracle.Mixture:
     shapes = {tuple(means.shape) for _, means, _ in rows}
     if len(shapes) > 1:
         raise UsageError(f"config model.laws: all prompts need as many components and dimensions, got {sorted(shapes)}")
-    return oracle.Mixture.of(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+    return oracle.GaussianMixture.of(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
 
 def _read_law(prompt: str, law: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 import condrl
 from condrl.algorithms import Algorithm, Experience, Metrics, Need, clipped
 from condrl.config import TrainConfig
-from condrl.credit import group_advantages, group_scale
+from condrl.credit import group_scale
 from condrl.policy import Policy
 from condrl.rollout import Rollout
 from condrl.schedule import like, x0_from_score
@@ -105,12 +105,12 @@ class CTRL(Algorithm):
     value_width: int = 64  # its hidden units
     value_hint: bool | None = None  # show it the reward of the denoised state; null: for images
     normalise: bool = True  # divide by the standard deviation of the rewards of a prompt's images
-    advantage_clip: float = 5.0  # bound on |advantage|
+    advantage_clip: float = 5.0  # bound on |advantage| when normalised
 
     value: Value = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("exploration", "memory", "value_lr"):
+        for name in ("exploration", "clip_range", "memory", "value_lr", "value_width", "advantage_clip"):
             if getattr(self, name) <= 0:
                 raise condrl.UsageError(f"config algorithm.{name}: must be positive, got {getattr(self, name)}")
         if self.kappa < 0:
@@ -127,9 +127,6 @@ class CTRL(Algorithm):
 
     def modules(self) -> dict[str, tuple[torch.nn.Module, float]]:
         return {"value": (self.value, self.value_lr)}
-
-    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        return group_advantages(rewards, groups, self.normalise)
 
     # ------------------------------------------------------------------------------------------ roll-out
 
@@ -210,12 +207,12 @@ class CTRL(Algorithm):
         """(K, B) rewards of the pretrained model's denoised states."""
         r, schedule = experience.rollout, policy.model.schedule
         assert isinstance(r, Actions)
-        rows = []
+        rows, every = [], torch.arange(len(r.condition))
         for k, t in enumerate(policy.sampler.times[:-1]):
             x = r.states[k]
             times = t.expand(len(x))
             clean = x0_from_score(r.base[k], x, like(schedule.alpha(times), x), like(schedule.sigma(times), x))
-            rows.append(experience.score(torch.cat([policy.model.decode(part) for part in clean.split(batch)])))
+            rows.append(experience.score(torch.cat([policy.model.decode(part) for part in clean.split(batch)]), every))
         return torch.stack(rows)
 
     def _value(self, policy: Policy, r: Actions, k: int, hints: Tensor | None) -> Tensor:

@@ -30,8 +30,8 @@ class NFT(Algorithm):
             raise condrl.UsageError(f"config algorithm.temperature: must be positive, got {self.temperature}")
         if self.draws < 1:
             raise condrl.UsageError(f"config algorithm.draws: must be at least 1, got {self.draws}")
-        if not 0 < self.times[0] < self.times[1] <= 1:
-            raise condrl.UsageError(f"config algorithm.times: must rise within (0, 1], got {list(self.times)}")
+        if not 0 < self.times[0] < self.times[1] < 1:  # at 1 there may be no signal, and no velocity
+            raise condrl.UsageError(f"config algorithm.times: must rise within (0, 1), got {list(self.times)}")
 
     @property
     def needs(self) -> Sequence[Need]:
@@ -44,7 +44,10 @@ class NFT(Algorithm):
     def examples(
         self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
     ) -> Examples:
-        return noised_samples(policy, experience, self.draws, self.times, train.rollout_batch, generator)
+        advantages = self.advantages(experience.scores.total, experience.groups)
+        return noised_samples(
+            policy, experience.rollout, advantages, self.draws, self.times, train.rollout_batch, generator
+        )
 
     def loss(self, policy: Policy, batch: Noised) -> tuple[Tensor, Metrics]:
         """temperature |d|^2 - 2 A <e, d> of each draw, (B,): d is the change of velocity, e the old one's error.

@@ -8,7 +8,7 @@ import condrl
 from condrl.jpeg import jpeg_kilobytes
 
 
-@condrl.reward
+@condrl.reward(differentiable=False)
 def jpeg_incompressibility(
     samples: Tensor,
     prompts: Sequence[str],

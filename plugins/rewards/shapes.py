@@ -9,7 +9,7 @@ import condrl
 from condrl import scenes
 
 
-@condrl.reward
+@condrl.reward(differentiable=False)
 def shapes(samples: Tensor, prompts: Sequence[str]) -> Tensor:
     """How well the coloured shapes obey the prompt, in [0, 1]; 1 means exactly."""
     return torch.tensor(scenes.obey(samples.float().cpu().numpy(), prompts))

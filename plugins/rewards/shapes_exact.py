@@ -9,7 +9,7 @@ import condrl
 from condrl import scenes
 
 
-@condrl.reward
+@condrl.reward(differentiable=False)
 def shapes_exact(samples: Tensor, prompts: Sequence[str]) -> Tensor:
     """1 if the coloured shapes obey the prompt exactly, else 0."""
     return torch.tensor(scenes.obey(samples.float().cpu().numpy(), prompts)).eq(1).float()

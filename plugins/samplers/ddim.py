@@ -23,4 +23,4 @@ def ddim(
     fresh = 1 - (alpha_t * sigma_u / (alpha_u * sigma_t)).square()  # 1 - e^{-2h}, h the gain in log-SNR
     A = alpha_u / alpha_t
     B = sigma_t * (A * sigma_t - sigma_u * torch.sqrt(1 - eta**2 * fresh))
-    return Coefficients(times, A, B, eta * sigma_u * fresh.sqrt())
+    return Coefficients(times, A, B, eta * sigma_u * fresh.sqrt(), torch.full_like(A, eta))

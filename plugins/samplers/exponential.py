@@ -24,4 +24,4 @@ def exponential(
     ratio = sigma_u / (sigma_t * A)  # e^{-h}, h the gain in log-SNR; 0 for a step to the data
     kept = torch.ones_like(ratio) if eta == 0 else ratio ** (eta**2)
     B = sigma_t * (A * sigma_t - sigma_u * kept)
-    return Coefficients(times, A, B, sigma_u * (1 - kept.square()).sqrt())
+    return Coefficients(times, A, B, sigma_u * (1 - kept.square()).sqrt(), torch.full_like(A, eta))
