@@ -1,4 +1,4 @@
-"""LoRA out and in, in the format that diffusers and ComfyUI read."""
+"""What was trained, out and in: a LoRA in the format that diffusers and ComfyUI read, or a toy's small network."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from condrl.errors import UsageError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+MODULE_FILE = "network.safetensors"
 CARD = """---
 base_model: {base}
 library_name: diffusers
@@ -76,3 +77,28 @@ def load_lora(unet: nn.Module, folder: Path) -> None:
         (adapter,) = layer.lora_A
         layer.lora_A[adapter].weight.copy_(saved[f"unet.{name}.lora.down.weight"])
         layer.lora_B[adapter].weight.copy_(saved[f"unet.{name}.lora.up.weight"] / layer.scaling[adapter])
+
+
+def save_module(module: nn.Module, folder: Path) -> None:
+    """Write a small network's weights to `folder`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, folder / MODULE_FILE)
+
+
+def load_module(module: nn.Module, folder: Path) -> None:
+    """Read a small network's weights.
+
+    Raises: UsageError when there are none in the folder, or when they are another network's.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / MODULE_FILE).is_file():
+        raise UsageError(f"{folder} holds no {MODULE_FILE}")
+    try:
+        module.load_state_dict(load_file(folder / MODULE_FILE))
+    except RuntimeError as error:
+        raise UsageError(
+            f"{folder / MODULE_FILE} is of another network: {str(error).splitlines()[-1].strip()}"
+        ) from error

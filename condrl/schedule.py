@@ -174,6 +174,21 @@ class RectifiedFlow(Schedule):
 SCHEDULES: dict[str, type[Schedule]] = {"vp": VP, "ou": OU, "rectified_flow": RectifiedFlow}
 
 
+def make_schedule(name: str, options: Mapping[str, float]) -> Schedule:
+    """Raises: UsageError on a parameter that the schedule does not have."""
+    try:
+        schedule = SCHEDULES[name](**options)
+    except TypeError as error:
+        raise UsageError(f"config model.schedule_options: {name} {str(error).split('__init__() ')[-1]}") from error
+    ends = torch.tensor([schedule.final_time, schedule.end], dtype=torch.float64)
+    sane = 0 <= schedule.final_time < schedule.end and schedule.alpha(ends).gt(0).all() and schedule.sigma(ends)[1] > 0
+    if not sane or not (schedule.sigma(ends).isfinite().all() and schedule.g2(ends[1:]).isfinite().all()):
+        raise UsageError(
+            f"config model.schedule_options: {name} with {dict(options)} is not a schedule from data to noise"
+        )
+    return schedule
+
+
 @dataclass(frozen=True)
 class DiscreteSchedule(Schedule):
     """The variance-preserving process tabulated by a diffusers scheduler: `alpha_bar[i]` at time (i + 1) / T.

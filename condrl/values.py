@@ -40,6 +40,13 @@ def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     )
 
 
+def tanh_relu(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Two hidden layers, with Tanh and with ReLU (Gao et al. 2024, Table 1)."""
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)
+    )
+
+
 def convolutions(channels: int, width: int) -> tuple[nn.Module, int]:
     """Latents (B, C, h, w) -> (B, width), and width."""
     return (

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 import condrl
 from condrl import oracle
+from condrl.checkpoint import load_module, save_module
 from condrl.errors import UsageError
 from condrl.registry import suggestion
-from condrl.schedule import SCHEDULES, Schedule, like
+from condrl.schedule import Schedule, like, make_schedule
 from condrl.values import mlp
-
-WEIGHTS = "correction.safetensors"
 
 
 @condrl.model
@@ -101,21 +100,14 @@ class Mixture:
 
     def save_adapter(self, folder: Path) -> None:
         """Write the correction's weights."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.module.state_dict().items()}, folder / WEIGHTS)
+        save_module(self.module, folder)
 
     def load_adapter(self, folder: Path) -> None:
         """Read the correction's weights.
 
         Raises: UsageError when there are none in the folder.
         """
-        from safetensors.torch import load_file
-
-        if not (folder / WEIGHTS).is_file():
-            raise UsageError(f"{folder} holds no {WEIGHTS}")
-        self.module.load_state_dict(load_file(folder / WEIGHTS))
+        load_module(self.module, folder)
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -177,21 +169,6 @@ def pretrain(law: oracle.GaussianMixture, schedule: Schedule, width: int, steps:
 
 
 # ---------------------------------------------------------------------------------------------- options
-
-
-def make_schedule(name: str, options: Mapping[str, float]) -> Schedule:
-    """Raises: UsageError on a parameter that the schedule does not have."""
-    try:
-        schedule = SCHEDULES[name](**options)
-    except TypeError as error:
-        raise UsageError(f"config model.schedule_options: {name} {str(error).split('__init__() ')[-1]}") from error
-    ends = torch.tensor([schedule.final_time, schedule.end], dtype=torch.float64)
-    sane = 0 <= schedule.final_time < schedule.end and schedule.alpha(ends).gt(0).all() and schedule.sigma(ends)[1] > 0
-    if not sane or not (schedule.sigma(ends).isfinite().all() and schedule.g2(ends[1:]).isfinite().all()):
-        raise UsageError(
-            f"config model.schedule_options: {name} with {dict(options)} is not a schedule from data to noise"
-        )
-    return schedule
 
 
 def read_laws(laws: Mapping[str, Any]) -> oracle.GaussianMixture:

@@ -9,23 +9,14 @@ import torch
 from torch import Tensor
 
 import condrl
+from condrl.actions import Actions, action_log_prob, action_variance, explore, pretrained_scores
 from condrl.algorithms import Algorithm, Experience, Metrics, Need, clipped
 from condrl.config import TrainConfig
 from condrl.credit import group_scale
 from condrl.policy import Policy
-from condrl.rollout import Rollout
 from condrl.schedule import like, x0_from_score
-from condrl.transition import Coefficients, randn
+from condrl.transition import Coefficients
 from condrl.values import Value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Actions(Rollout):
-    """Trajectories with the scores that were used, a ~ N(mu, Sigma_k), and the pretrained ones."""
-
-    actions: Tensor  # (K, B, ...)
-    base: Tensor  # (K, B, ...) pretrained scores
-    kl: Tensor  # (K, B) cost of each step, nats; log_probs are those of the actions
 
 
 @dataclass(frozen=True)
@@ -56,6 +47,7 @@ class ActionTable:
 
     algorithm: CTRL
     rollout: Actions
+    base: Tensor  # (K, B, ...) pretrained scores
     columns: Tensor  # (K,)
     advantages: Tensor  # (K, B)
     scale: Tensor  # (B,)
@@ -74,7 +66,7 @@ class ActionTable:
             x=r.states[k, i],
             k=columns,
             action=r.actions[k, i],
-            base=r.base[k, i],
+            base=self.base[k, i],
             old_log_prob=r.log_probs[k, i],
             advantage=self.advantages[k, i],
             scale=self.scale[i],
@@ -132,7 +124,7 @@ class CTRL(Algorithm):
 
     def variance(self, policy: Policy) -> Tensor:
         """Sigma of each step's action (K,)."""
-        return self.exploration / (2 * policy.model.schedule.g2(policy.sampler.times[:-1]))
+        return action_variance(policy, self.exploration)
 
     def costs(self, policy: Policy) -> Tensor:
         """w (K,) with KL_k = w |mu - s_pre|^2: B^2 / 2 S^2, or g^2 D / 2 where a step has no noise."""
@@ -141,32 +133,8 @@ class CTRL(Algorithm):
         fiat = policy.model.schedule.g2(sampler.times[:-1]) * -sampler.times.diff() / 2
         return fiat.where(sampler.S == 0, sampler.B.square() / (2 * sampler.S.square()))
 
-    @torch.no_grad()
     def rollout(self, policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Actions:
-        parts = [self._trajectories(policy, part, generator) for part in condition.split(batch)]
-        names = ("states", "actions", "base", "kl", "log_probs")
-        whole = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
-        return Actions(condition=condition, **whole)
-
-    def _trajectories(self, policy: Policy, condition: Tensor, generator: torch.Generator) -> Actions:
-        sampler, model = policy.sampler, policy.model
-        assert isinstance(sampler, Coefficients)  # needs
-        std, weights = self.variance(policy).sqrt().tolist(), self.costs(policy).tolist()
-        x = randn((len(condition), *model.state_shape), generator, model.device) * model.schedule.prior_std
-        states, actions, base, kl, log_probs = [x], [], [], [], []
-        for k, (A, B, S) in enumerate(zip(*(c.tolist() for c in (sampler.A, sampler.B, sampler.S)), strict=True)):
-            step = torch.full((len(x),), k)
-            mean = policy.action(x, step, condition)
-            with model.reference():
-                base.append(policy.action(x, step, condition))
-            actions.append(mean + std[k] * randn(x.shape, generator, x.device))
-            log_probs.append(self.log_prob(policy, mean, actions[-1], step))
-            kl.append(weights[k] * (mean - base[-1]).square().flatten(1).sum(1))
-            x = A * x + B * actions[-1]
-            x = x + S * randn(x.shape, generator, x.device) if S else x
-            states.append(x)
-        lists = {"states": states, "actions": actions, "base": base, "kl": kl, "log_probs": log_probs}
-        return Actions(condition=condition, **{name: torch.stack(values) for name, values in lists.items()})
+        return explore(policy, condition, generator, batch, self.variance(policy))
 
     # ------------------------------------------------------------------------------------------ credit
 
@@ -176,19 +144,22 @@ class CTRL(Algorithm):
     ) -> ActionTable:
         r, rewards = experience.rollout, experience.scores.total
         assert isinstance(r, Actions)  # from our own rollout
-        hints = self._hints(policy, experience, train.rollout_batch) if self._hinted(policy) else None
+        base = pretrained_scores(policy, r, train.rollout_batch)
+        weights = self.costs(policy).to(base).unsqueeze(1)
+        kl = weights * (r.means - base).square().flatten(2).sum(2)
+        hints = self._hints(policy, experience, base, train.rollout_batch) if self._hinted(policy) else None
         values = torch.stack([self._value(policy, r, k, hints) for k in range(policy.steps)] + [rewards])
-        to_go = r.kl.flip(0).cumsum(0).flip(0)
-        td = values[1:] - values[:-1] - self.kappa * r.kl
+        to_go = kl.flip(0).cumsum(0).flip(0)
+        td = values[1:] - values[:-1] - self.kappa * kl
         scale = group_scale(rewards, experience.groups) if self.normalise else torch.ones_like(rewards)
-        targets, path = rewards - self.kappa * to_go, r.kl.sum(0).mean()
+        targets, path = rewards - self.kappa * to_go, kl.sum(0).mean()
         fit = 1 - (targets - values[:-1]).var() / targets.var().clamp(min=1e-12)
         metrics = {"path_kl": path, "objective": rewards.mean() - self.kappa * path, "value_explains": fit}
         every = torch.arange(policy.steps)
         advantages = self._accumulate(policy, td) * scale
         if self.normalise:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
-        return ActionTable(self, r, every, advantages, scale, targets, hints, metrics)
+        return ActionTable(self, r, base, every, advantages, scale, targets, hints, metrics)
 
     def _accumulate(self, policy: Policy, td: Tensor) -> Tensor:
         """A_k = TD_k + exp(-D_k / l) A_{k+1}: generalised advantages with a time constant l (THEORY 5.3)."""
@@ -203,15 +174,14 @@ class CTRL(Algorithm):
     def _hinted(self, policy: Policy) -> bool:
         return len(policy.model.state_shape) > 1 if self.value_hint is None else self.value_hint
 
-    def _hints(self, policy: Policy, experience: Experience, batch: int) -> Tensor:
+    def _hints(self, policy: Policy, experience: Experience, base: Tensor, batch: int) -> Tensor:
         """(K, B) rewards of the pretrained model's denoised states."""
         r, schedule = experience.rollout, policy.model.schedule
-        assert isinstance(r, Actions)
         rows, every = [], torch.arange(len(r.condition))
         for k, t in enumerate(policy.sampler.times[:-1]):
             x = r.states[k]
             times = t.expand(len(x))
-            clean = x0_from_score(r.base[k], x, like(schedule.alpha(times), x), like(schedule.sigma(times), x))
+            clean = x0_from_score(base[k], x, like(schedule.alpha(times), x), like(schedule.sigma(times), x))
             rows.append(experience.score(torch.cat([policy.model.decode(part) for part in clean.split(batch)]), every))
         return torch.stack(rows)
 
@@ -221,8 +191,7 @@ class CTRL(Algorithm):
 
     def log_prob(self, policy: Policy, mean: Tensor, action: Tensor, k: Tensor) -> Tensor:
         """Of the action, but for its constant, (B,) float64."""
-        error = (action - mean).square().flatten(1).sum(1, dtype=torch.float64)
-        return -error / (2 * self.variance(policy)[k].to(error))
+        return action_log_prob(mean, action, self.variance(policy)[k])
 
     # ------------------------------------------------------------------------------------------ loss
 

@@ -1,0 +1,168 @@
+"""Reward-directed q-learning: a diffusion policy from data, or from a pretrained score (Gao, Zha and Zhou 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import condrl
+from condrl.actions import Actions, action_variance, explore, pretrained_scores
+from condrl.algorithms import Algorithm, Experience, Metrics, Need
+from condrl.config import TrainConfig
+from condrl.datasets import ratio_score
+from condrl.policy import Policy
+from condrl.rollout import Rollout
+from condrl.values import tanh_relu
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """B whole trajectories."""
+
+    states: Tensor  # (K + 1, B, d)
+    actions: Tensor  # (K, B, d)
+    running: Tensor  # (K, B) reward per unit of time, -g^2 |s - a|^2
+    reward: Tensor  # (B,) beta r of the samples
+    condition: Tensor  # (B,)
+
+
+@dataclass(frozen=True)
+class EpisodeTable:
+    """An epoch's trajectories; the only column is all of a trajectory."""
+
+    rollout: Actions
+    running: Tensor  # (K, B)
+    rewards: Tensor  # (B,)
+    metrics: Metrics
+    columns: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+
+    @property
+    def images(self) -> int:
+        return len(self.rewards)
+
+    def minibatch(self, images: Tensor, columns: Tensor) -> Episodes:
+        r, i = self.rollout, images.to(self.rewards.device)
+        return Episodes(r.states[:, i], r.actions[:, i], self.running[:, i], self.rewards[i], r.condition[images])
+
+
+class TimeValue(nn.Module):
+    """J(t, x, c), the network of Gao et al. 2024 (Table 1)."""
+
+    def __init__(self, dimensions: int, features: int, width: int) -> None:
+        super().__init__()
+        self.layers = tanh_relu(1 + dimensions + features, width, 1)
+
+    def forward(self, x: Tensor, t: Tensor, features: Tensor) -> Tensor:
+        """(B,) at x (B, d), times t (B,) and prompt features (B, F)."""
+        found: Tensor = self.layers(torch.cat([t.to(x)[:, None], x, features.to(x)], 1))[:, 0]
+        return found
+
+
+@condrl.algorithm(name="q_learning")
+@dataclass(kw_only=True)
+class QLearning(Algorithm):
+    """Maximises beta E r - E int g^2 |s - a|^2 dt by temporal differences (Gao et al. 2024; THEORY 6).
+
+    s is the score of the data, known by samples or as a pretrained score, a the policy's; for an SDE that is beta r
+    minus twice the path KL, so kappa = 2 / beta. The value J and the policy's mean learn from one error,
+    G = J(next) - J + (running reward - q) D with q = -g^2 |a - mu|^2 - (temperature d / 2) log(pi temperature / g^2).
+    """
+
+    beta: float = 1.0  # weight of the reward; kappa is 2 / beta, and 0 learns the law of the data alone
+    temperature: float = 5.0  # of exploration: the variance of an action is this over 2 g^2
+    score: Literal["samples", "all", "pretrained"] = "samples"  # of the data, by some points or all; or given
+    samples: int = 300  # points drawn for each step and batch of the roll-out
+    floor: float = 1e-12  # density below which points are taken for too far away, in the ratio estimator
+    rule: Literal["loss", "martingale"] = "loss"  # Adam on eq. (31); or updates (29)-(30), the policy's without D
+    value_lr: float = 1e-3  # learning rate of the value network
+    value_width: int = 64  # its hidden units
+
+    value: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "samples", "floor", "value_lr", "value_width"):
+            if getattr(self, name) <= 0:
+                raise condrl.UsageError(f"config algorithm.{name}: must be positive, got {getattr(self, name)}")
+        if self.beta < 0:
+            raise condrl.UsageError(f"config algorithm.beta: must be at least 0, got {self.beta}")
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        return ("affine steps",)
+
+    def setup(self, policy: Policy) -> None:
+        if self.score != "pretrained" and not hasattr(policy.model, "data"):
+            raise condrl.UsageError(
+                "config algorithm.score: this model has no data; use model.name=empirical, or "
+                "algorithm.score=pretrained"
+            )
+        shape, features = policy.model.state_shape, policy.model.features(torch.zeros(1, dtype=torch.long))
+        if len(shape) != 1:
+            raise condrl.UsageError("the algorithm q_learning has value networks for points only: use ctrl for images")
+        self.value = TimeValue(shape[0], features.shape[1], self.value_width).to(policy.model.device)
+
+    def modules(self) -> dict[str, tuple[nn.Module, float]]:
+        return {"value": (self.value, self.value_lr)}
+
+    # ------------------------------------------------------------------------------------------ roll-out
+
+    def rollout(self, policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Actions:
+        return explore(policy, condition, generator, batch, action_variance(policy, self.temperature))
+
+    @torch.no_grad()
+    def examples(
+        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
+    ) -> EpisodeTable:
+        r, schedule = experience.rollout, policy.model.schedule
+        assert isinstance(r, Actions)  # from our own rollout
+        if self.score == "pretrained":
+            scores = pretrained_scores(policy, r, train.rollout_batch)
+        else:
+            parts = torch.arange(len(r.condition)).split(train.rollout_batch)
+            scores = torch.cat([self._data_scores(policy, r, images, generator) for images in parts], 1)
+        g2 = schedule.g2(policy.sampler.times[:-1]).to(scores)[:, None]
+        running = -g2 * (scores - r.actions).square().sum(2)
+        duration = -policy.sampler.times.diff().to(scores)[:, None]
+        cost = (g2 * (scores - r.means).square().sum(2) * duration).sum(0).mean()
+        rewards = self.beta * experience.scores.total
+        return EpisodeTable(r, running, rewards, {"cost": cost, "objective": rewards.mean() - cost})
+
+    def _data_scores(self, policy: Policy, r: Rollout, images: Tensor, generator: torch.Generator) -> Tensor:
+        """The score of the data at the states of some trajectories, (K, b, d)."""
+        model: Any = policy.model  # with data (C, n, d)
+        times, condition = policy.sampler.times[:-1], r.condition[images]
+        alpha, sigma = model.schedule.alpha(times), model.schedule.sigma(times)
+        found = torch.empty_like(r.states[:-1, images])
+        for c in condition.unique().tolist():
+            rows = (condition == c).nonzero()[:, 0]
+            points = model.data[c].expand(policy.steps, -1, -1)
+            if self.score == "samples":
+                chosen = torch.randint(points.shape[1], (policy.steps, self.samples), generator=generator)
+                points = model.data[c][chosen.to(model.data.device)]
+            found[:, rows] = ratio_score(r.states[:-1, images[rows]], points, alpha, sigma, self.floor)
+        return found
+
+    # ------------------------------------------------------------------------------------------ loss
+
+    def loss(self, policy: Policy, batch: Episodes) -> tuple[Tensor, Metrics]:
+        """A loss (B,) whose gradient is -sum_k G_k (dJ + dq D), or -sum_k G_k (dJ + dq): eq. (31), or (29) and (30)."""
+        duration = -policy.sampler.times.diff().to(batch.states)[:, None]
+        k = torch.arange(policy.steps).repeat_interleave(len(batch.condition))
+        condition, x = batch.condition.repeat(policy.steps), batch.states[:-1].flatten(0, 1)
+        values = self.value(x, policy.sampler.times[k], policy.model.features(condition)).view_as(batch.running)
+        q = self.q(policy, x, k, batch.actions.flatten(0, 1), condition).view_as(batch.running)
+        ahead = torch.cat([values[1:], batch.reward[None]])
+        error = (ahead - values + (batch.running - q) * duration).detach()
+        loss = -error * (values + q * (duration if self.rule == "loss" else 1))
+        return loss.sum(0), {"td_error": error.square().mean()}
+
+    def q(self, policy: Policy, x: Tensor, k: Tensor, action: Tensor, condition: Tensor) -> Tensor:
+        """q = -g^2 |a - mu|^2 - (temperature d / 2) log(pi temperature / g^2), (B,) per unit of time (eq. 28)."""
+        g2 = policy.model.schedule.g2(policy.sampler.times[k]).to(x)
+        normaliser = self.temperature * x.shape[1] / 2 * (math.pi * self.temperature / g2).log()
+        return -g2 * (action - policy.action(x, k, condition)).square().sum(1) - normaliser

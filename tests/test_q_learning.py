@@ -1,0 +1,332 @@
+"""Reward-directed q-learning against its fixed point (THEORY 8.6, rows 12, 13, 18 and 19)."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+from torch import nn
+
+from condrl import UsageError, oracle
+from condrl.config import load_config
+from condrl.datasets import make_dataset, ratio_score
+from condrl.divergence import knn_kl
+from condrl.prompts import load_prompts
+from condrl.run import make_trainer
+from condrl.trainer import Clock, Trainer
+
+KAPPA, TEMPERATURE, LINEAR, CURVATURE = 0.5, 1.0, 0.9, 0.6
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------- the fixed point
+
+
+class TabularValue(nn.Module):
+    """J_k(x) = table[k] . (1, x, x^2)."""
+
+    def __init__(self, times: torch.Tensor) -> None:
+        super().__init__()
+        self.times = times[:-1]
+        self.table = nn.Parameter(torch.zeros(len(self.times), 3))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        k = (self.times[:, None] - t).abs().argmin(0)
+        return (self.table[k] * torch.cat([torch.ones_like(x), x, x.square()], 1)).sum(1)
+
+
+def lq_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Trainer:
+    """G1 with everything tabular in time: an affine policy and a quadratic value for each step."""
+    from condrl.plugins.algorithms.q_learning import QLearning
+
+    config = load_config(
+        [
+            str(ROOT / "configs" / "toy" / "g1.yaml"),
+            "sampler.steps=8",
+            "model.knots=8",
+            "algorithm.name=q_learning",
+            "algorithm.score=pretrained",
+            f"algorithm.beta={2 / KAPPA}",
+            f"algorithm.temperature={TEMPERATURE}",
+            "algorithm.value_lr=0.1",
+            f"run.dir={folder}",
+            *words,
+        ]
+    )
+
+    def setup(self, policy):
+        self.value = TabularValue(policy.sampler.times)
+
+    monkeypatch.setattr(QLearning, "setup", setup)
+    return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+
+
+def fixed_point(trainer: Trainer) -> tuple[oracle.LinearPolicy, torch.Tensor]:
+    """The Riccati policy and its J_k as (K, 3), coefficients of 1, x, x^2 (THEORY 6.2)."""
+    policy, beta = trainer.policy, 2 / KAPPA
+    sampler, schedule = policy.sampler, policy.model.schedule
+    alpha, sigma = schedule.alpha(sampler.times), schedule.sigma(sampler.times)
+    a, c, S = oracle.gaussian_chain(sampler, alpha, sigma, 1.0, 0.49)
+    best = oracle.riccati((a, c, S), (LINEAR, CURVATURE, 0.0), KAPPA, (0.0, schedule.prior_std**2))
+    g2, step = schedule.g2(sampler.times[:-1]), -sampler.times.diff()
+    one, x = torch.tensor([1.0, 0, 0], dtype=torch.float64), torch.tensor([0.0, 1, 0], dtype=torch.float64)
+
+    def product(p, q):
+        return torch.stack([p[0] * q[0], p[0] * q[1] + p[1] * q[0], p[1] * q[1]])
+
+    value, values = torch.tensor([0.0, beta * LINEAR, -beta * CURVATURE / 2], dtype=torch.float64), []
+    for k in reversed(range(policy.steps)):
+        mean = best.gain[k] * x + best.offset[k] * one
+        change = (mean - a[k] * x - c[k] * one) / sampler.B[k]  # of the score
+        variance = S[k] ** 2 + sampler.B[k] ** 2 * TEMPERATURE / (2 * g2[k])
+        ahead = value[0] * one + value[1] * mean + value[2] * (product(mean, mean) + variance * one)
+        entropy = TEMPERATURE / 2 * (math.pi * TEMPERATURE / g2[k]).log() * one
+        value = ahead + step[k] * (entropy - g2[k] * product(change, change))
+        values.append(value)
+    return best, torch.stack(values[::-1])
+
+
+def errors(trainer: Trainer) -> tuple[float, float]:
+    """The largest error of the means, and of J at start-like states."""
+    best, values = fixed_point(trainer)
+    x = torch.tensor([[-1.0], [0.0], [1.0], [2.0]])
+    of_mean, of_value = 0.0, 0.0
+    features = torch.ones(4, 1)
+    with torch.no_grad():
+        for k in range(trainer.policy.steps):
+            where = torch.full((4,), k), torch.zeros(4, dtype=torch.long)
+            mean = trainer.policy.transition(x, *where).mean.double()
+            of_mean = max(of_mean, (mean - best.gain[k] * x - best.offset[k]).abs().max().item())
+            exact = values[k, 0] + values[k, 1] * x[:, 0] + values[k, 2] * x[:, 0] ** 2
+            found = trainer.algorithm.value(x, trainer.policy.sampler.times[where[0]], features)
+            of_value = max(of_value, (found - exact).abs().max().item())
+    return of_mean, of_value
+
+
+def full_gradient(algorithm, policy, batch):
+    """The squared error with the next value differentiated too, as it should not be."""
+    duration = -policy.sampler.times.diff().to(batch.states)[:, None]
+    k = torch.arange(policy.steps).repeat_interleave(len(batch.condition))
+    x, condition = batch.states[:-1].flatten(0, 1), batch.condition.repeat(policy.steps)
+    values = algorithm.value(x, policy.sampler.times[k], policy.model.features(condition)).view_as(batch.running)
+    q = algorithm.q(policy, x, k, batch.actions.flatten(0, 1), condition).view_as(batch.running)
+    error = torch.cat([values[1:], batch.reward[None]]) - values + (batch.running - q) * duration
+    return error.square().sum(0) / 2, {}
+
+
+BATCH = [
+    "train.images_per_prompt=1024",
+    "train.rollout_batch=1024",
+    "train.loss_batch=1024",
+    "train.updates_per_epoch=1",
+]
+
+
+@pytest.mark.parametrize(("rule", "epochs", "tolerance"), [("loss", 800, 0.01), ("martingale", 250, 0.04)])
+def test_the_fixed_point_is_riccatis(rule, epochs, tolerance, tmp_path, monkeypatch):
+    """THEORY 8.6, row 12."""
+    words = [*BATCH, f"train.epochs={epochs}", "train.lr=3e-2", f"algorithm.rule={rule}"]
+    trainer = lq_trainer(tmp_path, monkeypatch, *words)
+    trainer.fit()
+    of_mean, of_value = errors(trainer)
+    assert of_mean < tolerance
+    assert of_value < 3 * tolerance
+
+
+def test_the_full_gradient_misses_it(tmp_path, monkeypatch):
+    from condrl.plugins.algorithms.q_learning import QLearning
+
+    monkeypatch.setattr(QLearning, "loss", full_gradient)
+    trainer = lq_trainer(tmp_path, monkeypatch, *BATCH, "train.epochs=250", "train.lr=3e-2")
+    trainer.fit()
+    of_mean, of_value = errors(trainer)
+    assert of_mean > 0.05
+    assert of_value > 0.3
+
+
+def test_at_the_fixed_point_the_error_is_a_martingale_difference(tmp_path, monkeypatch):
+    """THEORY 8.6, row 13: exp(q / temperature) is a density, and E[G given the state] = 0."""
+    trainer = lq_trainer(tmp_path, monkeypatch, "train.images_per_prompt=100000", "train.rollout_batch=100000")
+    best, values = fixed_point(trainer)
+    policy, algorithm = trainer.policy, trainer.algorithm
+    sampler, schedule = policy.sampler, policy.model.schedule
+    a, c, _ = oracle.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
+    with torch.no_grad():
+        algorithm.value.table.copy_(values)
+        correction = torch.stack([(best.gain - a) / sampler.B, (best.offset - c) / sampler.B])
+        trainer.weights[0][:, 0, 1:, 0].copy_(correction.flip(1))  # the table runs from the data to the noise
+    assert max(errors(trainer)) < 1e-4
+
+    actions = torch.linspace(-60, 60, 200_001, dtype=torch.float64)[:, None]
+    place = torch.full((len(actions),), 3), actions, torch.zeros(len(actions), dtype=torch.long)
+    trainer.policy.model.module.double()
+    with torch.no_grad():
+        q = algorithm.q(policy, torch.full_like(actions, 0.3), *place)
+    trainer.policy.model.module.float()
+    assert torch.trapezoid((q / TEMPERATURE).exp(), actions[:, 0]).item() == pytest.approx(1, abs=1e-9)
+
+    batch = trainer.examples(trainer.collect(0, Clock()), 0).minibatch(torch.arange(100_000), torch.zeros(1))
+    k = torch.arange(policy.steps).repeat_interleave(100_000)
+    x, none = batch.states[:-1].flatten(0, 1), torch.zeros(len(k), dtype=torch.long)
+    with torch.no_grad():
+        found = algorithm.value(x, sampler.times[k], torch.ones(len(k), 1)).view_as(batch.running)
+        q = algorithm.q(policy, x, k, batch.actions.flatten(0, 1), none).view_as(batch.running)
+    error = (
+        torch.cat([found[1:], batch.reward[None]]) - found - (sampler.times.diff().to(q)[:, None]) * (batch.running - q)
+    )
+    states = batch.states[:-1, :, 0]
+    for test_function in (torch.ones_like(states), states, states.square()):
+        product = error * test_function
+        z = product.mean(1) / (product.std(1) / 100_000**0.5)
+        assert z.abs().max() < 4.5
+    assert error.std() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------- estimators
+
+
+MIXTURE = {"name": "mixture", "weights": [0.3, 0.7], "means": [-2.0, 1.5], "variances": [0.4, 0.25]}
+LAW = oracle.GaussianMixture.of(
+    torch.tensor([[0.3, 0.7]]), torch.tensor([[[-2.0], [1.5]]]), torch.tensor([[[[0.4]], [[0.25]]]])
+)
+
+
+def bias(count: int, repeats: int) -> float:
+    """The largest |mean estimate - score| at t = .5 of an OU process, over where the law has its mass."""
+    x = torch.linspace(-2.5, 2.5, 11)
+    alpha, sigma = torch.tensor([math.exp(-0.25)]), torch.tensor([(1 - math.exp(-0.5)) ** 0.5])
+    data = make_dataset("", MIXTURE, 400_000, seeded())
+    points = data[torch.randint(len(data), (repeats, count), generator=seeded(1))]
+    found = ratio_score(x.expand(repeats, -1)[..., None], points, alpha.expand(repeats), sigma.expand(repeats))
+    exact = LAW.rows(torch.zeros(11, dtype=torch.long)).noised(alpha, sigma).score(x[:, None])
+    return (found.mean(0) - exact).abs().max().item()
+
+
+def test_the_ratio_estimator_has_a_bias_that_falls_with_the_points():
+    """THEORY 8.6, row 19."""
+    few, some, many = bias(10, 20_000), bias(100, 4000), bias(1000, 800)
+    assert many < 0.02
+    assert few > 0.1 > some
+
+
+def test_far_from_every_point_the_floor_takes_over():
+    """The estimate is then -x / sigma^2, not the direction to the nearest point."""
+    x, points = torch.tensor([[[40.0, 0.0]]]), torch.zeros(1, 5, 2) + 1
+    one = torch.ones(1)
+    torch.testing.assert_close(ratio_score(x, points, one, one), -x)
+    near = ratio_score(torch.zeros(1, 1, 2), points, one, one)
+    torch.testing.assert_close(near, torch.ones(1, 1, 2))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_nearest_neighbours_estimate_the_kl(k):
+    """THEORY 8.6, row 18: 100 batches of 300 points. Where P reaches beyond Q the estimate is too low, as it is known."""
+    generator = seeded()
+
+    def mean_of_batches(shift: float, spread: float) -> float:
+        pairs = [torch.randn(2, 300, 2, generator=generator) for _ in range(100)]
+        return sum(knn_kl(spread * x + torch.tensor([shift, 0]), y, k) for x, y in pairs) / 100
+
+    assert mean_of_batches(0.0, 1.0) == pytest.approx(0, abs=0.04)
+    assert mean_of_batches(0.0, 0.5) == pytest.approx(2 * (math.log(2) + 0.125 - 0.5), abs=0.08)
+    assert 0.35 < mean_of_batches(1.0, 1.0) < 0.5
+
+
+def test_swiss_roll_is_scikit_learns():
+    sklearn = pytest.importorskip("sklearn.datasets")
+    ours = make_dataset("", {"name": "swiss_roll"}, 20_000, seeded())
+    theirs = torch.tensor(sklearn.make_swiss_roll(20_000, noise=1.0, random_state=0)[0][:, [0, 2]]).float() / 3
+    assert knn_kl(ours[:3000], theirs[:3000], 5) == pytest.approx(0, abs=0.05)
+    torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.06, rtol=0)
+    torch.testing.assert_close(ours.T.cov(), theirs.T.cov(), atol=0.15, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def roll_trainer(folder: Path, *words: str) -> Trainer:
+    config = load_config([str(ROOT / "configs" / "paper" / "swiss_roll.yaml"), f"run.dir={folder}", *words])
+    return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+
+
+def test_from_data_alone_it_learns_the_law(tmp_path):
+    """beta = 0 is score matching."""
+    trainer = roll_trainer(tmp_path, "algorithm.beta=0", "train.epochs=250", "train.lr=5e-3")
+    data = trainer.policy.model.data[0]
+
+    def distance() -> float:
+        rows = trainer.policy.model.encode(["swiss roll"] * 2000)
+        with torch.no_grad():
+            from condrl.rollout import rollout
+
+            return knn_kl(rollout(trainer.policy, rows, seeded(5), 2000).samples, data[:2000], 5)
+
+    before = distance()
+    trainer.fit()
+    assert distance() < before - 1.5
+
+
+def test_each_prompt_has_its_own_data_and_reward(tmp_path):
+    config = load_config([str(ROOT / "configs" / "paper" / "conditional.yaml"), f"run.dir={tmp_path}"])
+    trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+    experience = trainer.collect(0, Clock())
+    x = experience.rollout.samples
+    turned = torch.tensor([row.prompt == "turned" for row in experience.rows])
+    upright = torch.where(turned[:, None], -x, x)
+    inside = (upright >= torch.tensor([-5.0, -5.5])) & (upright <= torch.tensor([6.0, -0.5]))
+    assert torch.equal(experience.scores.total.bool(), inside.all(1))
+    data = trainer.policy.model.data
+    assert knn_kl(-data[1][:2000], data[0][:2000], 5) == pytest.approx(0, abs=0.05)
+    assert knn_kl(data[1][:2000], data[0][:2000], 5) > 0.5
+    scores = trainer.algorithm._data_scores(trainer.policy, experience.rollout, torch.arange(300), seeded())
+    sampler, schedule = trainer.policy.sampler, trainer.policy.model.schedule
+    alpha, sigma = schedule.alpha(sampler.times[:-1]), schedule.sigma(sampler.times[:-1])
+    states = experience.rollout.states[:-1]
+    for c, rows in ((0, ~turned), (1, turned)):
+        exact = ratio_score(states[:, rows], data[c].expand(20, -1, -1), alpha, sigma)
+        near = states[:, rows].norm(dim=2) < 3
+        assert (scores[:, rows] - exact)[near].square().mean() < 0.2 * exact[near].square().mean()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["algorithm.temperature=0"], "temperature: must be positive"),
+        (["algorithm.beta=-1"], "beta: must be at least 0"),
+        (["model.data={roll: {name: swiss_rol}}"], "swiss_rol.*Did you mean 'swiss_roll'"),
+        (["model.data={roll: {name: swiss_roll, nois: 1}}"], "nois"),
+        (["prompts.train=asset:paper/mixture.txt"], "no data for 'two modes'"),
+        (["model.weights=nowhere"], "nowhere holds no network.safetensors"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(words, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        roll_trainer(tmp_path, *words)
+
+
+def test_a_model_without_data_needs_a_pretrained_score(tmp_path):
+    words = [str(ROOT / "configs" / "toy" / "g1.yaml"), "algorithm.name=q_learning", f"run.dir={tmp_path}"]
+    config = load_config(words)
+    with pytest.raises(UsageError, match="this model has no data"):
+        make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+
+
+def test_the_network_is_saved_and_is_the_next_runs_reference(tmp_path):
+    trainer = roll_trainer(tmp_path)
+    with torch.no_grad():
+        for parameter in trainer.weights:
+            parameter.add_(0.1)
+    model = trainer.policy.model
+    model.save_adapter(tmp_path / "lora")
+    again = roll_trainer(tmp_path / "again", f"model.weights={tmp_path / 'lora'}").policy.model
+    x, t, c = torch.randn(5, 2), torch.rand(5, dtype=torch.float64), torch.zeros(5, dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(again.score(x, t, c), model.score(x, t, c))
+        with again.reference():
+            assert torch.equal(again.score(x, t, c), model.score(x, t, c))
+        with model.reference():
+            assert not torch.allclose(again.score(x, t, c), model.score(x, t, c))
