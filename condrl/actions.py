@@ -46,18 +46,26 @@ def explore(policy: Policy, condition: Tensor, generator: torch.Generator, batch
 def _explore(policy: Policy, condition: Tensor, generator: torch.Generator, variance: Tensor) -> Actions:
     sampler, model = policy.sampler, policy.model
     assert isinstance(sampler, Coefficients)
-    x = randn((len(condition), *model.state_shape), generator, model.device) * model.schedule.prior_std
-    states, means, actions, log_probs = [x], [], [], []
-    for k, (A, B, S) in enumerate(zip(*(c.tolist() for c in (sampler.A, sampler.B, sampler.S)), strict=True)):
-        step = torch.full((len(x),), k)
-        means.append(policy.action(x, step, condition))
-        actions.append(means[-1] + variance[k].sqrt().item() * randn(x.shape, generator, x.device))
-        log_probs.append(action_log_prob(means[-1], actions[-1], variance[step]))
-        x = A * x + B * actions[-1]
-        x = x + S * randn(x.shape, generator, x.device) if S else x
+    shape = (len(condition), *model.state_shape)
+    x = randn(shape, generator, model.device) * model.schedule.prior_std
+    noise = randn((policy.steps, 2, *shape), generator, model.device)
+    states, means, actions = [x], [], []
+    steps = zip(*(c.tolist() for c in (sampler.A, sampler.B, sampler.S, variance.sqrt())), strict=True)
+    for k, (A, B, S, std) in enumerate(steps):
+        means.append(policy.action(x, torch.full((len(x),), k), condition))
+        actions.append(means[-1] + std * noise[k, 0])
+        x = A * x + B * actions[-1] + S * noise[k, 1]
         states.append(x)
-    lists = {"states": states, "log_probs": log_probs, "means": means, "actions": actions}
-    return Actions(condition=condition, **{name: torch.stack(values) for name, values in lists.items()})
+    log_probs = action_log_prob(
+        torch.stack(means).flatten(0, 1), torch.stack(actions).flatten(0, 1), variance.repeat_interleave(len(x))
+    )
+    return Actions(
+        torch.stack(states),
+        log_probs.view(policy.steps, -1),
+        condition,
+        means=torch.stack(means),
+        actions=torch.stack(actions),
+    )
 
 
 @torch.no_grad()

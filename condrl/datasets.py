@@ -62,14 +62,15 @@ def make_dataset(prompt: str, options: Mapping[str, Any], count: int, generator:
 def ratio_score(x: Tensor, points: Tensor, alpha: Tensor, sigma: Tensor, floor: float = 1e-12) -> Tensor:
     """The score (K, B, d) of alpha X_0 + sigma eps at x (K, B, d) from points (K, m, d) of X_0, alpha, sigma (K,).
 
-    (-x + alpha sum_i p_i x_i / max(sum_i p_i, m floor)) / sigma^2 with p_i the density of x given x_i, in log space
+    (-x + alpha sum_i p_i x_i / max(sum_i p_i, m floor)) / sigma^2 with p_i the density of x given x_i
     (Gao et al. 2024, eq. 18; THEORY 6.3).
     """
     a, v = (c.to(x)[:, None, None] for c in (alpha, sigma.square()))
-    centres = a * points
-    nearness = torch.baddbmm(-centres.square().sum(2)[:, None], x, centres.mT, beta=0.5).div_(v)  # + |x|^2 / 2 v
-    nearest = nearness.amax(2, keepdim=True)
-    least = math.log(points.shape[1] * floor) + x.shape[2] / 2 * (2 * math.pi * v).log()
-    least = least + x.square().sum(2, keepdim=True) / (2 * v) - nearest
-    sums = torch.bmm(nearness.sub_(nearest).exp_(), torch.cat([centres, torch.ones_like(centres[..., :1])], 2))
-    return (sums[..., :-1] / torch.maximum(sums[..., -1:], least.exp()) - x) / v
+    centres, one = a * points, torch.ones_like(x[..., :1])
+    # log density = <x, c> / v - |x|^2 / 2 v - |c|^2 / 2 v + a constant, as one matrix product
+    of_x = torch.cat([x, -x.square().sum(2, keepdim=True) / 2, one], 2)
+    of_points = torch.cat([centres, torch.ones_like(centres[..., :1]), -centres.square().sum(2, keepdim=True) / 2], 2)
+    density = torch.bmm(of_x, (of_points / v).mT).exp_()
+    sums = torch.bmm(density, torch.cat([centres, torch.ones_like(centres[..., :1])], 2))
+    least = points.shape[1] * floor * (2 * math.pi * v) ** (x.shape[2] / 2)
+    return (sums[..., :-1] / torch.maximum(sums[..., -1:], least) - x) / v

@@ -25,13 +25,19 @@ class Reward:
     call: Callable[..., Any]
     differentiable: bool = True
 
+    @functools.cached_property
+    def takes_metadata(self) -> bool:
+        """Whether it has a parameter `metadata` that is not an option."""
+        parameter = inspect.signature(self.call).parameters.get("metadata")
+        return parameter is not None and parameter.kind is not parameter.KEYWORD_ONLY
+
     def __call__(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
         """Scores (B,) float32 of samples (B, ...), row i of which was made for `rows[i]`.
 
         Raises: RunError naming the reward and the prompt when a score is missing or not finite.
         """
         prompts = [row.prompt for row in rows]
-        extra = {"metadata": [row.metadata for row in rows]} if accepts(self.call, "metadata") else {}
+        extra = {"metadata": [row.metadata for row in rows]} if self.takes_metadata else {}
         scores = self.call(samples, prompts, **extra)
         if not isinstance(scores, Tensor) or scores.shape != (len(rows),):
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -44,12 +50,6 @@ class Reward:
             bad = int((~finite).nonzero()[0])
             raise RunError(f"the reward {self.name!r} returned {scores[bad].item()} for the prompt {prompts[bad]!r}")
         return scores.float()
-
-
-def accepts(call: Callable[..., Any], name: str) -> bool:
-    """Whether a callable takes a parameter of this name that is not an option."""
-    parameter = inspect.signature(call).parameters.get(name)
-    return parameter is not None and parameter.kind is not parameter.KEYWORD_ONLY
 
 
 def make_reward(name: str, options: Mapping[str, Any]) -> Reward:

@@ -6,8 +6,9 @@
     python scripts/benchmark.py exact               every algorithm on toys, against the exact optimum
     python scripts/benchmark.py transfer            tuned at one noise level, sampled at another, beside the theory
     python scripts/benchmark.py steps               tuned with 20 steps, deployed with 8 and 80
+    python scripts/benchmark.py q_learning          episodes per second, beside a plain loop over steps
 
-`key=value` words change configs/quickstart.yaml, or the toys' configs for the last three.
+`key=value` words change configs/quickstart.yaml, or the toys' configs for the last four.
 --json FILE writes what was measured.
 """
 
@@ -36,6 +37,7 @@ from condrl.exact import means_of, solve
 from condrl.oracle import Line
 from condrl.policy import Policy
 from condrl.prompts import load_prompts
+from condrl.rewards import score as score_of
 from condrl.run import make_sampler, make_trainer, peak_memory_gb, provenance, write_json
 from condrl.run import transfer as transfer_factor
 from condrl.trainer import Clock, Trainer
@@ -310,7 +312,7 @@ def transfer(config: Config, args: argparse.Namespace) -> list[Row]:
 def shift(trainer: Trainer, eta: float, count: int) -> float:
     """How far a tuned Gaussian's mean moves under a sampler of another noise level and step count, over b v / kappa."""
     model, line, row = trainer.policy.model, Line(-9, 9, 1000), trainer.rows[0]
-    section = {"name": "euler_maruyama", "steps": count, "spacing": "uniform", "eta": eta}
+    section = {**trainer.config.sampler, "steps": count, "eta": eta}
     policy = Policy(model, make_sampler(section, model.schedule))
     assert isinstance(policy.sampler, Coefficients)
     tuned = means_of(policy, line, row)
@@ -343,7 +345,78 @@ def steps(config: Config, args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-TOY_MEASURES = (exact, transfer, steps)
+# ---------------------------------------------------------------------------------------------- q-learning
+
+
+def q_learning(config: Config, args: argparse.Namespace) -> list[Row]:
+    """Batches of episodes per second of configs/paper/swiss_roll.yaml: the trainer's, and a plain loop's, by turns."""
+    config = load_config([str(TOYS.parent / "paper" / "swiss_roll.yaml"), f"run.dir={tempfile.mkdtemp()}", *args.words])
+    trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+    plain = PlainLoop(trainer)
+    trainer.run_epoch(0)
+    plain()
+    ours, theirs = [], []
+    for _ in range(args.repeats):
+        ours.append(seconds(lambda: repeat(lambda: trainer.run_epoch(trainer.epoch), 20)) / 20)
+        theirs.append(seconds(lambda: repeat(plain, 5)) / 5)
+    ratios = [slow / fast for slow, fast in zip(theirs, ours, strict=True)]
+    row: Row = {"batches_per_second": 1 / statistics.median(ours), "batch": plain.batch}
+    row |= {"plain_batches_per_second": 1 / statistics.median(theirs)}
+    row |= {"ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)]}
+    print(json.dumps(row))
+    return [row]
+
+
+def repeat(work: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+class PlainLoop:
+    """Algorithm 1 of Gao et al. 2024 as one would first write it: step by step, all pairs of states and points."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.policy, self.algorithm, self.rewards = trainer.policy, trainer.algorithm, trainer.rewards
+        self.row, self.batch = trainer.rows[0], trainer.config.train.images_per_prompt
+        self.parameters = [*trainer.weights, *self.algorithm.modules()["value"][0].parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, 1e-3)
+
+    def __call__(self) -> None:
+        """One update from one batch of episodes."""
+        model: Any = self.policy.model
+        algorithm: Any = self.algorithm
+        sampler: Any = self.policy.sampler
+        times, schedule = sampler.times, model.schedule
+        condition = torch.zeros(self.batch, dtype=torch.long)
+        features, loss = model.features(condition), torch.zeros(())
+        y = schedule.prior_std * torch.randn(self.batch, 2)
+        for k in range(self.policy.steps):
+            t, step = times[k].expand(self.batch), (times[k] - times[k + 1]).item()
+            g2, alpha, sigma = (f(times[k]).item() for f in (schedule.g2, schedule.alpha, schedule.sigma))
+            mean = model.score(y, t, condition)
+            action = (mean + (algorithm.temperature / (2 * g2)) ** 0.5 * torch.randn_like(y)).detach()
+            points = model.data[0][torch.randint(len(model.data[0]), (self.batch, algorithm.samples))]
+            log_density = -(y[:, None] - alpha * points).square().sum(2) / (2 * sigma**2)
+            score = (alpha * (log_density.softmax(1)[..., None] * points).sum(1) - y) / sigma**2
+            running = -g2 * (score - action).square().sum(1)
+            q = -g2 * (action - mean).square().sum(1)
+            later = sampler.A[k] * y + sampler.B[k] * action + sampler.S[k] * torch.randn_like(y)
+            later = later.float()
+            value = algorithm.value(y, t, features)
+            with torch.no_grad():
+                if k == self.policy.steps - 1:
+                    rows = [self.row] * self.batch
+                    ahead = algorithm.beta * score_of(self.rewards, later, rows).total
+                else:
+                    ahead = algorithm.value(later, times[k + 1].expand(self.batch), features)
+            loss = loss + (ahead + running * step - value - q * step).square().mean() / 2
+            y = later
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+TOY_MEASURES = (exact, transfer, steps, q_learning)
 
 
 def main() -> None:

@@ -1,0 +1,280 @@
+"""Reproduce the tables of Gao, Zha and Zhou 2024 on the Swiss roll, beside the paper's numbers and the lower bound.
+
+    python scripts/reproduce_q_learning.py table3 --seeds 3      q-learning, DPOK and DDPO from a good pretrained model
+    python scripts/reproduce_q_learning.py all                   tables 3 to 6
+    python scripts/reproduce_q_learning.py all --quick           a short rehearsal: one seed, few episodes
+
+Every trained network is kept under --work, so that a run that was stopped goes on with what is missing. The rows
+that are finished are written to --json as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condrl.config import load_config
+from condrl.datasets import make_dataset
+from condrl.divergence import knn_kl
+from condrl.errors import exit_code
+from condrl.prompts import load_prompts
+from condrl.rewards import score
+from condrl.rollout import rollout
+from condrl.run import make_trainer, write_json
+from condrl.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPER = ROOT / "configs" / "paper" / "swiss_roll.yaml"
+BATCHES, POINTS = 100, 300  # for the KL and its interval, as in the paper
+DATA_REWARD = 0.444  # of the data itself
+CLOSE = 0.01  # how near a reward has to be to the one that a row asks for
+SIMULATORS = {"SDE": ("euler_maruyama", 1.0), "ODE-Euler": ("euler_maruyama", 0.0), "DDIM": ("ddim", 0.0)}
+
+# (algorithm, setting, reward asked for) -> (reward, KL) that the paper prints
+TABLES: dict[str, dict[tuple[str, str, float | None], tuple[float, float]]] = {
+    "table3": {
+        ("pretrained", "A", None): (0.52, 0.17),
+        ("ddpo", "A", None): (1.00, 2.97),
+        **{("dpok", "A", r): (r, kl) for r, kl in ((0.7, 0.21), (0.8, 0.38), (0.9, 0.69))},
+        **{("q_learning", "A", r): (r, kl) for r, kl in ((0.7, 0.29), (0.8, 0.39), (0.9, 0.66))},
+    },
+    "table4": {
+        ("pretrained", "B", None): (0.55, 0.68),
+        **{("dpok", "B", r): (r, kl) for r, kl in ((0.7, 0.90), (0.8, 1.03), (0.9, 1.21))},
+        **{("q_learning", "B", r): (r, kl) for r, kl in ((0.7, 0.30), (0.8, 0.42), (0.9, 0.64))},
+    },
+    "table5": {
+        ("q_learning", f"{simulator} {steps}", None): result
+        for simulator, results in {
+            "DDIM": ((0.44, 0.14), (0.45, 0.15), (0.46, 0.72)),
+            "ODE-Euler": ((0.44, 0.11), (0.44, 0.23), (0.44, 0.56)),
+            "SDE": ((0.45, 0.18), (0.46, 0.35), (0.46, 0.83)),
+        }.items()
+        for steps, result in zip((50, 10, 5), results, strict=True)
+    },
+    "table6": {
+        ("q_learning", f"{simulator} {steps}", 0.8): (0.8, kl)
+        for simulator, kls in {
+            "DDIM": (0.50, 0.61, 1.22),
+            "ODE-Euler": (0.62, 0.72, 1.07),
+            "SDE": (0.24, 0.77, 1.29),
+        }.items()
+        for steps, kl in zip((50, 10, 5), kls, strict=True)
+    },
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A network to train."""
+
+    algorithm: str
+    seed: int
+    episodes: int
+    weight: float = 0.0  # of the reward against the divergence: beta; for dpok 2 / kappa
+    simulator: str = "SDE"
+    steps: int = 20
+    start: Spec | None = None  # the network to start from
+
+    def folder(self, work: Path) -> Path:
+        text = json.dumps(asdict(self), sort_keys=True)
+        return work / f"{self.algorithm}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def words(self, work: Path) -> list[str]:
+        """Of the config, over configs/paper/swiss_roll.yaml."""
+        sampler, eta = SIMULATORS[self.simulator]
+        words = [f"sampler.name={sampler}", f"sampler.eta={eta}", f"sampler.steps={self.steps}"]
+        words += [f"run.dir={self.folder(work)}", "run.overwrite=true", f"run.seed={self.seed}"]
+        words += [f"model.seed={self.seed}", f"train.epochs={self.episodes}", f"algorithm.name={self.algorithm}"]
+        if self.start:
+            words.append(f"model.weights={self.start.folder(work)}")
+        if self.algorithm == "q_learning":
+            return [*words, f"algorithm.beta={self.weight}"]
+        kappa = 2 / self.weight if self.weight else 0.0
+        return [*words, f"algorithm.kappa={kappa}", "algorithm.normalise=false", f"train.loss_batch={300 * self.steps}"]
+
+
+def trained(spec: Spec, work: Path) -> Trainer:
+    """The spec's network; trained now unless it was before."""
+    folder = spec.folder(work)
+    if spec.start:
+        trained(spec.start, work)
+    config = load_config([str(PAPER), *spec.words(work)])
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(spec.seed)
+    trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+    if (folder / "done.json").exists():
+        trainer.policy.model.load_adapter(folder)
+        return trainer
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    trainer.fit()
+    trainer.policy.model.save_adapter(folder)
+    write_json(folder / "done.json", asdict(spec))
+    return trainer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a policy's samples are like: mean actions, batches of 300 against as many fresh points of the data."""
+
+    reward: float
+    kl: float
+    ci95: float  # half-width for the KL, over batches
+    weight: float
+
+
+def measure(trainer: Trainer, weight: float) -> Measured:
+    """The policy's reward and KL, from new noise and new data."""
+    rows = [trainer.rows[0]] * (BATCHES * POINTS)
+    condition = trainer.policy.model.encode([row.prompt for row in rows])
+    x = rollout(trainer.policy, condition, torch.Generator().manual_seed(10_000_000), len(rows)).samples
+    data = fresh_data(len(rows), seed=10_000_001)
+    kls = [knn_kl(a, b, 1) for a, b in zip(x.split(POINTS), data.split(POINTS), strict=True)]
+    reward = score(trainer.rewards, x, rows, batch=len(rows)).total.mean().item()
+    return Measured(reward, statistics.mean(kls), 1.96 * statistics.stdev(kls) / len(kls) ** 0.5, weight)
+
+
+def fresh_data(count: int, seed: int) -> Tensor:
+    """(count, 2) points of the Swiss roll that no training has seen."""
+    options = load_config([str(PAPER)]).model["data"]["swiss roll"]
+    return make_dataset("swiss roll", options, count, torch.Generator().manual_seed(seed))
+
+
+def at_reward(spec: Spec, target: float, work: Path, tries: int) -> Measured:
+    """The measurement at the weight whose reward is nearest to `target`, found by secant steps in the logit.
+
+    For p* the logit of the reward is affine in the weight, with slope 1/2 (THEORY 6.8).
+    """
+    found: list[Measured] = []
+    weight = 2 * (logit(target) - logit(DATA_REWARD))
+    for _ in range(tries):
+        found.append(measure(trained(replace(spec, weight=weight), work), weight))
+        if abs(found[-1].reward - target) < CLOSE:
+            break
+        weight = next_weight(found, target)
+    return min(found, key=lambda m: abs(m.reward - target))
+
+
+def next_weight(found: Sequence[Measured], target: float) -> float:
+    """Where the line through the two measurements nearest to the target meets it; with one, a line of slope 1/2."""
+    nearest = sorted(found, key=lambda m: abs(m.reward - target))[:2]
+    slope = 0.5
+    if len(nearest) == 2 and nearest[0].weight != nearest[1].weight:
+        rise = logit(nearest[0].reward) - logit(nearest[1].reward)
+        slope = min(max(rise / (nearest[0].weight - nearest[1].weight), 0.1), 2.0)
+    return max(0.01, nearest[0].weight + (logit(target) - logit(nearest[0].reward)) / slope)
+
+
+def logit(p: float) -> float:
+    p = min(max(p, 1e-3), 1 - 1e-3)
+    return math.log(p / (1 - p))
+
+
+def lower_bound(reward: float, data: float = DATA_REWARD) -> float:
+    """The least KL to the data at which an indicator has this mean (THEORY 6.8)."""
+    parts = ((reward, data), (1 - reward, 1 - data))
+    return sum(p * math.log(p / q) for p, q in parts if p > 0)
+
+
+def job(table: str, key: tuple[str, str, float | None], seed: int, args: argparse.Namespace) -> Measured:
+    """Train what a cell of a table needs for one seed, and measure it."""
+    torch.set_num_threads(1)
+    algorithm, setting, target = key
+    good = Spec("q_learning", seed, args.episodes)
+    if table in ("table5", "table6"):
+        simulator, steps = setting.rsplit(" ", 1)
+        spec = replace(good, simulator=simulator, steps=int(steps))
+    else:
+        start = good if setting == "A" else replace(good, episodes=args.bad_episodes)
+        if algorithm == "pretrained":
+            return measure(trained(start, args.work), 0.0)
+        spec = Spec(algorithm, seed, args.episodes if algorithm == "q_learning" else args.tuning_episodes, start=start)
+    if target is None:
+        return measure(trained(spec, args.work), 0.0)
+    return at_reward(spec, target, args.work, args.tries)
+
+
+def row_of(table: str, key: tuple[str, str, float | None], found: Sequence[Measured]) -> dict[str, Any]:
+    """A row of the results: means over seeds; the interval is over seeds where there are several, else over batches."""
+    algorithm, setting, target = key
+    paper_reward, paper_kl = TABLES[table][key]
+    reward, kl = (statistics.mean(getattr(m, name) for m in found) for name in ("reward", "kl"))
+    spread = [m.kl for m in found]
+    ci95 = 1.96 * statistics.stdev(spread) / len(spread) ** 0.5 if len(spread) > 1 else found[0].ci95
+    return {
+        "table": table,
+        "algorithm": algorithm,
+        "setting": setting,
+        "reward": reward,
+        "kl": kl,
+        "ci95": ci95,
+        "paper_reward": paper_reward,
+        "paper_kl": paper_kl,
+        "bound": lower_bound(reward),
+        "target": target,
+        "weights": [m.weight for m in found],
+        "seeds": len(found),
+    }
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    names = list(TABLES) if args.table == "all" else [args.table]
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(args.jobs) as pool:
+        first = [pool.submit(trained_quietly, seed, args) for seed in range(args.seeds)]
+        for future in first:  # what others start from, once
+            future.result()
+        cells = [(table, key) for table in names for key in TABLES[table]]
+        futures = [[pool.submit(job, *cell, seed, args) for seed in range(args.seeds)] for cell in cells]
+        for cell, parts in zip(cells, futures, strict=True):
+            rows.append(row_of(*cell, [part.result() for part in parts]))
+            print(line_of(rows[-1]), flush=True)
+            write_json(args.json, rows)
+
+
+def trained_quietly(seed: int, args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    trained(Spec("q_learning", seed, args.episodes), args.work)
+    trained(Spec("q_learning", seed, args.bad_episodes), args.work)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    return (
+        f"{row['table']}  {row['algorithm']:<10} {row['setting']:<12} reward {row['reward']:.2f} (paper "
+        f"{row['paper_reward']:.2f})  KL {row['kl']:.2f} +- {row['ci95']:.2f} (paper {row['paper_kl']:.2f}, "
+        f"bound {row['bound']:.2f})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=[*TABLES, "all"])
+    parser.add_argument("--quick", action="store_true", help="a rehearsal: one seed, few episodes")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--episodes", type=int, default=50_000)
+    parser.add_argument("--bad-episodes", type=int, default=30_000, help="of the bad pretrained model B")
+    parser.add_argument("--tuning-episodes", type=int, default=3_000, help="of DDPO and DPOK")
+    parser.add_argument("--tries", type=int, default=4, help="weights tried for a row that asks for a reward")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "q_learning", help="where networks are kept")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "q_learning.json")
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.episodes, args.bad_episodes, args.tuning_episodes, args.tries = 1, 400, 150, 100, 2
+    reproduce(args)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
