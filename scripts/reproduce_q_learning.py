@@ -1,11 +1,13 @@
-"""Reproduce the tables of Gao, Zha and Zhou 2024 on the Swiss roll, beside the paper's numbers and the lower bound.
+"""Reproduce the tables and figures of Gao, Zha and Zhou 2024, beside the paper's numbers and the lower bound.
 
     python scripts/reproduce_q_learning.py table3 --seeds 3      q-learning, DPOK and DDPO from a good pretrained model
-    python scripts/reproduce_q_learning.py all                   tables 3 to 6
+    python scripts/reproduce_q_learning.py conditional           Algorithm 2: one Swiss roll per prompt
+    python scripts/reproduce_q_learning.py figures               densities for beta 0, .1 and 1; scatter plots
+    python scripts/reproduce_q_learning.py all                   all of it
     python scripts/reproduce_q_learning.py all --quick           a short rehearsal: one seed, few episodes
 
 Every trained network is kept under --work, so that a run that was stopped goes on with what is missing. The rows
-that are finished are written to --json as they come.
+that are finished are written to --json as they come, the figures beside it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from condrl.run import make_trainer, write_json
 from condrl.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPER = ROOT / "configs" / "paper" / "swiss_roll.yaml"
+CONFIGS = ROOT / "configs" / "paper"
 BATCHES, POINTS = 100, 300  # for the KL and its interval, as in the paper
 DATA_REWARD = 0.444  # of the data itself
 CLOSE = 0.01  # how near a reward has to be to the one that a row asks for
@@ -87,15 +89,21 @@ class Spec:
     simulator: str = "SDE"
     steps: int = 20
     start: Spec | None = None  # the network to start from
+    config: str = "swiss_roll"  # of configs/paper
 
     def folder(self, work: Path) -> Path:
         text = json.dumps(asdict(self), sort_keys=True)
         return work / f"{self.algorithm}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def words(self, work: Path) -> list[str]:
-        """Of the config, over configs/paper/swiss_roll.yaml."""
+        """The config file and what differs from it."""
         sampler, eta = SIMULATORS[self.simulator]
-        words = [f"sampler.name={sampler}", f"sampler.eta={eta}", f"sampler.steps={self.steps}"]
+        words = [
+            str(CONFIGS / f"{self.config}.yaml"),
+            f"sampler.name={sampler}",
+            f"sampler.eta={eta}",
+            f"sampler.steps={self.steps}",
+        ]
         words += [f"run.dir={self.folder(work)}", "run.overwrite=true", f"run.seed={self.seed}"]
         words += [f"model.seed={self.seed}", f"train.epochs={self.episodes}", f"algorithm.name={self.algorithm}"]
         if self.start:
@@ -111,7 +119,7 @@ def trained(spec: Spec, work: Path) -> Trainer:
     folder = spec.folder(work)
     if spec.start:
         trained(spec.start, work)
-    config = load_config([str(PAPER), *spec.words(work)])
+    config = load_config(spec.words(work))
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(spec.seed)
     trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
@@ -135,21 +143,25 @@ class Measured:
     weight: float
 
 
-def measure(trainer: Trainer, weight: float) -> Measured:
-    """The policy's reward and KL, from new noise and new data."""
-    rows = [trainer.rows[0]] * (BATCHES * POINTS)
-    condition = trainer.policy.model.encode([row.prompt for row in rows])
-    x = rollout(trainer.policy, condition, torch.Generator().manual_seed(10_000_000), len(rows)).samples
-    data = fresh_data(len(rows), seed=10_000_001)
+def measure(trainer: Trainer, weight: float, prompt: int = 0) -> Measured:
+    """The policy's reward and KL for a prompt, from new noise and new data."""
+    rows = [trainer.rows[prompt]] * (BATCHES * POINTS)
+    x, data = generated(trainer, prompt, len(rows)), fresh_data(trainer, prompt, len(rows))
     kls = [knn_kl(a, b, 1) for a, b in zip(x.split(POINTS), data.split(POINTS), strict=True)]
     reward = score(trainer.rewards, x, rows, batch=len(rows)).total.mean().item()
     return Measured(reward, statistics.mean(kls), 1.96 * statistics.stdev(kls) / len(kls) ** 0.5, weight)
 
 
-def fresh_data(count: int, seed: int) -> Tensor:
-    """(count, 2) points of the Swiss roll that no training has seen."""
-    options = load_config([str(PAPER)]).model["data"]["swiss roll"]
-    return make_dataset("swiss roll", options, count, torch.Generator().manual_seed(seed))
+def generated(trainer: Trainer, prompt: int, count: int) -> Tensor:
+    """Samples (count, d) of the policy's mean actions."""
+    condition = trainer.policy.model.encode([trainer.rows[prompt].prompt] * count)
+    return rollout(trainer.policy, condition, torch.Generator().manual_seed(10_000_000), count).samples
+
+
+def fresh_data(trainer: Trainer, prompt: int, count: int) -> Tensor:
+    """Points (count, d) of the data's law that no training has seen."""
+    name = trainer.rows[prompt].prompt
+    return make_dataset(name, trainer.config.model["data"][name], count, torch.Generator().manual_seed(10_000_001))
 
 
 def at_reward(spec: Spec, target: float, work: Path, tries: int) -> Measured:
@@ -229,8 +241,8 @@ def row_of(table: str, key: tuple[str, str, float | None], found: Sequence[Measu
     }
 
 
-def reproduce(args: argparse.Namespace) -> None:
-    names = list(TABLES) if args.table == "all" else [args.table]
+def tables(names: Sequence[str], args: argparse.Namespace) -> None:
+    """Print the rows of the tables as they are done."""
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(args.jobs) as pool:
         first = [pool.submit(trained_quietly, seed, args) for seed in range(args.seeds)]
@@ -250,6 +262,50 @@ def trained_quietly(seed: int, args: argparse.Namespace) -> None:
     trained(Spec("q_learning", seed, args.bad_episodes), args.work)
 
 
+def conditional(args: argparse.Namespace) -> None:
+    """Print the reward and KL of each prompt of the conditional run."""
+    spec = Spec("q_learning", 0, args.episodes, weight=2 * (logit(0.8) - logit(DATA_REWARD)), config="conditional")
+    trainer = trained(spec, args.work)
+    for prompt, row in enumerate(trainer.rows):
+        found = measure(trainer, spec.weight, prompt)
+        print(
+            f"conditional  {row.prompt:<8} beta {spec.weight:.2f}  reward {found.reward:.2f} (p* 0.80)  "
+            f"KL {found.kl:.2f} +- {found.ci95:.2f} (bound {lower_bound(found.reward):.2f})",
+            flush=True,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def figures(args: argparse.Namespace) -> None:
+    """Write densities on the line for three weights, and Swiss rolls for three rewards, with the data."""
+    from matplotlib import pyplot as plt
+
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for beta in (0.0, 0.1, 1.0):
+        trainer = trained(Spec("q_learning", 0, args.episodes, weight=beta, config="mixture"), args.work)
+        x = generated(trainer, 0, 30_000)[:, 0]
+        axes.hist(x.numpy(), bins=200, range=(-8, 8), density=True, histtype="step", label=f"beta {beta:g}")
+    axes.hist(
+        fresh_data(trainer, 0, 30_000)[:, 0].numpy(), bins=200, range=(-8, 8), density=True, alpha=0.3, label="data"
+    )
+    axes.set_xlabel("x")
+    axes.legend()
+    figure.savefig(args.json.with_name("q_learning_densities.png"), dpi=120, bbox_inches="tight")
+
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3.6), sharex=True, sharey=True)
+    panels[0].scatter(*fresh_data(trained(Spec("q_learning", 0, args.episodes), args.work), 0, 1000).T, s=3)
+    panels[0].set_title("data")
+    for panel, target in zip(panels[1:], (None, 0.8, 0.9), strict=True):
+        weight = 2 * (logit(target) - logit(DATA_REWARD)) if target else 0.0
+        trainer = trained(Spec("q_learning", 0, args.episodes, weight=weight), args.work)
+        panel.scatter(*generated(trainer, 0, 1000).T, s=3)
+        panel.set_title(f"beta {weight:.2f}")
+    figure.savefig(args.json.with_name("q_learning_rolls.png"), dpi=120, bbox_inches="tight")
+
+
 def line_of(row: dict[str, Any]) -> str:
     return (
         f"{row['table']}  {row['algorithm']:<10} {row['setting']:<12} reward {row['reward']:.2f} (paper "
@@ -260,12 +316,12 @@ def line_of(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=[*TABLES, "all"])
+    parser.add_argument("what", choices=[*TABLES, "conditional", "figures", "all"])
     parser.add_argument("--quick", action="store_true", help="a rehearsal: one seed, few episodes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--episodes", type=int, default=50_000)
-    parser.add_argument("--bad-episodes", type=int, default=30_000, help="of the bad pretrained model B")
+    parser.add_argument("--bad-episodes", type=int, default=3_000, help="of the bad model B; the paper took 30000")
     parser.add_argument("--tuning-episodes", type=int, default=3_000, help="of DDPO and DPOK")
     parser.add_argument("--tries", type=int, default=4, help="weights tried for a row that asks for a reward")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "q_learning", help="where networks are kept")
@@ -273,7 +329,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.episodes, args.bad_episodes, args.tuning_episodes, args.tries = 1, 400, 150, 100, 2
-    reproduce(args)
+    chosen = [name for name in TABLES if args.what in (name, "all")]
+    if chosen:
+        tables(chosen, args)
+    if args.what in ("conditional", "all"):
+        conditional(args)
+    if args.what in ("figures", "all"):
+        figures(args)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ BATCH = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "epochs", "tolerance"), [("loss", 800, 0.01), ("martingale", 250, 0.04)])
+@pytest.mark.parametrize(("rule", "epochs", "tolerance"), [("loss", 500, 0.012), ("martingale", 250, 0.02)])
 def test_the_fixed_point_is_riccatis(rule, epochs, tolerance, tmp_path, monkeypatch):
     """THEORY 8.6, row 12."""
     words = [*BATCH, f"train.epochs={epochs}", "train.lr=3e-2", f"algorithm.rule={rule}"]
@@ -145,7 +145,7 @@ def test_the_full_gradient_misses_it(tmp_path, monkeypatch):
     trainer.fit()
     of_mean, of_value = errors(trainer)
     assert of_mean > 0.05
-    assert of_value > 0.3
+    assert of_value > 0.15
 
 
 def test_at_the_fixed_point_the_error_is_a_martingale_difference(tmp_path, monkeypatch):
