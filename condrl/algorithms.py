@@ -109,6 +109,13 @@ class Algorithm:
         """Networks of its own that are trained with the policy, by name, with their learning rates."""
         return {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What else it remembers from epoch to epoch: dicts and lists of tensors and JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+
     def rollout(self, policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Rollout:
         """Trajectories for conditions (B,), `batch` at a time."""
         return rollout(policy, condition, generator, batch)

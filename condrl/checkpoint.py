@@ -1,17 +1,26 @@
-"""What was trained, out and in: a LoRA in the format that diffusers and ComfyUI read, or a toy's small network."""
+"""What was trained, out and in: a LoRA in the format that diffusers and ComfyUI read, or a toy's small network.
+
+And checkpoints, from which a run goes on as if nothing had happened: safetensors and JSON, written whole or not at all.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from condrl.errors import UsageError
+from condrl.errors import RunError, UsageError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 MODULE_FILE = "network.safetensors"
+TENSORS, PLAIN, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 CARD = """---
 base_model: {base}
 library_name: diffusers
@@ -102,3 +111,102 @@ def load_module(module: nn.Module, folder: Path) -> None:
         raise UsageError(
             f"{folder / MODULE_FILE} is of another network: {str(error).splitlines()[-1].strip()}"
         ) from error
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -> None:
+    """Write nested dicts and lists of tensors and JSON values to folder/name, and drop all but the newest `keep`.
+
+    It is written under another name, with the sha256 of each file, and renamed when it is on the disk.
+
+    Raises: RunError when it cannot be written; earlier checkpoints are then as they were.
+    """
+    from safetensors.torch import save_file
+
+    part = folder / f".{name}.part"
+    tensors: dict[str, Tensor] = {}
+    plain = _split(state, "", tensors)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file(tensors, part / TENSORS)
+        (part / PLAIN).write_text(json.dumps(plain))
+        (part / MANIFEST).write_text(json.dumps({file: _sha256(part / file) for file in (TENSORS, PLAIN)}))
+        for path in (*part.iterdir(), part):
+            _to_disk(path)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        part.rename(folder / name)
+        _to_disk(folder)
+    except (OSError, RuntimeError) as error:  # safetensors wraps what the disk says
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(
+            f"the checkpoint {folder / name} cannot be written ({error}); earlier ones are intact"
+        ) from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those in a folder, the newest last."""
+    return sorted(path for path in folder.glob("epoch_*") if path.is_dir())
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint in a folder that is whole, with what it holds; damaged ones are named and passed over."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            return path, read_checkpoint(path)
+        except UsageError as error:
+            print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote.
+
+    Raises: UsageError when a file is missing or is not what was written.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        damaged = [file for file in (TENSORS, PLAIN) if _sha256(path / file) != manifest[file]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
+    if damaged:
+        raise UsageError(f"the checkpoint {path} is damaged: {damaged[0]} is not what was written")
+    state: dict[str, Any] = _join(json.loads((path / PLAIN).read_text()), load_file(path / TENSORS))
+    return state
+
+
+def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """The value with its tensors replaced by their keys, and the tensors put into `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {"dict": [[name, _split(part, f"{key}.{name}", tensors)] for name, part in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_split(part, f"{key}.{i}", tensors) for i, part in enumerate(value)]
+    return value
+
+
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        return tensors[value["tensor"]] if "tensor" in value else {k: _join(v, tensors) for k, v in value["dict"]}
+    return [_join(part, tensors) for part in value] if isinstance(value, list) else value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -35,6 +35,9 @@ class RunConfig:
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)  # where else to log
     overwrite: bool = False  # replace what an earlier run left in the folder
     check_ratios: bool = True  # stop unless every likelihood ratio is 1 before the first update
+    resume: str = "never"  # auto: go on from the newest checkpoint in the run's folder; or a checkpoint's folder
+    checkpoint_seconds: float = 60.0  # write a checkpoint after the first epoch that ends so long after the last one
+    keep_checkpoints: int = 2  # the newest so many
 
 
 @dataclass

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import condrl
 from condrl.algorithms import Algorithm
-from condrl.config import Config, GridConfig
+from condrl.checkpoint import newest_checkpoint, read_checkpoint
+from condrl.config import Config, GridConfig, load_config
 from condrl.errors import UsageError
 from condrl.policy import Model, Policy
 from condrl.prompts import Row
@@ -32,8 +33,8 @@ from condrl.transition import Coefficients, Sampler, trained_steps, windowed
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 NOISE_OPTIONS = ("eta", "noise_level")  # what sampler plugins call the option that is 0 for a deterministic step
-RUN_FILES = ("config.yaml", "metrics.jsonl", "result.json")
-RUN_FOLDERS = ("images", "lora", "condrl")  # the last is the trackers'
+RUN_FILES = ("config.yaml", "metrics.jsonl", "timings.jsonl", "result.json")
+RUN_FOLDERS = ("images", "lora", "checkpoints", "condrl")  # the last is the trackers'
 
 
 def make(kind: str, section: Mapping[str, Any], *arguments: Any) -> Any:
@@ -190,11 +191,46 @@ def check_combination(config: Config) -> None:
 
 
 def check_folder(config: Config) -> None:
-    """Raises: UsageError when the run's folder holds a run already and `run.overwrite` is not set."""
-    if not config.run.overwrite and any((config.folder / name).exists() for name in RUN_FILES):
+    """Raises: UsageError when the folder holds a run already and the config says neither to replace it nor to go on."""
+    taken = any((config.folder / name).exists() for name in RUN_FILES)
+    if taken and not config.run.overwrite and config.run.resume == "never":
         raise UsageError(
-            f"{config.folder} holds a run already: choose another run.name=, or run.overwrite=true to replace it"
+            f"{config.folder} holds a run already: choose another run.name=, or run.overwrite=true to replace it, or "
+            "run.resume=auto to go on"
         )
+
+
+def find_checkpoint(config: Config) -> dict[str, Any] | None:
+    """What to go on from, as `run.resume` says; None to start anew.
+
+    Raises: UsageError when there is no whole checkpoint where it points, or when the run had other settings.
+    """
+    if config.run.resume == "never":
+        return None
+    if config.run.resume == "auto":
+        found = newest_checkpoint(config.folder / "checkpoints")
+        if found is None:
+            return None
+        path, state = found
+    else:
+        path = Path(config.run.resume).expanduser()
+        state = read_checkpoint(path)
+    check_same_settings(config, path.parents[1] / "config.yaml")
+    print(f"going on from {path}", flush=True)
+    return state
+
+
+def check_same_settings(config: Config, saved: Path) -> None:
+    """Raises: UsageError naming the first setting, of those that training depends on, that a run did not have."""
+    if not saved.exists():
+        return
+    then, now = (flatten(tree) for tree in (dataclasses.asdict(load_config([str(saved)])), dataclasses.asdict(config)))
+    for key in sorted({*then, *now}):
+        if not key.startswith(("run.", "evaluate.")) and key != "train.epochs" and then.get(key) != now.get(key):
+            raise UsageError(
+                f"run.resume: that run had {key}={then.get(key)}, and this config has {now.get(key)}: "
+                "use its settings, or another run.name="
+            )
 
 
 def prepare_folder(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from condrl.algorithms import Algorithm, Examples, Experience, Metrics, RatioExamples, every_pair, recomputed
+from condrl.checkpoint import save_checkpoint
 from condrl.config import Config
-from condrl.errors import RunError
+from condrl.errors import RunError, Stopped
 from condrl.policy import Policy
 from condrl.prompts import Row, epoch_rows
 from condrl.report import save_grid
@@ -25,7 +27,7 @@ RATIO_TOLERANCE = {"full": 1e-3, "half": 2e-2}  # by the precision of the frozen
 
 
 class Trainer:
-    """Tunes `policy.model.module` in place and writes metrics.jsonl and images/ as it goes."""
+    """Tunes `policy.model.module` in place; writes metrics.jsonl, timings.jsonl, images/, checkpoints/ as it goes."""
 
     def __init__(
         self,
@@ -49,18 +51,27 @@ class Trainer:
         )
         policy.prepared, self.optimizer = accelerator.prepare(policy.model.module, optimizer)
         self.epoch = self.updates = self.images = 0
+        self.metrics_file = config.folder / "metrics.jsonl"  # the same whenever a run is repeated or resumed
+        self.stopping = 0  # the number of the signal that asked for it
 
     # ------------------------------------------------------------------------------------------ phases
 
     def fit(self) -> None:
-        """Run the epochs that are left.
+        """Run the epochs that are left, with a checkpoint now and then, at the end, and before an early stop.
 
-        Raises: RunError when a ratio is not 1 before the first update or a reward fails.
+        Raises: RunError when a ratio is not 1 before the first update or a reward fails; Stopped when asked to stop.
         """
-        bar = tqdm(range(self.epoch, self.config.train.epochs), desc="tuning", unit="epoch")
+        run, epochs = self.config.run, self.config.train.epochs
+        bar = tqdm(range(self.epoch, epochs), initial=self.epoch, total=epochs, desc="tuning", unit="epoch")
+        saved = time.monotonic()
         for epoch in bar:
             reward = self.run_epoch(epoch)
             bar.set_postfix(reward=f"{reward:.3f}")
+            if self.stopping or self.epoch == epochs or time.monotonic() - saved >= run.checkpoint_seconds:
+                self.checkpoint()
+                saved = time.monotonic()
+            if self.stopping:
+                raise Stopped(self.stopping)
 
     def run_epoch(self, epoch: int) -> float:
         """Roll out, score, credit, update, record; returns the mean reward."""
@@ -150,6 +161,45 @@ class Trainer:
             return columns.expand(images, -1)
         return columns[torch.rand(images, len(columns), generator=generator).argsort(1)[:, :count]]
 
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def checkpoint(self) -> None:
+        """Write what the run needs to go on from here."""
+        name = f"epoch_{self.epoch:08d}"
+        save_checkpoint(self.config.folder / "checkpoints", name, self.state_dict(), self.config.run.keep_checkpoints)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next epoch depends on. Draws are functions of seed and epoch; torch's own state is for
+        plugins that use it.
+        """
+        return {
+            "epoch": self.epoch,
+            "updates": self.updates,
+            "images": self.images,
+            "evaluations": self.policy.model.evaluations,
+            "weights": list(self.weights),
+            "modules": {name: module.state_dict() for name, (module, _) in self.algorithm.modules().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "algorithm": self.algorithm.state_dict(),
+            "rng": torch.get_rng_state(),
+            "metrics_bytes": self.metrics_file.stat().st_size if self.metrics_file.exists() else 0,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; lines that were recorded after it are taken back."""
+        self.epoch, self.updates, self.images = state["epoch"], state["updates"], state["images"]
+        self.policy.model.evaluations = state["evaluations"]
+        for weight, value in zip(self.weights, state["weights"], strict=True):
+            weight.copy_(value)
+        for name, (module, _) in self.algorithm.modules().items():
+            module.load_state_dict(state["modules"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.algorithm.load_state_dict(state["algorithm"])
+        torch.set_rng_state(state["rng"])
+        if self.metrics_file.exists():
+            os.truncate(self.metrics_file, state["metrics_bytes"])
+
     # ------------------------------------------------------------------------------------------ checks
 
     def check_ratios(self, examples: RatioExamples, most: int | None = None) -> None:
@@ -204,10 +254,11 @@ class Trainer:
         for name, values in {"total": experience.scores.total, **experience.scores.each}.items():
             line[f"reward/{name}"], line[f"reward/{name}_std"] = values.mean().item(), values.std(correction=0).item()
         line |= {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "unet_calls": self.policy.model.evaluations}
-        line |= {f"seconds/{name}": round(seconds, 4) for name, seconds in clock.seconds.items()}
-        with (self.config.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.accelerator.log(line, step=self.epoch)
+        timing = {"epoch": self.epoch, **{f"seconds/{name}": round(s, 4) for name, s in clock.seconds.items()}}
+        for file, content in ((self.metrics_file, line), (self.metrics_file.with_name("timings.jsonl"), timing)):
+            with file.open("a") as record:
+                record.write(json.dumps(content) + "\n")
+        self.accelerator.log(line | timing, step=self.epoch)
 
     def picture(self, experience: Experience, epoch: int) -> None:
         """Save the first image of the first prompts, with prompts and rewards; images only, not points."""

@@ -11,6 +11,7 @@ Writes runs/<run.name>/: config.yaml, metrics.jsonl (a line per epoch), images/,
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -75,25 +76,35 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
     """Measure, tune, save, measure again; returns the result."""
     import torch
 
-    from condrl.run import make_trainer, peak_memory_gb, prepare_folder, provenance, start_trackers, write_json
+    from condrl.run import (
+        find_checkpoint,
+        make_trainer,
+        peak_memory_gb,
+        prepare_folder,
+        provenance,
+        start_trackers,
+        write_json,
+    )
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
+    checkpoint = find_checkpoint(config)
     trainer = make_trainer(config, train, heldout)
     model, folder = trainer.policy.model, config.folder
-    prepare_folder(config)
+    if checkpoint is None or not (folder / "config.yaml").exists():
+        prepare_folder(config)
+        (folder / "config.yaml").write_text(to_yaml(config))
     start_trackers(config, trainer.accelerator)
-    (folder / "config.yaml").write_text(to_yaml(config))
     origin = provenance()
     base = heldout_evaluation(trainer, heldout, "base")
+    if checkpoint is not None:
+        trainer.load_state_dict(checkpoint)
+    stop_on_signals(trainer)
     try:
         trainer.fit()
-    except KeyboardInterrupt:
+    finally:
         model.save_adapter(folder / "lora")
-        print(f"\nthe LoRA after {trainer.epoch} epochs is in {folder / 'lora'}", flush=True)
-        raise
-    model.save_adapter(folder / "lora")
     tuned = heldout_evaluation(trainer, heldout, "tuned")
     result = {
         "heldout": compared(base, tuned),
@@ -114,6 +125,18 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
     trainer.accelerator.end_training()
     print(summary(result, folder))
     return result
+
+
+def stop_on_signals(trainer: Trainer) -> None:
+    """SIGINT and SIGTERM let the epoch end and be saved; a second one ends the process at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        trainer.stopping = number
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this epoch; once more to stop at once", file=sys.stderr, flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Evaluation | None:

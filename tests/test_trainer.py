@@ -184,9 +184,7 @@ def test_ddpo_learns_each_prompts_direction(tmp_path):
     assert [line["epoch"] for line in lines] == list(range(1, 31))
     assert lines[-1]["reward/rightwards"] > lines[0]["reward/rightwards"] + 0.5
     assert lines[-1]["updates"] == 120
-    assert {"loss", "grad_norm", "approx_kl", "clip_fraction", "lr", "seconds/rollout", "seconds/update"} <= set(
-        lines[0]
-    )
+    assert {"loss", "grad_norm", "approx_kl", "clip_fraction", "lr"} <= set(lines[0])
 
 
 def test_clipping_is_one_sided(tmp_path):

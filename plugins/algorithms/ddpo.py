@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ class DDPO(ClippedPolicyGradient):
         if self.advantage == "prompt" and (not self.normalise or self.leave_one_out):
             raise condrl.UsageError("config algorithm: normalise and leave_one_out are of advantage=group")
         self.tracker = PromptTracker(self.tracker_length, self.tracker_least)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.tracker.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tracker.load_state_dict(state)
 
     @property
     def needs(self) -> Sequence[Need]:

@@ -1,0 +1,193 @@
+"""A run that was killed, stopped or copied goes on as if nothing had happened."""
+
+import errno
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+from condrl import RunError, UsageError, registry
+from condrl.checkpoint import MANIFEST, PLAIN, TENSORS, checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
+from condrl.config import load_config
+from condrl.errors import Stopped
+from condrl.prompts import load_prompts
+from condrl.run import find_checkpoint, make_trainer
+from condrl.trainer import Trainer
+
+ALGORITHMS = [plugin.name for plugin in registry.algorithm.all() if "condrl" in plugin.target.__module__]
+OPTIONS = {
+    "adjoint_matching": ["algorithm.kappa=0.5"],
+    "ctrl": ["algorithm.kappa=0.5"],
+    "ddpo": ["algorithm.advantage=prompt", "algorithm.tracker_least=2"],
+    "q_learning": ["algorithm.score=pretrained"],
+}
+
+
+def words(name: str, folder: Path) -> list[str]:
+    file = str(ROOT / "configs" / "toy" / "p1.yaml")
+    few = ["train.epochs=6", "train.images_per_prompt=8", "train.rollout_batch=16", "train.prompts_per_epoch=2"]
+    return [file, f"algorithm.name={name}", f"run.dir={folder}", *few, "sampler.steps=5", *OPTIONS.get(name, [])]
+
+
+def make(name: str, folder: Path, *more: str) -> Trainer:
+    config = load_config([*words(name, folder), *more])
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(config.run.seed)
+    return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_going_on_is_not_having_stopped(name, tmp_path):
+    """Weights, value networks and every recorded number, to the last bit, for each algorithm there is."""
+    whole = make(name, tmp_path / "whole")
+    whole.fit()
+    first = make(name, tmp_path / "parts")
+    for epoch in range(3):
+        first.run_epoch(epoch)
+    first.checkpoint()
+    first.run_epoch(3)  # lost: recorded, but after the checkpoint
+    torch.rand(7)
+    again = make(name, tmp_path / "parts")
+    again.load_state_dict(newest_checkpoint(tmp_path / "parts" / "checkpoints")[1])
+    again.fit()
+    for a, b in zip(whole.weights, again.weights, strict=True):
+        assert torch.equal(a, b)
+    for (a, _), (b, _) in zip(whole.algorithm.modules().values(), again.algorithm.modules().values(), strict=True):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(p, q)
+    records = [(tmp_path / part / "metrics.jsonl").read_bytes() for part in ("whole", "parts")]
+    assert records[0] == records[1]
+    assert len(records[0].splitlines()) == 6
+
+
+def finetune(folder: Path, *more: str) -> list[str]:
+    long = ["train.epochs=40", "run.checkpoint_seconds=0", "run.resume=auto", "evaluate.images_per_prompt=20"]
+    return [sys.executable, str(ROOT / "scripts" / "finetune.py"), *words("ddpo", folder), *long, *more]
+
+
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run(finetune(whole), check=True, capture_output=True)
+    rng, kills = random.Random(0), 0
+    while kills < 3:
+        process = subprocess.Popen(finetune(parts), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda: (parts / "metrics.jsonl").exists(), process)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    ended = subprocess.run(finetune(parts), check=True, capture_output=True, text=True)
+    assert "going on from" in ended.stdout
+    for file in ("metrics.jsonl", "lora/network.safetensors"):
+        assert (whole / file).read_bytes() == (parts / file).read_bytes()
+    held = [json.loads((folder / "result.json").read_text())["heldout"] for folder in (whole, parts)]
+    assert held[0] == held[1]
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_epoch_and_saves(number, code, tmp_path):
+    command = finetune(tmp_path / "run", "train.epochs=100000", "run.checkpoint_seconds=1e9")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "run.resume=auto goes on" in said
+    (path,) = checkpoints(tmp_path / "run" / "checkpoints")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert read_checkpoint(path)["epoch"] == len(lines)
+    assert (tmp_path / "run" / "lora" / "network.safetensors").exists()
+
+
+def test_stopping_is_an_error_of_its_own(tmp_path):
+    trainer = make("ddpo", tmp_path)
+    trainer.stopping = signal.SIGTERM
+    with pytest.raises(Stopped, match="SIGTERM"):
+        trainer.fit()
+    assert trainer.epoch == 1
+    assert newest_checkpoint(tmp_path / "checkpoints")[1]["epoch"] == 1
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+STATE = {"epoch": 3, "list": [torch.arange(4.0), None, 1.5], "by number": {0: torch.zeros(()), 7: "x"}}
+
+
+def test_a_checkpoint_holds_what_it_was_given(tmp_path):
+    save_checkpoint(tmp_path, "epoch_3", STATE, keep=2)
+    found = read_checkpoint(tmp_path / "epoch_3")
+    assert torch.equal(found["list"][0], STATE["list"][0])
+    assert found["list"][1:] == [None, 1.5]
+    assert found["by number"][7] == "x"
+    assert found["by number"][0].shape == ()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for number in range(5):
+        save_checkpoint(tmp_path, f"epoch_{number}", {"epoch": number}, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["epoch_3", "epoch_4"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("file", [TENSORS, PLAIN, MANIFEST])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        Path.unlink,
+        lambda path: path.write_bytes(path.read_bytes()[:-5]),
+        lambda path: path.write_bytes(b""),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(file, damage, tmp_path, capsys):
+    for number in (1, 2):
+        save_checkpoint(tmp_path, f"epoch_{number}", {**STATE, "epoch": number}, keep=2)
+    damage(tmp_path / "epoch_2" / file)
+    path, state = newest_checkpoint(tmp_path)
+    assert (path.name, state["epoch"]) == ("epoch_1", 1)
+    assert "epoch_2" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, "epoch_1", STATE, keep=2)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(RunError, match="No space left.*earlier ones are intact"):
+        save_checkpoint(tmp_path, "epoch_2", STATE, keep=2)
+    assert newest_checkpoint(tmp_path)[0].name == "epoch_1"
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_1"]
+
+
+def test_other_settings_are_refused(tmp_path):
+    from condrl.config import to_yaml
+
+    trainer = make("ddpo", tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(trainer.config))
+    trainer.checkpoint()
+    assert find_checkpoint(load_config([*words("ddpo", tmp_path), "run.resume=auto", "train.epochs=9"]))["epoch"] == 0
+    with pytest.raises(UsageError, match=r"that run had train.lr=.*, and this config has 0.5"):
+        find_checkpoint(load_config([*words("ddpo", tmp_path), "run.resume=auto", "train.lr=0.5"]))
+    with pytest.raises(UsageError, match="is not a whole checkpoint"):
+        find_checkpoint(load_config([*words("ddpo", tmp_path), f"run.resume={tmp_path}/nowhere"]))
+    assert find_checkpoint(load_config([*words("ddpo", tmp_path / "new"), "run.resume=auto"])) is None
