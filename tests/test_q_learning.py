@@ -299,7 +299,7 @@ def test_each_prompt_has_its_own_data_and_reward(tmp_path):
         (["algorithm.beta=-1"], "beta: must be at least 0"),
         (["model.data={roll: {name: swiss_rol}}"], "swiss_rol.*Did you mean 'swiss_roll'"),
         (["model.data={roll: {name: swiss_roll, nois: 1}}"], "nois"),
-        (["prompts.train=asset:paper/mixture.txt"], "no data for 'two modes'"),
+        (["prompts.train=asset:paper/mixture.txt"], "nothing is said of 'two modes'"),
         (["model.weights=nowhere"], "nowhere holds no network.safetensors"),
     ],
 )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.checkpoint import load_module, save_module
 from condrl.datasets import make_dataset
 from condrl.errors import UsageError
-from condrl.registry import suggestion
+from condrl.models._points import Points
 from condrl.schedule import make_schedule
 from condrl.values import tanh_relu
 
 
 @condrl.model
-class Empirical:
+class Empirical(Points):
     """Points (B, d) with a data set for each prompt, and the network of Gao et al. 2024 (Table 1) as their score."""
+
+    laws_option = "data"
 
     def __init__(
         self,
@@ -44,7 +43,6 @@ class Empirical:
             raise UsageError("config model.data: the data sets of all prompts need as many dimensions")
         self.data = torch.stack(sets).to(device)  # (C, n, d)
         self.state_shape = (self.data.shape[2],)
-        self.evaluations = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module: nn.Module = ScoreNetwork(len(data), self.data.shape[2], width)
@@ -52,57 +50,13 @@ class Empirical:
         if weights:
             self.load_adapter(Path(weights))
         self._pretrained = copy.deepcopy(self.module).requires_grad_(False)
-        self._current = True
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Rows (B,) of the prompts' data sets.
-
-        Raises: UsageError on a prompt without data.
-        """
-        for prompt in prompts:
-            if prompt not in self.prompts:
-                raise UsageError(f"config model.data: no data for {prompt!r}.{suggestion(prompt, self.prompts)}")
-        return torch.tensor([self.prompts.index(prompt) for prompt in prompts])
-
-    def finish_encoding(self) -> None:
-        """Nothing is held for encoding."""
 
     def score(self, x: Tensor, t: Tensor, condition: Tensor, module: nn.Module | None = None) -> Tensor:
         """(B, d) at x (B, d) and times t (B,)."""
         self.evaluations += len(x)
-        network = (module or self.module) if self._current else self._pretrained
+        network = (module or self.module) if self.tuned else self._pretrained
         score: Tensor = network(x, t.to(x), condition)
         return score
-
-    def features(self, condition: Tensor) -> Tensor:
-        """One-hot prompts (B, C)."""
-        return nn.functional.one_hot(condition, len(self.prompts)).float().to(self.device)
-
-    def decode(self, x: Tensor) -> Tensor:
-        return x
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Within it, the score is the network's that tuning started from."""
-        self._current = False
-        try:
-            yield
-        finally:
-            self._current = True
-
-    def merged(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def save_adapter(self, folder: Path) -> None:
-        """Write the network's weights."""
-        save_module(self.module, folder)
-
-    def load_adapter(self, folder: Path) -> None:
-        """Read the network's weights.
-
-        Raises: UsageError when there are none in the folder.
-        """
-        load_module(self.module, folder)
 
 
 class ScoreNetwork(nn.Module):

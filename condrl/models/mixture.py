@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,16 +10,17 @@ from torch import Tensor, nn
 
 import condrl
 from condrl import oracle
-from condrl.checkpoint import load_module, save_module
 from condrl.errors import UsageError
-from condrl.registry import suggestion
+from condrl.models._points import Points
 from condrl.schedule import Schedule, like, make_schedule
 from condrl.values import mlp
 
 
 @condrl.model
-class Mixture:
+class Mixture(Points):
     """Points (B, d) whose pretrained score is known exactly or learned, plus a trained correction that starts at 0."""
+
+    laws_option = "laws"
 
     def __init__(
         self,
@@ -41,8 +40,6 @@ class Mixture:
         self.law = read_laws(laws)
         self.schedule = make_schedule(schedule, schedule_options or {})
         self.state_shape = (self.law.means.shape[-1],)
-        self.evaluations = 0
-        self._corrected = True
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             shape = (len(laws), *self.state_shape)
@@ -52,24 +49,11 @@ class Mixture:
             self.module: nn.Module = make(self.schedule, *shape, size)
         self.module.to(device)
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Rows (B,) of the prompts' laws.
-
-        Raises: UsageError on a prompt without a law.
-        """
-        for prompt in prompts:
-            if prompt not in self.prompts:
-                raise UsageError(f"config model.laws: no law for {prompt!r}.{suggestion(prompt, self.prompts)}")
-        return torch.tensor([self.prompts.index(prompt) for prompt in prompts])
-
-    def finish_encoding(self) -> None:
-        """Nothing is held for encoding."""
-
     def score(self, x: Tensor, t: Tensor, condition: Tensor, module: nn.Module | None = None) -> Tensor:
         """The pretrained score plus the correction, (B, d) at x (B, d) and times t (B,)."""
         self.evaluations += len(x)
         score = self.pretrained_score(x, t, condition)
-        return score + (module or self.module)(x, t, condition) if self._corrected else score
+        return score + (module or self.module)(x, t, condition) if self.tuned else score
 
     def pretrained_score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The score (B, d) that tuning started from."""
@@ -78,36 +62,6 @@ class Mixture:
                 return self._network(x, t, condition) / like(self.schedule.sigma(t), x)
         law = self.law.rows(condition).noised(self.schedule.alpha(t), self.schedule.sigma(t))
         return law.to(x).score(x)
-
-    def features(self, condition: Tensor) -> Tensor:
-        """One-hot prompts (B, C)."""
-        return nn.functional.one_hot(condition, len(self.prompts)).float().to(self.device)
-
-    def decode(self, x: Tensor) -> Tensor:
-        return x
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Within it, the score is the pretrained one."""
-        self._corrected = False
-        try:
-            yield
-        finally:
-            self._corrected = True
-
-    def merged(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def save_adapter(self, folder: Path) -> None:
-        """Write the correction's weights."""
-        save_module(self.module, folder)
-
-    def load_adapter(self, folder: Path) -> None:
-        """Read the correction's weights.
-
-        Raises: UsageError when there are none in the folder.
-        """
-        load_module(self.module, folder)
 
 
 # ---------------------------------------------------------------------------------------------- networks

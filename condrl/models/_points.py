@@ -1,0 +1,73 @@
+"""What models of points share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from condrl.checkpoint import load_module, save_module
+from condrl.errors import UsageError
+from condrl.registry import suggestion
+from condrl.schedule import Schedule
+
+
+class Points:
+    """A model of points (B, d), with one law for each prompt that its config names."""
+
+    laws_option: ClassVar[str]  # the option that names the prompts
+    device: torch.device
+    prompts: list[str]
+    schedule: Schedule
+    state_shape: tuple[int]
+    module: nn.Module
+    evaluations = 0
+    tuned = True  # False within `reference`
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Rows (B,) of the prompts' laws.
+
+        Raises: UsageError on a prompt without one.
+        """
+        for prompt in prompts:
+            if prompt not in self.prompts:
+                known = suggestion(prompt, self.prompts)
+                raise UsageError(f"config model.{self.laws_option}: nothing is said of {prompt!r}.{known}")
+        return torch.tensor([self.prompts.index(prompt) for prompt in prompts])
+
+    def finish_encoding(self) -> None:
+        """Nothing is held for encoding."""
+
+    def features(self, condition: Tensor) -> Tensor:
+        """One-hot prompts (B, C)."""
+        return nn.functional.one_hot(condition, len(self.prompts)).float().to(self.device)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it, the score is the one that tuning started from."""
+        self.tuned = False
+        try:
+            yield
+        finally:
+            self.tuned = True
+
+    def merged(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the weights of what is trained."""
+        save_module(self.module, folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read them.
+
+        Raises: UsageError when there are none in the folder.
+        """
+        load_module(self.module, folder)
