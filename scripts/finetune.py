@@ -186,8 +186,8 @@ def summary(result: dict[str, Any], folder: Path) -> str:
 
 
 def interval(estimate: dict[str, Any]) -> str:
-    low, high = estimate["ci95"] or (float("nan"), float("nan"))
-    return f"{estimate['mean']:.3f} [{low:.3f}, {high:.3f}]"
+    limits = estimate["ci95"]  # none where there is a single prompt
+    return f"{estimate['mean']:.3f}" + (f" [{limits[0]:.3f}, {limits[1]:.3f}]" if limits else "")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,8 @@ def job(table: str, key: tuple[str, str, float | None], seed: int, args: argpars
         start = good if setting == "A" else replace(good, episodes=args.bad_episodes)
         if algorithm == "pretrained":
             return measure(trained(start, args.work), 0.0)
-        spec = Spec(algorithm, seed, args.episodes if algorithm == "q_learning" else args.tuning_episodes, start=start)
+        episodes = args.q_episodes if algorithm == "q_learning" else args.tuning_episodes
+        spec = Spec(algorithm, seed, episodes, start=start)
     if target is None:
         return measure(trained(spec, args.work), 0.0)
     return at_reward(spec, target, args.work, args.tries)
@@ -322,13 +323,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--episodes", type=int, default=50_000)
     parser.add_argument("--bad-episodes", type=int, default=3_000, help="of the bad model B; the paper took 30000")
+    parser.add_argument("--q-episodes", type=int, default=50_000, help="of q-learning from a pretrained model")
     parser.add_argument("--tuning-episodes", type=int, default=3_000, help="of DDPO and DPOK")
     parser.add_argument("--tries", type=int, default=4, help="weights tried for a row that asks for a reward")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "q_learning", help="where networks are kept")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "q_learning.json")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.episodes, args.bad_episodes, args.tuning_episodes, args.tries = 1, 400, 150, 100, 2
+        args.seeds, args.tries = 1, 2
+        args.episodes, args.q_episodes, args.bad_episodes, args.tuning_episodes = 400, 200, 150, 100
     chosen = [name for name in TABLES if args.what in (name, "all")]
     if chosen:
         tables(chosen, args)
