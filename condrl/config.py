@@ -63,6 +63,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW moments
     weight_decay: float = 1e-4  # AdamW weight decay
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    max_bad_updates: int = 3  # stop after so many in a row whose gradient is not finite; fewer are skipped
 
 
 @dataclass
@@ -121,6 +122,7 @@ COUNTS = (
     "updates_per_epoch",
     "inner_epochs",
     "loss_batch",
+    "max_bad_updates",
 )
 DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": "ddpo"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from condrl.algorithms import Algorithm, Examples, Experience, Metrics, RatioExamples, every_pair, recomputed
 from condrl.checkpoint import save_checkpoint
 from condrl.config import Config
+from condrl.diagnose import diagnose, spread_metrics
 from condrl.errors import RunError, Stopped
 from condrl.policy import Policy
 from condrl.prompts import Row, epoch_rows
@@ -52,6 +54,9 @@ class Trainer:
         policy.prepared, self.optimizer = accelerator.prepare(policy.model.module, optimizer)
         self.epoch = self.updates = self.images = 0
         self.metrics_file = config.folder / "metrics.jsonl"  # the same whenever a run is repeated or resumed
+        self.bad_updates = self.skipped = 0  # updates without a finite gradient: in a row, in all
+        self.first: dict[str, float] = {}  # what the first epoch recorded
+        self.said: set[str] = set()  # the diagnoses that were printed
         self.stopping = 0  # the number of the signal that asked for it
 
     # ------------------------------------------------------------------------------------------ phases
@@ -144,15 +149,32 @@ class Trainer:
             for name, value in metrics.items():
                 totals[name].append(value.detach() * (len(part) / len(pairs)))
         norm = self.accelerator.clip_grad_norm_(self.weights, train.max_grad_norm)
-        if not norm.isfinite():
-            raise RunError(
-                f"the gradient of update {self.updates + 1} has norm {norm.item()}, so the update was not made: "
-                "lower train.lr, or use model.dtype=bfloat16 or float32 if it is float16"
-            )
+        if not self.finite(norm):
+            self.optimizer.zero_grad()
+            return {}
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
         return {**{name: torch.stack(values).sum() for name, values in totals.items()}, "grad_norm": norm}
+
+    def finite(self, norm: Tensor) -> bool:
+        """Whether every gradient is finite; if not, the update is to be skipped.
+
+        Raises: RunError when that has happened `train.max_bad_updates` times in a row.
+        """
+        own = [p.grad for group in self.optimizer.param_groups[1:] for p in group["params"] if p.grad is not None]
+        norms = torch.stack([norm, *(gradient.norm() for gradient in own)])
+        if norms.isfinite().all():
+            self.bad_updates = 0
+            return True
+        self.bad_updates += 1
+        self.skipped += 1
+        if self.bad_updates >= self.config.train.max_bad_updates:
+            raise RunError(
+                f"{self.bad_updates} updates in a row, the last after update {self.updates}, had a gradient that is "
+                "not finite, and were not made: lower train.lr, or use model.dtype=bfloat16 or float32 if it is float16"
+            )
+        return False
 
     def draw_columns(self, columns: Tensor, images: int, generator: torch.Generator) -> Tensor:
         """The columns trained for each image, (images, n): all, or n drawn without replacement."""
@@ -176,6 +198,9 @@ class Trainer:
             "epoch": self.epoch,
             "updates": self.updates,
             "images": self.images,
+            "bad_updates": self.bad_updates,
+            "skipped": self.skipped,
+            "first": self.first,
             "evaluations": self.policy.model.evaluations,
             "weights": list(self.weights),
             "modules": {name: module.state_dict() for name, (module, _) in self.algorithm.modules().items()},
@@ -189,6 +214,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave; lines that were recorded after it are taken back."""
         self.epoch, self.updates, self.images = state["epoch"], state["updates"], state["images"]
+        self.bad_updates, self.skipped, self.first = state["bad_updates"], state["skipped"], state["first"]
         self.policy.model.evaluations = state["evaluations"]
         for weight, value in zip(self.weights, state["weights"], strict=True):
             weight.copy_(value)
@@ -254,11 +280,19 @@ class Trainer:
         for name, values in {"total": experience.scores.total, **experience.scores.each}.items():
             line[f"reward/{name}"], line[f"reward/{name}_std"] = values.mean().item(), values.std(correction=0).item()
         line |= {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "unet_calls": self.policy.model.evaluations}
+        line |= {"skipped_updates": self.skipped, **spread_metrics(experience)}
+        self.first = self.first or dict(line)
+        found = diagnose(self.first, line)
+        for name in found.keys() - self.said:
+            tqdm.write(f"warning, epoch {self.epoch}: {found[name]}", file=sys.stderr)
+        self.said |= found.keys()
+        self.accelerator.log(line, step=self.epoch)
+        line["diagnosis"] = sorted(found)
         timing = {"epoch": self.epoch, **{f"seconds/{name}": round(s, 4) for name, s in clock.seconds.items()}}
         for file, content in ((self.metrics_file, line), (self.metrics_file.with_name("timings.jsonl"), timing)):
             with file.open("a") as record:
                 record.write(json.dumps(content) + "\n")
-        self.accelerator.log(line | timing, step=self.epoch)
+        self.accelerator.log(timing, step=self.epoch)
 
     def picture(self, experience: Experience, epoch: int) -> None:
         """Save the first image of the first prompts, with prompts and rewards; images only, not points."""

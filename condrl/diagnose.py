@@ -1,0 +1,81 @@
+"""Says in plain language what is going wrong in a run, with what to try; silent while all is well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from condrl.algorithms import Experience
+
+Line = Mapping[str, float]  # what an epoch recorded
+
+
+def spread_metrics(experience: Experience) -> dict[str, float]:
+    """How the images of a prompt differ; nothing where a prompt has one image.
+
+    `flat_groups` is the share of prompts with one reward for all their images, `diversity` the root mean square
+    deviation of the samples from their prompt's mean.
+    """
+    _, index, count = experience.groups.unique(return_inverse=True, return_counts=True)
+    several = count > 1
+    if not several.any():
+        return {}
+    rewards, samples = experience.scores.total, experience.rollout.samples.flatten(1)
+    high, low = (
+        rewards.new_zeros(len(count)).scatter_reduce(0, index, rewards, r, include_self=False) for r in ("amax", "amin")
+    )
+    mean = samples.new_zeros(len(count), samples.shape[1]).index_add(0, index, samples) / count[:, None]
+    deviation = (samples - mean[index]).square().mean(1)[several[index]].mean().sqrt()
+    return {"flat_groups": (high == low)[several].float().mean().item(), "diversity": deviation.item()}
+
+
+def flat_groups(first: Line, line: Line) -> str | None:
+    if line.get("flat_groups", 0.0) < 0.9:
+        return None
+    return (
+        f"{line['flat_groups']:.0%} of the prompts gave all their images the same reward, which teaches nothing: "
+        "try more train.images_per_prompt, prompts neither too easy nor too hard, or a reward with finer grades"
+    )
+
+
+def clipping(first: Line, line: Line) -> str | None:
+    if line.get("clip_fraction", 0.0) < 0.5:
+        return None
+    return (
+        f"{line['clip_fraction']:.0%} of the likelihood ratios left the clip range, so most of the update is lost: "
+        "try a lower train.lr, fewer train.inner_epochs, or fewer train.updates_per_epoch"
+    )
+
+
+def ratios(first: Line, line: Line) -> str | None:
+    if line.get("approx_kl", 0.0) < 1.0:
+        return None
+    return (
+        f"an update moved the policy by {line['approx_kl']:.2g} nats a step, far beyond what its images can vouch for: "
+        "try a lower train.lr"
+    )
+
+
+def no_gradient(first: Line, line: Line) -> str | None:
+    if line.get("grad_norm", 1.0) > 0:
+        return None
+    return (
+        "the gradient is zero: see that the rewards differ, and that train.steps and model.lora_targets leave something"
+    )
+
+
+def collapse(first: Line, line: Line) -> str | None:
+    if line.get("diversity", 1.0) >= 0.1 * first.get("diversity", 0.0):
+        return None
+    return (
+        f"the images of a prompt differ {line['diversity'] / first['diversity']:.0%} as much as at the start: the "
+        "policy has collapsed; try algorithm.kappa (a KL to the pretrained model) or a lower train.lr"
+    )
+
+
+CHECKS: tuple[Callable[[Line, Line], str | None], ...] = (flat_groups, clipping, ratios, no_gradient, collapse)
+
+
+def diagnose(first: Line, line: Line) -> dict[str, str]:
+    """What is wrong with an epoch, by the name of the check; `first` is what the run's first epoch recorded."""
+    found = {check.__name__: check(first, line) for check in CHECKS}
+    return {name: text for name, text in found.items() if text}

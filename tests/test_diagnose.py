@@ -1,0 +1,93 @@
+"""Each diagnosis is provoked by a run that goes wrong that way; a healthy run provokes none."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+import condrl
+from condrl import RunError
+from condrl.config import load_config
+from condrl.prompts import load_prompts
+from condrl.run import make_trainer
+from condrl.trainer import Trainer
+
+SMALL = ["train.images_per_prompt=64", "train.rollout_batch=64", "sampler.steps=8", "model.knots=8"]
+
+
+def g1(folder: Path, *words: str) -> Trainer:
+    config = load_config([str(ROOT / "configs" / "toy" / "g1.yaml"), f"run.dir={folder}", *SMALL, *words])
+    torch.manual_seed(0)
+    return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+PROVOKED = {
+    "flat_groups": ["rewards.quadratic.linear=[0]", "rewards.quadratic.curvature=[0]", "train.epochs=1"],
+    "no_gradient": [
+        "rewards.quadratic.linear=[0]",
+        "rewards.quadratic.curvature=[0]",
+        "train.epochs=1",
+        "algorithm.name=ddpo",
+    ],
+    "clipping": ["train.epochs=2", "train.inner_epochs=8", "train.lr=0.1", "algorithm.clip_range=1e-3"],
+    "ratios": ["train.epochs=2", "train.inner_epochs=8", "train.lr=3", "algorithm.kappa=0.01"],
+    "collapse": [
+        "algorithm.name=draft",
+        "sampler.eta=0",
+        "rewards.quadratic.curvature=[100]",
+        "train.epochs=120",
+        "train.lr=0.1",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PROVOKED)
+def test_what_goes_wrong_is_said_with_what_to_try(name, tmp_path, capsys):
+    g1(tmp_path, *PROVOKED[name]).fit()
+    found = [line["diagnosis"] for line in lines(tmp_path)]
+    assert name in found[-1], lines(tmp_path)[-1]
+    said = capsys.readouterr().err
+    assert said.count("try" if name != "no_gradient" else "the gradient is zero") >= 1
+    assert said.count("warning, epoch") == len({name for names in found for name in names})  # each is said once
+
+
+@pytest.mark.parametrize("name", ["dpok", "ctrl", "nft", "draft", "adjoint_matching"])
+def test_a_healthy_run_is_left_in_peace(name, tmp_path, capsys):
+    words = ["train.epochs=30", f"algorithm.name={name}"] + (["algorithm.kappa=0.5"] if name != "nft" else [])
+    g1(tmp_path, *words, "train.images_per_prompt=256", "train.rollout_batch=256").fit()
+    assert all(line["diagnosis"] == [] for line in lines(tmp_path))
+    assert "warning" not in capsys.readouterr().err
+    assert lines(tmp_path)[0]["diversity"] == pytest.approx(1.05, abs=0.3)
+    assert lines(tmp_path)[0]["flat_groups"] == 0
+
+
+@condrl.reward
+def sometimes_steep(samples, prompts, *, every: int = 3):
+    """Finite, but each `every`-th call has a gradient that is not."""
+    sometimes_steep.calls = getattr(sometimes_steep, "calls", 0) + 1
+    zero = samples[:, 0] * 0
+    return samples[:, 0] + (zero.abs().sqrt() if sometimes_steep.calls % every == 0 else 0)
+
+
+def test_an_update_without_a_finite_gradient_is_skipped(tmp_path):
+    words = ["algorithm.name=draft", "rewards.quadratic.weight=0", "rewards.sometimes_steep.weight=1"]
+    trainer = g1(tmp_path, *words, "train.epochs=6", "train.updates_per_epoch=1", "train.loss_batch=64")
+    trainer.fit()
+    last = lines(tmp_path)[-1]
+    assert 0 < last["skipped_updates"] < 6
+    assert last["updates"] == 6 - last["skipped_updates"]
+    assert all(p.isfinite().all() for p in trainer.weights)
+
+
+def test_many_of_them_stop_the_run(tmp_path):
+    words = ["algorithm.name=draft", "rewards.quadratic.weight=0", "rewards.sometimes_steep.weight=1"]
+    trainer = g1(tmp_path, *words, "rewards.sometimes_steep.every=1", "train.max_bad_updates=2")
+    with pytest.raises(RunError, match="2 updates in a row, the last after update 0"):
+        trainer.fit()
+    assert not any(p.any() for p in trainer.weights)  # it starts at zero
