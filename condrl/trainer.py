@@ -223,7 +223,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.algorithm.load_state_dict(state["algorithm"])
         torch.set_rng_state(state["rng"])
-        if self.metrics_file.exists():
+        if self.metrics_file.exists() and self.metrics_file.stat().st_size > state["metrics_bytes"]:
             os.truncate(self.metrics_file, state["metrics_bytes"])
 
     # ------------------------------------------------------------------------------------------ checks
