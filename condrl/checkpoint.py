@@ -123,13 +123,15 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -
 
     Raises: RunError when it cannot be written; earlier checkpoints are then as they were.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     part = folder / f".{name}.part"
     tensors: dict[str, Tensor] = {}
     plain = _split(state, "", tensors)
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in folder.glob(".epoch_*.part"):  # by a process that was killed while it wrote
+            shutil.rmtree(left)
         part.mkdir(parents=True)
         save_file(tensors, part / TENSORS)
         (part / PLAIN).write_text(json.dumps(plain))
@@ -139,7 +141,7 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -
         shutil.rmtree(folder / name, ignore_errors=True)
         part.rename(folder / name)
         _to_disk(folder)
-    except (OSError, RuntimeError) as error:  # safetensors wraps what the disk says
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise RunError(
             f"the checkpoint {folder / name} cannot be written ({error}); earlier ones are intact"
@@ -151,6 +153,13 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -
 def checkpoints(folder: Path) -> list[Path]:
     """Those in a folder, the newest last."""
     return sorted(path for path in folder.glob("epoch_*") if path.is_dir())
+
+
+def drop_later(path: Path) -> None:
+    """Remove the checkpoints that come after one in its folder: what goes on from it will write its own."""
+    for later in checkpoints(path.parent):
+        if later.name > path.name:
+            shutil.rmtree(later)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:

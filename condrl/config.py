@@ -293,7 +293,12 @@ def _field_of(option: Option) -> tuple[str, Any, Any]:
 def check_arithmetic(config: Config) -> None:
     """Raises: UsageError when a batch does not divide what it splits, or a count is not positive."""
     train, images = config.train, config.images_per_epoch
-    for where, section, names in (("train", train, COUNTS), ("evaluate", config.evaluate, ("images_per_prompt",))):
+    counts = (
+        ("train", train, COUNTS),
+        ("evaluate", config.evaluate, ("images_per_prompt",)),
+        ("run", config.run, ("keep_checkpoints",)),
+    )
+    for where, section, names in counts:
         for name in names:
             if getattr(section, name) < 1:
                 raise UsageError(f"config {where}.{name}: must be at least 1, got {getattr(section, name)}")

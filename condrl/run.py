@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import condrl
 from condrl.algorithms import Algorithm
 from condrl.checkpoint import newest_checkpoint, read_checkpoint
-from condrl.config import Config, GridConfig, load_config
+from condrl.config import Config, GridConfig, to_yaml
 from condrl.errors import UsageError
 from condrl.policy import Model, Policy
 from condrl.prompts import Row
@@ -200,33 +201,47 @@ def check_folder(config: Config) -> None:
         )
 
 
-def find_checkpoint(config: Config) -> dict[str, Any] | None:
-    """What to go on from, as `run.resume` says; None to start anew.
+def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
+    """What to go on from, as `run.resume` says, and where it was; None to start anew.
 
-    Raises: UsageError when there is no whole checkpoint where it points, or when the run had other settings.
+    Raises: UsageError when there is no whole checkpoint where it points, when the run had other settings, or when a
+    run in the folder would be lost.
     """
     if config.run.resume == "never":
         return None
     if config.run.resume == "auto":
         found = newest_checkpoint(config.folder / "checkpoints")
-        if found is None:
-            return None
-        path, state = found
+        lost = found is None and (config.folder / "result.json").exists()
     else:
-        path = Path(config.run.resume).expanduser()
-        state = read_checkpoint(path)
-    check_same_settings(config, path.parents[1] / "config.yaml")
-    print(f"going on from {path}", flush=True)
-    return state
+        path = Path(config.run.resume).expanduser().resolve()
+        found = path, read_checkpoint(path)
+        lost = not continues(config, path) and any((config.folder / name).exists() for name in RUN_FILES)
+    if lost and not config.run.overwrite:
+        raise UsageError(
+            f"{config.folder} holds a run that would be lost: choose another run.name=, or run.overwrite=true to "
+            "replace it"
+        )
+    if found is not None:
+        check_same_settings(config, found[0].resolve().parents[1] / "config.yaml")
+        print(f"going on from {found[0]}", flush=True)
+    return found
+
+
+def continues(config: Config, checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the run in the config's own folder."""
+    return checkpoint.resolve().parent == (config.folder / "checkpoints").resolve()
 
 
 def check_same_settings(config: Config, saved: Path) -> None:
     """Raises: UsageError naming the first setting, of those that training depends on, that a run did not have."""
     if not saved.exists():
         return
-    then, now = (flatten(tree) for tree in (dataclasses.asdict(load_config([str(saved)])), dataclasses.asdict(config)))
-    for key in sorted({*then, *now}):
-        if not key.startswith(("run.", "evaluate.")) and key != "train.epochs" and then.get(key) != now.get(key):
+    texts = saved.read_text(), to_yaml(config)
+    then, now = (flatten(dict(OmegaConf.to_container(OmegaConf.create(text)))) for text in texts)  # type: ignore[arg-type]
+    free = {"train.epochs"} if config.train.lr_decay == "none" else set()
+    for key in sorted({*then, *now} - free):
+        matters = key == "run.seed" or not key.startswith(("run.", "evaluate."))
+        if matters and then.get(key) != now.get(key):
             raise UsageError(
                 f"run.resume: that run had {key}={then.get(key)}, and this config has {now.get(key)}: "
                 "use its settings, or another run.name="

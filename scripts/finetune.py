@@ -14,12 +14,13 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condrl.config import config_help, is_setting, load_config, to_yaml
-from condrl.errors import UsageError, exit_code
+from condrl.errors import Stopped, UsageError, exit_code
 
 if TYPE_CHECKING:
     from condrl.config import Config
@@ -76,7 +77,9 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
     """Measure, tune, save, measure again; returns the result."""
     import torch
 
+    from condrl.checkpoint import drop_later
     from condrl.run import (
+        continues,
         find_checkpoint,
         make_trainer,
         peak_memory_gb,
@@ -92,19 +95,22 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
     checkpoint = find_checkpoint(config)
     trainer = make_trainer(config, train, heldout)
     model, folder = trainer.policy.model, config.folder
-    if checkpoint is None or not (folder / "config.yaml").exists():
+    if checkpoint is None or not continues(config, checkpoint[0]):
         prepare_folder(config)
-        (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "config.yaml").write_text(to_yaml(config))
     start_trackers(config, trainer.accelerator)
     origin = provenance()
     base = heldout_evaluation(trainer, heldout, "base")
     if checkpoint is not None:
-        trainer.load_state_dict(checkpoint)
-    stop_on_signals(trainer)
-    try:
-        trainer.fit()
-    finally:
-        model.save_adapter(folder / "lora")
+        trainer.load_state_dict(checkpoint[1])
+        drop_later(checkpoint[0])
+    with stopping_on_signals(trainer):
+        try:
+            trainer.fit()
+        except Stopped:
+            model.save_adapter(folder / "lora")
+            raise
+    model.save_adapter(folder / "lora")
     tuned = heldout_evaluation(trainer, heldout, "tuned")
     result = {
         "heldout": compared(base, tuned),
@@ -127,16 +133,21 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
     return result
 
 
-def stop_on_signals(trainer: Trainer) -> None:
-    """SIGINT and SIGTERM let the epoch end and be saved; a second one ends the process at once."""
+@contextmanager
+def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM let the epoch end and be saved; a second one ends the process at once."""
 
     def stop(number: int, frame: Any) -> None:
         trainer.stopping = number
         signal.signal(number, signal.SIG_DFL)
         print("\nstopping after this epoch; once more to stop at once", file=sys.stderr, flush=True)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Evaluation | None:

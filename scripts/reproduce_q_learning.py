@@ -7,7 +7,7 @@
     python scripts/reproduce_q_learning.py all --quick           a short rehearsal: one seed, few episodes
 
 Every trained network is kept under --work, so that a run that was stopped goes on with what is missing. The rows
-that are finished are written to --json as they come, the figures beside it.
+of the tables are written to --json as they come, the figures beside it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from condrl.run import make_trainer, write_json
 from condrl.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results" / "q_learning.json"
 CONFIGS = ROOT / "configs" / "paper"
 BATCHES, POINTS = 100, 300  # for the KL and its interval, as in the paper
 DATA_REWARD = 0.444  # of the data itself
@@ -244,7 +245,8 @@ def row_of(table: str, key: tuple[str, str, float | None], found: Sequence[Measu
 
 def tables(names: Sequence[str], args: argparse.Namespace) -> None:
     """Print the rows of the tables as they are done."""
-    rows: list[dict[str, Any]] = []
+    earlier = json.loads(args.json.read_text()) if args.json.exists() else []
+    rows: list[dict[str, Any]] = [row for row in earlier if row["table"] not in names]
     with ProcessPoolExecutor(args.jobs) as pool:
         first = [pool.submit(trained_quietly, seed, args) for seed in range(args.seeds)]
         for future in first:  # what others start from, once
@@ -327,10 +329,11 @@ def main() -> None:
     parser.add_argument("--tuning-episodes", type=int, default=3_000, help="of DDPO and DPOK")
     parser.add_argument("--tries", type=int, default=4, help="weights tried for a row that asks for a reward")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "q_learning", help="where networks are kept")
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "q_learning.json")
+    parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.tries = 1, 2
+        args.json = args.work / "quick.json" if args.json == RESULTS else args.json
         args.episodes, args.q_episodes, args.bad_episodes, args.tuning_episodes = 400, 200, 150, 100
     chosen = [name for name in TABLES if args.what in (name, "all")]
     if chosen:

@@ -139,3 +139,16 @@ def test_toy_runs_write_their_plots(problem, tmp_path, capsys):
 def test_kl_of_a_law_with_itself_is_zero():
     p = torch.tensor([0.0, 0.3, 0.7], dtype=torch.float64)
     assert kl_of_masses(p, p) == 0
+
+
+def test_gradients_in_x_flow_through_a_learned_score():
+    """What `draft` and `adjoint_matching` differentiate."""
+    m = model(pretrained="network", pretrain_steps=5)
+    x, t = torch.tensor([[0.3], [1.2]]), torch.full((2,), 0.5, dtype=torch.float64)
+    condition = torch.zeros(2, dtype=torch.long)
+    with m.reference():
+        slope = torch.func.jvp(lambda y: m.score(y, t, condition), (x,), (torch.ones_like(x),))[1]
+        with torch.no_grad():
+            change = (m.score(x + 1e-2, t, condition) - m.score(x - 1e-2, t, condition)) / 2e-2
+    torch.testing.assert_close(slope, change, atol=1e-2, rtol=1e-2)
+    assert slope.abs().min() > 0.01

@@ -12,9 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from safetensors import SafetensorError
 
 from condrl import RunError, UsageError, registry
-from condrl.checkpoint import MANIFEST, PLAIN, TENSORS, checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
+from condrl.checkpoint import (
+    MANIFEST,
+    PLAIN,
+    TENSORS,
+    checkpoints,
+    drop_later,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from condrl.config import load_config
 from condrl.errors import Stopped
 from condrl.prompts import load_prompts
@@ -166,11 +176,15 @@ def test_a_damaged_checkpoint_is_passed_over(file, damage, tmp_path, capsys):
     assert "epoch_2" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")],
+)
+def test_a_full_disk_leaves_the_earlier_checkpoint(failure, tmp_path, monkeypatch):
     save_checkpoint(tmp_path, "epoch_1", STATE, keep=2)
 
     def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise failure
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(RunError, match="No space left.*earlier ones are intact"):
@@ -179,15 +193,40 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["epoch_1"]
 
 
-def test_other_settings_are_refused(tmp_path):
+def test_other_settings_are_refused(tmp_path, monkeypatch):
     from condrl.config import to_yaml
 
-    trainer = make("ddpo", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("left\n")  # a relative path, kept as an absolute one
+    mine = "prompts.train=mine.txt"
+    trainer = make("ddpo", tmp_path, mine)
     (tmp_path / "config.yaml").write_text(to_yaml(trainer.config))
     trainer.checkpoint()
-    assert find_checkpoint(load_config([*words("ddpo", tmp_path), "run.resume=auto", "train.epochs=9"]))["epoch"] == 0
-    with pytest.raises(UsageError, match=r"that run had train.lr=.*, and this config has 0.5"):
-        find_checkpoint(load_config([*words("ddpo", tmp_path), "run.resume=auto", "train.lr=0.5"]))
+    same = [*words("ddpo", tmp_path), mine, "run.resume=auto"]
+    path, state = find_checkpoint(load_config(same))
+    assert (path, state["epoch"]) == (tmp_path / "checkpoints" / "epoch_00000000", 0)
+    for other in ("train.lr=0.5", "run.seed=5", "train.epochs=9"):  # this run's learning rate falls to zero at its end
+        with pytest.raises(UsageError, match=rf"that run had {other.split('=')[0]}=.*, and this config has"):
+            find_checkpoint(load_config([*same, other]))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.jsonl").touch()
+    with pytest.raises(UsageError, match="holds a run that would be lost"):
+        find_checkpoint(
+            load_config([*words("ddpo", tmp_path / "b"), mine, f"run.resume={path}", "run.overwrite=false"])
+        )
     with pytest.raises(UsageError, match="is not a whole checkpoint"):
         find_checkpoint(load_config([*words("ddpo", tmp_path), f"run.resume={tmp_path}/nowhere"]))
     assert find_checkpoint(load_config([*words("ddpo", tmp_path / "new"), "run.resume=auto"])) is None
+
+
+def test_going_on_from_an_earlier_one_drops_the_later(tmp_path):
+    for number in (1, 2, 3):
+        save_checkpoint(tmp_path, f"epoch_{number}", {"epoch": number}, keep=3)
+    drop_later(tmp_path / "epoch_1")
+    assert [path.name for path in checkpoints(tmp_path)] == ["epoch_1"]
+
+
+def test_a_finished_run_without_checkpoints_is_not_replaced_by_resuming(tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds a run that would be lost"):
+        find_checkpoint(load_config([*words("ddpo", tmp_path), "run.resume=auto", "run.overwrite=false"]))

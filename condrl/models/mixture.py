@@ -58,8 +58,7 @@ class Mixture(Points):
     def pretrained_score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The score (B, d) that tuning started from."""
         if self._network is not None:
-            with torch.no_grad():
-                return self._network(x, t, condition) / like(self.schedule.sigma(t), x)
+            return self._network(x, t, condition) / like(self.schedule.sigma(t), x)
         law = self.law.rows(condition).noised(self.schedule.alpha(t), self.schedule.sigma(t))
         return law.to(x).score(x)
 

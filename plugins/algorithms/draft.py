@@ -47,8 +47,8 @@ class WholeChains:
 class DRaFT(Algorithm):
     """Maximises E r - kappa KL by differentiating the chain and the reward (Clark et al. 2024; THEORY 7.2).
 
-    The noise of the roll-out is kept, so a chain is a function of the weights. With `last` steps only, the earlier
-    ones are taken as given: cheaper, and biased.
+    The gradient is taken along the visited states, as of a chain whose noise is held. With `last` steps only, the
+    earlier ones are taken as given: cheaper, and biased.
     """
 
     kappa: float = 0.0  # reward per nat of path KL to the pretrained model
@@ -62,7 +62,7 @@ class DRaFT(Algorithm):
 
     @property
     def needs(self) -> Sequence[Need]:
-        return ("reward gradients", "Markov steps", *(("noise",) if self.kappa > 0 else ()))
+        return ("reward gradients", "Markov steps", "one pass", *(("noise",) if self.kappa > 0 else ()))
 
     def examples(
         self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
