@@ -97,6 +97,18 @@ def recomputed(examples: RatioExamples, policy: Policy, batch: int) -> RatioExam
 class Algorithm:
     """The base of algorithm plugins, which are dataclasses: a field is an option. What they do not say is as here."""
 
+    def require_positive(self, *options: str) -> None:
+        """Raises: UsageError on an option that is 0 or less."""
+        for name in options:
+            if getattr(self, name) <= 0:
+                raise UsageError(f"config algorithm.{name}: must be positive, got {getattr(self, name)}")
+
+    def require_at_least(self, least: int, *options: str) -> None:
+        """Raises: UsageError on an option that is less."""
+        for name in options:
+            if getattr(self, name) < least:
+                raise UsageError(f"config algorithm.{name}: must be at least {least}, got {getattr(self, name)}")
+
     @property
     def needs(self) -> Sequence[Need]:
         """What it cannot do without."""
@@ -241,10 +253,8 @@ class PolicyGradient(Algorithm):
     advantage_clip: float = 5.0  # bound on |advantage| when normalised
 
     def __post_init__(self) -> None:
-        if self.kappa < 0:
-            raise UsageError(f"config algorithm.kappa: must be at least 0, got {self.kappa}")
-        if self.advantage_clip <= 0:
-            raise UsageError(f"config algorithm.advantage_clip: must be positive, got {self.advantage_clip}")
+        self.require_at_least(0, "kappa")
+        self.require_positive("advantage_clip")
 
     @property
     def needs(self) -> Sequence[Need]:
@@ -297,8 +307,7 @@ class ClippedPolicyGradient(PolicyGradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clip_range <= 0:
-            raise UsageError(f"config algorithm.clip_range: must be positive, got {self.clip_range}")
+        self.require_positive("clip_range")
 
     def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
         """PPO's loss with a bound that scales with the square root of the step (THEORY 9.2)."""

@@ -191,10 +191,13 @@ def check_combination(config: Config) -> None:
     trained_steps(sampler, config.train)
 
 
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
 def check_folder(config: Config) -> None:
     """Raises: UsageError when the folder holds a run already and the config says neither to replace it nor to go on."""
-    taken = any((config.folder / name).exists() for name in RUN_FILES)
-    if taken and not config.run.overwrite and config.run.resume == "never":
+    if holds_run(config.folder) and not config.run.overwrite and config.run.resume == "never":
         raise UsageError(
             f"{config.folder} holds a run already: choose another run.name=, or run.overwrite=true to replace it, or "
             "run.resume=auto to go on"
@@ -215,7 +218,7 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
     else:
         path = Path(config.run.resume).expanduser().resolve()
         found = path, read_checkpoint(path)
-        lost = not continues(config, path) and any((config.folder / name).exists() for name in RUN_FILES)
+        lost = not continues(config, path) and holds_run(config.folder)
     if lost and not config.run.overwrite:
         raise UsageError(
             f"{config.folder} holds a run that would be lost: choose another run.name=, or run.overwrite=true to "

@@ -269,7 +269,7 @@ def test_ctrl_on_an_ode_finds_the_deterministic_optimum(tmp_path):
         (["algorithm.name=draft", "algorithm.last=0"], "last: must be at least 1"),
         (["algorithm.name=draft", "algorithm.kappa=1", "sampler.eta=0"], "draft needs steps with noise"),
         (["algorithm.name=draft", "sampler.name=dpm_solver_pp"], "dpm_solver_pp remembers earlier steps"),
-        (["algorithm.name=adjoint_matching", "algorithm.kappa=0"], "adjoint_matching needs more than 0"),
+        (["algorithm.name=adjoint_matching", "algorithm.kappa=0"], "algorithm.kappa: must be positive, got 0"),
         (
             ["algorithm.name=draft", "rewards.jpeg_compressibility.weight=1"],
             "draft differentiates the reward, and jpeg_compressibility has no gradient",

@@ -56,8 +56,7 @@ class AdjointMatching(Algorithm):
     kappa: float = 1.0  # reward per nat of path KL to the pretrained model
 
     def __post_init__(self) -> None:
-        if self.kappa <= 0:
-            raise condrl.UsageError(f"config algorithm.kappa: adjoint_matching needs more than 0, got {self.kappa}")
+        self.require_positive("kappa")
 
     @property
     def needs(self) -> Sequence[Need]:

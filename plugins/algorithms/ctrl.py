@@ -102,11 +102,8 @@ class CTRL(Algorithm):
     value: Value = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("exploration", "clip_range", "memory", "value_lr", "value_width", "advantage_clip"):
-            if getattr(self, name) <= 0:
-                raise condrl.UsageError(f"config algorithm.{name}: must be positive, got {getattr(self, name)}")
-        if self.kappa < 0:
-            raise condrl.UsageError(f"config algorithm.kappa: must be at least 0, got {self.kappa}")
+        self.require_positive("exploration", "clip_range", "memory", "value_lr", "value_width", "advantage_clip")
+        self.require_at_least(0, "kappa")
 
     @property
     def needs(self) -> Sequence[Need]:

@@ -55,10 +55,9 @@ class DRaFT(Algorithm):
     last: int | None = None  # steps to differentiate, counted from the end; null: all
 
     def __post_init__(self) -> None:
-        if self.kappa < 0:
-            raise condrl.UsageError(f"config algorithm.kappa: must be at least 0, got {self.kappa}")
-        if self.last is not None and self.last < 1:
-            raise condrl.UsageError(f"config algorithm.last: must be at least 1, got {self.last}")
+        self.require_at_least(0, "kappa")
+        if self.last is not None:
+            self.require_at_least(1, "last")
 
     @property
     def needs(self) -> Sequence[Need]:

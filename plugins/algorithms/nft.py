@@ -26,10 +26,8 @@ class NFT(Algorithm):
     adaptive: bool = True  # weigh draws by 1 / mean |error|: less noise, and a minimum that is moved a little
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise condrl.UsageError(f"config algorithm.temperature: must be positive, got {self.temperature}")
-        if self.draws < 1:
-            raise condrl.UsageError(f"config algorithm.draws: must be at least 1, got {self.draws}")
+        self.require_positive("temperature")
+        self.require_at_least(1, "draws")
         if not 0 < self.times[0] < self.times[1] < 1:  # at 1 there may be no signal, and no velocity
             raise condrl.UsageError(f"config algorithm.times: must rise within (0, 1), got {list(self.times)}")
 

@@ -85,11 +85,8 @@ class QLearning(Algorithm):
     value: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "samples", "floor", "value_lr", "value_width"):
-            if getattr(self, name) <= 0:
-                raise condrl.UsageError(f"config algorithm.{name}: must be positive, got {getattr(self, name)}")
-        if self.beta < 0:
-            raise condrl.UsageError(f"config algorithm.beta: must be at least 0, got {self.beta}")
+        self.require_positive("temperature", "samples", "floor", "value_lr", "value_width")
+        self.require_at_least(0, "beta")
 
     @property
     def needs(self) -> Sequence[Need]:
