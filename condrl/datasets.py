@@ -66,11 +66,16 @@ def ratio_score(x: Tensor, points: Tensor, alpha: Tensor, sigma: Tensor, floor: 
     (Gao et al. 2024, eq. 18; THEORY 6.3).
     """
     a, v = (c.to(x)[:, None, None] for c in (alpha, sigma.square()))
-    centres, one = a * points, torch.ones_like(x[..., :1])
-    # log density = <x, c> / v - |x|^2 / 2 v - |c|^2 / 2 v + a constant, as one matrix product
-    of_x = torch.cat([x, -x.square().sum(2, keepdim=True) / 2, one], 2)
-    of_points = torch.cat([centres, torch.ones_like(centres[..., :1]), -centres.square().sum(2, keepdim=True) / 2], 2)
-    density = torch.bmm(of_x, (of_points / v).mT).exp_()
-    sums = torch.bmm(density, torch.cat([centres, torch.ones_like(centres[..., :1])], 2))
+    centres, log2 = a * points, math.log2(math.e) / v  # exp2 is three times as fast as exp on CPUs
+    # log density = (<x, c> - |x|^2 / 2 - |c|^2 / 2) / v and a constant: one product, (K, m, d + 2) by (K, d + 2, B)
+    of_points = torch.cat([with_one(centres), -centres.square().sum(2, keepdim=True) / 2], 2) * log2
+    of_x = with_one(torch.cat([x, -x.square().sum(2, keepdim=True) / 2], 2))
+    density = torch.bmm(of_points, of_x.mT).exp2_()
+    sums = torch.bmm(with_one(centres).mT, density).mT
     least = points.shape[1] * floor * (2 * math.pi * v) ** (x.shape[2] / 2)
     return (sums[..., :-1] / torch.maximum(sums[..., -1:], least) - x) / v
+
+
+def with_one(x: Tensor) -> Tensor:
+    """(K, n, d + 1): x (K, n, d) with a last coordinate 1."""
+    return torch.nn.functional.pad(x, (0, 1), value=1.0)

@@ -49,7 +49,7 @@ class Trainer:
         self.rates = [train.lr, *(lr for _, lr in own.values())]
         groups = [self.weights, *(list(module.parameters()) for module, _ in own.values())]
         optimizer = torch.optim.AdamW(
-            [{"params": group} for group in groups], train.lr, train.betas, weight_decay=train.weight_decay
+            [{"params": group} for group in groups], train.lr, train.betas, weight_decay=train.weight_decay, fused=True
         )
         policy.prepared, self.optimizer = accelerator.prepare(policy.model.module, optimizer)
         self.epoch = self.updates = self.images = 0
