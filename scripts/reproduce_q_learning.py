@@ -13,13 +13,14 @@ of the tables are written to --json as they come, the figures beside it.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,27 @@ TABLES: dict[str, dict[tuple[str, str, float | None], tuple[float, float]]] = {
 }
 
 
+Run = dict[str, Any]  # a Measured, with its seed and episodes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where a result stands in the tables."""
+
+    table: str
+    algorithm: str
+    setting: str
+    target: float | None  # the reward asked for
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Cell:
+        return cls(*(row[name] for name in ("table", "algorithm", "setting", "target")))
+
+    @property
+    def key(self) -> tuple[str, str, float | None]:
+        return self.algorithm, self.setting, self.target
+
+
 @dataclass(frozen=True)
 class Spec:
     """A network to train."""
@@ -116,12 +138,18 @@ class Spec:
 
 
 def trained(spec: Spec, work: Path) -> Trainer:
-    """The spec's network; trained now unless it was before."""
+    """The spec's network; trained now unless it was before, or is now by another process."""
     folder = spec.folder(work)
     if spec.start:
         trained(spec.start, work)
-    config = load_config(spec.words(work))
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return loaded_or_trained(spec, folder, work)
+
+
+def loaded_or_trained(spec: Spec, folder: Path, work: Path) -> Trainer:
+    config = load_config(spec.words(work))
     torch.manual_seed(spec.seed)
     trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
     if (folder / "done.json").exists():
@@ -165,13 +193,13 @@ def fresh_data(trainer: Trainer, prompt: int, count: int) -> Tensor:
     return make_dataset(name, trainer.config.model["data"][name], count, torch.Generator().manual_seed(10_000_001))
 
 
-def at_reward(spec: Spec, target: float, work: Path, tries: int) -> Measured:
+def at_reward(spec: Spec, target: float, work: Path, tries: int, guess: float | None) -> Measured:
     """The measurement at the weight whose reward is nearest to `target`, found by secant steps in the logit.
 
     For p* the logit of the reward is affine in the weight, with slope 1/2 (THEORY 6.8).
     """
     found: list[Measured] = []
-    weight = 2 * (logit(target) - logit(DATA_REWARD))
+    weight = guess or 2 * (logit(target) - logit(DATA_REWARD))
     for _ in range(tries):
         found.append(measure(trained(replace(spec, weight=weight), work), weight))
         if abs(found[-1].reward - target) < CLOSE:
@@ -201,68 +229,73 @@ def lower_bound(reward: float, data: float = DATA_REWARD) -> float:
     return sum(p * math.log(p / q) for p, q in parts if p > 0)
 
 
-def job(table: str, key: tuple[str, str, float | None], seed: int, args: argparse.Namespace) -> Measured:
-    """Train what a cell of a table needs for one seed, and measure it."""
-    torch.set_num_threads(1)
-    algorithm, setting, target = key
+def spec_of(cell: Cell, seed: int, args: argparse.Namespace) -> Spec:
+    """The network behind a cell of a table, whose weight is still to be found where the cell asks for a reward."""
     good = Spec("q_learning", seed, args.episodes)
-    if table in ("table5", "table6"):
-        simulator, steps = setting.rsplit(" ", 1)
-        spec = replace(good, simulator=simulator, steps=int(steps))
-    else:
-        start = good if setting == "A" else replace(good, episodes=args.bad_episodes)
-        if algorithm == "pretrained":
-            return measure(trained(start, args.work), 0.0)
-        episodes = args.q_episodes if algorithm == "q_learning" else args.tuning_episodes
-        spec = Spec(algorithm, seed, episodes, start=start)
-    if target is None:
+    if cell.table in ("table5", "table6"):
+        simulator, steps = cell.setting.rsplit(" ", 1)
+        free = replace(good, episodes=args.simulator_episodes, simulator=simulator, steps=int(steps))
+        return free if cell.table == "table5" else replace(free, episodes=args.q_episodes, start=free)
+    start = good if cell.setting == "A" else replace(good, episodes=args.bad_episodes)
+    if cell.algorithm == "pretrained":
+        return start
+    episodes = args.q_episodes if cell.algorithm == "q_learning" else args.tuning_episodes
+    return Spec(cell.algorithm, seed, episodes, start=start)
+
+
+def job(cell: Cell, spec: Spec, guess: float | None, args: argparse.Namespace) -> Measured:
+    """Train what a cell needs for one seed, and measure it."""
+    torch.set_num_threads(1)
+    if cell.target is None:
         return measure(trained(spec, args.work), 0.0)
-    return at_reward(spec, target, args.work, args.tries)
+    return at_reward(spec, cell.target, args.work, args.tries, guess)
 
 
-def row_of(table: str, key: tuple[str, str, float | None], found: Sequence[Measured]) -> dict[str, Any]:
+def row_of(cell: Cell, runs: Sequence[Run]) -> dict[str, Any]:
     """A row of the results: means over seeds; the interval is over seeds where there are several, else over batches."""
-    algorithm, setting, target = key
-    paper_reward, paper_kl = TABLES[table][key]
-    reward, kl = (statistics.mean(getattr(m, name) for m in found) for name in ("reward", "kl"))
-    spread = [m.kl for m in found]
-    ci95 = 1.96 * statistics.stdev(spread) / len(spread) ** 0.5 if len(spread) > 1 else found[0].ci95
+    paper_reward, paper_kl = TABLES[cell.table][cell.key]
+    reward, kl = (statistics.mean(run[name] for run in runs) for name in ("reward", "kl"))
+    spread = [run["kl"] for run in runs]
     return {
-        "table": table,
-        "algorithm": algorithm,
-        "setting": setting,
+        "table": cell.table,
+        "algorithm": cell.algorithm,
+        "setting": cell.setting,
+        "target": cell.target,
         "reward": reward,
         "kl": kl,
-        "ci95": ci95,
+        "ci95": half_width(spread) if len(spread) > 1 else runs[0]["ci95"],
         "paper_reward": paper_reward,
         "paper_kl": paper_kl,
         "bound": lower_bound(reward),
-        "target": target,
-        "weights": [m.weight for m in found],
-        "seeds": len(found),
+        "seeds": len(runs),
+        "runs": sorted(runs, key=lambda run: run["seed"]),
     }
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of their mean (Student's t)."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 1.96)
+    return t * statistics.stdev(values) / len(values) ** 0.5
+
+
 def tables(names: Sequence[str], args: argparse.Namespace) -> None:
-    """Print the rows of the tables as they are done."""
-    earlier = json.loads(args.json.read_text()) if args.json.exists() else []
-    rows: list[dict[str, Any]] = [row for row in earlier if row["table"] not in names]
+    """Print the rows of the tables as they are done; what --json holds already is not done again."""
+    rows = json.loads(args.json.read_text()) if args.json.exists() else []
+    known: dict[Cell, list[Run]] = {Cell.of(row): row["runs"] for row in rows}
     with ProcessPoolExecutor(args.jobs) as pool:
-        first = [pool.submit(trained_quietly, seed, args) for seed in range(args.seeds)]
-        for future in first:  # what others start from, once
-            future.result()
-        cells = [(table, key) for table in names for key in TABLES[table]]
-        futures = [[pool.submit(job, *cell, seed, args) for seed in range(args.seeds)] for cell in cells]
-        for cell, parts in zip(cells, futures, strict=True):
-            rows.append(row_of(*cell, [part.result() for part in parts]))
-            print(line_of(rows[-1]), flush=True)
-            write_json(args.json, rows)
-
-
-def trained_quietly(seed: int, args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    trained(Spec("q_learning", seed, args.episodes), args.work)
-    trained(Spec("q_learning", seed, args.bad_episodes), args.work)
+        futures: dict[Future[Measured], tuple[Cell, Spec]] = {}
+        for cell in (Cell(table, *key) for table in names for key in TABLES[table]):
+            runs = known.setdefault(cell, [])
+            guess = statistics.mean(run["weight"] for run in runs) if runs and cell.target else None
+            for spec in (spec_of(cell, seed, args) for seed in range(args.seeds)):
+                if not any((run["seed"], run["episodes"]) == (spec.seed, spec.episodes) for run in runs):
+                    futures[pool.submit(job, cell, spec, guess, args)] = cell, spec
+        for future in as_completed(futures):
+            cell, spec = futures[future]
+            run = {"seed": spec.seed, "episodes": spec.episodes, **asdict(future.result())}
+            known[cell] = [r for r in known[cell] if r["seed"] != spec.seed] + [run]
+            print(line_of(row_of(cell, known[cell])), flush=True)
+            write_json(args.json, [row_of(cell, runs) for cell, runs in known.items() if runs])
 
 
 def conditional(args: argparse.Namespace) -> None:
@@ -326,6 +359,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=50_000)
     parser.add_argument("--bad-episodes", type=int, default=3_000, help="of the bad model B; the paper took 30000")
     parser.add_argument("--q-episodes", type=int, default=50_000, help="of q-learning from a pretrained model")
+    parser.add_argument("--simulator-episodes", type=int, default=50_000, help="of the pretrained models of table5 and 6")
     parser.add_argument("--tuning-episodes", type=int, default=3_000, help="of DDPO and DPOK")
     parser.add_argument("--tries", type=int, default=4, help="weights tried for a row that asks for a reward")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "q_learning", help="where networks are kept")
@@ -334,7 +368,8 @@ def main() -> None:
     if args.quick:
         args.seeds, args.tries = 1, 2
         args.json = args.work / "quick.json" if args.json == RESULTS else args.json
-        args.episodes, args.q_episodes, args.bad_episodes, args.tuning_episodes = 400, 200, 150, 100
+        args.episodes = args.simulator_episodes = 400
+        args.q_episodes, args.bad_episodes, args.tuning_episodes = 200, 150, 100
     chosen = [name for name in TABLES if args.what in (name, "all")]
     if chosen:
         tables(chosen, args)
