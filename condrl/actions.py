@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from condrl.noise import Noise, randn
 from condrl.policy import Policy
 from condrl.rollout import Rollout
-from condrl.transition import Coefficients, randn
+from condrl.transition import Coefficients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,29 +33,30 @@ def action_log_prob(mean: Tensor, action: Tensor, variance: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def explore(policy: Policy, condition: Tensor, generator: torch.Generator, batch: int, variance: Tensor) -> Actions:
+def explore(policy: Policy, condition: Tensor, noise: Noise, batch: int, variance: Tensor) -> Actions:
     """Trajectories for conditions (B,), `batch` at a time, with actions of variances (K,).
 
     The sampler's steps must be affine in the score.
     """
-    parts = [_explore(policy, part, generator, variance) for part in condition.split(batch)]
+    rows = [slice(start, start + batch) for start in range(0, len(condition), batch)]
+    parts = [_explore(policy, condition[part], noise[part], variance) for part in rows]
     names = ("states", "log_probs", "means", "actions")
     whole = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
     return Actions(condition=condition, **whole)
 
 
-def _explore(policy: Policy, condition: Tensor, generator: torch.Generator, variance: Tensor) -> Actions:
+def _explore(policy: Policy, condition: Tensor, noise: Noise, variance: Tensor) -> Actions:
     sampler, model = policy.sampler, policy.model
     assert isinstance(sampler, Coefficients)
     shape = (len(condition), *model.state_shape)
-    x = randn(shape, generator, model.device) * model.schedule.prior_std
-    noise = randn((policy.steps, 2, *shape), generator, model.device)
+    x = randn(shape, noise, model.device) * model.schedule.prior_std
+    draws = noise.normal((policy.steps, 2, *model.state_shape)).transpose(0, 1).to(model.device)
     states, means, actions = [x], [], []
     steps = zip(*(c.tolist() for c in (sampler.A, sampler.B, sampler.S, variance.sqrt())), strict=True)
     for k, (A, B, S, std) in enumerate(steps):
         means.append(policy.action(x, torch.full((len(x),), k), condition))
-        actions.append(means[-1] + std * noise[k, 0])
-        x = A * x + B * actions[-1] + S * noise[k, 1]
+        actions.append(means[-1] + std * draws[k, :, 0])
+        x = A * x + B * actions[-1] + S * draws[k, :, 1]
         states.append(x)
     log_probs = action_log_prob(
         torch.stack(means).flatten(0, 1), torch.stack(actions).flatten(0, 1), variance.repeat_interleave(len(x))

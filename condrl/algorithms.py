@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from condrl.config import TrainConfig
 from condrl.credit import group_advantages, group_scale
 from condrl.errors import UsageError
+from condrl.noise import Noise
 from condrl.policy import Policy
+from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards import Scores
 from condrl.rollout import Rollout, rollout
 from condrl.schedule import like
-from condrl.transition import Transition, randn, trained_steps
+from condrl.transition import Transition, trained_steps
 
 MAX_LOG_RATIO = 20.0  # nats: no float32 overflow where the min leaves the ratio unbounded (negative advantages)
 
@@ -30,18 +32,30 @@ Need = Literal["noise", "stochastic steps", "affine steps", "Markov steps", "gro
 
 @dataclass(frozen=True)
 class Experience:
-    """An epoch's trajectories with what was made of them; B images."""
+    """An epoch's trajectories with what was made of them; B images, this process's share of all."""
 
     rollout: Rollout
     rows: list[Row]
     scores: Scores
     shown: Tensor  # (P, ...) the first sample of the first prompts
     score: Callable[[Tensor, Tensor], Tensor]  # the total reward (b,) of samples (b, ...) for the images (b,)'s rows
+    processes: Processes
+    places: range  # of these images among those of all processes
+    total: int  # how many those are
 
     @property
     def groups(self) -> Tensor:
         """(B,) the prompt row of each image."""
         return torch.tensor([row.index for row in self.rows], device=self.scores.total.device)
+
+    def everyone(self, x: Tensor) -> Tensor:
+        """Values (..., total) of all processes' images from those of these (..., B)."""
+        return self.processes.gather(x, self.places, self.total)
+
+    def credit(self, f: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> Tensor:
+        """f(values, groups) of all processes' images, (..., B) of these."""
+        found = f(self.everyone(values), self.everyone(self.groups))
+        return found[..., self.places.start : self.places.stop]
 
 
 class Examples(Protocol):
@@ -128,13 +142,11 @@ class Algorithm:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
 
-    def rollout(self, policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Rollout:
+    def rollout(self, policy: Policy, condition: Tensor, noise: Noise, batch: int) -> Rollout:
         """Trajectories for conditions (B,), `batch` at a time."""
-        return rollout(policy, condition, generator, batch)
+        return rollout(policy, condition, noise, batch)
 
-    def examples(
-        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
-    ) -> Examples:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Examples:
         """What `loss` is given, in parts, with the credit of each image or step."""
         raise NotImplementedError
 
@@ -268,20 +280,21 @@ class PolicyGradient(Algorithm):
         """Normalised advantages within the bound; in the reward's own unit a bound would change the objective."""
         return advantages.clamp(-self.advantage_clip, self.advantage_clip) if self.normalise else advantages
 
-    def examples(
-        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
-    ) -> Transitions:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Transitions:
         columns, rollout = trained_steps(policy.sampler, train), experience.rollout
-        rewards, groups = experience.scores.total, experience.groups
+        rewards = experience.scores.total
         if self.kappa == 0:
-            return Transitions(rollout, self.advantages(rewards, groups), columns)
-        scale = group_scale(rewards, groups) if self.normalise else torch.ones_like(rewards)
+            return Transitions(rollout, experience.credit(self.advantages, rewards), columns)
+        scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
         base = path_kl(policy, rollout, train.rollout_batch)
         returns = rewards - self.kappa * self.kl_to_go(base)
-        centred = torch.stack([group_advantages(g, groups, False, self.leave_one_out) for g in returns])
+        centred = experience.credit(self._centred, returns)
         total = base.kl.sum(0).mean()
         metrics = {"path_kl": total, "objective": rewards.mean() - self.kappa * total}
         return Transitions(rollout, self.bounded(centred * scale), columns, base, self.kappa * scale, metrics)
+
+    def _centred(self, returns: Tensor, groups: Tensor) -> Tensor:
+        return torch.stack([group_advantages(g, groups, False, self.leave_one_out) for g in returns])
 
     def kl_to_go(self, base: PathKL) -> Tensor:
         """(K, B) what a step's choice will cost later, nats."""
@@ -371,23 +384,23 @@ def noised_samples(
     draws: int,
     times: tuple[float, float],
     batch: int,
-    generator: torch.Generator,
+    noise: Noise,
 ) -> NoisedSamples:
     """Noise each final state `draws` times, at times stratified over a range of shares of the schedule's time.
 
     `advantages` (B,) are those of the images.
     """
     clean, condition, schedule = rollout.samples, rollout.condition, policy.model.schedule
-    count, (low, high) = len(clean), times
-    strata = (torch.arange(draws)[:, None] + torch.rand(draws, count, generator=generator)).flatten() / draws
+    low, high = times
+    strata = (torch.arange(draws)[:, None] + noise.uniform((draws,)).T).flatten() / draws
     t = schedule.end * (low + (high - low) * strata).double()
+    errors = noise.normal((draws, *clean.shape[1:])).transpose(0, 1).flatten(0, 1).to(clean.device)
     clean, condition, advantage = (torch.cat([v] * draws) for v in (clean, condition, advantages))
-    noise = randn(clean.shape, generator, clean.device)
     alpha, sigma = (like(c, clean) for c in (schedule.alpha(t), schedule.sigma(t)))
-    x = alpha * clean + sigma * noise
+    x = alpha * clean + sigma * errors
     with policy.model.merged():
         parts = [
             policy.model.score(*part)
             for part in zip(x.split(batch), t.split(batch), condition.split(batch), strict=True)
         ]
-    return NoisedSamples(Noised(x, t, noise, torch.cat(parts), advantage, condition), torch.arange(draws))
+    return NoisedSamples(Noised(x, t, errors, torch.cat(parts), advantage, condition), torch.arange(draws))

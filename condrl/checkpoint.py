@@ -9,14 +9,13 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from condrl.errors import RunError, UsageError
+from condrl.errors import RunError, UsageError, say
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 MODULE_FILE = "network.safetensors"
@@ -168,7 +167,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, read_checkpoint(path)
         except UsageError as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
+            say(f"warning: {error}; trying the one before")
     return None
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask a run to stop
 
 
 class UsageError(ValueError):
@@ -15,7 +18,7 @@ class RunError(RuntimeError):
     """A run that had begun cannot go on; the message says what happened and where. Exit code 1."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # like KeyboardInterrupt, so that no plugin's `except Exception` keeps it
     """A run was asked to stop, and has saved what it needs to go on. Exit code 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
@@ -23,20 +26,26 @@ class Stopped(Exception):
         self.number = number
 
 
+def say(text: str) -> None:
+    """Print a line to stderr, once for the processes of a machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
 def exit_code(work: Callable[[], object]) -> int:
     """Do the work of a script; its errors become one line and an exit code, 130 after Ctrl+C."""
     try:
         work()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except RunError as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        say(f"stopped: {error}")
         return 1
     except Stopped as stop:
-        print(f"stopped by {stop}; the same command with run.resume=auto goes on", file=sys.stderr)
+        say(f"stopped by {stop}; the same command with run.resume=auto goes on")
         return 128 + stop.number
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
     return 0

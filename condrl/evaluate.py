@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from condrl.noise import seeded
 from condrl.policy import Policy
+from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards import Reward, score
-from condrl.rollout import sample, seeded
+from condrl.rollout import sample
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,28 @@ def evaluate(
     per_prompt: int,
     batch: int,
     pictures: int,
+    processes: Processes | None = None,
 ) -> Evaluation:
-    """Sample `per_prompt` images of each row, image i from seed + i, and score them.
+    """Sample `per_prompt` images of each row, image i from seed + i, and score them, each process its share.
 
-    Two policies evaluated with the same arguments start from the same noise.
+    Two policies evaluated with the same arguments start from the same noise. The first process has the pictures.
     """
-    rows = [row for row in rows for _ in range(per_prompt)]
+    count = len(rows) * per_prompt
+    share = processes.share(len(rows)) if processes else range(len(rows))
+    places = range(share.start * per_prompt, share.stop * per_prompt)
+    rows = [rows[i] for i in share for _ in range(per_prompt)]
     condition = policy.model.encode([row.prompt for row in rows])
     scores: dict[str, list[Tensor]] = {measure.name: [] for measure in measures}
     shown: list[Tensor] = []
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        seeds = [seed + i for i in range(len(rows))[part]]
+        seeds = [seed + i for i in places[part]]
         images = policy.model.decode(sample(policy, condition[part], seeded(seeds), batch))
         for name, values in score(measures, images, rows[part]).each.items():
             scores[name].append(values.cpu())
         shown.extend(images[: max(0, pictures - len(shown))].cpu())
-    measured = {name: estimate(torch.cat(values), per_prompt) for name, values in scores.items()}
+    found = {name: torch.cat(values) if values else torch.zeros(0) for name, values in scores.items()}
+    if processes:
+        found = {name: processes.gather(values, places, count) for name, values in found.items()}
+    measured = {name: estimate(values, per_prompt) for name, values in found.items()}
     return Evaluation(measured, shown, [row.prompt for row in rows[: len(shown)]])

@@ -35,7 +35,7 @@ class Model(Protocol):
         """Release what only `encode` needs."""
         ...
 
-    def score(self, x: Tensor, t: Tensor, condition: Tensor, module: nn.Module | None = None) -> Tensor:
+    def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The (guided) score at x (B, ...), times t (B,); through `module` when it wraps the trained network."""
         ...
 
@@ -63,17 +63,14 @@ class Model(Protocol):
 class Policy:
     """The Markov chain that a model and a sampler make; roll-outs and losses both call `transition`."""
 
-    def __init__(self, model: Model, sampler: Sampler, prepared: nn.Module | None = None) -> None:
+    def __init__(self, model: Model, sampler: Sampler) -> None:
         self.model, self.sampler = model, sampler
-        self.prepared = prepared  # accelerate's wrapping of model.module: losses go through it, roll-outs do not
         self.steps = len(sampler.times) - 1
 
     def transition(self, x: Tensor, k: Tensor, condition: Tensor, memory: Tensor | None = None) -> Transition:
-        """The law of the state after step k (B,) from x (B, ...); in grad mode through the prepared module."""
-        module = self.prepared if torch.is_grad_enabled() else None
-        return self.sampler.step(k, x, lambda y, t: self.model.score(y, t, condition, module), memory)
+        """The law of the state after step k (B,) from x (B, ...)."""
+        return self.sampler.step(k, x, lambda y, t: self.model.score(y, t, condition), memory)
 
     def action(self, x: Tensor, k: Tensor, condition: Tensor) -> Tensor:
-        """The score at x (B, ...) and the beginning of step k (B,); in grad mode through the prepared module."""
-        module = self.prepared if torch.is_grad_enabled() else None
-        return self.model.score(x, self.sampler.times[k], condition, module)
+        """The score at x (B, ...) and the beginning of step k (B,)."""
+        return self.model.score(x, self.sampler.times[k], condition)

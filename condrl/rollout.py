@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from condrl.noise import Noise, Source, randn
 from condrl.policy import Policy
-from condrl.transition import Transition, randn
-
-Generators = torch.Generator | list[torch.Generator]
+from condrl.transition import Transition
 
 
 @dataclass(frozen=True)
@@ -28,28 +27,28 @@ class Rollout:
         return self.states[-1]
 
 
-def chain(policy: Policy, condition: Tensor, generator: Generators) -> Iterator[tuple[Tensor, Transition | None]]:
+def chain(policy: Policy, condition: Tensor, noise: Source) -> Iterator[tuple[Tensor, Transition | None]]:
     """Yield x_0 with no law, then each next state with the law it was drawn from."""
-    x = randn((len(condition), *policy.model.state_shape), generator, policy.model.device)
+    x = randn((len(condition), *policy.model.state_shape), noise, policy.model.device)
     x = x * policy.model.schedule.prior_std
     yield x, None
-    yield from continued(policy, x, 0, condition, generator)
+    yield from continued(policy, x, 0, condition, noise)
 
 
 def continued(
-    policy: Policy, x: Tensor, first: int, condition: Tensor, generator: Generators
+    policy: Policy, x: Tensor, first: int, condition: Tensor, noise: Source
 ) -> Iterator[tuple[Tensor, Transition]]:
     """Yield the states after step `first` and later ones, from x (B, ...) before it, with their laws."""
     memory = None
     for k in range(first, policy.steps):
         law = policy.transition(x, torch.full((len(condition),), k), condition, memory)
         memory = law.memory
-        x = law.sample(randn(tuple(x.shape), generator, x.device)) if policy.sampler.stochastic[k] else law.mean
+        x = law.sample(randn(tuple(x.shape), noise, x.device)) if policy.sampler.stochastic[k] else law.mean
         yield x, law
 
 
 @torch.no_grad()
-def rollout(policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Rollout:
+def rollout(policy: Policy, condition: Tensor, noise: Noise | torch.Generator, batch: int) -> Rollout:
     """Trajectories for conditions (B,), `batch` at a time."""
     model, count = policy.model, len(condition)
     states = torch.empty((policy.steps + 1, count, *model.state_shape), device=model.device)
@@ -58,7 +57,8 @@ def rollout(policy: Policy, condition: Tensor, generator: torch.Generator, batch
     with model.merged():
         for start in range(0, count, batch):
             rows = slice(start, start + batch)
-            for k, (x, law) in enumerate(chain(policy, condition[rows], generator)):
+            part = noise[rows] if isinstance(noise, Noise) else noise
+            for k, (x, law) in enumerate(chain(policy, condition[rows], part)):
                 states[k, rows] = x
                 if law is not None and policy.sampler.stochastic[k - 1]:
                     log_probs[k - 1, rows] = law.log_prob(x)
@@ -79,8 +79,3 @@ def sample(policy: Policy, condition: Tensor, generators: list[torch.Generator],
                 x = state
             final.append(x)
     return torch.cat(final)
-
-
-def seeded(seeds: list[int]) -> list[torch.Generator]:
-    """A CPU generator for each seed, as diffusers pipelines take them."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -24,7 +24,7 @@ import condrl
 from condrl.algorithms import Algorithm
 from condrl.checkpoint import newest_checkpoint, read_checkpoint
 from condrl.config import Config, GridConfig, to_yaml
-from condrl.errors import UsageError
+from condrl.errors import UsageError, say
 from condrl.policy import Model, Policy
 from condrl.prompts import Row
 from condrl.registry import REGISTRIES
@@ -35,6 +35,7 @@ from condrl.transition import Coefficients, Sampler, trained_steps, windowed
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 NOISE_OPTIONS = ("eta", "noise_level")  # what sampler plugins call the option that is 0 for a deterministic step
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's distributed types that condrl does not support
 RUN_FILES = ("config.yaml", "metrics.jsonl", "timings.jsonl", "result.json")
 RUN_FOLDERS = ("images", "lora", "checkpoints", "condrl")  # the last is the trackers'
 
@@ -227,7 +228,7 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         )
     if found is not None:
         check_same_settings(config, found[0].resolve().parents[1] / "config.yaml")
-        print(f"going on from {found[0]}", flush=True)
+        say(f"going on from {found[0]}")
     return found
 
 
@@ -264,7 +265,7 @@ def prepare_folder(config: Config) -> None:
 def make_accelerator(config: Config) -> Any:
     """An Accelerator that leaves precision to `model.dtype`; `start_trackers` when the run's folder is ready.
 
-    Raises: UsageError when a tracker is not installed, or when there are several processes.
+    Raises: UsageError when a tracker is not installed, or on a way to spread a model that is not supported.
     """
     from accelerate import Accelerator
 
@@ -276,8 +277,16 @@ def make_accelerator(config: Config) -> Any:
     accelerator = Accelerator(
         mixed_precision="no", log_with=config.run.trackers or None, project_dir=str(config.folder)
     )
-    if accelerator.num_processes > 1:
-        raise UsageError("this version tunes in one process: accelerate launch --num_processes 1 scripts/finetune.py")
+    if str(accelerator.distributed_type).split(".")[-1] in SHARDED:
+        raise UsageError(
+            f"the model is kept whole in every process, and {accelerator.distributed_type} would split it: use one of "
+            "configs/accelerate"
+        )
+    if config.train.prompts_per_epoch < accelerator.num_processes:
+        raise UsageError(
+            f"config train.prompts_per_epoch: {config.train.prompts_per_epoch} prompts cannot be shared out to "
+            f"{accelerator.num_processes} processes: raise it, or start fewer"
+        )
     return accelerator
 
 

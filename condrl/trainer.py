@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,15 @@ from condrl.checkpoint import save_checkpoint
 from condrl.config import Config
 from condrl.diagnose import diagnose, spread_metrics
 from condrl.errors import RunError, Stopped
+from condrl.noise import Noise, seeded_by
 from condrl.policy import Policy
+from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
 from condrl.report import save_grid
 from condrl.rewards import Reward, score
 
 PICTURES = 8  # images in an epoch's picture
+LONG = 1.0  # seconds: longer epochs are given up when the run is asked to stop, shorter ones are finished
 RATIO_TOLERANCE = {"full": 1e-3, "half": 2e-2}  # by the precision of the frozen weights
 
 
@@ -42,22 +46,23 @@ class Trainer:
     ) -> None:
         self.config, self.policy, self.algorithm = config, policy, algorithm
         self.rewards, self.rows, self.accelerator = rewards, rows, accelerator
+        self.processes = Processes(accelerator)
         self.weights = [p for p in policy.model.module.parameters() if p.requires_grad]
         train = config.train
         algorithm.setup(policy)
         own = algorithm.modules()
         self.rates = [train.lr, *(lr for _, lr in own.values())]
         groups = [self.weights, *(list(module.parameters()) for module, _ in own.values())]
-        optimizer = torch.optim.AdamW(
+        self.parameters = [parameter for group in groups for parameter in group]
+        self.processes.check_same(self.parameters)
+        self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in groups], train.lr, train.betas, weight_decay=train.weight_decay, fused=True
         )
-        policy.prepared, self.optimizer = accelerator.prepare(policy.model.module, optimizer)
         self.epoch = self.updates = self.images = 0
         self.metrics_file = config.folder / "metrics.jsonl"  # the same whenever a run is repeated or resumed
         self.bad_updates = self.skipped = 0  # updates without a finite gradient: in a row, in all
         self.first: dict[str, float] = {}  # what the first epoch recorded
         self.said: set[str] = set()  # the diagnoses that were printed
-        self.stopping = 0  # the number of the signal that asked for it
 
     # ------------------------------------------------------------------------------------------ phases
 
@@ -66,44 +71,64 @@ class Trainer:
 
         Raises: RunError when a ratio is not 1 before the first update or a reward fails; Stopped when asked to stop.
         """
-        run, epochs = self.config.run, self.config.train.epochs
-        bar = tqdm(range(self.epoch, epochs), initial=self.epoch, total=epochs, desc="tuning", unit="epoch")
-        saved = time.monotonic()
-        for epoch in bar:
-            reward = self.run_epoch(epoch)
-            bar.set_postfix(reward=f"{reward:.3f}")
-            if self.stopping or self.epoch == epochs or time.monotonic() - saved >= run.checkpoint_seconds:
-                self.checkpoint()
-                saved = time.monotonic()
-            if self.stopping:
-                raise Stopped(self.stopping)
+        self.processes.together(self._fit)
 
-    def run_epoch(self, epoch: int) -> float:
-        """Roll out, score, credit, update, record; returns the mean reward."""
-        clock = Clock()
-        experience = self.collect(epoch, clock)
-        self.picture(experience, epoch)
-        clock.lap("picture")
-        examples = self.examples(experience, epoch)
-        clock.lap("examples")
-        if epoch < 2 and self.config.run.check_ratios and isinstance(examples, RatioExamples):
-            # every pair before the first update, then some once the LoRA is no longer zero
-            self.check_ratios(examples, None if epoch == 0 else self.config.train.loss_batch)
-            clock.lap("check")
-        metrics = self.update(examples, epoch)
-        clock.lap("update")
-        self.epoch, self.images = epoch + 1, self.images + len(experience.rows)
-        self.record(experience, metrics, clock)
-        return experience.scores.total.mean().item()
+    def _fit(self) -> None:
+        epochs, shown = self.config.train.epochs, self.processes.first
+        todo = range(self.epoch, epochs)
+        bar = tqdm(todo, initial=self.epoch, total=epochs, desc="tuning", unit="epoch", disable=not shown)
+        saved = ended = time.monotonic()
+        seconds = LONG
+        for epoch in bar:
+            before = copy.deepcopy(self.state_dict()) if seconds >= LONG else None
+            try:
+                reward = self.run_epoch(epoch, heeds=before is not None)
+            except Stopped:
+                assert before is not None
+                self.load_state_dict(before)
+                self.checkpoint()
+                raise
+            bar.set_postfix(reward=f"{reward:.3f}")
+            now = time.monotonic()
+            seconds, ended = now - ended, now
+            stopping, due = self.processes.agree(now - saved >= self.config.run.checkpoint_seconds)
+            if stopping or due or self.epoch == epochs:
+                self.checkpoint()
+                saved = now
+            if stopping:
+                raise Stopped(stopping)
+
+    def run_epoch(self, epoch: int, heeds: bool = False) -> float:
+        """Roll out, score, credit, update, record; returns the mean reward.
+
+        Raises: Stopped, if it `heeds`, when the run is asked to stop before the record.
+        """
+        with self.processes.heeding(heeds):
+            clock = Clock()
+            experience = self.collect(epoch, clock)
+            self.picture(experience, epoch)
+            clock.lap("picture")
+            examples = self.examples(experience, epoch)
+            clock.lap("examples")
+            if epoch < 2 and self.config.run.check_ratios and isinstance(examples, RatioExamples):
+                # every pair before the first update, then some once the LoRA is no longer zero
+                self.check_ratios(examples, None if epoch == 0 else self.config.train.loss_batch)
+                clock.lap("check")
+            metrics = self.update(examples, experience, epoch)
+            clock.lap("update")
+        self.epoch, self.images = epoch + 1, self.images + experience.total
+        return self.record(experience, metrics, clock)
 
     def collect(self, epoch: int, clock: Clock) -> Experience:
-        """Roll out an epoch's prompts and score the images."""
+        """Roll out this process's share of an epoch's prompts and score the images."""
         train, model = self.config.train, self.policy.model
         drawn = epoch_rows(self.rows, self.config.run.seed, epoch, train.prompts_per_epoch)
-        rows = [row for row in drawn for _ in range(train.images_per_prompt)]
-        generator = self.generator(epoch, "rollout")
+        share, group = self.processes.share(len(drawn)), train.images_per_prompt
+        rows = [drawn[i] for i in share for _ in range(group)]
+        places = range(share.start * group, share.stop * group)
         condition = model.encode([row.prompt for row in rows])
-        trajectories = self.algorithm.rollout(self.policy, condition, generator, train.rollout_batch)
+        noise = self.noise(epoch, "rollout", places)
+        trajectories = self.algorithm.rollout(self.policy, condition, noise, train.rollout_batch)
         clock.lap("rollout")
         with torch.no_grad():
             samples = model.decode(trajectories.samples)
@@ -114,48 +139,75 @@ class Trainer:
         def total(points: Tensor, images: Tensor) -> Tensor:
             return score(self.rewards, points, [rows[i] for i in images.tolist()]).total
 
-        return Experience(trajectories, rows, scores, samples[:: train.images_per_prompt][:PICTURES].cpu(), total)
+        return Experience(
+            trajectories,
+            rows,
+            scores,
+            samples[::group][:PICTURES].cpu(),
+            total,
+            self.processes,
+            places,
+            len(drawn) * group,
+        )
 
     def examples(self, experience: Experience, epoch: int) -> Examples:
         """What the epoch's updates learn from."""
         train = self.config.train
-        examples = self.algorithm.examples(self.policy, experience, train, self.generator(epoch, "examples"))
+        noise = self.noise(epoch, "examples", experience.places)
+        examples = self.algorithm.examples(self.policy, experience, train, noise)
         if self.half and isinstance(examples, RatioExamples):
             return recomputed(examples, self.policy, train.loss_batch)
         return examples
 
-    def update(self, examples: Examples, epoch: int) -> dict[str, float]:
+    def update(self, examples: Examples, experience: Experience, epoch: int) -> dict[str, float]:
         """The epoch's optimiser steps; returns the means of their metrics."""
-        train, totals = self.config.train, defaultdict[str, list[Tensor]](list)
-        generator = self.generator(epoch, "update")
+        train, totals, norms = self.config.train, defaultdict[str, list[Tensor]](list), []
+        generator = seeded_by(self.seed(epoch, "update"))
         for _ in range(train.inner_epochs):
-            for part in torch.randperm(examples.images, generator=generator).chunk(train.updates_per_epoch):
-                for name, value in self.optimise(examples, part, generator).items():
-                    totals[name].append(value)
-        means = {name: torch.stack(values).mean().item() for name, values in totals.items()}
-        return means | {name: value.item() for name, value in examples.metrics.items()}
+            for part in self.minibatches(generator):
+                metrics, norm = self.optimise(examples, experience.places, part, generator)
+                if norm is not None:
+                    norms.append(norm)
+                    for name, value in metrics.items():
+                        totals[name].append(value)
+        means = {name: torch.stack(values).sum() / len(norms) for name, values in totals.items()}
+        share = examples.images / experience.total
+        found = self.added_up(means | {name: value * share for name, value in examples.metrics.items()})
+        return found | ({"grad_norm": torch.stack(norms).mean().item()} if norms else {})
 
-    def optimise(self, examples: Examples, images: Tensor, generator: torch.Generator) -> Metrics:
-        """One optimiser step on the mean over images of the loss summed over columns."""
+    def minibatches(self, generator: torch.Generator) -> Sequence[Tensor]:
+        """The places of the images of each update of a pass: as many of each prompt as can be."""
+        train = self.config.train
+        turn = torch.rand(train.prompts_per_epoch, train.images_per_prompt, generator=generator).argsort(1).argsort(1)
+        order = (turn + torch.rand(turn.shape, generator=generator)).flatten().argsort()
+        return order.chunk(train.updates_per_epoch)
+
+    def optimise(
+        self, examples: Examples, places: range, part: Tensor, generator: torch.Generator
+    ) -> tuple[Metrics, Tensor | None]:
+        """One optimiser step on the mean over the images at `part` of the loss summed over columns.
+
+        Returns this process's part of the metrics' means, and the gradient's norm; None where the step was skipped.
+        """
         train, totals = self.config.train, defaultdict[str, list[Tensor]](list)
-        columns = self.draw_columns(examples.columns, len(images), generator)
+        columns = self.draw_columns(examples.columns, len(part), generator)
         weight = len(examples.columns) / columns.numel()  # a subset of the columns stands for all of them
-        pairs = torch.stack([images[:, None].expand_as(columns), columns], -1).flatten(0, 1)
+        own = (part >= places.start) & (part < places.stop)
+        pairs = torch.stack([(part - places.start)[:, None].expand_as(columns), columns], -1)[own].flatten(0, 1)
         self.set_lr()
-        for part in pairs.split(train.loss_batch):
-            loss, metrics = self.algorithm.loss(self.policy, examples.minibatch(*part.unbind(1)))
-            self.accelerator.backward(loss.sum() * weight)
+        for some in pairs.split(train.loss_batch) if len(pairs) else ():
+            loss, metrics = self.algorithm.loss(self.policy, examples.minibatch(*some.unbind(1)))
+            (loss.sum() * weight).backward()
             metrics["loss"] = loss.detach().mean()
             for name, value in metrics.items():
-                totals[name].append(value.detach() * (len(part) / len(pairs)))
-        norm = self.accelerator.clip_grad_norm_(self.weights, train.max_grad_norm)
-        if not self.finite(norm):
-            self.optimizer.zero_grad()
-            return {}
-        self.optimizer.step()
+                totals[name].append(value.detach() * (len(some) / columns.numel()))
+        self.processes.sum_gradients(self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, train.max_grad_norm)
+        if finite := self.finite(norm):
+            self.optimizer.step()
+            self.updates += 1
         self.optimizer.zero_grad()
-        self.updates += 1
-        return {**{name: torch.stack(values).sum() for name, values in totals.items()}, "grad_norm": norm}
+        return {name: torch.stack(values).sum() for name, values in totals.items()}, norm if finite else None
 
     def finite(self, norm: Tensor) -> bool:
         """Whether every gradient is finite; if not, the update is to be skipped.
@@ -186,9 +238,12 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def checkpoint(self) -> None:
-        """Write what the run needs to go on from here."""
-        name = f"epoch_{self.epoch:08d}"
-        save_checkpoint(self.config.folder / "checkpoints", name, self.state_dict(), self.config.run.keep_checkpoints)
+        """Write what the run needs to go on from here; all processes do this together."""
+        self.processes.check_same(self.parameters)
+        name, state = f"epoch_{self.epoch:08d}", self.state_dict()
+        if self.processes.first:
+            save_checkpoint(self.config.folder / "checkpoints", name, state, self.config.run.keep_checkpoints)
+        self.processes.meet()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on. Draws are functions of seed and epoch; torch's own state is for
@@ -206,7 +261,7 @@ class Trainer:
             "modules": {name: module.state_dict() for name, (module, _) in self.algorithm.modules().items()},
             "optimizer": self.optimizer.state_dict(),
             "algorithm": self.algorithm.state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": self.processes.gather_objects(torch.get_rng_state()),
             "metrics_bytes": self.metrics_file.stat().st_size if self.metrics_file.exists() else 0,
         }
 
@@ -222,8 +277,9 @@ class Trainer:
             module.load_state_dict(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.algorithm.load_state_dict(state["algorithm"])
-        torch.set_rng_state(state["rng"])
-        if self.metrics_file.exists() and self.metrics_file.stat().st_size > state["metrics_bytes"]:
+        torch.set_rng_state(state["rng"][self.processes.rank % len(state["rng"])])
+        recorded = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        if self.processes.first and recorded > state["metrics_bytes"]:
             os.truncate(self.metrics_file, state["metrics_bytes"])
 
     # ------------------------------------------------------------------------------------------ checks
@@ -256,12 +312,21 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ helpers
 
-    def generator(self, epoch: int, phase: str) -> torch.Generator:
-        """Randomness as a function of seed, epoch and phase alone."""
-        phases = ("rollout", "examples", "update")
-        return torch.Generator().manual_seed(
-            (self.config.run.seed * 1_000_003 + epoch) * len(phases) + phases.index(phase)
-        )
+    def seed(self, epoch: int, phase: str) -> str:
+        """What randomness is a function of."""
+        return f"{self.config.run.seed} {epoch} {phase}"
+
+    def noise(self, epoch: int, phase: str, places: range) -> Noise:
+        """Randomness of the images at some places of an epoch."""
+        return Noise(self.seed(epoch, phase), places, self.config.train.images_per_prompt)
+
+    def added_up(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """The sums over processes of values of the same names."""
+        if not values:
+            return {}
+        names = sorted(values)
+        summed = self.processes.sum(torch.tensor([float(values[name]) for name in names], dtype=torch.float64))
+        return dict(zip(names, summed.tolist(), strict=True))
 
     def set_lr(self) -> None:
         """The learning rate of the next update: warm-up, then constant or falling."""
@@ -274,29 +339,37 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ record
 
-    def record(self, experience: Experience, metrics: dict[str, float], clock: Clock) -> None:
-        """Append a line to metrics.jsonl and pass it to the trackers."""
+    def record(self, experience: Experience, metrics: dict[str, float], clock: Clock) -> float:
+        """Append a line to metrics.jsonl and pass it to the trackers; returns the mean reward."""
         line: dict[str, Any] = {"epoch": self.epoch, "images": self.images, "updates": self.updates}
-        for name, values in {"total": experience.scores.total, **experience.scores.each}.items():
+        for name, own in {"total": experience.scores.total, **experience.scores.each}.items():
+            values = experience.everyone(own)
             line[f"reward/{name}"], line[f"reward/{name}_std"] = values.mean().item(), values.std(correction=0).item()
-        line |= {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "unet_calls": self.policy.model.evaluations}
-        line |= {"skipped_updates": self.skipped, **spread_metrics(experience)}
+        share = len(experience.rows) / experience.total
+        spread = {name: value * share for name, value in spread_metrics(experience).items()}
+        line |= {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "skipped_updates": self.skipped}
+        line |= self.added_up({"unet_calls": self.policy.model.evaluations, **spread})
         self.first = self.first or dict(line)
         found = diagnose(self.first, line)
+        if self.processes.first:
+            self.write(line, found, clock)
+        return float(line["reward/total"])
+
+    def write(self, line: dict[str, Any], found: Mapping[str, str], clock: Clock) -> None:
+        """Append to the record what an epoch measured, print the diagnoses that are new."""
         for name in found.keys() - self.said:
             tqdm.write(f"warning, epoch {self.epoch}: {found[name]}", file=sys.stderr)
         self.said |= found.keys()
         self.accelerator.log(line, step=self.epoch)
-        line["diagnosis"] = sorted(found)
         timing = {"epoch": self.epoch, **{f"seconds/{name}": round(s, 4) for name, s in clock.seconds.items()}}
-        for file, content in ((self.metrics_file, line), (self.metrics_file.with_name("timings.jsonl"), timing)):
-            with file.open("a") as record:
+        for name, content in (("metrics", line | {"diagnosis": sorted(found)}), ("timings", timing)):
+            with (self.config.folder / f"{name}.jsonl").open("a") as record:
                 record.write(json.dumps(content) + "\n")
         self.accelerator.log(timing, step=self.epoch)
 
     def picture(self, experience: Experience, epoch: int) -> None:
         """Save the first image of the first prompts, with prompts and rewards; images only, not points."""
-        if experience.shown.dim() != 4:
+        if experience.shown.dim() != 4 or not self.processes.first:
             return
         every, total = self.config.train.images_per_prompt, experience.scores.total
         chosen = range(0, len(experience.rows), every)[:PICTURES]

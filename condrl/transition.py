@@ -156,13 +156,3 @@ def trained_steps(sampler: Sampler, train: TrainConfig) -> Tensor:
     if train.steps_per_image is not None and not 1 <= train.steps_per_image <= len(chosen):
         raise UsageError(f"config train.steps_per_image: {train.steps_per_image} of the {len(chosen)} trained steps")
     return torch.tensor(sorted(set(chosen)))
-
-
-def randn(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator], device: torch.device) -> Tensor:
-    """Standard normal noise (B, ...), drawn on the CPU so that a seed gives the same noise on every device.
-
-    With a list, row i is drawn by generator i alone, so it does not depend on its batch.
-    """
-    if isinstance(generator, list):
-        return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in generator]).to(device)
-    return torch.randn(shape, generator=generator).to(device)

@@ -65,7 +65,7 @@ class _Tanh(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         back: Tensor = torch.ops.aten.tanh_backward(gradient, *ctx.saved_tensors)
         return back
 

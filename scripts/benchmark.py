@@ -82,7 +82,7 @@ def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         examples = trainer.examples(experience, epoch)
         clock.lap("examples")
         counts["examples"], before = model.evaluations - before, model.evaluations
-        trainer.update(examples, epoch)
+        trainer.update(examples, experience, epoch)
         clock.lap("update")
         counts["update"] = model.evaluations - before
         with model.reference():
@@ -155,7 +155,7 @@ def epoch(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     trainer = quickstart_trainer(config)
     for number in range(3):
         experience = trainer.collect(number, Clock())
-        trainer.update(trainer.examples(experience, number), number)
+        trainer.update(trainer.examples(experience, number), experience, number)
         stored = experience.rollout.states.nbytes / 1e9
         del experience
     return {"peak_memory_gb": peak_memory_gb(trainer.policy.model.device), "stored_gb": stored}
@@ -182,7 +182,7 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     if isinstance(examples, RatioExamples):
         trainer.check_ratios(examples)
     clock.lap("check")
-    metrics = trainer.update(examples, 0)
+    metrics = trainer.update(examples, experience, 0)
     clock.lap("update")
     weights = sum(p.numel() for p in trainer.policy.model.module.parameters())
     return {

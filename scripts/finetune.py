@@ -15,18 +15,20 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condrl.config import config_help, is_setting, load_config, to_yaml
-from condrl.errors import Stopped, UsageError, exit_code
+from condrl.errors import SIGNALS, Stopped, UsageError, exit_code, say
 
 if TYPE_CHECKING:
     from condrl.config import Config
     from condrl.evaluate import Evaluation
     from condrl.prompts import Row
     from condrl.trainer import Trainer
+
+    Checkpoint = tuple[Path, dict[str, Any]] | None
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
@@ -74,75 +76,123 @@ def split_json(words: list[str]) -> tuple[list[str], Path | None]:
 
 
 def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float) -> dict[str, Any]:
-    """Measure, tune, save, measure again; returns the result."""
+    """Prepare the folder and the model, then tune; returns the result."""
     import torch
 
-    from condrl.checkpoint import drop_later
-    from condrl.run import (
-        continues,
-        find_checkpoint,
-        make_trainer,
-        peak_memory_gb,
-        prepare_folder,
-        provenance,
-        start_trackers,
-        write_json,
-    )
+    from condrl.run import find_checkpoint, make_trainer
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     checkpoint = find_checkpoint(config)
     trainer = make_trainer(config, train, heldout)
-    model, folder = trainer.policy.model, config.folder
+    return trainer.processes.together(lambda: measure_and_tune(trainer, heldout, checkpoint, begun))
+
+
+def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], checkpoint: Checkpoint, begun: float) -> dict[str, Any]:
+    """Measure, tune, save, measure again; the first process writes and prints."""
+    from condrl.run import peak_memory_gb, provenance, start_trackers, write_json
+
+    model, folder, processes = trainer.policy.model, trainer.config.folder, trainer.processes
+    origin = provenance()
+    with locked(folder) if processes.first else nullcontext():
+        if processes.first:
+            prepare(trainer.config, checkpoint)
+        processes.meet()
+        start_trackers(trainer.config, trainer.accelerator)
+        base = heldout_evaluation(trainer, heldout, "base")
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint[1])
+        with stopping_on_signals(trainer):
+            tune(trainer)
+        tuned = heldout_evaluation(trainer, heldout, "tuned")
+        trainer.accelerator.end_training()
+        result = {
+            "heldout": compared(base, tuned),
+            "seconds": round(time.monotonic() - begun, 1),
+            "peak_memory_gb": round(peak_memory_gb(model.device), 3),
+            "images": trainer.images,
+            **trainer.added_up({"unet_calls": model.evaluations}),
+            "processes": processes.count,
+            "seed": trainer.config.run.seed,
+            **origin,
+        }
+        if processes.first:
+            write_json(folder / "result.json", result)
+            save_pictures(trainer, base, tuned)
+            print(summary(result, folder))
+    return result
+
+
+def prepare(config: Config, checkpoint: Checkpoint) -> None:
+    """Make the run's folder what the run expects, and write its config."""
+    from condrl.checkpoint import drop_later
+    from condrl.run import continues, prepare_folder
+
     if checkpoint is None or not continues(config, checkpoint[0]):
         prepare_folder(config)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    start_trackers(config, trainer.accelerator)
-    origin = provenance()
-    base = heldout_evaluation(trainer, heldout, "base")
     if checkpoint is not None:
-        trainer.load_state_dict(checkpoint[1])
         drop_later(checkpoint[0])
-    with stopping_on_signals(trainer):
-        try:
-            trainer.fit()
-        except Stopped:
-            model.save_adapter(folder / "lora")
-            raise
-    model.save_adapter(folder / "lora")
-    tuned = heldout_evaluation(trainer, heldout, "tuned")
-    result = {
-        "heldout": compared(base, tuned),
-        "seconds": round(time.monotonic() - begun, 1),
-        "peak_memory_gb": round(peak_memory_gb(model.device), 3),
-        "images": trainer.images,
-        "unet_calls": model.evaluations,
-        "seed": config.run.seed,
-        **origin,
-    }
-    write_json(folder / "result.json", result)
-    if base and tuned and base.pictures and base.pictures[0].dim() == 3:
-        save_comparison_of(base, tuned, folder / "images" / "before_after.png")
-    if len(model.state_shape) == 1:
-        from condrl.plots import save_plots
+    (config.folder / "config.yaml").write_text(to_yaml(config))
 
-        save_plots(trainer)
-    trainer.accelerator.end_training()
-    print(summary(result, folder))
-    return result
+
+def tune(trainer: Trainer) -> None:
+    """Run the epochs and save the LoRA, also when asked to stop."""
+    try:
+        trainer.fit()
+    except Stopped:
+        save_lora(trainer)
+        raise
+    save_lora(trainer)
+
+
+def save_lora(trainer: Trainer) -> None:
+    if trainer.processes.first:
+        trainer.policy.model.save_adapter(trainer.config.folder / "lora")
+
+
+def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation | None) -> None:
+    from condrl.plots import save_plots
+    from condrl.report import save_comparison
+
+    if base and tuned and base.pictures and base.pictures[0].dim() == 3:
+        path = trainer.config.folder / "images" / "before_after.png"
+        save_comparison(path, base.pictures, tuned.pictures, base.labels)
+    if len(trainer.policy.model.state_shape) == 1:
+        try:
+            save_plots(trainer)
+        except UsageError as error:  # of a policy so far off that exact answers do not reach it
+            say(f"warning: no pictures: {error}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within it, no other process can tune in the folder.
+
+    Raises: UsageError when one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"another process is tuning in {folder}: choose another run.name=") from None
+        yield
 
 
 @contextmanager
 def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
-    """Within it, SIGINT and SIGTERM let the epoch end and be saved; a second one ends the process at once."""
+    """Within it, SIGINT and SIGTERM end the run with a checkpoint; a second one ends the process at once."""
 
     def stop(number: int, frame: Any) -> None:
-        trainer.stopping = number
         signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this epoch; once more to stop at once", file=sys.stderr, flush=True)
+        say("\nstopping with a checkpoint; once more to stop at once")
+        trainer.processes.stop(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
     finally:
@@ -166,8 +216,11 @@ def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Ev
         per_prompt=config.evaluate.images_per_prompt,
         batch=config.train.rollout_batch,
         pictures=config.evaluate.pictures,
+        processes=trainer.processes,
     )
-    print(f"held-out, {who}: " + ", ".join(f"{name} {e.mean:.3f}" for name, e in found.measures.items()), flush=True)
+    if trainer.processes.first:
+        means = ", ".join(f"{name} {e.mean:.3f}" for name, e in found.measures.items())
+        print(f"held-out, {who}: {means}", flush=True)
     return found
 
 
@@ -177,12 +230,6 @@ def compared(base: Evaluation | None, tuned: Evaluation | None) -> dict[str, Any
         return {}
     both = {"base": base.measures, "tuned": tuned.measures}
     return {name: {who: dataclasses.asdict(m[name]) for who, m in both.items()} for name in base.measures}
-
-
-def save_comparison_of(base: Evaluation, tuned: Evaluation, path: Path) -> None:
-    from condrl.report import save_comparison
-
-    save_comparison(path, base.pictures, tuned.pictures, base.labels)
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:

@@ -359,7 +359,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=50_000)
     parser.add_argument("--bad-episodes", type=int, default=3_000, help="of the bad model B; the paper took 30000")
     parser.add_argument("--q-episodes", type=int, default=50_000, help="of q-learning from a pretrained model")
-    parser.add_argument("--simulator-episodes", type=int, default=50_000, help="of the pretrained models of table5 and 6")
+    parser.add_argument("--simulator-episodes", type=int, default=50_000, help="of table5's models")
     parser.add_argument("--tuning-episodes", type=int, default=3_000, help="of DDPO and DPOK")
     parser.add_argument("--tries", type=int, default=4, help="weights tried for a row that asks for a reward")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "q_learning", help="where networks are kept")

@@ -63,9 +63,10 @@ def draw(args: argparse.Namespace) -> None:
     import torch
     from torch import Tensor
 
+    from condrl.noise import seeded
     from condrl.prompts import load_prompts
     from condrl.report import save_comparison, save_grid, to_pil
-    from condrl.rollout import sample, seeded
+    from condrl.rollout import sample
     from condrl.run import make_policy
 
     config, lora = read_words(args.words)

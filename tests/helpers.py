@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from condrl import registry
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -76,3 +78,19 @@ def tiny_pipeline(folder: Path, prediction: str = "epsilon", seed: int = 0) -> P
     )
     pipe.save_pretrained(folder / "pipe")
     return folder / "pipe"
+
+
+ALGORITHMS = [plugin.name for plugin in registry.algorithm.all() if "condrl" in plugin.target.__module__]
+OPTIONS = {
+    "adjoint_matching": ["algorithm.kappa=0.5"],
+    "ctrl": ["algorithm.kappa=0.5"],
+    "ddpo": ["algorithm.advantage=prompt", "algorithm.tracker_least=2"],
+    "q_learning": ["algorithm.score=pretrained"],
+}
+
+
+def toy_words(name: str, folder: Path) -> list[str]:
+    """A short run of an algorithm on the toy with four prompts, with options that leave little of it out."""
+    file = str(ROOT / "configs" / "toy" / "p1.yaml")
+    few = ["train.epochs=6", "train.images_per_prompt=8", "train.rollout_batch=16", "train.prompts_per_epoch=2"]
+    return [file, f"algorithm.name={name}", f"run.dir={folder}", *few, "sampler.steps=5", *OPTIONS.get(name, [])]

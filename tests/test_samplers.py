@@ -9,12 +9,12 @@ from torch.distributions import Normal
 
 from condrl import UsageError, oracle
 from condrl.models.mixture import Mixture
+from condrl.noise import randn
 from condrl.oracle import Line
 from condrl.policy import Policy
 from condrl.rollout import rollout
 from condrl.run import make, make_sampler
 from condrl.schedule import OU, VP, RectifiedFlow, schedule_from_diffusers
-from condrl.transition import randn
 
 LAWS = {"m1": {"weights": [0.3, 0.7], "means": [-2.0, 1.5], "variances": [0.4, 0.25]}}
 SCHEDULES = [VP(), OU(), RectifiedFlow(), schedule_from_diffusers({"num_train_timesteps": 1000, "steps_offset": 1})]

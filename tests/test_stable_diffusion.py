@@ -5,9 +5,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from condrl import RunError, UsageError
 from condrl.checkpoint import LORA_FILE, lora_layers
 from condrl.models.stable_diffusion import StableDiffusion
+from condrl.noise import seeded
 from condrl.policy import Policy
 from condrl.report import to_pil
-from condrl.rollout import sample, seeded
+from condrl.rollout import sample
 from condrl.run import make_sampler
 
 CPU = torch.device("cpu")

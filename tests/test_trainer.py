@@ -14,10 +14,11 @@ from condrl import RunError
 from condrl.checkpoint import lora_layers
 from condrl.config import build_config
 from condrl.models.stable_diffusion import StableDiffusion
+from condrl.noise import seeded
 from condrl.policy import Policy
 from condrl.prompts import Row
 from condrl.rewards import make_reward
-from condrl.rollout import sample, seeded
+from condrl.rollout import sample
 from condrl.run import make, make_sampler
 from condrl.schedule import schedule_from_diffusers
 from condrl.trainer import Trainer
@@ -108,7 +109,7 @@ def test_gradient_at_the_start_is_reinforce(tmp_path):
     gradients = []
     trainer.optimizer.step = lambda: gradients.append(trainer.policy.model.module.mean.grad.clone())
     examples = trainer.examples(experience, 0)
-    trainer.optimise(examples, torch.arange(32), torch.Generator())
+    trainer.optimise(examples, range(32), torch.arange(32), torch.Generator())
     r, total = experience.rollout, torch.zeros(())
     for k in range(8):
         law = trainer.policy.transition(r.states[k], torch.full((32,), k), r.condition)
@@ -127,7 +128,7 @@ def test_a_subset_of_steps_has_the_same_gradient_on_average(tmp_path):
         full.optimizer.step = lambda grads=grads: grads.append(full.policy.model.module.mean.grad.clone())
         generator = torch.Generator().manual_seed(0)
         for _ in range(400 if per_image else 1):
-            full.optimise(full.examples(experience, 0), torch.arange(32), generator)
+            full.optimise(full.examples(experience, 0), range(32), torch.arange(32), generator)
         found[name] = torch.stack(grads)
     error = found["some"].std(0) / 400**0.5
     assert ((found["some"].mean(0) - found["all"][0]).abs() < 4 * error + 1e-9).all()
@@ -255,31 +256,14 @@ def test_sums_over_many_dimensions_keep_their_digits():
     torch.testing.assert_close(law.log_prob(x), exact, rtol=1e-7, atol=2e-2)
 
 
-def test_the_update_goes_through_the_prepared_module_and_the_rollout_does_not(tmp_path):
-    trainer = make_trainer(tmp_path)
-    calls = []
-    bare = trainer.policy.model.module
-
-    class Prepared(torch.nn.Module):
-        def forward(self, *arguments):
-            calls.append(torch.is_grad_enabled())
-            return bare(*arguments)
-
-    trainer.policy.prepared = Prepared()
-    experience = trainer.collect(0, clock())
-    assert calls == []
-    trainer.update(trainer.examples(experience, 0), 0)
-    assert calls
-    assert all(calls)
-
-
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     trainer = make_trainer(tmp_path, train={"max_bad_updates": 1})
-    examples = trainer.examples(trainer.collect(0, clock()), 0)
+    experience = trainer.collect(0, clock())
+    examples = trainer.examples(experience, 0)
     examples.advantages.fill_(float("nan"))
     before = trainer.policy.model.module.mean.detach().clone()
     with pytest.raises(RunError, match="1 updates in a row, the last after update 0"):
-        trainer.update(examples, 0)
+        trainer.update(examples, experience, 0)
     assert torch.equal(trainer.policy.model.module.mean, before)
 
 
@@ -295,7 +279,7 @@ def test_sampling_by_seed_does_not_depend_on_the_batch(model):
 def test_rng_depends_on_seed_epoch_and_phase(tmp_path):
     trainer = make_trainer(tmp_path)
     draws = {
-        tuple(torch.rand(2, generator=trainer.generator(epoch, phase)).tolist())
+        tuple(trainer.noise(epoch, phase, range(2)).normal((1,)).flatten().tolist())
         for epoch in (0, 1)
         for phase in ("rollout", "update")
     }

@@ -4,10 +4,11 @@ from diffusers import DDIMScheduler
 from torch.distributions import Independent, Normal, kl_divergence
 
 from condrl import UsageError
+from condrl.noise import randn
 from condrl.registry import sampler
 from condrl.run import make_sampler
 from condrl.schedule import schedule_from_diffusers
-from condrl.transition import Transition, randn
+from condrl.transition import Transition
 
 SD15 = dict(
     num_train_timesteps=1000,

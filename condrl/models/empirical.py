@@ -51,10 +51,10 @@ class Empirical(Points):
             self.load_adapter(Path(weights))
         self._pretrained = copy.deepcopy(self.module).requires_grad_(False)
 
-    def score(self, x: Tensor, t: Tensor, condition: Tensor, module: nn.Module | None = None) -> Tensor:
+    def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """(B, d) at x (B, d) and times t (B,)."""
         self.evaluations += len(x)
-        network = (module or self.module) if self.tuned else self._pretrained
+        network = self.module if self.tuned else self._pretrained
         score: Tensor = network(x, t.to(x), condition)
         return score
 

@@ -49,11 +49,11 @@ class Mixture(Points):
             self.module: nn.Module = make(self.schedule, *shape, size)
         self.module.to(device)
 
-    def score(self, x: Tensor, t: Tensor, condition: Tensor, module: nn.Module | None = None) -> Tensor:
+    def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The pretrained score plus the correction, (B, d) at x (B, d) and times t (B,)."""
         self.evaluations += len(x)
         score = self.pretrained_score(x, t, condition)
-        return score + (module or self.module)(x, t, condition) if self.tuned else score
+        return score + self.module(x, t, condition) if self.tuned else score
 
     def pretrained_score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The score (B, d) that tuning started from."""

@@ -102,9 +102,8 @@ class StableDiffusion:
 
     # ------------------------------------------------------------------------------------------ score
 
-    def score(self, x: Tensor, t: Tensor, condition: Tensor, module: nn.Module | None = None) -> Tensor:
+    def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The guided score at latents x (B, 4, h, w) and times t (B,), s = s_u + w (s_c - s_u)."""
-        unet = module or self.module
         time, rows, count = self.schedule.network_time(t).to(x.device), condition, len(x)
         latents = x
         if self.guidance != 1:
@@ -112,7 +111,7 @@ class StableDiffusion:
             rows = torch.cat([self.negative.expand(count), condition])
         self.evaluations += len(latents)
         latents = latents.to(self._table.dtype, memory_format=torch.channels_last)
-        predicted = unet(latents, time, self._table[rows]).sample.float()
+        predicted = self.module(latents, time, self._table[rows]).sample.float()
         if self.guidance != 1:
             unconditional, conditional = predicted.chunk(2)
             if self.guidance_gradient == "conditional":

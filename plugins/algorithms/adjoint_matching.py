@@ -11,6 +11,7 @@ from torch import Tensor
 import condrl
 from condrl.algorithms import Algorithm, Examples, Experience, Metrics, Need
 from condrl.config import TrainConfig
+from condrl.noise import Noise
 from condrl.policy import Policy
 from condrl.rollout import Rollout
 from condrl.transition import trained_steps
@@ -62,9 +63,7 @@ class AdjointMatching(Algorithm):
     def needs(self) -> Sequence[Need]:
         return ("reward gradients", "stochastic steps", "Markov steps")
 
-    def examples(
-        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
-    ) -> Examples:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Examples:
         r, means = experience.rollout, torch.empty_like(experience.rollout.states[1:])
         for images in torch.arange(len(r.condition)).split(train.rollout_batch):
             rows = images.to(means.device)
@@ -76,14 +75,14 @@ class AdjointMatching(Algorithm):
         self, policy: Policy, states: Tensor, condition: Tensor, images: Tensor, experience: Experience
     ) -> list[tuple[int, Tensor]]:
         """Each step with the mean it should have, (B, ...), from the last to the first."""
-        bare, found = Policy(policy.model, policy.sampler), []  # gradients in x alone: not through a wrapped module
+        found = []
         x = states[-1].requires_grad_()
         reward = experience.score(policy.model.decode(x), images).sum()
         adjoint = -torch.autograd.grad(reward, x)[0] / self.kappa
         for k in reversed(range(policy.steps)):
             x = states[k].requires_grad_()
             with policy.model.reference():
-                base = bare.transition(x, torch.full((len(x),), k), condition)
+                base = policy.transition(x, torch.full((len(x),), k), condition)
             found.append((k, base.mean.detach() - base.std.square() * adjoint))
             (adjoint,) = torch.autograd.grad(base.mean, x, adjoint)
         return found

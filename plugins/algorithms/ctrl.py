@@ -13,6 +13,7 @@ from condrl.actions import Actions, action_log_prob, action_variance, explore, p
 from condrl.algorithms import Algorithm, Experience, Metrics, Need, clipped
 from condrl.config import TrainConfig
 from condrl.credit import group_scale
+from condrl.noise import Noise
 from condrl.policy import Policy
 from condrl.schedule import like, x0_from_score
 from condrl.transition import Coefficients
@@ -130,15 +131,13 @@ class CTRL(Algorithm):
         fiat = policy.model.schedule.g2(sampler.times[:-1]) * -sampler.times.diff() / 2
         return fiat.where(sampler.S == 0, sampler.B.square() / (2 * sampler.S.square()))
 
-    def rollout(self, policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Actions:
-        return explore(policy, condition, generator, batch, self.variance(policy))
+    def rollout(self, policy: Policy, condition: Tensor, noise: Noise, batch: int) -> Actions:
+        return explore(policy, condition, noise, batch, self.variance(policy))
 
     # ------------------------------------------------------------------------------------------ credit
 
     @torch.no_grad()
-    def examples(
-        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
-    ) -> ActionTable:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> ActionTable:
         r, rewards = experience.rollout, experience.scores.total
         assert isinstance(r, Actions)  # from our own rollout
         base = pretrained_scores(policy, r, train.rollout_batch)
@@ -148,7 +147,7 @@ class CTRL(Algorithm):
         values = torch.stack([self._value(policy, r, k, hints) for k in range(policy.steps)] + [rewards])
         to_go = kl.flip(0).cumsum(0).flip(0)
         td = values[1:] - values[:-1] - self.kappa * kl
-        scale = group_scale(rewards, experience.groups) if self.normalise else torch.ones_like(rewards)
+        scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
         targets, path = rewards - self.kappa * to_go, kl.sum(0).mean()
         fit = 1 - (targets - values[:-1]).var() / targets.var().clamp(min=1e-12)
         metrics = {"path_kl": path, "objective": rewards.mean() - self.kappa * path, "value_explains": fit}

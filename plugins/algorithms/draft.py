@@ -11,6 +11,7 @@ from torch import Tensor
 import condrl
 from condrl.algorithms import Algorithm, Examples, Experience, Metrics, Need
 from condrl.config import TrainConfig
+from condrl.noise import Noise
 from condrl.policy import Policy
 
 
@@ -63,9 +64,7 @@ class DRaFT(Algorithm):
     def needs(self) -> Sequence[Need]:
         return ("reward gradients", "Markov steps", "one pass", *(("noise",) if self.kappa > 0 else ()))
 
-    def examples(
-        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
-    ) -> Examples:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Examples:
         return WholeChains(experience, max(0, policy.steps - (self.last or policy.steps)))
 
     def loss(self, policy: Policy, batch: Chains) -> tuple[Tensor, Metrics]:

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 import condrl
 from condrl.algorithms import Algorithm, Examples, Experience, Metrics, Need, Noised, noised_samples
 from condrl.config import TrainConfig
 from condrl.credit import group_advantages
+from condrl.noise import Noise
 from condrl.policy import Policy
 from condrl.schedule import like
 
@@ -39,12 +39,10 @@ class NFT(Algorithm):
         """Group advantages (B,), bounded by the temperature so that no density is asked to be negative."""
         return group_advantages(rewards, groups, self.normalise).clamp(-self.temperature, self.temperature)
 
-    def examples(
-        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
-    ) -> Examples:
-        advantages = self.advantages(experience.scores.total, experience.groups)
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Examples:
+        advantages = experience.credit(self.advantages, experience.scores.total)
         return noised_samples(
-            policy, experience.rollout, advantages, self.draws, self.times, train.rollout_batch, generator
+            policy, experience.rollout, advantages, self.draws, self.times, train.rollout_batch, noise
         )
 
     def loss(self, policy: Policy, batch: Noised) -> tuple[Tensor, Metrics]:
@@ -55,7 +53,7 @@ class NFT(Algorithm):
         """
         schedule = policy.model.schedule
         alpha, sigma = (like(c, batch.x) for c in (schedule.alpha(batch.t), schedule.sigma(batch.t)))
-        score = policy.model.score(batch.x, batch.t, batch.condition, policy.prepared)
+        score = policy.model.score(batch.x, batch.t, batch.condition)
         change = (sigma / alpha * (score - batch.old_score)).flatten(1)
         error = (sigma / alpha * (-batch.noise / sigma - batch.old_score)).flatten(1)
         step = change.square().mean(1)

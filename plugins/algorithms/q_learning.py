@@ -15,6 +15,7 @@ from condrl.actions import Actions, action_variance, explore, pretrained_scores
 from condrl.algorithms import Algorithm, Experience, Metrics, Need
 from condrl.config import TrainConfig
 from condrl.datasets import ratio_score
+from condrl.noise import Noise
 from condrl.policy import Policy
 from condrl.rollout import Rollout
 from condrl.values import tanh_relu
@@ -108,20 +109,18 @@ class QLearning(Algorithm):
 
     # ------------------------------------------------------------------------------------------ roll-out
 
-    def rollout(self, policy: Policy, condition: Tensor, generator: torch.Generator, batch: int) -> Actions:
-        return explore(policy, condition, generator, batch, action_variance(policy, self.temperature))
+    def rollout(self, policy: Policy, condition: Tensor, noise: Noise, batch: int) -> Actions:
+        return explore(policy, condition, noise, batch, action_variance(policy, self.temperature))
 
     @torch.no_grad()
-    def examples(
-        self, policy: Policy, experience: Experience, train: TrainConfig, generator: torch.Generator
-    ) -> EpisodeTable:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> EpisodeTable:
         r, schedule = experience.rollout, policy.model.schedule
         assert isinstance(r, Actions)  # from our own rollout
         if self.score == "pretrained":
             scores = pretrained_scores(policy, r, train.rollout_batch)
         else:
             parts = torch.arange(len(r.condition)).split(train.rollout_batch)
-            scores = torch.cat([self._data_scores(policy, r, images, generator) for images in parts], 1)
+            scores = torch.cat([self._data_scores(policy, r, images, noise) for images in parts], 1)
         g2 = schedule.g2(policy.sampler.times[:-1]).to(scores)[:, None]
         running = -g2 * (scores - r.actions).square().sum(2)
         duration = -policy.sampler.times.diff().to(scores)[:, None]
@@ -129,7 +128,7 @@ class QLearning(Algorithm):
         rewards = self.beta * experience.scores.total
         return EpisodeTable(r, running, rewards, {"cost": cost, "objective": rewards.mean() - cost})
 
-    def _data_scores(self, policy: Policy, r: Rollout, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _data_scores(self, policy: Policy, r: Rollout, images: Tensor, noise: Noise) -> Tensor:
         """The score of the data at the states of some trajectories, (K, b, d)."""
         model: Any = policy.model  # with data (C, n, d)
         times, condition = policy.sampler.times[:-1], r.condition[images]
@@ -139,7 +138,8 @@ class QLearning(Algorithm):
             rows = (condition == c).nonzero()[:, 0]
             points = model.data[c].expand(policy.steps, -1, -1)
             if self.score == "samples":
-                chosen = torch.randint(points.shape[1], (policy.steps, self.samples), generator=generator)
+                size = policy.steps, self.samples
+                chosen = torch.randint(points.shape[1], size, generator=noise.shared(f"points {c}"))
                 points = model.data[c][chosen.to(model.data.device)]
             found[:, rows] = ratio_score(r.states[:-1, images[rows]], points, alpha, sigma, self.floor)
         return found

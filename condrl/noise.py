@@ -1,0 +1,70 @@
+"""Random draws that are functions of a seed and of what they are for, not of what was drawn before."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Noise:
+    """Draws for images of an epoch, the same however the images are split over batches and processes.
+
+    Each image has a place in the epoch, and `group` images in a row share a stream. The n-th draw of a `Noise` is a
+    function of the seed, n and the places, so parts of it (`noise[rows]`) begin anew.
+    """
+
+    def __init__(self, seed: str, places: range, group: int) -> None:
+        self.seed, self.places, self.group = seed, places, group
+        self.draws = itertools.count()
+
+    def __getitem__(self, rows: slice) -> Noise:
+        return Noise(self.seed, self.places[rows], self.group)
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (B, *shape)."""
+        return self._draw(torch.randn, shape)
+
+    def uniform(self, shape: tuple[int, ...]) -> Tensor:
+        """Uniform on [0, 1), (B, *shape)."""
+        return self._draw(torch.rand, shape)
+
+    def shared(self, purpose: object) -> torch.Generator:
+        """A generator that is the same for all images and processes."""
+        return seeded_by(f"{self.seed} {purpose}")
+
+    def _draw(self, kind: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        draw, parts, places = next(self.draws), [], self.places
+        for stream in range(places.start // self.group, -(-places.stop // self.group)):
+            start = stream * self.group
+            whole = kind((self.group, *shape), generator=self.shared(f"{stream} {draw}"))
+            parts.append(whole[max(0, places.start - start) : places.stop - start])
+        return torch.cat(parts)
+
+
+Source = Noise | torch.Generator | list[torch.Generator]
+
+
+def randn(shape: tuple[int, ...], source: Source, device: torch.device) -> Tensor:
+    """Standard normal noise (B, ...), drawn on the CPU so that a seed gives the same noise on every device.
+
+    With a list, row i is drawn by generator i alone, so it does not depend on its batch; nor does a `Noise`.
+    """
+    if isinstance(source, Noise):
+        return source.normal(shape[1:]).to(device)
+    if isinstance(source, list):
+        return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in source]).to(device)
+    return torch.randn(shape, generator=source).to(device)
+
+
+def seeded(seeds: list[int]) -> list[torch.Generator]:
+    """A CPU generator for each seed, as diffusers pipelines take them."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def seeded_by(text: str) -> torch.Generator:
+    """A CPU generator that a text determines."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1)

@@ -1,0 +1,150 @@
+"""The processes of a run: each has a share of every epoch's images, and all have the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from condrl.errors import SIGNALS, RunError, Stopped
+
+T = TypeVar("T")
+
+
+class Processes:
+    """What accelerate started: one process, or several that meet now and then to add up what each has.
+
+    Whenever they meet they also learn whether one of them failed or was asked to stop, and then all of them stop.
+    Gradients are summed here and not by DistributedDataParallel: once for an update, over the trained weights alone,
+    those of an algorithm's own networks too, however many passes a process made.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.count: int = accelerator.num_processes
+        self.asked = 0  # the signal that asked this process to stop
+        self.heeds = False  # whether the run may stop wherever it is
+        self.failed = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, items: int) -> range:
+        """This process's part of so many items."""
+        return range(self.rank * items // self.count, (self.rank + 1) * items // self.count)
+
+    # ------------------------------------------------------------------------------------------ meeting
+
+    def meet(self, failure: Exception | None = None) -> None:
+        """Wait for the others.
+
+        Raises: RunError when one of them failed; Stopped when one was asked to stop and `heeding` allows it.
+        """
+        if self.count == 1:
+            return
+        asked = [float(self.heeds and self.asked == number) for number in SIGNALS]
+        failed, *asking = self._add(torch.tensor([float(failure is not None), *asked])).tolist()
+        if failed:
+            self.failed = True
+            reasons = self._objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+            rank, reason = next((i, r) for i, r in enumerate(reasons) if r is not None)
+            raise failure or RunError(f"process {rank} failed: {reason}")
+        for number, count in zip(SIGNALS, asking, strict=True):
+            if count:
+                raise Stopped(number)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do the work; when it fails in one process, all stop with that error."""
+        try:
+            done = work()
+        except Exception as error:
+            if not self.failed:
+                self.meet(error)
+            raise
+        self.meet()
+        return done
+
+    def stop(self, number: int) -> None:
+        """Note that this process was asked to stop; alone, and where that is heeded, it does so at once.
+
+        Raises: Stopped.
+        """
+        self.asked = number
+        if self.heeds and self.count == 1:
+            raise Stopped(number)
+
+    @contextmanager
+    def heeding(self, heeds: bool) -> Iterator[None]:
+        """Within it, a run that is asked to stop does so wherever it is."""
+        self.heeds = heeds
+        try:
+            if heeds and self.asked and self.count == 1:
+                raise Stopped(self.asked)
+            yield
+        finally:
+            self.heeds = False
+
+    def agree(self, due: bool) -> tuple[int, bool]:
+        """The signal that asked any of them to stop, or 0; and what the first process says is due."""
+        if self.count == 1:
+            return self.asked, due
+        asked = [float(self.asked == number) for number in SIGNALS]
+        found = self.sum(torch.tensor([float(due and self.first), *asked])).tolist()
+        return next((n for n, count in zip(SIGNALS, found[1:], strict=True) if count), 0), bool(found[0])
+
+    # ------------------------------------------------------------------------------------------ adding up
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over processes of tensors of one shape."""
+        if self.count == 1:
+            return x
+        self.meet()
+        return self._add(x)
+
+    def gather(self, x: Tensor, places: range, count: int) -> Tensor:
+        """(..., count) of every process's (..., n) at its places."""
+        if self.count == 1:
+            return x
+        whole = x.new_zeros((*x.shape[:-1], count))
+        whole[..., places.start : places.stop] = x
+        return self.sum(whole)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every process's value."""
+        if self.count == 1:
+            return [value]
+        self.meet()
+        return self._objects(value)
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace each parameter's gradient by its sum over processes."""
+        if self.count == 1:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        total = self.sum(torch.cat([g.flatten() for g in gradients]))
+        for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def check_same(self, parameters: Sequence[Tensor]) -> None:
+        """Raises: RunError when the processes' parameters differ."""
+        if self.count == 1:
+            return
+        digest = torch.stack([p.detach().double().abs().sum().cpu() for p in parameters])
+        if not torch.equal(self.sum(digest) / self.count, digest):
+            raise RunError("the processes' weights are not the same: something draws or trains in one of them alone")
+
+    def _add(self, x: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(x.to(self.accelerator.device), "sum")
+        return total.to(x.device)
+
+    def _objects(self, value: Any) -> list[Any]:
+        from accelerate.utils import gather_object
+
+        found: list[Any] = gather_object([value])
+        return found

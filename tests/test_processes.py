@@ -1,0 +1,131 @@
+"""Several processes: the same gradients as one, one error for all, and a checkpoint that any number can go on from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ALGORITHMS, ROOT, run_python, toy_words
+from safetensors.torch import load_file
+
+from condrl.noise import Noise
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+FINETUNE = str(ROOT / "scripts" / "finetune.py")
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+SMALL = ["train.prompts_per_epoch=4", "evaluate.images_per_prompt=5"]
+FAULTY = """
+import os
+import condrl
+
+@condrl.reward
+def faulty(samples, prompts, *, fails_in: int = 1):
+    if int(os.environ.get("RANK", "0")) == fails_in:
+        raise ValueError("no license found")
+    return samples[:, 0]
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    """For every registered algorithm, over two epochs of two updates, with prompts that come twice."""
+    worker = str(ROOT / "tests" / "distributed.py")
+    for start, folder in (([], "one"), (TORCHRUN, "two")):
+        done = run_python(*start, worker, str(tmp_path / folder), cwd=ROOT / "tests", **CPU)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(tmp_path / folder / "gradients.safetensors") for folder in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert {key.split()[0] for key in one} == set(ALGORITHMS)
+    for key, expected in one.items():
+        assert expected.norm() > 0, key
+        torch.testing.assert_close(two[key], expected, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    for name in ALGORITHMS:  # and each line of the record, which the first process writes once
+        records = [(tmp_path / f / name / "metrics.jsonl").read_text().splitlines() for f in ("one", "two")]
+        assert len(records[0]) == len(records[1]) == 2
+        for line, other in zip(*(map(json.loads, record) for record in records), strict=True):
+            assert line.keys() == other.keys()
+            for key in ("images", "updates", "reward/total", "reward/total_std", "loss", "grad_norm"):
+                assert other[key] == pytest.approx(line[key], rel=1e-4, abs=1e-5), (name, key)
+
+
+def test_an_error_in_one_process_ends_all_with_it(tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    more = [f"plugins=[{tmp_path / 'faulty.py'}]", "rewards.quadratic.weight=0", "rewards.faulty.weight=1"]
+    words = [*toy_words("ddpo", tmp_path / "run"), *SMALL, *more, "prompts.heldout=null"]
+    begun = time.monotonic()
+    done = run_python(*TORCHRUN, FINETUNE, *words, cwd=tmp_path, **CPU)
+    assert done.returncode != 0
+    assert "process 1 failed: ValueError: no license found" in done.stderr  # said by process 0
+    assert 'raise ValueError("no license found")' in done.stderr  # the traceback of process 1
+    assert time.monotonic() - begun < 120
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """Two processes are asked to stop; one goes on, and the run ends as if one had done it all."""
+    words = [*toy_words("adjoint_matching", tmp_path / "parts"), *SMALL, "train.epochs=150", "run.resume=auto"]
+    command = [sys.executable, *TORCHRUN, FINETUNE, *words]
+    environment = {**os.environ, **CPU}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    record = tmp_path / "parts" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while (not record.exists() or len(record.read_bytes().splitlines()) < 5) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=100)[1]
+    assert "stopped by SIGTERM" in said
+    assert 5 <= len(record.read_bytes().splitlines()) < 150
+    done = run_python(FINETUNE, *words, cwd=tmp_path, **CPU)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "going on from" in done.stderr
+    whole = [*toy_words("adjoint_matching", tmp_path / "whole"), *SMALL, "train.epochs=150"]
+    assert run_python(FINETUNE, *whole, cwd=tmp_path, **CPU).returncode == 0
+    weights = [load_file(tmp_path / folder / "lora" / "network.safetensors") for folder in ("parts", "whole")]
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value, rtol=1e-2, atol=1e-3)
+    results = [json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("parts", "whole")]
+    assert results[0]["images"] == results[1]["images"]
+
+
+def test_prompts_that_cannot_be_shared_out_are_refused(tmp_path):
+    words = [*toy_words("ddpo", tmp_path / "run"), "train.prompts_per_epoch=1"]
+    done = run_python(*TORCHRUN, FINETUNE, *words, cwd=tmp_path, **CPU)
+    assert done.returncode != 0
+    line = "error: config train.prompts_per_epoch: 1 prompts cannot be shared out to 2 processes"
+    assert done.stderr.count(line) == 1  # not once for each
+
+
+@pytest.mark.parametrize("group", [1, 4, 12])
+def test_noise_does_not_depend_on_how_it_is_split(group):
+    whole = Noise("seed", range(12), group)
+    first, second = whole.normal((2, 3)), whole.normal((2, 3))
+    assert not torch.equal(first, second)
+    for parts in ([range(5), range(5, 12)], [range(1), range(1, 2), range(2, 12)]):
+        pieces = [Noise("seed", places, group) for places in parts]
+        assert torch.equal(torch.cat([piece.normal((2, 3)) for piece in pieces]), first)
+        assert torch.equal(torch.cat([piece.normal((2, 3)) for piece in pieces]), second)
+    assert torch.equal(whole[3:7].normal((2, 3)), first[3:7])
+    assert len(first.flatten().unique()) == first.numel()
+
+
+def test_noise_is_standard_normal():
+    x = Noise("seed", range(4000), 8).normal((10,))
+    assert x.mean().abs() < 4 / 40_000**0.5
+    assert x.std() == pytest.approx(1, abs=0.02)
+    assert x.T.corrcoef().fill_diagonal_(0).abs().max() < 4.5 / 4000**0.5
+    images = x.view(-1, 8, 10).transpose(0, 1).flatten(1)
+    assert images.corrcoef().fill_diagonal_(0).abs().max() < 4.5 / 5000**0.5
+
+
+def test_the_folder_of_a_running_run_is_not_taken(tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_python(FINETUNE, *toy_words("ddpo", tmp_path / "run"), cwd=Path(tmp_path), **CPU)
+    assert done.returncode == 2
+    assert "another process is tuning in" in done.stderr
