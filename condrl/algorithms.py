@@ -111,6 +111,8 @@ def recomputed(examples: RatioExamples, policy: Policy, batch: int) -> RatioExam
 class Algorithm:
     """The base of algorithm plugins, which are dataclasses: a field is an option. What they do not say is as here."""
 
+    kappa: float  # reward per nat of path KL to the pretrained model, where an algorithm has one
+
     def require_positive(self, *options: str) -> None:
         """Raises: UsageError on an option that is 0 or less."""
         for name in options:

@@ -63,6 +63,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW moments
     weight_decay: float = 1e-4  # AdamW weight decay
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    kl_budget: float | None = None  # nats of path KL to the base model that a run may spend; null: any number
+    over_budget: Literal["stop", "adapt"] = "stop"  # then end the run; or raise algorithm.kappa, until it is kept
     max_bad_updates: int = 3  # stop after so many in a row whose gradient is not finite; fewer are skipped
 
 
@@ -71,6 +73,7 @@ class EvaluateConfig:
     measures: dict[str, Any] = field(default_factory=dict)  # rewards to report on held-out prompts: name -> options
     sampler: dict[str, Any] = field(default_factory=dict)  # where it differs from the sampler that tunes
     prompts: int | None = None  # the first so many held-out prompts; null: all
+    every: int | None = None  # also after each so many epochs, to see whether the reward is exploited; null: not
     images_per_prompt: int = 1  # each with its own seed, the same for base and tuned
     pictures: int = 8  # images in the before | after picture
 
@@ -305,6 +308,9 @@ def check_arithmetic(config: Config) -> None:
     for name in ("lr", "max_grad_norm"):
         if getattr(train, name) <= 0:
             raise UsageError(f"config train.{name}: must be above 0, got {getattr(train, name)}")
+    for where, value in (("train.kl_budget", train.kl_budget), ("evaluate.every", config.evaluate.every)):
+        if value is not None and value <= 0:
+            raise UsageError(f"config {where}: must be above 0, got {value}")
     if not all(0 <= beta < 1 for beta in train.betas):
         raise UsageError(f"config train.betas: must be in [0, 1), got {list(train.betas)}")
     sentence = f"{train.prompts_per_epoch} prompts x {train.images_per_prompt} images = {images} images per epoch"

@@ -72,7 +72,49 @@ def collapse(first: Line, line: Line) -> str | None:
     )
 
 
-CHECKS: tuple[Callable[[Line, Line], str | None], ...] = (flat_groups, clipping, ratios, no_gradient, collapse)
+def value_network(first: Line, line: Line) -> str | None:
+    if line.get("value_explains", 1.0) >= 0.02 or line["updates"] < 50:
+        return None
+    return (
+        f"the value network explains {max(0.0, line['value_explains']):.0%} of how returns differ, at the step where "
+        "it explains most: it does not help; try another algorithm.value_lr, algorithm.value_hint=true, or grpo"
+    )
+
+
+def kl_budget(first: Line, line: Line) -> str | None:
+    if line.get("path_kl", 0.0) <= line.get("kl_budget", float("inf")):
+        return None
+    return (
+        f"the path KL to the base model, {line['path_kl']:.3g} nats, is over train.kl_budget={line['kl_budget']:g}: "
+        "try a larger algorithm.kappa, a lower train.lr or fewer epochs"
+    )
+
+
+def reward_hacking(first: Line, line: Line) -> str | None:
+    names = [name for name in line if name.startswith("heldout/") and f"{name}_ci95" in first]
+    gained = line["reward/total"] - first["reward/total"]
+    if not names or gained < 4 * first["reward/total_std"] / first["images"] ** 0.5:
+        return None
+    fallen = [n for n in names if line[n] + line[f"{n}_ci95"] < first[n] - first[f"{n}_ci95"]]
+    if not fallen:
+        return None
+    said = ", ".join(f"{n.removeprefix('heldout/')} from {first[n]:.3g} to {line[n]:.3g}" for n in fallen)
+    return (
+        f"the reward rose by {gained:.3g} while held-out measures fell ({said}): the policy exploits the reward; try a "
+        "larger algorithm.kappa, train.kl_budget, fewer epochs, or these measures as further rewards"
+    )
+
+
+CHECKS: tuple[Callable[[Line, Line], str | None], ...] = (
+    flat_groups,
+    clipping,
+    ratios,
+    no_gradient,
+    collapse,
+    value_network,
+    kl_budget,
+    reward_hacking,
+)
 
 
 def diagnose(first: Line, line: Line) -> dict[str, str]:

@@ -26,6 +26,11 @@ class Rollout:
     def samples(self) -> Tensor:
         return self.states[-1]
 
+    def first(self, count: int) -> Rollout:
+        """The first so many of them."""
+        memories = None if self.memories is None else self.memories[:, :count]
+        return Rollout(self.states[:, :count], self.log_probs[:, :count], self.condition[:count], memories)
+
 
 def chain(policy: Policy, condition: Tensor, noise: Source) -> Iterator[tuple[Tensor, Transition | None]]:
     """Yield x_0 with no law, then each next state with the law it was drawn from."""

@@ -156,6 +156,8 @@ def check_combination(config: Config) -> None:
             f"the algorithm {config.algorithm['name']} compares images of one prompt with each other, and "
             "train.images_per_prompt=1 leaves nothing to compare: raise it, or use ddpo with algorithm.advantage=prompt"
         )
+    if config.train.kl_budget is not None:
+        check_budget(config, sampler)
     if "one pass" in algorithm.needs and config.train.inner_epochs > 1:
         raise UsageError(
             f"the algorithm {config.algorithm['name']} has no importance weights: set train.inner_epochs=1, or use ddpo"
@@ -191,6 +193,17 @@ def check_combination(config: Config) -> None:
             )
         return
     trained_steps(sampler, config.train)
+
+
+def check_budget(config: Config, sampler: Sampler) -> None:
+    """Raises: UsageError when `train.kl_budget` cannot be kept to."""
+    if not sampler.stochastic.any() or getattr(sampler, "has_memory", False):
+        raise UsageError(
+            "config train.kl_budget: the path KL needs steps with noise that depend on the state alone: use ddim with "
+            "sampler.eta=1"
+        )
+    if config.train.over_budget == "adapt" and not config.algorithm.get("kappa"):
+        raise UsageError("config train.over_budget: adapt changes algorithm.kappa, which is to be above 0 for that")
 
 
 def holds_run(folder: Path) -> bool:

@@ -8,14 +8,14 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from condrl.algorithms import Algorithm, Examples, Experience, Metrics, RatioExamples, every_pair, recomputed
+from condrl.algorithms import Algorithm, Examples, Experience, Metrics, RatioExamples, every_pair, path_kl, recomputed
 from condrl.checkpoint import save_checkpoint
 from condrl.config import Config
 from condrl.diagnose import diagnose, spread_metrics
@@ -28,6 +28,7 @@ from condrl.report import save_grid
 from condrl.rewards import Reward, score
 
 PICTURES = 8  # images in an epoch's picture
+KL_IMAGES = 32  # of an epoch, for train.kl_budget
 LONG = 1.0  # seconds: longer epochs are given up when the run is asked to stop, shorter ones are finished
 RATIO_TOLERANCE = {"full": 1e-3, "half": 2e-2}  # by the precision of the frozen weights
 
@@ -61,7 +62,9 @@ class Trainer:
         self.epoch = self.updates = self.images = 0
         self.metrics_file = config.folder / "metrics.jsonl"  # the same whenever a run is repeated or resumed
         self.bad_updates = self.skipped = 0  # updates without a finite gradient: in a row, in all
-        self.first: dict[str, float] = {}  # what the first epoch recorded
+        self.first: dict[str, float] = {}  # what the first epoch recorded, with the base model's held-out measures
+        self.heldout: Callable[[], dict[str, float]] | None = None  # measures the policy, for `evaluate.every`
+        self.spent = False  # whether the run is to end because of train.kl_budget
         self.said: set[str] = set()  # the diagnoses that were printed
 
     # ------------------------------------------------------------------------------------------ phases
@@ -80,6 +83,8 @@ class Trainer:
         saved = ended = time.monotonic()
         seconds = LONG
         for epoch in bar:
+            if self.spent:
+                break
             before = copy.deepcopy(self.state_dict()) if seconds >= LONG else None
             try:
                 reward = self.run_epoch(epoch, heeds=before is not None)
@@ -92,7 +97,7 @@ class Trainer:
             now = time.monotonic()
             seconds, ended = now - ended, now
             stopping, due = self.processes.agree(now - saved >= self.config.run.checkpoint_seconds)
-            if stopping or due or self.epoch == epochs:
+            if stopping or due or self.spent or self.epoch == epochs:
                 self.checkpoint()
                 saved = now
             if stopping:
@@ -114,8 +119,12 @@ class Trainer:
                 # every pair before the first update, then some once the LoRA is no longer zero
                 self.check_ratios(examples, None if epoch == 0 else self.config.train.loss_batch)
                 clock.lap("check")
-            metrics = self.update(examples, experience, epoch)
+            metrics = self.kl_metrics(experience, examples)
+            metrics |= self.update(examples, experience, epoch)
             clock.lap("update")
+            if self.heldout and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0:
+                metrics |= self.heldout()
+                clock.lap("heldout")
         self.epoch, self.images = epoch + 1, self.images + experience.total
         return self.record(experience, metrics, clock)
 
@@ -174,6 +183,27 @@ class Trainer:
         share = examples.images / experience.total
         found = self.added_up(means | {name: value * share for name, value in examples.metrics.items()})
         return found | ({"grad_norm": torch.stack(norms).mean().item()} if norms else {})
+
+    def kl_metrics(self, experience: Experience, examples: Examples) -> dict[str, float]:
+        """The path KL of the policy that was rolled out, and what `train.kl_budget` makes of it; nothing without."""
+        budget = self.config.train.kl_budget
+        if budget is None:
+            return {}
+        if "path_kl" in examples.metrics:
+            own, count = examples.metrics["path_kl"] * examples.images, examples.images
+        else:
+            some = experience.rollout.first(KL_IMAGES)
+            count = len(some.condition)
+            own = path_kl(self.policy, some, self.config.train.rollout_batch).kl.sum()
+        total, images = self.processes.sum(torch.tensor([float(own), float(count)], dtype=torch.float64)).tolist()
+        kl = total / images
+        if self.config.train.over_budget == "stop":
+            self.spent = kl > budget
+        else:
+            least, now = self.config.algorithm["kappa"], self.algorithm.kappa
+            self.algorithm.kappa = 1.2 * now if kl > budget else max(least, now / 1.2)
+        kappa = getattr(self.algorithm, "kappa", None)
+        return {"path_kl": kl, "kl_budget": budget} | ({} if kappa is None else {"kappa": kappa})
 
     def minibatches(self, generator: torch.Generator) -> Sequence[Tensor]:
         """The places of the images of each update of a pass: as many of each prompt as can be."""
@@ -256,6 +286,8 @@ class Trainer:
             "bad_updates": self.bad_updates,
             "skipped": self.skipped,
             "first": self.first,
+            "spent": self.spent,
+            "kappa": getattr(self.algorithm, "kappa", None),
             "evaluations": self.policy.model.evaluations,
             "weights": list(self.weights),
             "modules": {name: module.state_dict() for name, (module, _) in self.algorithm.modules().items()},
@@ -270,6 +302,9 @@ class Trainer:
         """Go on from what `state_dict` gave; lines that were recorded after it are taken back."""
         self.epoch, self.updates, self.images = state["epoch"], state["updates"], state["images"]
         self.bad_updates, self.skipped, self.first = state["bad_updates"], state["skipped"], state["first"]
+        self.spent = state["spent"]
+        if state["kappa"] is not None:
+            self.algorithm.kappa = state["kappa"]
         self.policy.model.evaluations = state["evaluations"]
         for weight, value in zip(self.weights, state["weights"], strict=True):
             weight.copy_(value)
@@ -349,7 +384,8 @@ class Trainer:
         spread = {name: value * share for name, value in spread_metrics(experience).items()}
         line |= {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "skipped_updates": self.skipped}
         line |= self.added_up({"unet_calls": self.policy.model.evaluations, **spread})
-        self.first = self.first or dict(line)
+        if "epoch" not in self.first:
+            self.first = {**self.first, **line}
         found = diagnose(self.first, line)
         if self.processes.first:
             self.write(line, found, clock)

@@ -5,7 +5,8 @@
     accelerate launch scripts/finetune.py plugins=[my_reward.py] rewards.redness.weight=1
 
 Writes runs/<run.name>/: config.yaml, metrics.jsonl (a line per epoch), images/, lora/, result.json.
---json FILE writes the result there too.
+--json FILE writes the result there too. --dry-run checks everything, tries a few images, and says what the run would
+do; nothing is written.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def finetune(words: list[str]) -> None:
     """Check everything that can be checked without the model, then tune."""
     begun = time.monotonic()
     words, copy = split_json(words)
+    dry = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
     config = load_config([str(QUICKSTART), *words] if all(map(is_setting, words)) else words)
 
     from condrl.prompts import load_prompts
@@ -53,12 +56,13 @@ def finetune(words: list[str]) -> None:
     train = load_prompts(config.prompts.train, "prompts.train")
     heldout = load_prompts(config.prompts.heldout, "prompts.heldout") if config.prompts.heldout else []
     check_combination(config)
-    check_folder(config)
+    if not dry:
+        check_folder(config)
     make_rewards(config)
     if warning := transfer_warning(config):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
-    result = run(config, train, heldout[: config.evaluate.prompts], begun)
-    if copy:
+        say(f"warning: {warning}")
+    result = run(config, train, heldout[: config.evaluate.prompts], begun, dry)
+    if copy and result:
         write_json(copy, result)
 
 
@@ -75,17 +79,22 @@ def split_json(words: list[str]) -> tuple[list[str], Path | None]:
     return words[:place] + words[place + 2 :], Path(words[place + 1])
 
 
-def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float) -> dict[str, Any]:
-    """Prepare the folder and the model, then tune; returns the result."""
+def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float, dry: bool) -> dict[str, Any]:
+    """Load the model, try it, then tune; returns the result, empty for a dry run."""
     import torch
 
+    from condrl.preflight import preflight
     from condrl.run import find_checkpoint, make_trainer
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    checkpoint = find_checkpoint(config)
+    checkpoint = None if dry else find_checkpoint(config)
     trainer = make_trainer(config, train, heldout)
+    for line in trainer.processes.together(lambda: preflight(trainer)):
+        say(line)
+    if dry:
+        return {}
     return trainer.processes.together(lambda: measure_and_tune(trainer, heldout, checkpoint, begun))
 
 
@@ -101,6 +110,9 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], checkpoint: Check
         processes.meet()
         start_trackers(trainer.config, trainer.accelerator)
         base = heldout_evaluation(trainer, heldout, "base")
+        trainer.first = flat(base)
+        if trainer.config.evaluate.every and heldout:
+            trainer.heldout = lambda: flat(heldout_evaluation(trainer, heldout, f"after {trainer.epoch + 1} epochs"))
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint[1])
         with stopping_on_signals(trainer):
@@ -222,6 +234,14 @@ def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Ev
         means = ", ".join(f"{name} {e.mean:.3f}" for name, e in found.measures.items())
         print(f"held-out, {who}: {means}", flush=True)
     return found
+
+
+def flat(found: Evaluation | None) -> dict[str, float]:
+    """Each measure's mean and the half-width of its interval, as a line of the record has them."""
+    line: dict[str, float] = {}
+    for name, e in found.measures.items() if found else ():
+        line |= {f"heldout/{name}": e.mean} | ({f"heldout/{name}_ci95": e.ci95[1] - e.mean} if e.ci95 else {})
+    return line
 
 
 def compared(base: Evaluation | None, tuned: Evaluation | None) -> dict[str, Any]:

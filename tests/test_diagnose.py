@@ -8,10 +8,10 @@ import torch
 from helpers import ROOT
 
 import condrl
-from condrl import RunError
+from condrl import RunError, UsageError
 from condrl.config import load_config
 from condrl.prompts import load_prompts
-from condrl.run import make_trainer
+from condrl.run import check_combination, make_trainer
 from condrl.trainer import Trainer
 
 SMALL = ["train.images_per_prompt=64", "train.rollout_batch=64", "sampler.steps=8", "model.knots=8"]
@@ -19,6 +19,7 @@ SMALL = ["train.images_per_prompt=64", "train.rollout_batch=64", "sampler.steps=
 
 def g1(folder: Path, *words: str) -> Trainer:
     config = load_config([str(ROOT / "configs" / "toy" / "g1.yaml"), f"run.dir={folder}", *SMALL, *words])
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
 
@@ -60,6 +61,8 @@ def test_what_goes_wrong_is_said_with_what_to_try(name, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["dpok", "ctrl", "nft", "draft", "adjoint_matching"])
 def test_a_healthy_run_is_left_in_peace(name, tmp_path, capsys):
     words = ["train.epochs=30", f"algorithm.name={name}"] + (["algorithm.kappa=0.5"] if name != "nft" else [])
+    if name == "ctrl":  # in 8 steps most of the reward comes from the last noise, which no value network foresees
+        words += ["sampler.steps=24", "model.knots=24"]
     g1(tmp_path, *words, "train.images_per_prompt=256", "train.rollout_batch=256").fit()
     assert all(line["diagnosis"] == [] for line in lines(tmp_path))
     assert "warning" not in capsys.readouterr().err
@@ -91,3 +94,69 @@ def test_many_of_them_stop_the_run(tmp_path):
     with pytest.raises(RunError, match="2 updates in a row, the last after update 0"):
         trainer.fit()
     assert not any(p.any() for p in trainer.weights)  # it starts at zero
+
+
+def test_a_value_network_that_explains_nothing(tmp_path):
+    words = ["algorithm.name=ctrl", "algorithm.kappa=0.5", "train.epochs=30", "train.images_per_prompt=256"]
+    words += ["sampler.steps=24", "model.knots=24"]
+    for rate, expected in ((1e-9, True), (3e-3, False)):
+        g1(tmp_path / str(rate), *words, f"algorithm.value_lr={rate}").fit()
+        assert ("value_network" in lines(tmp_path / str(rate))[-1]["diagnosis"]) == expected
+
+
+BUDGET = ["algorithm.name=reinforce", "algorithm.kappa=0", "train.lr=2e-2", "train.epochs=60", "train.kl_budget=0.3"]
+
+
+def test_a_run_ends_when_its_kl_budget_is_spent(tmp_path):
+    trainer = g1(tmp_path, *BUDGET)
+    trainer.fit()
+    record = lines(tmp_path)
+    assert 3 < len(record) < 60
+    assert record[-1]["path_kl"] > 0.3 >= max(line["path_kl"] for line in record[:-1])
+    assert record[-1]["diagnosis"] == ["kl_budget"]
+    again = g1(tmp_path, *BUDGET)
+    again.load_state_dict(trainer.state_dict())
+    again.fit()
+    assert lines(tmp_path) == record  # nothing is added to a run that has ended
+
+
+def test_kappa_adapts_to_the_budget(tmp_path):
+    words = ["algorithm.name=reinforce", "algorithm.kappa=0.05", "train.lr=2e-2", "train.epochs=80"]
+    g1(tmp_path / "free", *words, "train.kl_budget=100").fit()
+    g1(tmp_path / "kept", *words, "train.kl_budget=0.1", "train.over_budget=adapt").fit()
+    free, kept = lines(tmp_path / "free"), lines(tmp_path / "kept")
+    assert all(line["kappa"] == 0.05 for line in free)
+    late = [sum(line["path_kl"] for line in record[40:]) / 40 for record in (free, kept)]
+    assert late[0] > 0.2
+    assert late[1] < 0.13
+    assert min(line["kappa"] for line in kept) == 0.05 < max(line["kappa"] for line in kept)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["sampler.eta=0", "algorithm.name=nft"], "needs steps with noise"),
+        (["train.over_budget=adapt", "algorithm.kappa=0"], "adapt changes algorithm.kappa"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(words, error, tmp_path):
+    config = load_config([str(ROOT / "configs" / "toy" / "g1.yaml"), "train.kl_budget=1", *words])
+    with pytest.raises(UsageError, match=error):
+        check_combination(config)
+
+
+def test_a_reward_that_is_exploited(tmp_path, capsys):
+    steep = ["rewards.quadratic.linear=[3]", "rewards.quadratic.curvature=[0]"]
+    trainer = g1(tmp_path, "train.epochs=30", "algorithm.kappa=0.01", "train.lr=5e-2", "evaluate.every=10", *steep)
+    trainer.first = {"heldout/other": 1.0, "heldout/other_ci95": 0.1, "heldout/same": 1.0, "heldout/same_ci95": 0.1}
+    values = iter((0.95, 0.8, 0.5))
+    trainer.heldout = lambda: {
+        "heldout/other": next(values),
+        "heldout/other_ci95": 0.05,
+        "heldout/same": 0.9,
+        "heldout/same_ci95": 0.1,
+    }
+    trainer.fit()
+    hacked = [line["epoch"] for line in lines(tmp_path) if "reward_hacking" in line["diagnosis"]]
+    assert hacked == [20, 30]
+    assert "(other from 1 to 0.8)" in capsys.readouterr().err

@@ -1,0 +1,183 @@
+"""What can be known before the first epoch: the arithmetic in a sentence, the memory, and a trial with a few images."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from condrl.algorithms import Examples, RatioExamples, every_pair
+from condrl.errors import RunError
+from condrl.trainer import Clock, Trainer
+
+PROMPTS, IMAGES = 2, 4  # of the trial, for each process
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What a few images of the base model showed."""
+
+    images: int  # of a prompt
+    calls_to_gather: float  # network calls for an image: roll-out and examples
+    calls_to_learn: float  # in a pass of updates
+    saved_gb: float  # held for the backward pass, for a pair of image and column
+    rewards: list[float]  # of the first images
+    spread: float  # standard deviation of the reward within prompts, root mean square
+    kl_gradient: float | None  # its norm a small step away from the base; None without a KL
+
+
+def preflight(trainer: Trainer) -> list[str]:
+    """Try the run with a few images; lines to print.
+
+    Raises: RunError when a ratio is not 1, a reward fails, or a KL that is asked for has no gradient.
+    """
+    trial = attempt(trainer)
+    train = trainer.config.train
+    lines = [arithmetic(trainer, trial), memory(trainer, trial)]
+    shown = ", ".join(f"{value:.4g}" for value in trial.rewards[:2])
+    lines.append(f"reward of two images of the base model: {shown}; spread within a prompt: {trial.spread:.3g}")
+    if trial.spread == 0 and train.images_per_prompt > 1:
+        lines.append(f"warning: the reward is the same for the {trial.images} images tried of each prompt")
+    if trial.kl_gradient == 0:
+        raise RunError("algorithm.kappa asks for a KL to the base model, but it has no gradient in what is trained")
+    return lines
+
+
+def arithmetic(trainer: Trainer, trial: Trial) -> str:
+    """What an epoch consists of, and the run."""
+    train, images, count = trainer.config.train, trainer.config.images_per_epoch, trainer.processes.count
+    updates = train.inner_epochs * train.updates_per_epoch
+    shared = f" ({count} processes)" if count > 1 else ""
+    calls = images * (trial.calls_to_gather + trial.calls_to_learn * train.inner_epochs)
+    return (
+        f"an epoch: {train.prompts_per_epoch} prompts x {train.images_per_prompt} images = {images} images{shared}, "
+        f"{trainer.policy.steps} steps each; {updates} updates of {images // train.updates_per_epoch} images; about "
+        f"{calls:,.0f} network calls. {train.epochs} epochs: {images * train.epochs:,} images, "
+        f"{updates * train.epochs:,} updates"
+    )
+
+
+def memory(trainer: Trainer, trial: Trial) -> str:
+    """What training will hold at once in a process, and what there is."""
+    train, policy = trainer.config.train, trainer.policy
+    weights = sum(p.nbytes for p in policy.model.module.parameters()) / 1e9
+    trained = 3 * sum(p.nbytes for p in trainer.parameters) / 1e9  # gradients and Adam's moments
+    images = len(trainer.processes.share(train.prompts_per_epoch)) * train.images_per_prompt
+    stored = 4e-9 * images * (policy.steps + 1) * torch.Size(policy.model.state_shape).numel()
+    active = trial.saved_gb * train.loss_batch
+    needed = weights + trained + stored + active
+    text = (
+        f"memory for training: about {needed:.2f} GB (weights {weights:.2f}, optimiser {trained:.2f}, trajectories "
+        f"{stored:.2f}, backward pass of {train.loss_batch} {active:.2f})"
+    )
+    free = free_gb(policy.model.device)
+    if free is None:
+        return text
+    left = needed - weights  # the weights are there already
+    short = "; warning: that may not be enough: lower train.loss_batch, or model.gradient_checkpointing=true"
+    return f"{text}; {free:.1f} GB are free{short if left > free else ''}"
+
+
+def free_gb(device: torch.device) -> float | None:
+    """Free memory of a device, or of the machine for a CPU; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    if device.type == "cpu" and sys.platform == "linux":
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(float(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable"))
+    return None
+
+
+def attempt(trainer: Trainer) -> Trial:
+    """Roll out, score and differentiate a few images; the trainer is left as it was."""
+    twin, model = smaller(trainer), trainer.policy.model
+    before = model.evaluations
+    with torch.random.fork_rng(devices=[]):  # a reward may draw from it
+        experience = twin.collect(0, Clock())
+    examples = twin.examples(experience, 0)
+    images, gathered = len(experience.rows), model.evaluations - before
+    if isinstance(examples, RatioExamples) and trainer.config.run.check_ratios:
+        twin.check_ratios(examples)
+    learning = model.evaluations
+    saved = differentiate(twin, examples)
+    rewards = experience.scores.total
+    groups = rewards.view(-1, twin.config.train.images_per_prompt)
+    trial = Trial(
+        images=twin.config.train.images_per_prompt,
+        calls_to_gather=gathered / images,
+        calls_to_learn=(model.evaluations - learning) / images,
+        saved_gb=saved,
+        rewards=rewards.tolist(),
+        spread=groups.var(1, correction=0).mean().sqrt().item(),
+        kl_gradient=kl_gradient(twin, experience.rollout.states[0], experience.rollout.condition),
+    )
+    model.evaluations = before
+    return trial
+
+
+def smaller(trainer: Trainer) -> Trainer:
+    """A trainer of the same policy with a copy of the algorithm, for epochs of a few images."""
+    twin, train = copy.copy(trainer), trainer.config.train
+    few = dataclasses.replace(
+        train,
+        prompts_per_epoch=min(train.prompts_per_epoch, PROMPTS * trainer.processes.count),
+        images_per_prompt=min(train.images_per_prompt, IMAGES),
+        updates_per_epoch=1,
+    )
+    twin.config = dataclasses.replace(trainer.config, train=few)
+    twin.algorithm = copy.deepcopy(trainer.algorithm)
+    return twin
+
+
+def differentiate(twin: Trainer, examples: Examples) -> float:
+    """Do the backward passes of all pairs; returns the GB that a pair's graph holds."""
+    most = 0.0
+    for some in every_pair(examples).split(min(twin.config.train.loss_batch, examples.images)):
+        with held_bytes() as held:
+            loss, _ = twin.algorithm.loss(twin.policy, examples.minibatch(*some.unbind(1)))
+        loss.sum().backward()
+        most = max(most, sum(held.values()) / len(some) / 1e9)
+    for parameter in twin.parameters:
+        parameter.grad = None
+    return most
+
+
+@contextmanager
+def held_bytes() -> Iterator[dict[int, int]]:
+    """The bytes of each storage that autograd keeps of what is computed within."""
+    held: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield held
+
+
+def kl_gradient(twin: Trainer, x: Tensor, condition: Tensor) -> float | None:
+    """The norm of the gradient of a step's KL to the base model, a small step away from it; None without a KL."""
+    policy, steps = twin.policy, twin.policy.sampler.stochastic.nonzero().flatten()
+    if not getattr(twin.algorithm, "kappa", 0) or not len(steps):
+        return None
+    weights = [w.detach().clone() for w in twin.weights]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in twin.weights:
+            weight.add_(1e-2 * torch.randn(weight.shape, generator=generator).to(weight))
+    k = steps[:1].expand(len(x))
+    with policy.model.reference(), torch.no_grad():
+        base = policy.transition(x, k, condition)
+    policy.transition(x, k, condition).kl(base).sum().backward()
+    norm = torch.stack([w.grad.norm() for w in twin.weights if w.grad is not None] or [torch.zeros(())]).norm()
+    with torch.no_grad():
+        for weight, value in zip(twin.weights, weights, strict=True):
+            weight.copy_(value)
+            weight.grad = None
+    return norm.item()
