@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask a run to stop
 
 
@@ -45,6 +47,11 @@ def exit_code(work: Callable[[], object]) -> int:
     except Stopped as stop:
         say(f"stopped by {stop}; the same command with run.resume=auto goes on")
         return 128 + stop.number
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        say(f"stopped: {error}")
+        return 1
     except KeyboardInterrupt:
         say("interrupted")
         return 130

@@ -19,7 +19,7 @@ from condrl.algorithms import Algorithm, Examples, Experience, Metrics, RatioExa
 from condrl.checkpoint import save_checkpoint
 from condrl.config import Config
 from condrl.diagnose import diagnose, spread_metrics
-from condrl.errors import RunError, Stopped
+from condrl.errors import RunError, Stopped, say
 from condrl.noise import Noise, seeded_by
 from condrl.policy import Policy
 from condrl.processes import Processes
@@ -72,7 +72,8 @@ class Trainer:
     def fit(self) -> None:
         """Run the epochs that are left, with a checkpoint now and then, at the end, and before an early stop.
 
-        Raises: RunError when a ratio is not 1 before the first update or a reward fails; Stopped when asked to stop.
+        Raises: RunError when a ratio is not 1 before the first update or a reward fails; Stopped when asked to stop. If
+        the epoch was long, or the processes could agree, there is then a checkpoint from before it.
         """
         self.processes.together(self._fit)
 
@@ -88,10 +89,9 @@ class Trainer:
             before = copy.deepcopy(self.state_dict()) if seconds >= LONG else None
             try:
                 reward = self.run_epoch(epoch, heeds=before is not None)
-            except Stopped:
-                assert before is not None
-                self.load_state_dict(before)
-                self.checkpoint()
+            except (Exception, Stopped) as error:
+                if before is not None and (self.processes.count == 1 or isinstance(error, Stopped)):
+                    self.rescue(before)
                 raise
             bar.set_postfix(reward=f"{reward:.3f}")
             now = time.monotonic()
@@ -102,6 +102,14 @@ class Trainer:
                 saved = now
             if stopping:
                 raise Stopped(stopping)
+
+    def rescue(self, before: dict[str, Any]) -> None:
+        """Save the state before an epoch that could not be finished; where it cannot be saved, say so."""
+        self.load_state_dict(before)
+        try:
+            self.checkpoint()
+        except RunError as error:
+            say(f"warning: {error}")
 
     def run_epoch(self, epoch: int, heeds: bool = False) -> float:
         """Roll out, score, credit, update, record; returns the mean reward.

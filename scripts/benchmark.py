@@ -1,6 +1,7 @@
 """Measure condrl itself.
 
     python scripts/benchmark.py overhead            an epoch against the bare UNet calls it needs
+    python scripts/benchmark.py safety              what checkpoints and diagnosis take of an epoch
     python scripts/benchmark.py memory              peak memory with 10 and with 40 denoising steps
     python scripts/benchmark.py sd15                Stable Diffusion 1.5's full size with random weights
     python scripts/benchmark.py exact               every algorithm on toys, against the exact optimum
@@ -15,6 +16,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -130,6 +132,33 @@ def best_batch(trainer: Trainer, most: int, train: bool) -> int:
         bare(trainer, size, size, train)
         speed[size] = 256 / min(seconds(functools.partial(bare, trainer, 256, size, train)) for _ in range(2))
     return max(speed, key=lambda size: speed[size])
+
+
+# ---------------------------------------------------------------------------------------------- safety
+
+
+def safety(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of an epoch's record with its diagnosis, of the copy kept in case it is stopped, and of a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.run.dir = folder
+        trainer = quickstart_trainer(config)
+        parts: dict[str, list[float]] = {"epoch": [], "diagnosis": [], "copy": [], "checkpoint": []}
+        record = trainer.record
+
+        def timed(*arguments: Any) -> float:
+            begun = time.perf_counter()
+            reward = record(*arguments)
+            parts["diagnosis"].append(time.perf_counter() - begun)
+            return reward
+
+        trainer.record = timed  # type: ignore[method-assign]
+        for number in range(args.repeats + 1):
+            parts["epoch"].append(seconds(functools.partial(trainer.run_epoch, number)))
+            parts["copy"].append(seconds(lambda: copy.deepcopy(trainer.state_dict())))
+            parts["checkpoint"].append(seconds(trainer.checkpoint))
+    found = {name: statistics.median(values[1:]) for name, values in parts.items()}
+    every = max(1.0, config.run.checkpoint_seconds / found["epoch"])  # epochs between checkpoints
+    return found | {"share": (found["diagnosis"] + found["copy"] + found["checkpoint"] / every) / found["epoch"]}
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -421,11 +450,11 @@ TOY_MEASURES = (exact, transfer, steps, q_learning)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measures: dict[str, Any] = {f.__name__: f for f in (overhead, memory, epoch, sd15, *TOY_MEASURES)}
+    measures: dict[str, Any] = {f.__name__: f for f in (overhead, safety, memory, epoch, sd15, *TOY_MEASURES)}
     parser.add_argument("what", choices=measures)
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--repeats", type=int, default=5, help="measured epochs of `overhead`")
+    parser.add_argument("--repeats", type=int, default=5, help="measured epochs")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument(
         "--problems", type=lambda s: s.split(","), default=["g1", "m1", "p1"], help="toys of `exact`, as g1,m1"

@@ -11,7 +11,9 @@ do; nothing is written.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -35,7 +37,8 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 
 def main(words: list[str]) -> int:
-    """Exit code: 0, 1 for a run that had to stop, 2 for bad input, 130 when interrupted."""
+    """Exit code: 0, 1 for a run that had to stop, 2 for bad input, 130 or 143 when asked to stop."""
+    end_with_launcher()
     if {"-h", "--help"} & set(words):
         print(__doc__, config_help(), sep="\n")
         return 0
@@ -64,6 +67,14 @@ def finetune(words: list[str]) -> None:
     result = run(config, train, heldout[: config.evaluate.prompts], begun, dry)
     if copy and result:
         write_json(copy, result)
+
+
+def end_with_launcher() -> None:
+    """Be asked to stop when `accelerate launch` ends: it starts one process without passing signals on to it."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        set_option = getattr(ctypes.CDLL(None), "prctl", None)
+        if set_option:
+            set_option(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def split_json(words: list[str]) -> tuple[list[str], Path | None]:
@@ -181,10 +192,14 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
 def locked(folder: Path) -> Iterator[None]:
     """Within it, no other process can tune in the folder.
 
-    Raises: UsageError when one does.
+    Raises: UsageError when one does, or when the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise UsageError(f"cannot write to the run's folder: {error}") from error
+    with file:
         if sys.platform != "win32":
             import fcntl
 

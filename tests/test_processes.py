@@ -13,7 +13,10 @@ import torch
 from helpers import ALGORITHMS, ROOT, run_python, toy_words
 from safetensors.torch import load_file
 
+from condrl import UsageError
+from condrl.config import load_config
 from condrl.noise import Noise
+from condrl.run import make_accelerator
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FINETUNE = str(ROOT / "scripts" / "finetune.py")
@@ -129,3 +132,29 @@ def test_the_folder_of_a_running_run_is_not_taken(tmp_path):
         done = run_python(FINETUNE, *toy_words("ddpo", tmp_path / "run"), cwd=Path(tmp_path), **CPU)
     assert done.returncode == 2
     assert "another process is tuning in" in done.stderr
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_example_is_one_that_accelerate_reads(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert config.num_processes == {"cpu": 1, "single_gpu": 1, "multi_gpu": 8, "multi_node": 16}[file.stem]
+    assert config.mixed_precision == "no"
+
+
+def test_launching_with_an_example(tmp_path):
+    example = str(ROOT / "configs" / "accelerate" / "cpu.yaml")
+    launch = ["-m", "accelerate.commands.launch", "--config_file", example, FINETUNE]
+    done = run_python(*launch, *toy_words("nft", tmp_path / "run"), "--dry-run", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "2 prompts x 8 images = 16 images" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_model_split_over_processes_is_refused(kind, monkeypatch):
+    from accelerate import Accelerator, DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", getattr(DistributedType, kind))
+    with pytest.raises(UsageError, match="kept whole in every process"):
+        make_accelerator(load_config(toy_words("nft", Path("run"))))
