@@ -308,6 +308,8 @@ def check_arithmetic(config: Config) -> None:
     for name in ("lr", "max_grad_norm"):
         if getattr(train, name) <= 0:
             raise UsageError(f"config train.{name}: must be above 0, got {getattr(train, name)}")
+    if not config.run.dir and (Path(config.run.name).name != config.run.name or config.run.name in ("", "..")):
+        raise UsageError(f"config run.name: {config.run.name!r} is not the name of a folder; a path goes into run.dir")
     for where, value in (("train.kl_budget", train.kl_budget), ("evaluate.every", config.evaluate.every)):
         if value is not None and value <= 0:
             raise UsageError(f"config {where}: must be above 0, got {value}")

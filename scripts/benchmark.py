@@ -151,7 +151,7 @@ def safety(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             parts["diagnosis"].append(time.perf_counter() - begun)
             return reward
 
-        trainer.record = timed  # type: ignore[method-assign]
+        vars(trainer)["record"] = timed
         for number in range(args.repeats + 1):
             parts["epoch"].append(seconds(functools.partial(trainer.run_epoch, number)))
             parts["copy"].append(seconds(lambda: copy.deepcopy(trainer.state_dict())))

@@ -152,3 +152,10 @@ def test_finetune_exits_with_2_before_any_model_work(words, message, tmp_path, m
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", "/tmp/x", ""])
+def test_a_run_name_is_no_path(name):
+    with pytest.raises(UsageError, match=r"run\.name: .* is not the name of a folder"):
+        build_config({"run": {"name": name}})
+    build_config({"run": {"name": name, "dir": "anywhere/else"}})

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from helpers import tiny_pipeline
+from safetensors.torch import load_file
 
 from condrl import RunError, UsageError
 from condrl.checkpoint import LORA_FILE, lora_layers
-from condrl.models.stable_diffusion import StableDiffusion
+from condrl.models.stable_diffusion import StableDiffusion, load_pipeline
 from condrl.noise import seeded
 from condrl.policy import Policy
 from condrl.report import to_pil
@@ -223,3 +225,12 @@ def test_written_png_is_the_image(model, tmp_path):
     back = torch.from_numpy(np.asarray(Image.open(tmp_path / "x.png")).copy()).permute(2, 0, 1) / 255
     assert (back - image).abs().max() <= 0.5 / 255 + 1e-6
     assert LORA_FILE.endswith(".safetensors")
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    pipe = tiny_pipeline(tmp_path)
+    (weights,) = (pipe / "unet").glob("*.safetensors")
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(UsageError, match=r"model\.path: cannot load"):
+        load_pipeline(str(pipe), None, None, torch.float32)

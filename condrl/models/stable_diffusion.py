@@ -188,7 +188,8 @@ def load_pipeline(path: str, revision: str | None, single_file_config: str | Non
             pipe = StableDiffusionPipeline.from_single_file(str(source), config=single_file_config, **options)
         else:
             where = str(source) if source.is_dir() else path
-            pipe = StableDiffusionPipeline.from_pretrained(where, revision=revision, feature_extractor=None, **options)
+            options |= dict(revision=revision, feature_extractor=None, use_safetensors=True)  # never a pickle
+            pipe = StableDiffusionPipeline.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         raise UsageError(f"config model.path: cannot load {path!r}: {str(error).splitlines()[0]}") from error
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels or pipe.unet.config.addition_embed_type:
