@@ -1,11 +1,13 @@
 """Reward-directed q-learning against its fixed point (THEORY 8.6, rows 12, 13, 18 and 19)."""
 
+import argparse
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, load_script
 from torch import nn
 
 from condrl import UsageError, oracle
@@ -333,3 +335,53 @@ def test_the_network_is_saved_and_is_the_next_runs_reference(tmp_path):
             assert torch.equal(again.score(x, t, c), model.score(x, t, c))
         with model.reference():
             assert not torch.allclose(again.score(x, t, c), model.score(x, t, c))
+
+
+# ---------------------------------------------------------------------------------------------- the tables
+
+
+def test_the_page_is_that_of_the_rows():
+    script = load_script("reproduce_q_learning")
+    rows = json.loads(script.RESULTS.read_text())
+    assert script.PAGE.read_text() == script.report(rows)
+    for row in rows:
+        assert row["bound"] == pytest.approx(script.lower_bound(row["reward"]))
+        assert row["kl"] > row["bound"] - 0.1
+        assert row["seeds"] == len({run["seed"] for run in row["runs"]})
+
+
+def test_a_cell_is_trained_once_and_measured(tmp_path, monkeypatch):
+    script = load_script("reproduce_q_learning")
+    monkeypatch.setattr(script, "BATCHES", 2)
+    few = {"q_episodes": 3, "bad_episodes": 2, "tuning_episodes": 2, "simulator_episodes": 2, "episodes": 4}
+    args = argparse.Namespace(work=tmp_path, tries=2, **few)
+    cell = script.Cell("table4", "q_learning", "B", 0.8)
+    found = script.job(cell, script.spec_of(cell, 0, args), None, args)
+    assert 0 < found.reward < 1
+    trained = sorted(path.name for path in tmp_path.iterdir())
+    assert len(trained) == 3  # the bad model, and one for each weight that was tried
+    assert script.job(cell, script.spec_of(cell, 0, args), None, args) == found
+    assert sorted(path.name for path in tmp_path.iterdir()) == trained
+    spec = script.spec_of(script.Cell("table6", "q_learning", "DDIM 5", 0.8), 1, args)
+    assert (spec.steps, spec.simulator, spec.seed, spec.start.weight) == (5, "DDIM", 1, 0.0)
+
+
+def test_verdicts_are_those_of_the_rows():
+    script = load_script("reproduce_q_learning")
+
+    def row(table, algorithm, setting, target, reward, kl):
+        given = {"table": table, "algorithm": algorithm, "setting": setting, "target": target}
+        return given | {"reward": reward, "kl": kl, "ci95": 0.02, "paper_kl": 0.5}
+
+    rows = [row("table3", "ddpo", "A", None, 1.0, 2.0), row("table4", "pretrained", "B", None, 0.44, 0.7)]
+    rows += [row("table4", "dpok", "B", r, r, 1.0) for r in script.TARGETS]
+    rows += [
+        row("table4", "q_learning", "B", r, r, kl) for r, kl in zip(script.TARGETS, (0.4, 0.49, 0.51), strict=True)
+    ]
+    verdicts = dict(script.claims(rows))
+    assert verdicts["DDPO over-optimises: reward to 1, KL at least 1.5"].startswith("true")
+    assert verdicts["from B, q-learning's KL is at most half of DPOK's"].startswith("false: 0.40 of 1.00")
+    assert verdicts["and below that of B itself"].startswith("true")
+    assert verdicts["the simulators' order in Table 5"].startswith("not measured yet")
+    rows[-1] = row("table4", "q_learning", "B", 0.9, 0.92, 0.51)  # at .90 it would have less
+    assert dict(script.claims(rows))["from B, q-learning's KL is at most half of DPOK's"].startswith("true")
