@@ -42,6 +42,7 @@ class Experience:
     processes: Processes
     places: range  # of these images among those of all processes
     total: int  # how many those are
+    good: Tensor  # (total,) bool: which of those have a score
 
     @property
     def groups(self) -> Tensor:
@@ -53,8 +54,10 @@ class Experience:
         return self.processes.gather(x, self.places, self.total)
 
     def credit(self, f: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> Tensor:
-        """f(values, groups) of all processes' images, (..., B) of these."""
-        found = f(self.everyone(values), self.everyone(self.groups))
+        """f(values, groups) of all processes' images that have a score, (..., B) of these; 0 for those that do not."""
+        everyone, good = self.everyone(values), self.good
+        found = torch.zeros_like(everyone)
+        found[..., good] = f(everyone[..., good], self.everyone(self.groups)[good])
         return found[..., self.places.start : self.places.stop]
 
 
@@ -292,7 +295,7 @@ class PolicyGradient(Algorithm):
         returns = rewards - self.kappa * self.kl_to_go(base)
         centred = experience.credit(self._centred, returns)
         total = base.kl.sum(0).mean()
-        metrics = {"path_kl": total, "objective": rewards.mean() - self.kappa * total}
+        metrics = {"path_kl": total, "objective": rewards.nanmean() - self.kappa * total}
         return Transitions(rollout, self.bounded(centred * scale), columns, base, self.kappa * scale, metrics)
 
     def _centred(self, returns: Tensor, groups: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     kl_budget: float | None = None  # nats of path KL to the base model that a run may spend; null: any number
     over_budget: Literal["stop", "adapt"] = "stop"  # then end the run; or raise algorithm.kappa, until it is kept
+    max_failed: float = 0.1  # stop when more than this share of an epoch's scores failed; fewer are left out
     max_bad_updates: int = 3  # stop after so many in a row whose gradient is not finite; fewer are skipped
 
 
@@ -313,6 +314,8 @@ def check_arithmetic(config: Config) -> None:
     for where, value in (("train.kl_budget", train.kl_budget), ("evaluate.every", config.evaluate.every)):
         if value is not None and value <= 0:
             raise UsageError(f"config {where}: must be above 0, got {value}")
+    if not 0 <= train.max_failed < 1:
+        raise UsageError(f"config train.max_failed: must be in [0, 1), got {train.max_failed}")
     if not all(0 <= beta < 1 for beta in train.betas):
         raise UsageError(f"config train.betas: must be in [0, 1), got {list(train.betas)}")
     sentence = f"{train.prompts_per_epoch} prompts x {train.images_per_prompt} images = {images} images per epoch"

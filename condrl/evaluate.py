@@ -22,6 +22,7 @@ class Estimate:
 
     mean: float
     ci95: tuple[float, float] | None  # None for a single prompt
+    failed: int = 0  # scores that are left out of it
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class Evaluation:
 
 
 def estimate(scores: Tensor, images_per_prompt: int) -> Estimate:
-    """Mean and interval of scores (P * images_per_prompt,), a prompt's images next to each other."""
-    means = scores.double().reshape(-1, images_per_prompt).mean(1)
+    """Mean and interval of scores (P * images_per_prompt,), a prompt's images next to each other; nan are left out."""
+    means = scores.double().reshape(-1, images_per_prompt).nanmean(1)
+    means, failed = means[means.isfinite()], int(scores.isnan().sum())
     mean = means.mean().item()
-    if len(means) == 1:
-        return Estimate(mean, None)
+    if len(means) <= 1:
+        return Estimate(mean, None, failed)
     half = 1.96 * means.std().item() / len(means) ** 0.5
-    return Estimate(mean, (mean - half, mean + half))
+    return Estimate(mean, (mean - half, mean + half), failed)
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def attempt(trainer: Trainer) -> Trial:
         calls_to_learn=(model.evaluations - learning) / images,
         saved_gb=saved,
         rewards=rewards.tolist(),
-        spread=groups.var(1, correction=0).mean().sqrt().item(),
+        spread=(groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
         kl_gradient=kl_gradient(twin, experience.rollout.states[0], experience.rollout.condition),
     )
     model.evaluations = before
@@ -126,6 +126,7 @@ def smaller(trainer: Trainer) -> Trainer:
     twin, train = copy.copy(trainer), trainer.config.train
     few = dataclasses.replace(
         train,
+        max_failed=max(train.max_failed, 0.5),  # a few images say little of a small share
         prompts_per_epoch=min(train.prompts_per_epoch, PROMPTS * trainer.processes.count),
         images_per_prompt=min(train.images_per_prompt, IMAGES),
         updates_per_epoch=1,

@@ -32,9 +32,9 @@ class Reward:
         return parameter is not None and parameter.kind is not parameter.KEYWORD_ONLY
 
     def __call__(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Scores (B,) float32 of samples (B, ...), row i of which was made for `rows[i]`.
+        """Scores (B,) float32 of samples (B, ...), row i of which was made for `rows[i]`; nan where one failed.
 
-        Raises: RunError naming the reward and the prompt when a score is missing or not finite.
+        Raises: RunError naming the reward and the prompt when a score is missing.
         """
         prompts = [row.prompt for row in rows]
         extra = {"metadata": [row.metadata for row in rows]} if self.takes_metadata else {}
@@ -45,11 +45,15 @@ class Reward:
                 f"the reward {self.name!r} returned {got} for {len(rows)} samples, the first of prompt {prompts[0]!r}: "
                 f"it should return a tensor of shape ({len(rows)},)"
             )
-        finite = scores.isfinite()
-        if not finite.all():
-            bad = int((~finite).nonzero()[0])
-            raise RunError(f"the reward {self.name!r} returned {scores[bad].item()} for the prompt {prompts[bad]!r}")
-        return scores.float()
+        return scores.float().where(scores.isfinite(), torch.nan)
+
+    def failure(self, scores: Tensor, rows: Sequence[Row]) -> str | None:
+        """What to say of the first failed score of (B,); None when there is none."""
+        failed = (~scores.isfinite()).nonzero()
+        if not len(failed):
+            return None
+        reason = next(iter(getattr(self.call, "errors", ())), "it returned a score that is not finite")
+        return f"the reward {self.name!r} failed for the prompt {rows[int(failed[0])].prompt!r}: {reason}"
 
 
 def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
@@ -62,10 +66,11 @@ def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of B samples by each reward, and their weighted sum `total` (B,)."""
+    """Scores of B samples by each reward, and their weighted sum `total` (B,); nan where a score failed."""
 
     each: dict[str, Tensor]
     total: Tensor
+    failure: str | None = None  # what to say of the first that failed
 
 
 def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row], batch: int = 64) -> Scores:
@@ -84,4 +89,5 @@ def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row], batch
     total = torch.zeros(len(rows), device=samples.device)
     for r in rewards:
         total = total + r.weight * each[r.name]
-    return Scores(each, total)
+    failures = (r.failure(each[r.name], rows) for r in rewards)
+    return Scores(each, total, next((text for text in failures if text), None))

@@ -25,7 +25,7 @@ from condrl.policy import Policy
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
 from condrl.report import save_grid
-from condrl.rewards import Reward, score
+from condrl.rewards import Reward, Scores, score
 
 PICTURES = 8  # images in an epoch's picture
 KL_IMAGES = 32  # of an epoch, for train.kl_budget
@@ -156,16 +156,19 @@ class Trainer:
         def total(points: Tensor, images: Tensor) -> Tensor:
             return score(self.rewards, points, [rows[i] for i in images.tolist()]).total
 
-        return Experience(
-            trajectories,
-            rows,
-            scores,
-            samples[::group][:PICTURES].cpu(),
-            total,
-            self.processes,
-            places,
-            len(drawn) * group,
-        )
+        images = len(drawn) * group
+        good = self.processes.gather(scores.total.isfinite().float(), places, images) > 0
+        self.check_failures(scores, good)
+        shown = samples[::group][:PICTURES].cpu()
+        return Experience(trajectories, rows, scores, shown, total, self.processes, places, images, good)
+
+    def check_failures(self, scores: Scores, good: Tensor) -> None:
+        """Raises: RunError when too many of all processes' images have no score."""
+        share = 1 - good.float().mean().item()
+        if share > self.config.train.max_failed:
+            said = next(text for text in self.processes.gather_objects(scores.failure) if text)
+            most = self.config.train.max_failed
+            raise RunError(f"{said} ({share:.0%} of an epoch's scores failed; train.max_failed allows {most:.0%})")
 
     def examples(self, experience: Experience, epoch: int) -> Examples:
         """What the epoch's updates learn from."""
@@ -182,6 +185,9 @@ class Trainer:
         generator = seeded_by(self.seed(epoch, "update"))
         for _ in range(train.inner_epochs):
             for part in self.minibatches(generator):
+                part = part[experience.good.cpu()[part]]
+                if not len(part):
+                    continue
                 metrics, norm = self.optimise(examples, experience.places, part, generator)
                 if norm is not None:
                     norms.append(norm)
@@ -386,10 +392,11 @@ class Trainer:
         """Append a line to metrics.jsonl and pass it to the trackers; returns the mean reward."""
         line: dict[str, Any] = {"epoch": self.epoch, "images": self.images, "updates": self.updates}
         for name, own in {"total": experience.scores.total, **experience.scores.each}.items():
-            values = experience.everyone(own)
+            values = experience.everyone(own)[experience.good]
             line[f"reward/{name}"], line[f"reward/{name}_std"] = values.mean().item(), values.std(correction=0).item()
         share = len(experience.rows) / experience.total
         spread = {name: value * share for name, value in spread_metrics(experience).items()}
+        line["failed_scores"] = experience.total - int(experience.good.sum())
         line |= {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "skipped_updates": self.skipped}
         line |= self.added_up({"unet_calls": self.policy.model.evaluations, **spread})
         if "epoch" not in self.first:

@@ -56,3 +56,11 @@ def test_pictures_hold_the_images(tmp_path):
     assert sheet.getpixel((10, 6 + 192 + 40 + 6 + 10)) == (128, 128, 128)
     save_comparison(tmp_path / "x" / "c.png", images[:2], images[2:], ["a", "b"])
     assert (tmp_path / "x" / "c.png").stat().st_size > 100
+
+
+def test_failed_scores_are_left_out_of_an_estimate():
+    nan = float("nan")
+    found = estimate(torch.tensor([1.0, nan, 3.0, 3.0, nan, nan]), 2)
+    assert found.mean == 2.0  # of the first two prompts; the third has no score
+    assert found.failed == 3
+    assert estimate(torch.tensor([1.0, 3.0]), 1).failed == 0

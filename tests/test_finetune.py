@@ -143,8 +143,8 @@ def test_sample_is_the_plain_diffusers_pipeline_with_the_lora(run, tmp_path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return samples.mean((1, 2, 3)) * float('nan')", "the reward 'mine' returned nan for the prompt '"),
-        ("return samples.mean((2, 3))", "the reward 'mine' returned shape (1, 3) for 1 samples, the first of prompt '"),
+        ("return samples.mean((1, 2, 3)) * float('nan')", "the reward 'mine' failed for the prompt '"),
+        ("return samples.mean((2, 3))", "the reward 'mine' returned shape (8, 3) for 8 samples, the first of prompt '"),
     ],
 )
 def test_a_bad_reward_stops_with_its_name_and_the_prompt(body, message, tmp_path):

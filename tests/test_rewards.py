@@ -60,8 +60,6 @@ def test_chunks_do_not_change_scores():
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (torch.tensor([1.0, float("nan")]), r"'bad' returned nan for the prompt 'two small blue circles'"),
-        (torch.tensor([float("inf"), 0.0]), r"'bad' returned inf for the prompt 'a red star'"),
         (torch.zeros(2, 1), r"'bad' returned shape \(2, 1\) for 2 samples.*'a red star'.*shape \(2,\)"),
         ([1.0, 2.0], r"'bad' returned list for 2 samples"),
     ],
@@ -70,6 +68,18 @@ def test_bad_returns_name_the_reward_and_the_prompt(returned, message):
     condrl.reward(lambda samples, prompts: returned, name="bad")
     with pytest.raises(RunError, match=message):
         score([make_reward("bad", {"weight": 1.0})], images(), ROWS)
+
+
+def test_failed_scores_are_missing_numbers_with_a_reason():
+    good = make_reward("red_mean", {"weight": 1.0})
+    returned = torch.tensor([float("-inf"), 1.0])
+    condrl.reward(lambda samples, prompts: returned, name="bad")
+    scores = score([good, make_reward("bad", {"weight": 1.0})], images(), ROWS)
+    assert scores.total.isnan().tolist() == scores.each["bad"].isnan().tolist() == [True, False]
+    assert not scores.each["red_mean"].isnan().any()
+    said = "the reward 'bad' failed for the prompt 'a red star': it returned a score that is not finite"
+    assert scores.failure == said
+    assert score([good], images(), ROWS).failure is None
 
 
 def test_images_outside_the_unit_range_are_refused():

@@ -13,6 +13,7 @@ import condrl
 from condrl import RunError
 from condrl.checkpoint import lora_layers
 from condrl.config import build_config
+from condrl.credit import group_advantages
 from condrl.models.stable_diffusion import StableDiffusion
 from condrl.noise import seeded
 from condrl.policy import Policy
@@ -355,3 +356,63 @@ def test_nft_learns_each_prompts_direction(tmp_path):
     assert mean[0, 0] > 0.5
     assert mean[1, 0] < -0.5
     assert mean[:, 1].abs().max() < 0.5 * mean[:, 0].abs().min()
+
+
+# ---------------------------------------------------------------------------------------------- failed scores
+
+
+@condrl.reward
+class Flaky:
+    """Fails for a share of the samples that is spread evenly."""
+
+    def __init__(self, *, share: float = 0.05, large: float = 0.0):
+        self.share, self.large, self.seen, self.errors = share, large, 0, []
+
+    def __call__(self, samples, prompts):
+        scores = samples[:, 0].clone()
+        for i in range(len(scores)):
+            self.seen += 1
+            if int(self.seen * self.share) > int((self.seen - 1) * self.share):
+                scores[i] = torch.nan
+                self.errors.append("no answer from the judge")
+        return scores
+
+
+FLAKY = {"rightwards": {"weight": 0.0}, "flaky": {"weight": 1.0, "share": 0.05}}
+
+
+def test_a_few_failed_scores_are_left_out_and_counted(tmp_path):
+    trainer = make_trainer(tmp_path, rewards=FLAKY, train={"epochs": 3, "images_per_prompt": 40, "rollout_batch": 80})
+    trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["failed_scores"] for line in lines] == [4, 4, 4]
+    assert all(line["skipped_updates"] == 0 for line in lines)
+    assert all(abs(line["reward/total"]) < 10 for line in lines)
+
+
+def test_too_many_failed_scores_stop_the_run_with_the_first_reason(tmp_path):
+    flaky = {"rightwards": {"weight": 0.0}, "flaky": {"weight": 1.0, "share": 0.6}}
+    trainer = make_trainer(tmp_path, rewards=flaky)
+    said = r"'flaky' failed for the prompt '.': no answer from the judge \(59% .*max_failed allows 10%\)"
+    with pytest.raises(RunError, match=said):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("name", ["ddpo", "nft"])
+def test_an_update_is_that_of_the_images_with_a_score(name, tmp_path):
+    """What a failed image looks like does not matter, and its group's statistics are the others'."""
+    gradients = []
+    for change in (0.0, 3.0):
+        trainer = make_trainer(tmp_path, algorithm={"name": name}, rewards=FLAKY, train={"updates_per_epoch": 1})
+        trainer.optimizer.step = lambda t=trainer: gradients.append(t.weights[0].grad.clone())
+        experience = trainer.collect(0, clock())
+        failed = ~experience.good
+        assert failed.sum() == 1
+        experience.rollout.states[1:, failed] += change
+        trainer.update(trainer.examples(experience, 0), experience, 0)
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[0], gradients[1])
+    advantages = experience.credit(group_advantages, experience.scores.total)
+    assert advantages[failed] == 0
+    own = (experience.groups == experience.groups[failed]) & experience.good
+    torch.testing.assert_close(advantages[own], group_advantages(experience.scores.total[own], experience.groups[own]))

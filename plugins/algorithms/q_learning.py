@@ -126,7 +126,7 @@ class QLearning(Algorithm):
         duration = -policy.sampler.times.diff().to(scores)[:, None]
         cost = (g2 * (scores - r.means).square().sum(2) * duration).sum(0).mean()
         rewards = self.beta * experience.scores.total
-        return EpisodeTable(r, running, rewards, {"cost": cost, "objective": rewards.mean() - cost})
+        return EpisodeTable(r, running, rewards, {"cost": cost, "objective": rewards.nanmean() - cost})
 
     def _data_scores(self, policy: Policy, r: Rollout, images: Tensor, noise: Noise) -> Tensor:
         """The score of the data at the states of some trajectories, (K, b, d)."""
