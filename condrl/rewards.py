@@ -47,6 +47,10 @@ class Reward:
             )
         return scores.float().where(scores.isfinite(), torch.nan)
 
+    def rest(self) -> None:
+        """Tell a reward that it will not be called for a while."""
+        getattr(self.call, "rest", lambda: None)()
+
     def failure(self, scores: Tensor, rows: Sequence[Row]) -> str | None:
         """What to say of the first failed score of (B,); None when there is none."""
         failed = (~scores.isfinite()).nonzero()

@@ -151,6 +151,8 @@ class Trainer:
             samples = model.decode(trajectories.samples)
             clock.lap("decode")
             scores = score(self.rewards, samples, rows)
+        for reward in self.rewards:
+            reward.rest()
         clock.lap("score")
 
         def total(points: Tensor, images: Tensor) -> Tensor:

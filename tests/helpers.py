@@ -13,6 +13,7 @@ import torch
 from condrl import registry
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"  # test data that is not ours to give
 
 
 def load_script(name: str) -> Any:

@@ -1,0 +1,141 @@
+"""CLIP models for rewards: images to embeddings with gradients, prompts to embeddings once each."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from condrl.config import locate
+from condrl.errors import UsageError
+from condrl.registry import suggestion
+
+Precision = Literal["float32", "bfloat16", "float16"]
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+
+
+def fitted(samples: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] as a CLIP wants them, (B, 3, size, size); differentiable.
+
+    The shorter side is resized, with bicubic antialiasing, and the middle is cut out, as the reference processors do.
+    """
+    height, width = samples.shape[2:]
+    scale = size / min(height, width)
+    shape = [max(size, round(side * scale)) for side in (height, width)]
+    x = nn.functional.interpolate(samples.float(), shape, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = ((side - size) // 2 for side in shape)
+    x = x[:, :, top : top + size, left : left + size]
+    centre, spread = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (mean, std))
+    return (x - centre) / spread
+
+
+def check_file(path: Path, sha256: str | None, option: str) -> None:
+    """Raises: UsageError naming the option when there is no such file, or when it is not the one that was meant."""
+    if not path.is_file():
+        raise UsageError(f"config {option}: there is no file {path}")
+    if sha256:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256.lower():
+            raise UsageError(f"config {option}: {path} has sha256 {found}, not {sha256}")
+
+
+class Clip:
+    """An open_clip model that is loaded when it is first used, on the device of what it is given."""
+
+    def __init__(self, model: str, weights: str, config: str | None, sha256: str | None, dtype: Precision) -> None:
+        import open_clip
+
+        self.name, self.weights, self.dtype = model, weights, dtype
+        if config:
+            self.name = add_architecture(locate(config))
+        elif model not in open_clip.list_models() and not model.startswith("hf-hub:"):
+            near = suggestion(model, open_clip.list_models())
+            raise UsageError(f"open_clip has no model {model!r}.{near}")
+        if weights.endswith(SUFFIXES) or weights.startswith("asset:"):
+            self.weights = str(locate(weights))
+            check_file(Path(self.weights), sha256, "weights")
+        elif not self.name.startswith("hf-hub:"):
+            tags = open_clip.list_pretrained_tags_by_model(self.name)
+            if weights not in tags:
+                raise UsageError(f"open_clip has no weights {weights!r} for {model}: give a file, or one of {tags}")
+        self.prompts: dict[str, Tensor] = {}
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The frozen model.
+
+        Raises: UsageError when its weights cannot be loaded.
+        """
+        import open_clip
+
+        precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[self.dtype]
+        weights = None if self.name.startswith("hf-hub:") else self.weights
+        try:
+            model = open_clip.create_model(self.name, pretrained=weights, precision=precision, weights_only=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UsageError(f"cannot load {self.weights} into {self.name}: {str(error).splitlines()[0]}") from error
+        return model.eval().requires_grad_(False)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        import open_clip
+
+        return open_clip.get_tokenizer(self.name)
+
+    def images(self, samples: Tensor) -> Tensor:
+        """Unit embeddings (B, F) float32 of images (B, 3, H, W) in [0, 1]; differentiable."""
+        model = self.model.to(samples.device)
+        settings = model.visual.preprocess_cfg
+        size = settings["size"] if isinstance(settings["size"], int) else settings["size"][0]
+        x = fitted(samples, size, settings["mean"], settings["std"])
+        return nn.functional.normalize(model.encode_image(x.to(getattr(torch, self.dtype))).float(), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """Unit embeddings (B, F) float32 of prompts; each is computed once."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prompts]
+        if new:
+            tokens = self.tokenizer(new).to(device)
+            found = nn.functional.normalize(self.model.to(device).encode_text(tokens).float(), dim=-1)
+            self.prompts |= dict(zip(new, found.cpu(), strict=True))
+        return torch.stack([self.prompts[prompt] for prompt in prompts]).to(device)
+
+    def rest(self) -> None:
+        """Make room on the device until it is used again."""
+        self.model.to("cpu")
+
+
+@functools.cache
+def shared_clip(
+    model: str, weights: str, config: str | None = None, sha256: str | None = None, dtype: Precision = "float32"
+) -> Clip:
+    """A Clip; rewards that ask for the same one share it.
+
+    Raises: UsageError when open_clip knows no such model or weights, or when a file is missing or another one.
+    """
+    return Clip(model, weights, config, sha256, dtype)
+
+
+def add_architecture(path: Path) -> str:
+    """Tell open_clip of an architecture, a JSON file as it has them; returns its name.
+
+    Raises: UsageError when the file is missing or is none.
+    """
+    import open_clip
+
+    check_file(path, None, "config")
+    try:
+        whole = {"embed_dim", "vision_cfg", "text_cfg"} <= json.loads(path.read_text()).keys()
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise UsageError(f"config config: {path} is no architecture of open_clip: embed_dim, vision_cfg, text_cfg")
+    open_clip.add_model_config(path)
+    return path.stem

@@ -1,0 +1,61 @@
+"""How beautiful people would find an image, by LAION's predictor on CLIP."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import condrl
+from condrl.clip import Precision, check_file, shared_clip
+from condrl.config import locate
+from condrl.hub import hub_file
+
+HEAD = "aesthetic-model.pth"
+
+
+def affine_head(layers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weights (F,) and bias () of layers without activations between them: one affine function."""
+    numbers = sorted({int(name.split(".")[1]) for name in layers})
+    weight, bias = torch.eye(layers[f"layers.{numbers[0]}.weight"].shape[1], dtype=torch.float64), torch.zeros(1)
+    bias = bias.new_zeros(len(weight), dtype=torch.float64)
+    for number in numbers:
+        linear = layers[f"layers.{number}.weight"].double()
+        weight, bias = linear @ weight, linear @ bias + layers[f"layers.{number}.bias"].double()
+    return weight[0].float(), bias[0].float()
+
+
+@condrl.reward
+class Aesthetic:
+    """LAION's aesthetic score of the image alone, about 1 to 10, differentiable (Schuhmann et al. 2022).
+
+    Its head has no activations (dropout aside), so it is one affine function of the CLIP ViT-L/14 embedding.
+    """
+
+    def __init__(
+        self,
+        *,
+        head: str = "trl-lib/ddpo-aesthetic-predictor",  # a hub repository with the head, or its file
+        head_sha256: str | None = None,  # that the head's file has to have
+        model: str = "ViT-L-14-quickgelu",  # of open_clip
+        weights: str = "openai",  # a tag of open_clip, or a file
+        config: str | None = None,  # a JSON file with another architecture, instead of `model`
+        sha256: str | None = None,  # that the weights' file has to have
+        dtype: Precision = "float32",
+        offload: bool = False,  # keep the model off the device between roll-outs
+    ) -> None:
+        file = locate(hub_file(head, HEAD, "rewards.aesthetic.head"))
+        check_file(file, head_sha256, "rewards.aesthetic.head")
+        try:
+            layers = torch.load(file, map_location="cpu", weights_only=True)
+            self.weight, self.bias = affine_head(layers)
+        except Exception as error:
+            raise condrl.UsageError(f"config rewards.aesthetic.head: {file} is no aesthetic head") from error
+        self.clip, self.offload = shared_clip(model, weights, config, sha256, dtype), offload
+
+    def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        found = self.clip.images(samples)
+        return found @ self.weight.to(found) + self.bias.to(found)
+
+    def rest(self) -> None:
+        if self.offload:
+            self.clip.rest()

@@ -1,0 +1,84 @@
+"""Human preference, by PickScore (Kirstain et al. 2023)."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import condrl
+from condrl.clip import Precision, fitted
+from condrl.config import locate
+
+
+@condrl.reward(name="pickscore")
+class PickScore:
+    """PickScore, about 15 to 25: the scaled cosine of a CLIP-H tuned on choices (Kirstain et al. 2023)."""
+
+    def __init__(
+        self,
+        *,
+        path: str = "yuvalkirstain/PickScore_v1",  # a hub id, or a folder as transformers saves a CLIPModel
+        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",  # of the tokenizer and the image settings
+        revision: str | None = None,  # of the hub id `path`: branch, tag or commit
+        dtype: Precision = "float32",
+        offload: bool = False,  # keep the model off the device between roll-outs
+    ) -> None:
+        self.path, self.processor, self.revision, self.dtype, self.offload = path, processor, revision, dtype, offload
+        self.prompts: dict[str, Tensor] = {}
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The frozen model, loaded when it is first used."""
+        from transformers import CLIPModel
+
+        try:
+            model = CLIPModel.from_pretrained(
+                local(self.path), revision=self.revision, dtype=getattr(torch, self.dtype), use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise condrl.UsageError(f"config rewards.pickscore.path: cannot load {self.path}: {reason}") from error
+        return model.eval().requires_grad_(False)
+
+    @functools.cached_property
+    def settings(self) -> tuple[Any, Any]:
+        """The tokenizer and the image processor, of which only the numbers are used."""
+        from transformers import CLIPImageProcessor, CLIPTokenizer
+
+        try:
+            path = local(self.processor)
+            return CLIPTokenizer.from_pretrained(path), CLIPImageProcessor.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise condrl.UsageError(f"config rewards.pickscore.processor: {self.processor}: {reason}") from error
+
+    def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        model, settings = self.model.to(samples.device), self.settings[1]
+        x = fitted(samples, settings.crop_size["height"], settings.image_mean, settings.image_std)
+        images = model.get_image_features(pixel_values=x.to(model.dtype)).pooler_output.float()
+        cosine = (nn.functional.normalize(images, dim=-1) * self.texts(prompts, samples.device)).sum(1)
+        return model.logit_scale.exp().float() * cosine
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """Unit embeddings (B, F) of prompts; each is computed once."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prompts]
+        if new:
+            length = self.model.config.text_config.max_position_embeddings
+            fill = {"padding": "max_length", "truncation": True, "max_length": length}
+            tokens = self.settings[0](new, return_tensors="pt", **fill)
+            found = self.model.get_text_features(**tokens.to(device)).pooler_output.float()
+            self.prompts |= dict(zip(new, nn.functional.normalize(found, dim=-1).cpu(), strict=True))
+        return torch.stack([self.prompts[prompt] for prompt in prompts]).to(device)
+
+    def rest(self) -> None:
+        if self.offload:
+            self.model.to("cpu")
+
+
+def local(path: str) -> str:
+    """A folder's path, or the hub id as it is."""
+    folder = locate(path)
+    return str(folder) if folder.exists() else path

@@ -1,0 +1,42 @@
+"""Images like given ones."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import condrl
+from condrl.config import locate
+from condrl.pixels import from_pil
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@condrl.reward
+class Similarity:
+    """Minus the root mean square difference to the nearest of some reference images, in [-1, 0]; differentiable."""
+
+    def __init__(
+        self,
+        *,
+        images: str,  # an image, or a folder of images; they are resized to the samples' size
+    ) -> None:
+        path = locate(images)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = [file for file in files if file.is_file() and file.suffix.lower() in SUFFIXES]
+        if not files:
+            raise condrl.UsageError(f"config rewards.similarity.images: no image ({', '.join(SUFFIXES)}) at {path}")
+        self.files, self.references = files, torch.empty(0)
+
+    def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self.references.shape[2:] != samples.shape[2:] or self.references.device != samples.device:
+            self.references = torch.cat([self._load(file, samples) for file in self.files])
+        nearest = torch.stack([(samples - one).square().mean((1, 2, 3)) for one in self.references]).amin(0)
+        return -nearest.sqrt()
+
+    def _load(self, file: object, samples: Tensor) -> Tensor:
+        with Image.open(str(file)) as image:
+            x = from_pil(image)[None].to(samples)
+        size = (samples.shape[2], samples.shape[3])
+        return nn.functional.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)

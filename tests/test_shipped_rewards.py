@@ -1,0 +1,276 @@
+"""Every shipped reward by the kit that users have, and the models at small size in the published files' format."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from helpers import DATA
+from PIL import Image
+from torch import nn
+
+import condrl
+from condrl import UsageError, registry
+from condrl.clip import fitted
+from condrl.pixels import from_pil, luma
+from condrl.prompts import Row
+from condrl.report import to_pil
+from condrl.rewards import make_reward
+from condrl.testing import check_reward, smooth_images
+
+SMALL = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    "quick_gelu": True,
+}
+MODELS = ("clip", "aesthetic", "hps", "pickscore")
+OF_POINTS = ("box", "quadratic")
+RANGES = {
+    "brightness": (0, 1),
+    "sharpness": (0, 2e6),
+    "colourfulness": (0, 200),
+    "symmetry": (-1, 0),
+    "shapes": (0, 1),
+    "shapes_exact": (0, 1),
+    "clip": (-1, 1),
+    "hps": (-1, 1),
+    "similarity": (-1, 0),
+    "jpeg_incompressibility": (0, 20),
+    "jpeg_compressibility": (-20, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Weights as they are published: a state dict, a checkpoint with one, a transformers folder; and options for them."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    (folder / "small.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(folder / "small.json")
+    model = open_clip.create_model("small")
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / "HPS_v2.1_compressed.pt")
+    layers = [nn.Linear(i, o) for i, o in ((24, 32), (32, 16), (16, 8), (8, 4), (4, 1))]
+    head = {
+        f"layers.{n}.{k}": v
+        for n, one in zip((0, 2, 4, 6, 7), layers, strict=True)
+        for k, v in one.state_dict().items()
+    }
+    torch.save(head, folder / "aesthetic-model.pth")
+    shared = {"layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *(c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")),
+    ]
+    (folder / "pick").mkdir()
+    (folder / "pick" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "pick" / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(folder / "pick" / "vocab.json"), str(folder / "pick" / "merges.txt")).save_pretrained(
+        folder / "pick"
+    )
+    text = {**shared, "vocab_size": len(words), "max_position_embeddings": 40, "eos_token_id": 1, "bos_token_id": 0}
+    config = CLIPConfig(
+        text_config=text, vision_config={**shared, "image_size": 32, "patch_size": 8}, projection_dim=24
+    )
+    CLIPModel(config).save_pretrained(folder / "pick")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**size).save_pretrained(folder / "pick")
+    Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(folder / "reference.png")
+    clip = {"config": str(folder / "small.json"), "weights": str(folder / "open_clip_pytorch_model.bin")}
+    return {
+        "clip": clip,
+        "aesthetic": {**clip, "head": str(folder / "aesthetic-model.pth")},
+        "hps": {"config": clip["config"], "weights": str(folder / "HPS_v2.1_compressed.pt")},
+        "pickscore": {"path": str(folder / "pick"), "processor": str(folder / "pick")},
+        "similarity": {"images": str(folder / "reference.png")},
+    }
+
+
+SHIPPED = [p.name for p in registry.reward.all() if p.target.__module__.startswith("condrl.plugins")]
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in OF_POINTS])
+def test_every_shipped_reward_keeps_the_rules(name, files):
+    check_reward(name, value_range=RANGES.get(name), **files.get(name, {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near(name, dtype, files):
+    x, rows = smooth_images(4), [Row(i, text) for i, text in enumerate(("a red star", "a cat", "a dog", "two"))]
+    whole, half = (make_reward(name, {**files[name], "dtype": d})(x, rows) for d in ("float32", dtype))
+    assert whole.dtype == half.dtype == torch.float32
+    torch.testing.assert_close(half, whole, rtol=0.05, atol=0.05)
+    assert not torch.equal(half, whole)
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 64), (50, 75), (300, 224)])
+def test_preprocessing_is_that_of_the_reference_processors(shape):
+    from transformers import CLIPImageProcessor
+
+    x = (smooth_images(2, 3, *shape) * 255).round() / 255
+    pictures = [to_pil(image) for image in x]
+    theirs = CLIPImageProcessor()(pictures, return_tensors="pt")["pixel_values"]
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    ours = fitted(x, 224, mean, std)
+    assert (ours - theirs).abs().max() < 2e-2
+    reference = open_clip.image_transform(224, is_train=False, mean=mean, std=std, interpolation="bicubic")
+    assert (ours - torch.stack([reference(picture) for picture in pictures])).abs().max() < 2e-2
+
+
+def test_clip_is_open_clips_own_cosine(files):
+    model = open_clip.create_model("small", pretrained=files["clip"]["weights"]).eval()
+    x, prompts = smooth_images(3), ["a red star", "a cat", "a red star"]
+    settings = model.visual.preprocess_cfg
+    with torch.no_grad():
+        images = model.encode_image(fitted(x, 32, settings["mean"], settings["std"]))
+        texts = model.encode_text(open_clip.get_tokenizer("small")(prompts))
+    expected = nn.functional.cosine_similarity(images, texts)
+    found = make_reward("clip", files["clip"])(x, [Row(i, p) for i, p in enumerate(prompts)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_is_loaded_once_and_can_rest(files, monkeypatch):
+    loads, create = [], open_clip.create_model
+    monkeypatch.setattr(open_clip, "create_model", lambda *a, **k: loads.append(a) or create(*a, **k))
+    options = {**files["clip"], "dtype": "float32", "sha256": None}
+    rewards = [
+        make_reward(name, {**files[name], **extra}) for name, extra in (("clip", {"offload": True}), ("aesthetic", {}))
+    ]
+    assert rewards[0].call.clip is rewards[1].call.clip
+    rewards[0].call.clip.__dict__.pop("model", None)
+    assert loads == []  # not before it is used
+    rows = [Row(0, "a cat")]
+    for reward in rewards * 2:
+        reward(smooth_images(1), rows)
+        reward.rest()
+    assert len(loads) == 1
+    assert options["weights"] in str(rewards[0].call.clip.weights)
+
+
+def test_the_aesthetic_head_is_affine(files):
+    layers = torch.load(files["aesthetic"]["head"], weights_only=True)
+    stack = nn.Sequential(*(nn.Linear(*reversed(layers[f"layers.{n}.weight"].shape)) for n in (0, 2, 4, 6, 7)))
+    stack.load_state_dict(
+        {f"{i}.{k}": layers[f"layers.{n}.{k}"] for i, n in enumerate((0, 2, 4, 6, 7)) for k in ("weight", "bias")}
+    )
+    reward = make_reward("aesthetic", files["aesthetic"])
+    x = smooth_images(4)
+    expected = stack(reward.call.clip.images(x))[:, 0]
+    torch.testing.assert_close(reward(x, [Row(i, "") for i in range(4)]), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_published_head_is_what_its_measured_numbers_say():
+    path = DATA / "aesthetic_head.pth"
+    if not path.exists():
+        pytest.skip("the published head is not on this machine")
+    head = condrl.registry.reward.find("aesthetic").target.__init__.__globals__["affine_head"]
+    weight, bias = head(torch.load(path, map_location="cpu", weights_only=True))
+    assert weight.shape == (768,)
+    assert weight.norm().item() == pytest.approx(17.996, abs=1e-3)
+    assert bias.item() == pytest.approx(5.2366, abs=1e-4)
+
+
+def test_pickscore_is_transformers_own_logit(files):
+    from transformers import CLIPModel, CLIPProcessor
+
+    path = files["pickscore"]["path"]
+    model, processor = CLIPModel.from_pretrained(path), CLIPProcessor.from_pretrained(path)
+    x, prompts = (smooth_images(2) * 255).round() / 255, ["abc", "hello world"]
+    given = processor(text=prompts, images=[to_pil(one) for one in x], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = model(**given).logits_per_image.diag()
+    found = make_reward("pickscore", files["pickscore"])(x, [Row(i, p) for i, p in enumerate(prompts)])
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("clip", {"model": "ViT-L-41"}, r"no model 'ViT-L-41'. Did you mean 'ViT-L-1"),
+        ("clip", {"weights": "nothing"}, "no weights 'nothing' for ViT-L-14-quickgelu"),
+        ("clip", {"weights": "nowhere.pt"}, "there is no file nowhere.pt"),
+        ("clip", {"config": "nowhere.json"}, "there is no file nowhere.json"),
+        ("hps", {"version": "v3"}, "'v3' is not one of v2, v2.1"),
+        ("similarity", {"images": "nowhere"}, "no image"),
+    ],
+)
+def test_what_cannot_be_is_one_line(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        make_reward(name, options)
+
+
+def test_another_file_than_the_one_meant_is_refused(files):
+    with pytest.raises(UsageError, match=r"has sha256 [0-9a-f]{64}, not 00"):
+        make_reward("clip", {**files["clip"], "sha256": "00"})
+    with pytest.raises(UsageError, match="is no aesthetic head"):
+        make_reward("aesthetic", {**files["aesthetic"], "head": files["clip"]["config"]})
+
+
+# ---------------------------------------------------------------------------------------------- pixels
+
+
+def test_pixel_rewards_in_their_units():
+    rows = [Row(0, "")]
+    black, white = torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
+    board = (torch.arange(16)[:, None] + torch.arange(16)).remainder(2).float().expand(1, 3, 16, 16)
+    half = torch.cat([black[..., :8], white[..., :8]], 3)
+    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+
+    def of(name, x, **options):
+        return make_reward(name, options)(x, rows).item()
+
+    assert of("brightness", white) == pytest.approx(1)
+    assert of("brightness", red) == pytest.approx(0.2126)
+    assert of("sharpness", white) == 0
+    assert of("sharpness", board) == pytest.approx((4 * 255) ** 2)
+    assert of("colourfulness", board) == pytest.approx(0, abs=1e-3)
+    assert of("colourfulness", red) == pytest.approx(0.3 * (255**2 + 127.5**2) ** 0.5)
+    assert of("symmetry", half) == -1
+    assert of("symmetry", half, mirror="up_down") == 0
+
+
+def test_similarity_is_to_the_nearest_reference(tmp_path):
+    for value in (0, 255):
+        Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(tmp_path / f"{value}.png")
+    x = torch.tensor([0.0, 0.3, 0.9]).view(3, 1, 1, 1).expand(3, 3, 16, 16)
+    found = make_reward("similarity", {"images": str(tmp_path)})(x, [Row(i, "") for i in range(3)])
+    torch.testing.assert_close(found, torch.tensor([0.0, -0.3, -0.1]), atol=1e-3, rtol=0)
+    assert torch.equal(from_pil(Image.open(tmp_path / "255.png")), torch.ones(3, 8, 8))
+    assert luma(x)[1, 0, 0] == pytest.approx(0.3)
+
+
+# ---------------------------------------------------------------------------------------------- the kit
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda x, p: x.mean((1, 2, 3)) + torch.rand(len(x)), "a second time"),
+        (lambda x, p: x.mean((1, 2, 3)) - x.mean(), "one by one"),
+        (lambda x, p: x.mean((1, 2, 3)) + torch.arange(len(x)), "one by one"),
+        (lambda x, p: x.detach().mean((1, 2, 3)), "has no gradient"),
+        (lambda x, p: x.detach().mean((1, 2, 3)) + 0 * x.sum((1, 2, 3)), "is wrong"),
+        (lambda x, p: x.mean((1, 2, 3)) * 100, "are not all in"),
+        (lambda x, p: x.mean((1, 2, 3)) * float("nan"), "finite number"),
+    ],
+)
+def test_the_kit_finds_the_fault(fault, message):
+    condrl.reward(fault, name="at_fault")
+    with pytest.raises(AssertionError, match=message):
+        check_reward("at_fault", value_range=(0, 1))
+
+
+def test_the_kit_takes_what_is_right():
+    condrl.reward(lambda x, p: x.square().mean((1, 2, 3)), name="all_right")
+    check_reward("all_right", value_range=(0, 1))
+    check_reward("quadratic", samples=torch.randn(4, 2), linear=[1.0, 2.0])
+    check_reward("box", samples=torch.randn(4, 2), low=[-1.0, -1.0], high=[1.0, 1.0], value_range=(0, 1))
