@@ -54,6 +54,7 @@ class TrainConfig:
     rollout_batch: int = 64  # images denoised together
     updates_per_epoch: int = 2  # optimiser steps in a pass over the epoch's images
     inner_epochs: int = 1  # passes over the epoch's images
+    normalise_rewards: bool = False  # each over its standard deviation in the epoch, so that weights compare
     steps: list[int] | None = None  # indices of the denoising steps that are trained; null: all
     steps_per_image: int | None = None  # so many of them per image, drawn anew in each pass; null: all
     loss_batch: int = 64  # (image, step) pairs in one forward and backward

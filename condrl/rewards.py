@@ -77,6 +77,11 @@ class Scores:
     failure: str | None = None  # what to say of the first that failed
 
 
+def weighted(each: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The weighted sum (B,) of scores (B,) by reward."""
+    return torch.stack([weights[name] * values for name, values in each.items()]).sum(0)
+
+
 def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row], batch: int = 64) -> Scores:
     """Score samples (B, ...) with every reward, `batch` at a time; in grad mode with gradients.
 
@@ -90,8 +95,6 @@ def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row], batch
         r.name: torch.cat([r(samples[i : i + batch], rows[i : i + batch]).to(samples.device) for i in starts])
         for r in rewards
     }
-    total = torch.zeros(len(rows), device=samples.device)
-    for r in rewards:
-        total = total + r.weight * each[r.name]
+    total = weighted(each, {r.name: r.weight for r in rewards})
     failures = (r.failure(each[r.name], rows) for r in rewards)
     return Scores(each, total, next((text for text in failures if text), None))

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from condrl.policy import Policy
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
 from condrl.report import save_grid
-from condrl.rewards import Reward, Scores, score
+from condrl.rewards import Reward, Scores, score, weighted
 
 PICTURES = 8  # images in an epoch's picture
 KL_IMAGES = 32  # of an epoch, for train.kl_budget
@@ -153,16 +154,27 @@ class Trainer:
             scores = score(self.rewards, samples, rows)
         for reward in self.rewards:
             reward.rest()
+        images = len(drawn) * group
+        weights = self.weights_of(scores, places, images)
+        scores = replace(scores, total=weighted(scores.each, weights))
         clock.lap("score")
 
-        def total(points: Tensor, images: Tensor) -> Tensor:
-            return score(self.rewards, points, [rows[i] for i in images.tolist()]).total
+        def total(points: Tensor, of: Tensor) -> Tensor:
+            return weighted(score(self.rewards, points, [rows[i] for i in of.tolist()]).each, weights)
 
-        images = len(drawn) * group
         good = self.processes.gather(scores.total.isfinite().float(), places, images) > 0
         self.check_failures(scores, good)
         shown = samples[::group][:PICTURES].cpu()
         return Experience(trajectories, rows, scores, shown, total, self.processes, places, images, good)
+
+    def weights_of(self, scores: Scores, places: range, images: int) -> dict[str, float]:
+        """What each reward is multiplied by in an epoch's total."""
+        weights = {reward.name: reward.weight for reward in self.rewards}
+        if not self.config.train.normalise_rewards:
+            return weights
+        every = {name: self.processes.gather(scores.each[name], places, images) for name in weights}
+        stds = {name: values[values.isfinite()].std(correction=0).item() for name, values in every.items()}
+        return {name: weight / (stds[name] + 1e-6) for name, weight in weights.items()}
 
     def check_failures(self, scores: Scores, good: Tensor) -> None:
         """Raises: RunError when too many of all processes' images have no score."""

@@ -416,3 +416,18 @@ def test_an_update_is_that_of_the_images_with_a_score(name, tmp_path):
     assert advantages[failed] == 0
     own = (experience.groups == experience.groups[failed]) & experience.good
     torch.testing.assert_close(advantages[own], group_advantages(experience.scores.total[own], experience.groups[own]))
+
+
+def test_normalised_rewards_have_the_spread_of_their_weights(tmp_path):
+    rewards = {"rightwards": {"weight": 2.0}, "steep": {"weight": -0.5}}
+    condrl.reward(lambda samples, prompts: 1000 * samples[:, 1] + 7, name="steep")
+    raw = make_trainer(tmp_path, rewards=rewards).collect(0, clock())
+    trainer = make_trainer(tmp_path, rewards=rewards, train={"normalise_rewards": True})
+    even = trainer.collect(0, clock())
+    right, steep = (raw.scores.each[name] for name in ("rightwards", "steep"))
+    torch.testing.assert_close(raw.scores.total, 2 * right - 0.5 * steep)
+    expected = 2 * right / right.std(correction=0) - 0.5 * steep / steep.std(correction=0)
+    torch.testing.assert_close(even.scores.total, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(even.scores.each["steep"], steep)  # recorded as it is
+    again = even.score(even.rollout.samples, torch.arange(len(steep)))
+    torch.testing.assert_close(again, even.scores.total, rtol=1e-4, atol=1e-4)
