@@ -65,5 +65,6 @@ class PromptTracker:
         return {str(row): list(values) for row, values in self.history.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.history.clear()
         for row, values in state.items():
             self.history[int(row)].extend(values)

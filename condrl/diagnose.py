@@ -15,17 +15,19 @@ def spread_metrics(experience: Experience) -> dict[str, float]:
     `flat_groups` is the share of prompts with one reward for all their images, `diversity` the root mean square
     deviation of the samples from their prompt's mean.
     """
-    _, index, count = experience.groups.unique(return_inverse=True, return_counts=True)
-    several = count > 1
+    whole, places = experience.everyone(experience.groups), experience.places
+    _, index, count = whole.unique(return_inverse=True, return_counts=True)
+    several, own = count > 1, index[places.start : places.stop]
     if not several.any():
         return {}
-    rewards, samples = experience.scores.total, experience.rollout.samples.flatten(1)
-    high, low = (
-        rewards.new_zeros(len(count)).scatter_reduce(0, index, rewards, r, include_self=False) for r in ("amax", "amin")
-    )
-    mean = samples.new_zeros(len(count), samples.shape[1]).index_add(0, index, samples) / count[:, None]
-    deviation = (samples - mean[index]).square().mean(1)[several[index]].mean().sqrt()
-    return {"flat_groups": (high == low)[several].float().mean().item(), "diversity": deviation.item()}
+    rewards, scored = experience.everyone(experience.scores.total)[experience.good], index[experience.good]
+    nothing = rewards.new_zeros(len(count))
+    high, low = (nothing.scatter_reduce(0, scored, rewards, r, include_self=False) for r in ("amax", "amin"))
+    samples = experience.rollout.samples.flatten(1)
+    sums = samples.new_zeros(len(count), samples.shape[1]).index_add(0, own, samples)
+    mean = experience.processes.sum(sums) / count[:, None]
+    spread = experience.everyone((samples - mean[own]).square().mean(1))[several[index]].mean().sqrt()
+    return {"flat_groups": (high == low)[several].float().mean().item(), "diversity": spread.item()}
 
 
 def flat_groups(first: Line, line: Line) -> str | None:
@@ -82,16 +84,16 @@ def value_network(first: Line, line: Line) -> str | None:
 
 
 def kl_budget(first: Line, line: Line) -> str | None:
-    if line.get("path_kl", 0.0) <= line.get("kl_budget", float("inf")):
+    if line.get("base_kl", 0.0) <= line.get("kl_budget", float("inf")):
         return None
     return (
-        f"the path KL to the base model, {line['path_kl']:.3g} nats, is over train.kl_budget={line['kl_budget']:g}: "
+        f"the path KL to the base model, {line['base_kl']:.3g} nats, is over train.kl_budget={line['kl_budget']:g}: "
         "try a larger algorithm.kappa, a lower train.lr or fewer epochs"
     )
 
 
 def reward_hacking(first: Line, line: Line) -> str | None:
-    names = [name for name in line if name.startswith("heldout/") and f"{name}_ci95" in first]
+    names = [n for n in line if n.startswith("heldout/") and f"{n}_ci95" in first and f"{n}_ci95" in line]
     gained = line["reward/total"] - first["reward/total"]
     if not names or gained < 4 * first["reward/total_std"] / first["images"] ** 0.5:
         return None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,3 +71,25 @@ def seeded(seeds: list[int]) -> list[torch.Generator]:
 def seeded_by(text: str) -> torch.Generator:
     """A CPU generator that a text determines."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1)
+
+
+def rng_state() -> dict[str, Any]:
+    """Where the global generators of torch, Python and numpy are, which plugins may draw from."""
+    legacy = np.random.get_state(legacy=False)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": {**legacy, "state": {name: np.asarray(value).tolist() for name, value in legacy["state"].items()}},
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put them back to where `rng_state` found them."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": key}})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from condrl.algorithms import Examples, RatioExamples, every_pair
 from condrl.errors import RunError
+from condrl.noise import rng_state, set_rng_state
 from condrl.trainer import Clock, Trainer
 
 PROMPTS, IMAGES = 2, 4  # of the trial, for each process
@@ -86,8 +87,9 @@ def memory(trainer: Trainer, trial: Trial) -> str:
 
 def free_gb(device: torch.device) -> float | None:
     """Free memory of a device, or of the machine for a CPU; None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 1e9
+    if device.type == "cuda":  # what torch has in reserve is free for it
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + reserve) / 1e9
     if device.type == "cpu" and sys.platform == "linux":
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(float(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable"))
@@ -98,26 +100,28 @@ def attempt(trainer: Trainer) -> Trial:
     """Roll out, score and differentiate a few images; the trainer is left as it was."""
     twin, model = smaller(trainer), trainer.policy.model
     before = model.evaluations
-    with torch.random.fork_rng(devices=[]):  # a reward may draw from it
-        experience = twin.collect(0, Clock())
+    drawn = rng_state()  # a reward may draw
+    experience = twin.collect(0, Clock())
     examples = twin.examples(experience, 0)
     images, gathered = len(experience.rows), model.evaluations - before
     if isinstance(examples, RatioExamples) and trainer.config.run.check_ratios:
         twin.check_ratios(examples)
     learning = model.evaluations
     saved = differentiate(twin, examples)
+    passes = (trainer.config.train.steps_per_image or len(examples.columns)) / len(examples.columns)
     rewards = experience.scores.total
     groups = rewards.view(-1, twin.config.train.images_per_prompt)
     trial = Trial(
         images=twin.config.train.images_per_prompt,
         calls_to_gather=gathered / images,
-        calls_to_learn=(model.evaluations - learning) / images,
+        calls_to_learn=passes * (model.evaluations - learning) / images,
         saved_gb=saved,
         rewards=rewards.tolist(),
         spread=(groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
         kl_gradient=kl_gradient(twin, experience.rollout.states[0], experience.rollout.condition),
     )
     model.evaluations = before
+    set_rng_state(drawn)
     return trial
 
 
@@ -140,7 +144,7 @@ def differentiate(twin: Trainer, examples: Examples) -> float:
     """Do the backward passes of all pairs; returns the GB that a pair's graph holds."""
     most = 0.0
     for some in every_pair(examples).split(min(twin.config.train.loss_batch, examples.images)):
-        with held_bytes() as held:
+        with held_bytes(twin) as held:
             loss, _ = twin.algorithm.loss(twin.policy, examples.minibatch(*some.unbind(1)))
         loss.sum().backward()
         most = max(most, sum(held.values()) / len(some) / 1e9)
@@ -150,12 +154,15 @@ def differentiate(twin: Trainer, examples: Examples) -> float:
 
 
 @contextmanager
-def held_bytes() -> Iterator[dict[int, int]]:
-    """The bytes of each storage that autograd keeps of what is computed within."""
+def held_bytes(twin: Trainer) -> Iterator[dict[int, int]]:
+    """The bytes of each storage that autograd keeps of what is computed within, the weights' aside."""
     held: dict[int, int] = {}
+    modules = [twin.policy.model.module, *(module for module, _ in twin.algorithm.modules().values())]
+    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
 
     def keep(x: Tensor) -> Tensor:
-        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        if x.untyped_storage().data_ptr() not in weights:
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
@@ -165,6 +172,7 @@ def held_bytes() -> Iterator[dict[int, int]]:
 def kl_gradient(twin: Trainer, x: Tensor, condition: Tensor) -> float | None:
     """The norm of the gradient of a step's KL to the base model, a small step away from it; None without a KL."""
     policy, steps = twin.policy, twin.policy.sampler.stochastic.nonzero().flatten()
+    x, condition = x[: twin.config.train.loss_batch], condition[: twin.config.train.loss_batch]
     if not getattr(twin.algorithm, "kappa", 0) or not len(steps):
         return None
     weights = [w.detach().clone() for w in twin.weights]

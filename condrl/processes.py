@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -70,6 +72,17 @@ class Processes:
         self.meet()
         return done
 
+    def end(self) -> None:
+        """Finish the trackers, and leave the others.
+
+        Not on CPUs: gloo's threads abort about every fourth process that leaves its group before it exits (torch 2.15).
+        """
+        if self.accelerator.device.type == "cpu":
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        else:
+            self.accelerator.end_training()
+
     def stop(self, number: int) -> None:
         """Note that this process was asked to stop; alone, and where that is heeded, it does so at once.
 
@@ -90,13 +103,14 @@ class Processes:
         finally:
             self.heeds = False
 
-    def agree(self, due: bool) -> tuple[int, bool]:
-        """The signal that asked any of them to stop, or 0; and what the first process says is due."""
+    def agree(self, *facts: bool) -> tuple[int, tuple[bool, ...]]:
+        """The signal that asked any of them to stop, or 0; and the first process's word on some facts."""
         if self.count == 1:
-            return self.asked, due
+            return self.asked, facts
         asked = [float(self.asked == number) for number in SIGNALS]
-        found = self.sum(torch.tensor([float(due and self.first), *asked])).tolist()
-        return next((n for n, count in zip(SIGNALS, found[1:], strict=True) if count), 0), bool(found[0])
+        found = self.sum(torch.tensor([*asked, *(float(fact and self.first) for fact in facts)])).tolist()
+        stopping = next((number for number, count in zip(SIGNALS, found, strict=False) if count), 0)
+        return stopping, tuple(bool(value) for value in found[len(SIGNALS) :])
 
     # ------------------------------------------------------------------------------------------ adding up
 
@@ -122,6 +136,21 @@ class Processes:
         self.meet()
         return self._objects(value)
 
+    def add_up(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sums by name over the processes that have it."""
+        total: dict[str, float] = defaultdict(float)
+        for own in self.gather_objects(dict(values)):
+            for name, value in own.items():
+                total[name] += value
+        return dict(total)
+
+    def average(self, values: Mapping[str, float], weight: float) -> dict[str, float]:
+        """The weighted means by name over the processes where it is a number."""
+        known = {name: value for name, value in values.items() if math.isfinite(value)}
+        summed = self.add_up({name: weight * value for name, value in known.items()})
+        weights = self.add_up(dict.fromkeys(known, weight))
+        return {name: summed[name] / weights[name] for name in summed if weights[name]}
+
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace each parameter's gradient by its sum over processes."""
         if self.count == 1:
@@ -135,8 +164,8 @@ class Processes:
         """Raises: RunError when the processes' parameters differ."""
         if self.count == 1:
             return
-        digest = torch.stack([p.detach().double().abs().sum().cpu() for p in parameters])
-        if not torch.equal(self.sum(digest) / self.count, digest):
+        digests = self.gather_objects([p.detach().double().abs().sum().item() for p in parameters])
+        if any(digest != digests[0] for digest in digests):
             raise RunError("the processes' weights are not the same: something draws or trains in one of them alone")
 
     def _add(self, x: Tensor) -> Tensor:

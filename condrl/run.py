@@ -24,8 +24,9 @@ import condrl
 from condrl.algorithms import Algorithm
 from condrl.checkpoint import newest_checkpoint, read_checkpoint
 from condrl.config import Config, GridConfig, to_yaml
-from condrl.errors import UsageError, say
+from condrl.errors import UsageError
 from condrl.policy import Model, Policy
+from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.registry import REGISTRIES
 from condrl.rewards import Reward, make_reward
@@ -124,16 +125,18 @@ def transfer_warning(config: Config) -> str | None:
     )
 
 
-def make_trainer(config: Config, train: Sequence[Row], heldout: Sequence[Row] = ()) -> Trainer:
+def make_trainer(
+    config: Config, train: Sequence[Row], heldout: Sequence[Row] = (), processes: Processes | None = None
+) -> Trainer:
     """The model with its prompts encoded and its text encoder released, and what tunes it."""
-    accelerator = make_accelerator(config)
-    policy = make_policy(config, accelerator.device)
+    processes = processes or Processes(make_accelerator(config))
+    policy = make_policy(config, processes.accelerator.device)
     policy.model.encode([row.prompt for row in [*train, *heldout]])
     policy.model.finish_encoding()
     algorithm: Algorithm = make("algorithm", config.algorithm)
     if "stochastic steps" in algorithm.needs:
         trained_steps(policy.sampler, config.train)  # now with the model's own schedule
-    return Trainer(config, policy, algorithm, make_rewards(config), train, accelerator)
+    return Trainer(config, policy, algorithm, make_rewards(config), train, processes)
 
 
 def stand_in(sampler: Mapping[str, Any]) -> Schedule:
@@ -241,7 +244,6 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         )
     if found is not None:
         check_same_settings(config, found[0].resolve().parents[1] / "config.yaml")
-        say(f"going on from {found[0]}")
     return found
 
 

@@ -21,7 +21,7 @@ from condrl.checkpoint import save_checkpoint
 from condrl.config import Config
 from condrl.diagnose import diagnose, spread_metrics
 from condrl.errors import RunError, Stopped, say
-from condrl.noise import Noise, seeded_by
+from condrl.noise import Noise, rng_state, seeded_by, set_rng_state
 from condrl.policy import Policy
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
@@ -44,11 +44,10 @@ class Trainer:
         algorithm: Algorithm,
         rewards: Sequence[Reward],
         rows: Sequence[Row],
-        accelerator: Any,
+        processes: Processes,
     ) -> None:
         self.config, self.policy, self.algorithm = config, policy, algorithm
-        self.rewards, self.rows, self.accelerator = rewards, rows, accelerator
-        self.processes = Processes(accelerator)
+        self.rewards, self.rows, self.processes = rewards, rows, processes
         self.weights = [p for p in policy.model.module.parameters() if p.requires_grad]
         train = config.train
         algorithm.setup(policy)
@@ -83,11 +82,12 @@ class Trainer:
         todo = range(self.epoch, epochs)
         bar = tqdm(todo, initial=self.epoch, total=epochs, desc="tuning", unit="epoch", disable=not shown)
         saved = ended = time.monotonic()
-        seconds = LONG
+        long = True
         for epoch in bar:
             if self.spent:
+                say(f"ended after epoch {self.epoch}: train.kl_budget is spent")
                 break
-            before = copy.deepcopy(self.state_dict()) if seconds >= LONG else None
+            before = copy.deepcopy(self.state_dict()) if long else None
             try:
                 reward = self.run_epoch(epoch, heeds=before is not None)
             except (Exception, Stopped) as error:
@@ -96,8 +96,8 @@ class Trainer:
                 raise
             bar.set_postfix(reward=f"{reward:.3f}")
             now = time.monotonic()
-            seconds, ended = now - ended, now
-            stopping, due = self.processes.agree(now - saved >= self.config.run.checkpoint_seconds)
+            due, took_long, ended = now - saved >= self.config.run.checkpoint_seconds, now - ended >= LONG, now
+            stopping, (due, long) = self.processes.agree(due, took_long)
             if stopping or due or self.spent or self.epoch == epochs:
                 self.checkpoint()
                 saved = now
@@ -128,8 +128,8 @@ class Trainer:
                 # every pair before the first update, then some once the LoRA is no longer zero
                 self.check_ratios(examples, None if epoch == 0 else self.config.train.loss_batch)
                 clock.lap("check")
-            metrics = self.kl_metrics(experience, examples)
-            metrics |= self.update(examples, experience, epoch)
+            budget = self.base_kl(experience)
+            metrics = self.update(examples, experience, epoch) | self.keep_to_budget(budget)
             clock.lap("update")
             if self.heldout and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0:
                 metrics |= self.heldout()
@@ -207,31 +207,36 @@ class Trainer:
                     norms.append(norm)
                     for name, value in metrics.items():
                         totals[name].append(value)
-        means = {name: torch.stack(values).sum() / len(norms) for name, values in totals.items()}
-        share = examples.images / experience.total
-        found = self.added_up(means | {name: value * share for name, value in examples.metrics.items()})
+        means = {name: torch.stack(values).sum().item() / len(norms) for name, values in totals.items()}
+        found = self.processes.add_up(means)
+        own = experience.good[experience.places.start : experience.places.stop]
+        measured = {name: value.item() for name, value in examples.metrics.items()}
+        found |= self.processes.average(measured, own.sum().item())
         return found | ({"grad_norm": torch.stack(norms).mean().item()} if norms else {})
 
-    def kl_metrics(self, experience: Experience, examples: Examples) -> dict[str, float]:
-        """The path KL of the policy that was rolled out, and what `train.kl_budget` makes of it; nothing without."""
+    def base_kl(self, experience: Experience) -> float | None:
+        """The path KL to the base model of the policy that was rolled out, where there is a budget, by a few images."""
+        if self.config.train.kl_budget is None:
+            return None
+        places, kl = experience.places, torch.zeros((), dtype=torch.float64)
+        own = min(places.stop, KL_IMAGES) - places.start
+        if own > 0:
+            some = path_kl(self.policy, experience.rollout.first(own), self.config.train.rollout_batch)
+            kl = some.kl.sum(dtype=torch.float64).cpu()
+        return self.processes.sum(kl).item() / min(experience.total, KL_IMAGES)
+
+    def keep_to_budget(self, kl: float | None) -> dict[str, float]:
+        """End the run over `train.kl_budget`, or adapt kappa to it; returns what to record."""
         budget = self.config.train.kl_budget
-        if budget is None:
+        if kl is None or budget is None:
             return {}
-        if "path_kl" in examples.metrics:
-            own, count = examples.metrics["path_kl"] * examples.images, examples.images
-        else:
-            some = experience.rollout.first(KL_IMAGES)
-            count = len(some.condition)
-            own = path_kl(self.policy, some, self.config.train.rollout_batch).kl.sum()
-        total, images = self.processes.sum(torch.tensor([float(own), float(count)], dtype=torch.float64)).tolist()
-        kl = total / images
+        found = {"base_kl": kl, "kl_budget": budget}
         if self.config.train.over_budget == "stop":
             self.spent = kl > budget
-        else:
-            least, now = self.config.algorithm["kappa"], self.algorithm.kappa
-            self.algorithm.kappa = 1.2 * now if kl > budget else max(least, now / 1.2)
-        kappa = getattr(self.algorithm, "kappa", None)
-        return {"path_kl": kl, "kl_budget": budget} | ({} if kappa is None else {"kappa": kappa})
+            return found
+        least, now = self.config.algorithm["kappa"], self.algorithm.kappa
+        self.algorithm.kappa = 1.2 * now if kl > budget else max(least, now / 1.2)
+        return found | {"kappa": now}
 
     def minibatches(self, generator: torch.Generator) -> Sequence[Tensor]:
         """The places of the images of each update of a pass: as many of each prompt as can be."""
@@ -316,12 +321,12 @@ class Trainer:
             "first": self.first,
             "spent": self.spent,
             "kappa": getattr(self.algorithm, "kappa", None),
-            "evaluations": self.policy.model.evaluations,
+            "evaluations": self.processes.add_up({"calls": self.policy.model.evaluations})["calls"],
             "weights": list(self.weights),
             "modules": {name: module.state_dict() for name, (module, _) in self.algorithm.modules().items()},
             "optimizer": self.optimizer.state_dict(),
             "algorithm": self.algorithm.state_dict(),
-            "rng": self.processes.gather_objects(torch.get_rng_state()),
+            "rng": self.processes.gather_objects(rng_state()),
             "metrics_bytes": self.metrics_file.stat().st_size if self.metrics_file.exists() else 0,
         }
 
@@ -333,14 +338,14 @@ class Trainer:
         self.spent = state["spent"]
         if state["kappa"] is not None:
             self.algorithm.kappa = state["kappa"]
-        self.policy.model.evaluations = state["evaluations"]
+        self.policy.model.evaluations = state["evaluations"] if self.processes.first else 0
         for weight, value in zip(self.weights, state["weights"], strict=True):
             weight.copy_(value)
         for name, (module, _) in self.algorithm.modules().items():
             module.load_state_dict(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.algorithm.load_state_dict(state["algorithm"])
-        torch.set_rng_state(state["rng"][self.processes.rank % len(state["rng"])])
+        set_rng_state(state["rng"][self.processes.rank % len(state["rng"])])
         recorded = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
         if self.processes.first and recorded > state["metrics_bytes"]:
             os.truncate(self.metrics_file, state["metrics_bytes"])
@@ -383,14 +388,6 @@ class Trainer:
         """Randomness of the images at some places of an epoch."""
         return Noise(self.seed(epoch, phase), places, self.config.train.images_per_prompt)
 
-    def added_up(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """The sums over processes of values of the same names."""
-        if not values:
-            return {}
-        names = sorted(values)
-        summed = self.processes.sum(torch.tensor([float(values[name]) for name in names], dtype=torch.float64))
-        return dict(zip(names, summed.tolist(), strict=True))
-
     def set_lr(self) -> None:
         """The learning rate of the next update: warm-up, then constant or falling."""
         train = self.config.train
@@ -408,13 +405,10 @@ class Trainer:
         for name, own in {"total": experience.scores.total, **experience.scores.each}.items():
             values = experience.everyone(own)[experience.good]
             line[f"reward/{name}"], line[f"reward/{name}_std"] = values.mean().item(), values.std(correction=0).item()
-        share = len(experience.rows) / experience.total
-        spread = {name: value * share for name, value in spread_metrics(experience).items()}
         line["failed_scores"] = experience.total - int(experience.good.sum())
         line |= {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "skipped_updates": self.skipped}
-        line |= self.added_up({"unet_calls": self.policy.model.evaluations, **spread})
-        if "epoch" not in self.first:
-            self.first = {**self.first, **line}
+        line |= self.processes.add_up({"unet_calls": self.policy.model.evaluations}) | spread_metrics(experience)
+        self.first = {**line, **self.first}  # of the first epoch, and of the base model what was measured of it
         found = diagnose(self.first, line)
         if self.processes.first:
             self.write(line, found, clock)
@@ -425,12 +419,12 @@ class Trainer:
         for name in found.keys() - self.said:
             tqdm.write(f"warning, epoch {self.epoch}: {found[name]}", file=sys.stderr)
         self.said |= found.keys()
-        self.accelerator.log(line, step=self.epoch)
+        self.processes.accelerator.log(line, step=self.epoch)
         timing = {"epoch": self.epoch, **{f"seconds/{name}": round(s, 4) for name, s in clock.seconds.items()}}
         for name, content in (("metrics", line | {"diagnosis": sorted(found)}), ("timings", timing)):
             with (self.config.folder / f"{name}.jsonl").open("a") as record:
                 record.write(json.dumps(content) + "\n")
-        self.accelerator.log(timing, step=self.epoch)
+        self.processes.accelerator.log(timing, step=self.epoch)
 
     def picture(self, experience: Experience, epoch: int) -> None:
         """Save the first image of the first prompts, with prompts and rewards; images only, not points."""

@@ -28,6 +28,7 @@ from condrl.errors import SIGNALS, Stopped, UsageError, exit_code, say
 if TYPE_CHECKING:
     from condrl.config import Config
     from condrl.evaluate import Evaluation
+    from condrl.processes import Processes
     from condrl.prompts import Row
     from condrl.trainer import Trainer
 
@@ -91,59 +92,77 @@ def split_json(words: list[str]) -> tuple[list[str], Path | None]:
 
 
 def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float, dry: bool) -> dict[str, Any]:
-    """Load the model, try it, then tune; returns the result, empty for a dry run."""
+    """Tune with all processes; returns the result, empty for a dry run."""
     import torch
 
-    from condrl.preflight import preflight
-    from condrl.run import find_checkpoint, make_trainer
+    from condrl.processes import Processes
+    from condrl.run import make_accelerator
 
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    checkpoint = None if dry else find_checkpoint(config)
-    trainer = make_trainer(config, train, heldout)
-    for line in trainer.processes.together(lambda: preflight(trainer)):
+    processes = Processes(make_accelerator(config))
+    result = processes.together(lambda: tried_and_tuned(config, train, heldout, begun, dry, processes))
+    processes.end()
+    return result
+
+
+def tried_and_tuned(
+    config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float, dry: bool, processes: Processes
+) -> dict[str, Any]:
+    """Load the model and try it; unless the run is dry, tune it."""
+    from condrl.preflight import preflight
+    from condrl.run import find_checkpoint, make_trainer
+
+    if not dry:
+        find_checkpoint(config)  # for its complaints, before the model is loaded
+    trainer = make_trainer(config, train, heldout, processes)
+    for line in preflight(trainer):
         say(line)
-    if dry:
-        return {}
-    return trainer.processes.together(lambda: measure_and_tune(trainer, heldout, checkpoint, begun))
+    return {} if dry else measure_and_tune(trainer, heldout, begun)
 
 
-def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], checkpoint: Checkpoint, begun: float) -> dict[str, Any]:
+def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> dict[str, Any]:
     """Measure, tune, save, measure again; the first process writes and prints."""
-    from condrl.run import peak_memory_gb, provenance, start_trackers, write_json
+    from condrl.run import check_folder, find_checkpoint, peak_memory_gb, provenance, start_trackers, write_json
 
-    model, folder, processes = trainer.policy.model, trainer.config.folder, trainer.processes
+    config, model, processes = trainer.config, trainer.policy.model, trainer.processes
     origin = provenance()
-    with locked(folder) if processes.first else nullcontext():
+    with locked(config.folder) if processes.first else nullcontext():
         if processes.first:
-            prepare(trainer.config, checkpoint)
+            check_folder(config)  # again: another process may have tuned in it meanwhile
         processes.meet()
-        start_trackers(trainer.config, trainer.accelerator)
+        checkpoint = find_checkpoint(config)
+        if checkpoint is not None:
+            say(f"going on from {checkpoint[0]}")
+        processes.meet()  # all have read what is now replaced
+        if processes.first:
+            prepare(config, checkpoint)
+        processes.meet()
+        start_trackers(config, processes.accelerator)
         base = heldout_evaluation(trainer, heldout, "base")
         trainer.first = flat(base)
-        if trainer.config.evaluate.every and heldout:
+        if config.evaluate.every and heldout:
             trainer.heldout = lambda: flat(heldout_evaluation(trainer, heldout, f"after {trainer.epoch + 1} epochs"))
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint[1])
         with stopping_on_signals(trainer):
             tune(trainer)
         tuned = heldout_evaluation(trainer, heldout, "tuned")
-        trainer.accelerator.end_training()
         result = {
             "heldout": compared(base, tuned),
             "seconds": round(time.monotonic() - begun, 1),
             "peak_memory_gb": round(peak_memory_gb(model.device), 3),
             "images": trainer.images,
-            **trainer.added_up({"unet_calls": model.evaluations}),
+            **processes.add_up({"unet_calls": model.evaluations}),
             "processes": processes.count,
-            "seed": trainer.config.run.seed,
+            "seed": config.run.seed,
             **origin,
         }
         if processes.first:
-            write_json(folder / "result.json", result)
+            write_json(config.folder / "result.json", result)
             save_pictures(trainer, base, tuned)
-            print(summary(result, folder))
+            print(summary(result, config.folder))
     return result
 
 
@@ -154,7 +173,7 @@ def prepare(config: Config, checkpoint: Checkpoint) -> None:
 
     if checkpoint is None or not continues(config, checkpoint[0]):
         prepare_folder(config)
-    if checkpoint is not None:
+    else:
         drop_later(checkpoint[0])
     (config.folder / "config.yaml").write_text(to_yaml(config))
 

@@ -40,6 +40,29 @@ def test_the_trial_leaves_no_trace_and_counts_what_an_epoch_calls(name, tmp_path
     assert trial.saved_gb > 0
 
 
+def test_calls_with_some_steps_of_each_image(tmp_path):
+    words = [
+        *toy_words("ddpo", tmp_path),
+        "algorithm.advantage=group",
+        "train.steps_per_image=2",
+        "run.check_ratios=false",
+    ]
+    trainer = make(*words)
+    trial = attempt(trainer)
+    trainer.run_epoch(0)
+    images = trainer.config.images_per_epoch
+    assert images * (trial.calls_to_gather + trial.calls_to_learn) == trainer.policy.model.evaluations == images * 7
+
+
+def test_what_a_pair_holds_has_no_share_of_the_weights(tmp_path, monkeypatch):
+    trainer = make(*toy_words("nft", tmp_path))
+    found = []
+    for images in (2, 4):
+        monkeypatch.setattr(module, "IMAGES", images)
+        found.append(attempt(trainer).saved_gb)
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
 def test_the_sentences(tmp_path, monkeypatch):
     trainer = make(str(ROOT / "configs" / "toy" / "g1.yaml"), f"run.dir={tmp_path}", "algorithm.kappa=0.5")
     lines = preflight(trainer)

@@ -51,8 +51,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         assert len(records[0]) == len(records[1]) == 2
         for line, other in zip(*(map(json.loads, record) for record in records), strict=True):
             assert line.keys() == other.keys()
-            for key in ("images", "updates", "reward/total", "reward/total_std", "loss", "grad_norm"):
-                assert other[key] == pytest.approx(line[key], rel=1e-4, abs=1e-5), (name, key)
+            for key in line.keys() - {"diagnosis", "unet_calls"}:  # each process checks some ratios
+                assert other[key] == pytest.approx(line[key], rel=1e-3, abs=1e-4), (name, key)
 
 
 def test_an_error_in_one_process_ends_all_with_it(tmp_path):
@@ -91,6 +91,47 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
         torch.testing.assert_close(weights[0][name], value, rtol=1e-2, atol=1e-3)
     results = [json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("parts", "whole")]
     assert results[0]["images"] == results[1]["images"]
+
+
+@pytest.mark.parametrize("more", [["algorithm.advantage=prompt", "train.images_per_prompt=1"], ["train.kl_budget=100"]])
+def test_a_run_of_two_processes_ends_like_one(more, tmp_path):
+    """From the config to result.json, with prompts that come twice in one process only, and a budget."""
+    words = [
+        "train.prompts_per_epoch=6",
+        "train.rollout_batch=48",
+        "train.updates_per_epoch=1",
+        "evaluate.every=3",
+        *more,
+    ]
+    results = []
+    for start, folder in (([], "one"), (TORCHRUN, "two")):
+        command = [*start, FINETUNE, *toy_words("ddpo", tmp_path / folder), *words, "evaluate.images_per_prompt=20"]
+        done = run_python(*command, cwd=tmp_path, **CPU)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(json.loads((tmp_path / folder / "result.json").read_text()))
+    one, two = results
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["images"] == two["images"]
+    for who in ("base", "tuned"):
+        means = [result["heldout"]["quadratic"][who]["mean"] for result in results]
+        assert means[1] == pytest.approx(means[0], rel=1e-3, abs=1e-3)
+    records = [(tmp_path / folder / "metrics.jsonl").read_text().splitlines() for folder in ("one", "two")]
+    for line, other in zip(*(map(json.loads, record) for record in records), strict=True):
+        assert line.keys() == other.keys()
+        for key in line.keys() - {"diagnosis", "unet_calls"}:
+            assert other[key] == pytest.approx(line[key], rel=1e-2, abs=1e-2), key
+
+
+def test_a_process_whose_scores_all_failed_does_not_hold_up_the_others(tmp_path):
+    judge = FAULTY.replace('raise ValueError("no license found")', "return samples[:, 0] * float('nan')")
+    (tmp_path / "faulty.py").write_text(judge)
+    more = [f"plugins=[{tmp_path / 'faulty.py'}]", "rewards.quadratic.weight=0", "rewards.faulty.weight=1"]
+    words = [*toy_words("ctrl", tmp_path / "run"), *SMALL, *more, "prompts.heldout=null", "train.max_failed=0.6"]
+    done = run_python(*TORCHRUN, FINETUNE, *words, cwd=tmp_path, **CPU)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["failed_scores"] for line in lines] == [16] * 6
+    assert all(line["grad_norm"] > 0 and line["value_explains"] == line["value_explains"] for line in lines)
 
 
 def test_prompts_that_cannot_be_shared_out_are_refused(tmp_path):

@@ -12,11 +12,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ALGORITHMS, ROOT, toy_words
 from safetensors import SafetensorError
 
+import condrl.trainer
 from condrl import RunError, UsageError
 from condrl.checkpoint import (
     MANIFEST,
@@ -30,6 +32,7 @@ from condrl.checkpoint import (
 )
 from condrl.config import load_config
 from condrl.errors import Stopped, exit_code
+from condrl.noise import rng_state, set_rng_state
 from condrl.prompts import load_prompts
 from condrl.run import find_checkpoint, make_trainer
 from condrl.trainer import Trainer
@@ -261,32 +264,40 @@ def test_a_finished_run_without_checkpoints_is_not_replaced_by_resuming(tmp_path
 # ---------------------------------------------------------------------------------------------- faults
 
 
-@pytest.mark.parametrize("phase", ["rollout", "update", "save"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_at_any_point_loses_nothing(phase, number, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "phase", "number"),
+    [
+        *((name, "update", signal.SIGTERM) for name in ALGORITHMS),
+        ("nft", "rollout", signal.SIGINT),
+        ("nft", "save", signal.SIGTERM),
+    ],
+)
+def test_a_signal_at_any_point_loses_nothing(name, phase, number, tmp_path, monkeypatch):
     """Long epochs are given up at once, and the run that goes on ends bit for bit like an undisturbed one."""
     monkeypatch.setattr("condrl.trainer.LONG", 0.0)
-    whole = make("nft", tmp_path / "whole")
+    whole = make(name, tmp_path / "whole")
     whole.fit()
-    first = make("nft", tmp_path / "parts", "run.checkpoint_seconds=0")
-    spot = {"rollout": (first.policy, "transition"), "update": (first.algorithm, "loss"), "save": (first, "state_dict")}
-    owner, name = spot[phase]
-    original, calls = getattr(owner, name), []
+    first = make(name, tmp_path / "parts", "run.checkpoint_seconds=0")
+    saving = condrl.trainer, "save_checkpoint"
+    spot = {"rollout": (first.policy, "transition"), "update": (first.algorithm, "loss"), "save": saving}
+    owner, attribute = spot[phase]
+    original, calls = getattr(owner, attribute), []
+    count = {"rollout": 7, "update": 4, "save": 3}[phase]
 
     def interrupted(*arguments):
         calls.append(1)
         done = original(*arguments)
-        if len(calls) == 7:
+        if len(calls) == count:
             first.processes.stop(number)
         return done
 
-    monkeypatch.setattr(owner, name, interrupted)
+    monkeypatch.setattr(owner, attribute, interrupted)
     with pytest.raises(Stopped):
         first.fit()
-    assert len(calls) >= 7
+    assert len(calls) >= count
     _, state = newest_checkpoint(tmp_path / "parts" / "checkpoints")
-    assert 0 < state["epoch"] < 6 or phase == "rollout"
-    again = make("nft", tmp_path / "parts")
+    assert state["epoch"] == {"rollout": 1, "update": 1, "save": 3}[phase]
+    again = make(name, tmp_path / "parts")
     again.load_state_dict(state)
     again.fit()
     assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
@@ -317,6 +328,27 @@ def test_a_run_whose_reward_fails_goes_on_from_that_epoch(tmp_path, monkeypatch)
     again.fit()
     for a, b in zip(whole.weights, again.weights, strict=True):
         assert torch.equal(a, b)
+
+
+def test_going_on_elsewhere_leaves_the_other_runs_checkpoints(tmp_path):
+    trainer = make("dpok", tmp_path / "a")
+    for epoch in range(2):
+        trainer.run_epoch(epoch)
+        trainer.checkpoint()
+    source = tmp_path / "a" / "checkpoints" / "epoch_00000001"
+    command = finetune(tmp_path / "b", f"run.resume={source}", "train.epochs=2", name="dpok")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {source}" in done.stderr
+    assert len(checkpoints(tmp_path / "a" / "checkpoints")) == 2
+
+
+def test_global_generators_go_on_where_they_were():
+    state = rng_state()
+    draws = [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(2)]
+    save = json.loads(json.dumps({name: state[name] for name in ("python", "numpy")}))
+    set_rng_state({**state, **save})
+    assert [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(2)] == draws
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

@@ -17,6 +17,7 @@ from condrl.credit import group_advantages
 from condrl.models.stable_diffusion import StableDiffusion
 from condrl.noise import seeded
 from condrl.policy import Policy
+from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards import make_reward
 from condrl.rollout import sample
@@ -86,7 +87,7 @@ def make_trainer(tmp_path, model=None, steps=8, rows=SIDES, **sections):
     model = model or LineModel()
     policy = Policy(model, make_sampler(config.sampler, model.schedule))
     rewards = [make_reward(name, options) for name, options in config.rewards.items() if options["weight"]]
-    return Trainer(config, policy, make("algorithm", config.algorithm), rewards, rows, Accelerator(cpu=True))
+    return Trainer(config, policy, make("algorithm", config.algorithm), rewards, rows, Processes(Accelerator(cpu=True)))
 
 
 def clock():
