@@ -102,9 +102,10 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     processes = Processes(make_accelerator(config))
-    result = processes.together(lambda: tried_and_tuned(config, train, heldout, begun, dry, processes))
-    processes.end()
-    return result
+    try:
+        return processes.together(lambda: tried_and_tuned(config, train, heldout, begun, dry, processes))
+    finally:
+        processes.end()
 
 
 def tried_and_tuned(

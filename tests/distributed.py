@@ -35,6 +35,8 @@ def gradients(name: str, folder: Path) -> dict[str, torch.Tensor]:
     for epoch in range(2):
         reward = trainer.run_epoch(epoch)
     trainer.processes.check_same(trainer.parameters)
+    if name == ALGORITHMS[-1]:
+        trainer.processes.end()
     found[f"{name} reward"] = torch.tensor(reward)
     return found
 
