@@ -56,7 +56,8 @@ class Reward:
         failed = (~scores.isfinite()).nonzero()
         if not len(failed):
             return None
-        reason = next(iter(getattr(self.call, "errors", ())), "it returned a score that is not finite")
+        errors = getattr(self.call, "errors", None)
+        reason = errors[-1] if errors else "it returned a score that is not finite"
         return f"the reward {self.name!r} failed for the prompt {rows[int(failed[0])].prompt!r}: {reason}"
 
 

@@ -159,14 +159,14 @@ def test_a_bad_reward_stops_with_its_name_and_the_prompt(body, message, tmp_path
 def test_reward_of_an_installed_package(tmp_path):
     site = tmp_path / "site"
     (site / "bright_pack-1.0.dist-info").mkdir(parents=True)
-    (site / "bright_pack.py").write_text(textwrap.dedent(REWARD.replace("redness", "brightness")))
+    (site / "bright_pack.py").write_text(textwrap.dedent(REWARD.replace("redness", "glow")))
     (site / "bright_pack-1.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: bright-pack\nVersion: 1.0\n"
     )
-    (site / "bright_pack-1.0.dist-info" / "entry_points.txt").write_text("[condrl.plugins]\nbrightness = bright_pack\n")
+    (site / "bright_pack-1.0.dist-info" / "entry_points.txt").write_text("[condrl.plugins]\nglow = bright_pack\n")
     words = [
-        "rewards.brightness.weight=1",
-        "rewards.brightness.channel=2",
+        "rewards.glow.weight=1",
+        "rewards.glow.channel=2",
         *SMALL,
         "train.epochs=1",
         "evaluate.prompts=1",
@@ -174,7 +174,7 @@ def test_reward_of_an_installed_package(tmp_path):
     words += ["run.trackers=[tensorboard]"]
     done = run_python(FINETUNE, *words, cwd=tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
-    assert "reward/brightness" in (tmp_path / "runs/quickstart/metrics.jsonl").read_text()
+    assert "reward/glow" in (tmp_path / "runs/quickstart/metrics.jsonl").read_text()
     assert list((tmp_path / "runs/quickstart/condrl").glob("events.out.tfevents.*"))
 
 

@@ -99,26 +99,26 @@ def third_party_package(site):
         import condrl
 
         @condrl.reward
-        def brightness(samples, prompts, *, gamma: float = 1.0):
-            "Mean brightness."
+        def glow(samples, prompts, *, gamma: float = 1.0):
+            "Mean glow."
             return samples.mean((1, 2, 3)) ** gamma
         """,
     )
     info = site / "bright_pack-1.0.dist-info"
     info.mkdir()
     write(info / "METADATA", "Metadata-Version: 2.1\nName: bright-pack\nVersion: 1.0\n")
-    write(info / "entry_points.txt", "[condrl.plugins]\nbrightness = bright_pack\n")
+    write(info / "entry_points.txt", "[condrl.plugins]\nglow = bright_pack\n")
 
 
 def test_entry_point_of_an_installed_package_from_outside_the_repository(tmp_path):
     site = tmp_path / "site"
     site.mkdir()
     third_party_package(site)
-    code = "import condrl; p = condrl.reward.find('brightness'); print(p.description, p.options['gamma'].default)"
+    code = "import condrl; p = condrl.reward.find('glow'); print(p.description, p.options['gamma'].default)"
     done = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(site))
-    assert done.stdout.strip() == "Mean brightness. 1.0", done.stderr
-    listed = run_python(str(ROOT / "scripts" / "plugins.py"), "brightness", cwd=tmp_path, PYTHONPATH=str(site))
-    assert "reward brightness: Mean brightness." in listed.stdout, listed.stderr
+    assert done.stdout.strip() == "Mean glow. 1.0", done.stderr
+    listed = run_python(str(ROOT / "scripts" / "plugins.py"), "glow", cwd=tmp_path, PYTHONPATH=str(site))
+    assert "reward glow: Mean glow." in listed.stdout, listed.stderr
 
 
 def test_import_is_light():

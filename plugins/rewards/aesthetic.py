@@ -40,7 +40,7 @@ class Aesthetic:
         weights: str = "openai",  # a tag of open_clip, or a file
         config: str | None = None,  # a JSON file with another architecture, instead of `model`
         sha256: str | None = None,  # that the weights' file has to have
-        dtype: Precision = "float32",
+        dtype: Precision = "float32",  # of its weights
         offload: bool = False,  # keep the model off the device between roll-outs
     ) -> None:
         file = locate(hub_file(head, HEAD, "rewards.aesthetic.head"))

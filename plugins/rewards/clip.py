@@ -19,7 +19,7 @@ class CLIPScore:
         weights: str = "openai",  # a tag of open_clip, or a file
         config: str | None = None,  # a JSON file with another architecture, instead of `model`
         sha256: str | None = None,  # that a file has to have
-        dtype: Precision = "float32",
+        dtype: Precision = "float32",  # of its weights
         offload: bool = False,  # keep the model off the device between roll-outs
     ) -> None:
         self.clip, self.offload = shared_clip(model, weights, config, sha256, dtype), offload

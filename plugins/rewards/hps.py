@@ -20,10 +20,10 @@ class HPS:
         *,
         version: str = "v2.1",  # v2 or v2.1
         weights: str = "xswu/HPSv2",  # a hub repository with the published files, or a file
-        model: str = "ViT-H-14",
+        model: str = "ViT-H-14",  # of open_clip
         config: str | None = None,  # a JSON file with another architecture, instead of `model`
         sha256: str | None = None,  # that the file has to have
-        dtype: Precision = "float32",
+        dtype: Precision = "float32",  # of its weights
         offload: bool = False,  # keep the model off the device between roll-outs
     ) -> None:
         if version not in FILES:

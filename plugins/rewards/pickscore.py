@@ -22,7 +22,7 @@ class PickScore:
         path: str = "yuvalkirstain/PickScore_v1",  # a hub id, or a folder as transformers saves a CLIPModel
         processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",  # of the tokenizer and the image settings
         revision: str | None = None,  # of the hub id `path`: branch, tag or commit
-        dtype: Precision = "float32",
+        dtype: Precision = "float32",  # of its weights
         offload: bool = False,  # keep the model off the device between roll-outs
     ) -> None:
         self.path, self.processor, self.revision, self.dtype, self.offload = path, processor, revision, dtype, offload

@@ -13,7 +13,7 @@ def symmetry(
     samples: Tensor,
     prompts: Sequence[str],
     *,
-    mirror: Literal["left_right", "up_down"] = "left_right",
+    mirror: Literal["left_right", "up_down"] = "left_right",  # which sides should match
 ) -> Tensor:
     """Minus the mean absolute difference to the mirror image, in [-1, 0]; differentiable."""
     mirrored = samples.flip(3 if mirror == "left_right" else 2)

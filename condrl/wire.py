@@ -1,0 +1,77 @@
+"""How images, points and prompts travel to a reward served elsewhere: JSON, with samples as lossless PNG or as npy."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from condrl.pixels import from_pil
+from condrl.prompts import Row
+
+MOST_BYTES = 64 * 2**20  # of a request or an answer
+MOST_PIXELS = 4096 * 4096  # of an image
+
+
+def pack(samples: Tensor, rows: Sequence[Row]) -> bytes:
+    """A request to score samples (B, ...): images (B, 3, H, W) in [0, 1] as 8-bit PNG, points (B, d) as numbers."""
+    if samples.dim() == 4:
+        kind, items = "png", [base64.b64encode(to_png(image)).decode() for image in samples]
+    else:
+        kind, items = "points", samples.double().tolist()
+    given = [{"prompt": row.prompt, "metadata": row.metadata} for row in rows]
+    return json.dumps({"kind": kind, "samples": items, "rows": given}).encode()
+
+
+def unpack(body: bytes) -> tuple[Tensor, list[Row]]:
+    """The samples and rows of a request.
+
+    Raises: ValueError saying what is wrong with it.
+    """
+    message = json.loads(body)
+    if not isinstance(message, dict) or not {"kind", "samples", "rows"} <= message.keys():
+        raise ValueError("expected an object with kind, samples and rows")
+    rows = [Row(i, str(row["prompt"]), dict(row.get("metadata") or {})) for i, row in enumerate(message["rows"])]
+    if len(rows) != len(message["samples"]) or not rows:
+        raise ValueError("expected as many rows as samples, and at least one")
+    if message["kind"] == "png":
+        return torch.stack([from_png(base64.b64decode(item, validate=True)) for item in message["samples"]]), rows
+    return torch.tensor(message["samples"], dtype=torch.float32), rows
+
+
+def to_png(image: Tensor) -> bytes:
+    """An image (3, H, W) in [0, 1]."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+    return file.getvalue()
+
+
+def from_png(content: bytes) -> Tensor:
+    """(3, H, W) float32 in [0, 1].
+
+    Raises: ValueError when it is no PNG, or too large.
+    """
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"an image of {image.width} x {image.height} pixels is too large")
+        return from_pil(image)
+
+
+def answer_of(body: bytes, count: int) -> Tensor:
+    """Scores (count,) float32 of an answer; nan where one is null.
+
+    Raises: ValueError when it is not such an answer.
+    """
+    message: Any = json.loads(body)
+    scores = message.get("scores") if isinstance(message, dict) else None
+    if not isinstance(scores, list) or len(scores) != count:
+        raise ValueError(f"expected an object with {count} scores")
+    return torch.tensor([float("nan") if score is None else float(score) for score in scores])

@@ -1,0 +1,117 @@
+"""Serve a reward over HTTP, for `rewards.remote` of a run in another process, environment or machine.
+
+    python scripts/reward_server.py REWARD [key=value ...] [--plugin my_reward.py] [--port 8200]
+
+    accelerate launch scripts/finetune.py rewards.remote.weight=1 rewards.remote.url=http://127.0.0.1:8200
+
+It listens on this machine alone unless --host says otherwise; then both sides need a token in the environment variable
+CONDRL_REWARD_TOKEN. Requests are JSON with PNG images (condrl/wire.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import json
+import os
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from condrl.config import typed_options
+from condrl.errors import UsageError, exit_code
+from condrl.registry import load_file
+from condrl.registry import reward as registry
+from condrl.rewards import Reward, make_reward
+from condrl.wire import MOST_BYTES, unpack
+
+TOKEN = "CONDRL_REWARD_TOKEN"
+
+
+class Server(ThreadingHTTPServer):
+    """A reward behind HTTP; requests are read at once and scored one after the other."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], reward: Reward, token: str | None, device: str) -> None:
+        super().__init__(address, Handler)
+        self.reward, self.token, self.device, self.busy = reward, token, device, threading.Lock()
+
+    def scores(self, body: bytes) -> list[float | None]:
+        """Those of a request; null where one failed."""
+        samples, rows = unpack(body)
+        with self.busy, torch.no_grad():
+            found = self.reward(samples.to(self.device), rows)
+        return [value if value == value else None for value in found.tolist()]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    timeout = 60  # seconds for a client to send what it announced
+
+    def do_GET(self) -> None:
+        self.reply(200, {"reward": self.server.reward.name})
+
+    def do_POST(self) -> None:
+        given = self.headers.get("Authorization", "")
+        if self.server.token and not hmac.compare_digest(given, f"Bearer {self.server.token}"):
+            return self.reply(401, {"error": "the token is missing or another one"})
+        size = self.headers.get("Content-Length", "")
+        if not size.isdigit() or int(size) > MOST_BYTES:
+            return self.reply(413, {"error": f"a request needs a length of at most {MOST_BYTES} bytes"})
+        try:
+            scores = self.server.scores(self.rfile.read(int(size)))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            return self.reply(400, {"error": f"{type(error).__name__}: {error}"})
+        except Exception as error:
+            return self.reply(500, {"error": f"{type(error).__name__}: {error}"})
+        return self.reply(200, {"scores": scores})
+
+    def reply(self, status: int, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nothing: a run makes many requests."""
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Serve until stopped."""
+    for path in args.plugin:
+        load_file(path)
+    plugin = registry.find(args.reward)
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.options))
+    reward = make_reward(args.reward, typed_options(plugin, given, args.reward))
+    token = os.environ.get(TOKEN)
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not token:
+        raise UsageError(f"--host {args.host} lets others in: set a token in the environment variable {TOKEN}")
+    try:
+        server = Server((args.host, args.port), reward, token, args.device)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {args.host}:{args.port}: {error.strerror}") from error
+    print(f"{args.reward} on http://{args.host}:{server.server_address[1]}", flush=True)
+    with server:
+        server.serve_forever()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reward", help="a registered reward")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="its options")
+    parser.add_argument("--plugin", action="append", default=[], help="a file with your own rewards; may be repeated")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8200, help="0: any that is free")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    serve(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

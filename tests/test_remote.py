@@ -1,0 +1,231 @@
+"""Rewards over HTTP, against real servers on this machine: right, slow, broken and killed ones."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from helpers import ROOT, run_python, toy_words
+
+from condrl import UsageError
+from condrl.prompts import Row
+from condrl.rewards import make_reward
+from condrl.testing import check_reward, smooth_images
+from condrl.wire import pack, unpack
+
+SERVER = str(ROOT / "scripts" / "reward_server.py")
+PLUGIN = """
+import time
+import torch
+import condrl
+
+
+@condrl.reward(differentiable=False)
+def slow(samples, prompts, *, seconds: float = 0.0, after: int = 0):
+    slow.calls = getattr(slow, "calls", 0) + 1
+    time.sleep(seconds if slow.calls > after else 0)
+    return samples[:, 0].flatten(1).mean(1) if samples.dim() == 4 else samples[:, 0]
+
+
+@condrl.reward(differentiable=False)
+def by_row(samples, prompts, metadata):
+    return torch.tensor([float(row["k"]) + len(prompt) for row, prompt in zip(metadata, prompts)])
+
+
+@condrl.reward(differentiable=False)
+def partly(samples, prompts):
+    return torch.tensor([float("nan") if "bad" in prompt else 1.0 for prompt in prompts])
+"""
+QUICK = {"retries": 1, "backoff": 0.01}
+
+
+@contextmanager
+def served(folder, *words, **env):
+    """A reward server of its own process; yields its address and the process."""
+    (folder / "mine.py").write_text(PLUGIN)
+    command = [sys.executable, SERVER, *words, "--plugin", str(folder / "mine.py"), "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        yield process.stdout.readline().split()[-1], process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@contextmanager
+def answering(body, status=200):
+    """A server that always says the same; yields its address and the list of requests."""
+    asked = []
+
+    class Always(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Always)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def rows(count, prompt="a red star"):
+    return [Row(i, prompt + "!" * i, {"k": i}) for i in range(count)]
+
+
+def test_scores_are_those_of_the_reward_here(tmp_path):
+    x = (smooth_images(10) * 255).round() / 255
+    with served(tmp_path, "brightness") as (url, _):
+        far = make_reward("remote", {"url": url, "batch": 3, "concurrent": 3})(x, rows(10))
+        check_reward("remote", url=url)
+    torch.testing.assert_close(far, make_reward("brightness", {})(x, rows(10)))
+
+
+def test_prompts_metadata_points_and_options_arrive(tmp_path):
+    with served(tmp_path, "by_row") as (url, _):
+        found = make_reward("remote", {"url": url, "batch": 2})(torch.randn(5, 2), rows(5))
+    assert found.tolist() == [10.0, 12.0, 14.0, 16.0, 18.0]
+    x = torch.randn(6, 2)
+    with served(tmp_path, "box", "low=[-1,-1]", "high=[1,1]") as (url, _):
+        found = make_reward("remote", {"url": url})(x, rows(6))
+    assert torch.equal(found, (x.abs() <= 1).all(1).float())
+
+
+def test_a_score_that_failed_there_is_missing_here(tmp_path):
+    with served(tmp_path, "partly") as (url, _):
+        given = [Row(0, "good"), Row(1, "bad"), Row(2, "good")]
+        found = make_reward("remote", {"url": url})(torch.zeros(3, 2), given)
+    assert found.isnan().tolist() == [False, True, False]
+
+
+def test_a_slow_server_is_waited_for_and_then_given_up(tmp_path):
+    with served(tmp_path, "slow", "seconds=5") as (url, _):
+        reward = make_reward("remote", {"url": url, "timeout": 0.3, **QUICK})
+        begun = time.monotonic()
+        found = reward(torch.zeros(2, 2), rows(2))
+        assert time.monotonic() - begun < 4
+    assert found.isnan().all()
+    assert reward.failure(found, rows(2)).endswith(f"{url} did not answer: timed out")
+
+
+def test_a_server_that_was_killed(tmp_path):
+    with served(tmp_path, "slow") as (url, process):
+        reward = make_reward("remote", {"url": url, **QUICK})
+        assert reward(torch.ones(2, 2), rows(2)).tolist() == [1.0, 1.0]
+        process.kill()
+        process.wait()
+        found = reward(torch.ones(2, 2), rows(2))
+    assert found.isnan().all()
+    assert "Connection refused" in reward.failure(found, rows(2))
+
+
+def test_a_server_that_comes_back_is_asked_again(tmp_path):
+    with answering(b'{"error": "busy"}', 503) as (url, asked):
+        reward = make_reward("remote", {"url": url, "retries": 2, "backoff": 0.01})
+        assert reward(torch.zeros(1, 2), rows(1)).isnan().all()
+        assert len(asked) == 3
+        assert f"{url} answered 503: busy" in reward.failure(torch.tensor([float("nan")]), rows(1))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"hello", b"[]", b"{}", b'{"scores": [1]}', b'{"scores": [1, "x"]}', b'{"scores": [1, [2]]}', b"\xff\xfe", b""],
+)
+def test_garbage_is_no_score(body):
+    with answering(body) as (url, _):
+        reward = make_reward("remote", {"url": url, **QUICK})
+        found = reward(torch.zeros(2, 2), rows(2))
+    assert found.isnan().all()
+    assert "gave an answer that is none" in reward.failure(found, rows(2))
+
+
+def test_a_token_is_asked_for(tmp_path, monkeypatch):
+    with served(tmp_path, "slow", CONDRL_REWARD_TOKEN="secret") as (url, _):
+        reward = make_reward("remote", {"url": url, **QUICK})
+        found = reward(torch.ones(1, 2), rows(1))
+        assert found.isnan().all()
+        assert f"{url} answered 401: the token is missing or another one" in reward.failure(found, rows(1))
+        monkeypatch.setenv("CONDRL_REWARD_TOKEN", "secret")
+        assert reward(torch.ones(1, 2), rows(1)).tolist() == [1.0]
+
+
+UNREADABLE = (
+    b"not json",
+    b"{}",
+    json.dumps({"kind": "png", "samples": ["AAAA"], "rows": [{"prompt": "x"}]}).encode(),
+    json.dumps({"kind": "png", "samples": [], "rows": []}).encode(),
+    json.dumps({"kind": "points", "samples": [[1.0]], "rows": []}).encode(),
+)
+
+
+def test_the_server_refuses_what_it_cannot_read(tmp_path):
+    with served(tmp_path, "slow") as (url, _):
+        for body in UNREADABLE:
+            with pytest.raises(urllib.error.HTTPError) as raised:
+                urllib.request.urlopen(urllib.request.Request(url, body), timeout=20)
+            assert raised.value.code == 400
+        huge = urllib.request.Request(url, b"x", {"Content-Length": str(10**12)})
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            urllib.request.urlopen(huge, timeout=20)
+        assert raised.value.code == 413
+        assert make_reward("remote", {"url": url})(torch.ones(1, 2), rows(1)).tolist() == [1.0]  # and goes on
+
+
+def test_images_travel_without_loss():
+    x = (torch.rand(2, 3, 9, 7) * 255).round() / 255
+    found, given = unpack(pack(x, rows(2)))
+    assert torch.equal(found, x)
+    assert given == rows(2)
+    bomb = {"kind": "png", "samples": [base64.b64encode(b"GIF89a").decode()], "rows": [{"prompt": ""}]}
+    with pytest.raises((ValueError, OSError)):
+        unpack(json.dumps(bomb).encode())
+
+
+def test_what_cannot_be_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match="no address like"):
+        make_reward("remote", {"url": "127.0.0.1:8200"})
+    for words, said in (
+        (["nothing"], "unknown reward 'nothing'"),
+        (["brightness", "--host", "0.0.0.0"], "lets others in"),
+        (["box", "lwo=[1]"], "lwo"),
+    ):
+        done = run_python(SERVER, *words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_run_whose_server_dies_stops_and_says_why(tmp_path):
+    """It has been scored there for some epochs; then nobody answers."""
+    more = ["rewards.quadratic.weight=0", "rewards.remote.weight=1", "rewards.remote.retries=0", "prompts.heldout=null"]
+    with served(tmp_path, "slow", "seconds=0.3", "after=8") as (url, process):
+        command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *toy_words("nft", tmp_path / "run"), *more]
+        command += [f"rewards.remote.url={url}", "train.epochs=1000"]
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        record = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not record.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+        said = run.communicate(timeout=60)[1]
+    assert run.returncode == 1
+    assert "stopped: the reward 'remote' failed for the prompt" in said
+    assert "100% of an epoch's scores failed" in said
