@@ -74,6 +74,8 @@ def evaluate(
         for name, values in score(measures, images, rows[part]).each.items():
             scores[name].append(values.cpu())
         shown.extend(images[: max(0, pictures - len(shown))].cpu())
+    for measure in measures:
+        measure.rest()
     found = {name: torch.cat(values) if values else torch.zeros(0) for name, values in scores.items()}
     if processes:
         found = {name: processes.gather(values, places, count) for name, values in found.items()}

@@ -91,11 +91,14 @@ def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row], batch
     if samples.dim() == 4 and not (samples.min() >= 0 and samples.max() <= 1):
         low, high = samples.min().item(), samples.max().item()
         raise RunError(f"rewards take images in [0, 1], but the model decoded values from {low:.3f} to {high:.3f}")
-    starts = range(0, len(rows), batch)
-    each = {
-        r.name: torch.cat([r(samples[i : i + batch], rows[i : i + batch]).to(samples.device) for i in starts])
-        for r in rewards
-    }
+    each: dict[str, Tensor] = {}
+    failures = []
+    for r in rewards:
+        parts = []
+        for start in range(0, len(rows), batch):
+            some = rows[start : start + batch]
+            parts.append(r(samples[start : start + batch], some).to(samples.device))
+            failures.append(r.failure(parts[-1], some))
+        each[r.name] = torch.cat(parts)
     total = weighted(each, {r.name: r.weight for r in rewards})
-    failures = (r.failure(each[r.name], rows) for r in rewards)
     return Scores(each, total, next((text for text in failures if text), None))

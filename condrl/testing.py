@@ -70,11 +70,11 @@ def check_gradient(reward: Reward, x: Tensor, rows: Sequence[Row], step: float =
     Raises: AssertionError saying what is wrong.
     """
     x = x.clamp(0.1, 0.9) if x.dim() == 4 else x
-    direction = (
-        smooth_images(len(x), x.shape[1], x.shape[2], x.shape[3], seed=1) * 2 - 1
-        if x.dim() == 4
-        else torch.randn(x.shape).to(x)
-    )
+    if x.dim() == 4:
+        direction = 2 * smooth_images(len(x), x.shape[1], x.shape[2], x.shape[3], seed=1) - 1
+    else:
+        direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    direction = direction.to(x)
     samples = x.clone().requires_grad_()
     scores = reward(samples, rows)
     said = f"the reward {reward.name} has no gradient in the samples: say @condrl.reward(differentiable=False)"

@@ -304,9 +304,18 @@ class Trainer:
         """Write what the run needs to go on from here; all processes do this together."""
         self.processes.check_same(self.parameters)
         name, state = f"epoch_{self.epoch:08d}", self.state_dict()
-        if self.processes.first:
-            save_checkpoint(self.config.folder / "checkpoints", name, state, self.config.run.keep_checkpoints)
-        self.processes.meet()
+        folder, keep = self.config.folder / "checkpoints", self.config.run.keep_checkpoints
+        if self.processes.count == 1:
+            return save_checkpoint(folder, name, state, keep)
+        failure = None
+        try:
+            if self.processes.first:
+                save_checkpoint(folder, name, state, keep)
+        except RunError as error:
+            failure = str(error)
+        failures = self.processes.gather_objects(failure)  # so that all of them raise, or none
+        if failures[0]:
+            raise RunError(failures[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epoch depends on. Draws are functions of seed and epoch; torch's own state is for

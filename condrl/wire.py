@@ -17,7 +17,7 @@ from condrl.pixels import from_pil
 from condrl.prompts import Row
 
 MOST_BYTES = 64 * 2**20  # of a request or an answer
-MOST_PIXELS = 4096 * 4096  # of an image
+MOST_PIXELS = 2**26  # of all the images of a request
 
 
 def pack(samples: Tensor, rows: Sequence[Row]) -> bytes:
@@ -42,7 +42,9 @@ def unpack(body: bytes) -> tuple[Tensor, list[Row]]:
     if len(rows) != len(message["samples"]) or not rows:
         raise ValueError("expected as many rows as samples, and at least one")
     if message["kind"] == "png":
-        return torch.stack([from_png(base64.b64decode(item, validate=True)) for item in message["samples"]]), rows
+        files = [base64.b64decode(item, validate=True) for item in message["samples"]]
+        check_pixels(files)
+        return torch.stack([from_png(file) for file in files]), rows
     return torch.tensor(message["samples"], dtype=torch.float32), rows
 
 
@@ -54,14 +56,19 @@ def to_png(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def from_png(content: bytes) -> Tensor:
-    """(3, H, W) float32 in [0, 1].
+def check_pixels(files: Sequence[bytes]) -> None:
+    """Raises: ValueError when a file is no PNG, or when all of them are too large together."""
+    pixels = 0
+    for content in files:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            pixels += image.width * image.height
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"{pixels} pixels are too many for one request: at most {MOST_PIXELS}")
 
-    Raises: ValueError when it is no PNG, or too large.
-    """
+
+def from_png(content: bytes) -> Tensor:
+    """(3, H, W) float32 in [0, 1]."""
     with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"an image of {image.width} x {image.height} pixels is too large")
         return from_pil(image)
 
 

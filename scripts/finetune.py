@@ -184,7 +184,10 @@ def tune(trainer: Trainer) -> None:
     try:
         trainer.fit()
     except Stopped:
-        save_lora(trainer)
+        try:
+            save_lora(trainer)
+        except OSError as error:
+            say(f"warning: the LoRA cannot be written: {error}")
         raise
     save_lora(trainer)
 

@@ -41,12 +41,18 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler)
         self.reward, self.token, self.device, self.busy = reward, token, device, threading.Lock()
 
-    def scores(self, body: bytes) -> list[float | None]:
-        """Those of a request; null where one failed."""
-        samples, rows = unpack(body)
+    def answer(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        """The status and content for a request: scores, null where one failed; or what is wrong."""
         with self.busy, torch.no_grad():
-            found = self.reward(samples.to(self.device), rows)
-        return [value if value == value else None for value in found.tolist()]
+            try:
+                samples, rows = unpack(body)
+            except Exception as error:
+                return 400, {"error": f"{type(error).__name__}: {error}"}
+            try:
+                found = self.reward(samples.to(self.device), rows)
+            except Exception as error:
+                return 500, {"error": f"{type(error).__name__}: {error}"}
+        return 200, {"scores": [value if value == value else None for value in found.tolist()]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,19 +63,13 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"reward": self.server.reward.name})
 
     def do_POST(self) -> None:
-        given = self.headers.get("Authorization", "")
-        if self.server.token and not hmac.compare_digest(given, f"Bearer {self.server.token}"):
-            return self.reply(401, {"error": "the token is missing or another one"})
-        size = self.headers.get("Content-Length", "")
+        given, size = self.headers.get("Authorization", ""), self.headers.get("Content-Length", "")
         if not size.isdigit() or int(size) > MOST_BYTES:
             return self.reply(413, {"error": f"a request needs a length of at most {MOST_BYTES} bytes"})
-        try:
-            scores = self.server.scores(self.rfile.read(int(size)))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            return self.reply(400, {"error": f"{type(error).__name__}: {error}"})
-        except Exception as error:
-            return self.reply(500, {"error": f"{type(error).__name__}: {error}"})
-        return self.reply(200, {"scores": scores})
+        body = self.rfile.read(int(size))  # also of one that is refused: else its client hears nothing but an error
+        if self.server.token and not hmac.compare_digest(given.encode(), f"Bearer {self.server.token}".encode()):
+            return self.reply(401, {"error": "the token is missing or another one"})
+        return self.reply(*self.server.answer(body))
 
     def reply(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
@@ -91,7 +91,7 @@ def serve(args: argparse.Namespace) -> None:
     given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.options))
     reward = make_reward(args.reward, typed_options(plugin, given, args.reward))
     token = os.environ.get(TOKEN)
-    if args.host not in ("127.0.0.1", "localhost", "::1") and not token:
+    if args.host not in ("127.0.0.1", "localhost") and not token:
         raise UsageError(f"--host {args.host} lets others in: set a token in the environment variable {TOKEN}")
     try:
         server = Server((args.host, args.port), reward, token, args.device)

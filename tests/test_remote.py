@@ -42,6 +42,14 @@ def by_row(samples, prompts, metadata):
 
 
 @condrl.reward(differentiable=False)
+def stumbling(samples, prompts):
+    stumbling.calls = getattr(stumbling, "calls", 0) + 1
+    if stumbling.calls == 1:
+        raise ConnectionError("upstream reset")
+    return samples[:, 0]
+
+
+@condrl.reward(differentiable=False)
 def partly(samples, prompts):
     return torch.tensor([float("nan") if "bad" in prompt else 1.0 for prompt in prompts])
 """
@@ -135,6 +143,17 @@ def test_a_server_that_was_killed(tmp_path):
         found = reward(torch.ones(2, 2), rows(2))
     assert found.isnan().all()
     assert "Connection refused" in reward.failure(found, rows(2))
+
+
+def test_an_error_of_the_reward_itself_is_tried_again(tmp_path):
+    with served(tmp_path, "stumbling") as (url, _):
+        assert make_reward("remote", {"url": url, **QUICK})(torch.ones(1, 2), rows(1)).tolist() == [1.0]
+
+
+def test_no_proxy_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with served(tmp_path, "slow") as (url, _):
+        assert make_reward("remote", {"url": url, **QUICK})(torch.ones(1, 2), rows(1)).tolist() == [1.0]
 
 
 def test_a_server_that_comes_back_is_asked_again(tmp_path):

@@ -9,7 +9,7 @@ import condrl
 
 @condrl.reward
 def colourfulness(samples: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Spread and strength of the opponent colours, in 8-bit levels, 0 to about 190 (Hasler and Suesstrunk 2003).
+    """Spread and strength of the opponent colours, in 8-bit levels, 0 to about 293 (Hasler and Suesstrunk 2003).
 
     Differentiable where the image is not of one colour.
     """

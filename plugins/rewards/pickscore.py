@@ -28,19 +28,10 @@ class PickScore:
         self.path, self.processor, self.revision, self.dtype, self.offload = path, processor, revision, dtype, offload
         self.prompts: dict[str, Tensor] = {}
 
-    @functools.cached_property
+    @property
     def model(self) -> Any:
         """The frozen model, loaded when it is first used."""
-        from transformers import CLIPModel
-
-        try:
-            model = CLIPModel.from_pretrained(
-                local(self.path), revision=self.revision, dtype=getattr(torch, self.dtype), use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise condrl.UsageError(f"config rewards.pickscore.path: cannot load {self.path}: {reason}") from error
-        return model.eval().requires_grad_(False)
+        return load(local(self.path), self.revision, self.dtype)
 
     @functools.cached_property
     def settings(self) -> tuple[Any, Any]:
@@ -82,3 +73,20 @@ def local(path: str) -> str:
     """A folder's path, or the hub id as it is."""
     folder = locate(path)
     return str(folder) if folder.exists() else path
+
+
+@functools.cache
+def load(path: str, revision: str | None, dtype: Precision) -> Any:
+    """A frozen CLIPModel; rewards that ask for the same one share it.
+
+    Raises: UsageError when it cannot be loaded.
+    """
+    from transformers import CLIPModel
+
+    try:
+        options = {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
+        model: Any = CLIPModel.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise condrl.UsageError(f"config rewards.pickscore.path: cannot load {path}: {reason}") from error
+    return model.eval().requires_grad_(False)

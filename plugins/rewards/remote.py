@@ -18,6 +18,15 @@ import condrl
 from condrl.prompts import Row
 from condrl.wire import MOST_BYTES, answer_of, pack
 
+
+class Stay(urllib.request.HTTPRedirectHandler):
+    """Follows nobody: the token and the images are for the address that was given."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stay)  # and asks no proxy
 PASSING = (429, 500, 502, 503, 504)  # statuses that may be over when one tries again
 
 
@@ -43,6 +52,7 @@ class Remote:
     def __call__(self, samples: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         rows = [Row(i, prompt, extra) for i, (prompt, extra) in enumerate(zip(prompts, metadata, strict=True))]
         parts = [slice(start, start + self.batch) for start in range(0, len(rows), self.batch)]
+        self.errors.clear()
         bodies = [pack(samples[part], rows[part]) for part in parts]
         with ThreadPoolExecutor(self.concurrent) as pool:
             found = list(pool.map(self._scores, bodies, [len(rows[part]) for part in parts]))
@@ -71,7 +81,7 @@ class Remote:
         if token := os.environ.get("CONDRL_REWARD_TOKEN"):
             headers["Authorization"] = f"Bearer {token}"
         request = urllib.request.Request(self.url, body, headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+        with DIRECT.open(request, timeout=self.timeout) as answer:
             content: bytes = answer.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise ValueError(f"it is longer than {MOST_BYTES} bytes")
