@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +60,7 @@ class Clip:
             raise UsageError(f"open_clip has no model {model!r}.{near}")
         if weights.endswith(SUFFIXES) or weights.startswith("asset:"):
             self.weights = str(locate(weights))
-            check_file(Path(self.weights), sha256, "weights")
+            check_file(Path(self.weights), sha256, "rewards.*.weights")
         elif not self.name.startswith("hf-hub:"):
             tags = open_clip.list_pretrained_tags_by_model(self.name)
             if weights not in tags:
@@ -100,16 +100,40 @@ class Clip:
     @torch.no_grad()
     def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """Unit embeddings (B, F) float32 of prompts; each is computed once."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prompts]
-        if new:
-            tokens = self.tokenizer(new).to(device)
-            found = nn.functional.normalize(self.model.to(device).encode_text(tokens).float(), dim=-1)
-            self.prompts |= dict(zip(new, found.cpu(), strict=True))
-        return torch.stack([self.prompts[prompt] for prompt in prompts]).to(device)
+        model = self.model.to(device)
+        return remembered(self.prompts, prompts, lambda new: model.encode_text(self.tokenizer(new).to(device))).to(
+            device
+        )
+
+    def cosine(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Of the embeddings of images (B, 3, H, W) and their prompts, (B,); differentiable."""
+        return (self.images(samples) * self.texts(prompts, samples.device)).sum(1)
 
     def rest(self) -> None:
         """Make room on the device until it is used again."""
         self.model.to("cpu")
+
+
+class ClipReward:
+    """What rewards with a Clip share: the cosine of image and prompt, and its place on the device."""
+
+    clip: Clip
+    offload: bool  # keep the model off the device between roll-outs
+
+    def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.clip.cosine(samples, prompts)
+
+    def rest(self) -> None:
+        if self.offload:
+            self.clip.rest()
+
+
+def remembered(known: dict[str, Tensor], prompts: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
+    """Unit embeddings (B, F) float32 of prompts, on the CPU; those that are not `known` are encoded and added to it."""
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+    if new:
+        known |= dict(zip(new, nn.functional.normalize(encode(new).float(), dim=-1).cpu(), strict=True))
+    return torch.stack([known[prompt] for prompt in prompts])
 
 
 @functools.cache
@@ -130,12 +154,14 @@ def add_architecture(path: Path) -> str:
     """
     import open_clip
 
-    check_file(path, None, "config")
+    check_file(path, None, "rewards.*.config")
     try:
         whole = {"embed_dim", "vision_cfg", "text_cfg"} <= json.loads(path.read_text()).keys()
     except (ValueError, AttributeError):
         whole = False
     if not whole:
-        raise UsageError(f"config config: {path} is no architecture of open_clip: embed_dim, vision_cfg, text_cfg")
+        raise UsageError(
+            f"config rewards.*.config: {path} is no architecture of open_clip: embed_dim, vision_cfg, text_cfg"
+        )
     open_clip.add_model_config(path)
     return path.stem

@@ -305,8 +305,6 @@ class Trainer:
         self.processes.check_same(self.parameters)
         name, state = f"epoch_{self.epoch:08d}", self.state_dict()
         folder, keep = self.config.folder / "checkpoints", self.config.run.keep_checkpoints
-        if self.processes.count == 1:
-            return save_checkpoint(folder, name, state, keep)
         failure = None
         try:
             if self.processes.first:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.clip import Precision, check_file, shared_clip
+from condrl.clip import ClipReward, Precision, check_file, shared_clip
 from condrl.config import locate
 from condrl.hub import hub_file
 
@@ -16,8 +16,8 @@ HEAD = "aesthetic-model.pth"
 def affine_head(layers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Weights (F,) and bias () of layers without activations between them: one affine function."""
     numbers = sorted({int(name.split(".")[1]) for name in layers})
-    weight, bias = torch.eye(layers[f"layers.{numbers[0]}.weight"].shape[1], dtype=torch.float64), torch.zeros(1)
-    bias = bias.new_zeros(len(weight), dtype=torch.float64)
+    weight = torch.eye(layers[f"layers.{numbers[0]}.weight"].shape[1], dtype=torch.float64)
+    bias = torch.zeros(len(weight), dtype=torch.float64)
     for number in numbers:
         linear = layers[f"layers.{number}.weight"].double()
         weight, bias = linear @ weight, linear @ bias + layers[f"layers.{number}.bias"].double()
@@ -25,7 +25,7 @@ def affine_head(layers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @condrl.reward
-class Aesthetic:
+class Aesthetic(ClipReward):
     """LAION's aesthetic score of the image alone, about 1 to 10, differentiable (Schuhmann et al. 2022).
 
     Its head has no activations (dropout aside), so it is one affine function of the CLIP ViT-L/14 embedding.
@@ -55,7 +55,3 @@ class Aesthetic:
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         found = self.clip.images(samples)
         return found @ self.weight.to(found) + self.bias.to(found)
-
-    def rest(self) -> None:
-        if self.offload:
-            self.clip.rest()

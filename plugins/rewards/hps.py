@@ -1,18 +1,14 @@
 """Human preference, by HPS v2 and v2.1 (Wu et al. 2023)."""
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 import condrl
-from condrl.clip import Precision, shared_clip
+from condrl.clip import ClipReward, Precision, shared_clip
 from condrl.hub import hub_file
 
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
 @condrl.reward
-class HPS:
+class HPS(ClipReward):
     """HPS v2 or v2.1: the cosine of a CLIP tuned on preferences; the versions do not compare (Wu et al. 2023)."""
 
     def __init__(
@@ -30,10 +26,3 @@ class HPS:
             raise condrl.UsageError(f"config rewards.hps.version: {version!r} is not one of {', '.join(FILES)}")
         file = hub_file(weights, FILES[version], "rewards.hps.weights")
         self.clip, self.offload = shared_clip(model, file, config, sha256, dtype), offload
-
-    def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
-        return (self.clip.images(samples) * self.clip.texts(prompts, samples.device)).sum(1)
-
-    def rest(self) -> None:
-        if self.offload:
-            self.clip.rest()

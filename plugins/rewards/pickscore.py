@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.clip import Precision, fitted
+from condrl.clip import Precision, fitted, remembered
 from condrl.config import locate
 
 
@@ -55,14 +55,15 @@ class PickScore:
     @torch.no_grad()
     def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """Unit embeddings (B, F) of prompts; each is computed once."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prompts]
-        if new:
-            length = self.model.config.text_config.max_position_embeddings
-            fill = {"padding": "max_length", "truncation": True, "max_length": length}
-            tokens = self.settings[0](new, return_tensors="pt", **fill)
-            found = self.model.get_text_features(**tokens.to(device)).pooler_output.float()
-            self.prompts |= dict(zip(new, nn.functional.normalize(found, dim=-1).cpu(), strict=True))
-        return torch.stack([self.prompts[prompt] for prompt in prompts]).to(device)
+        fill = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        length = self.model.config.text_config.max_position_embeddings
+
+        def encode(new: list[str]) -> Tensor:
+            tokens = self.settings[0](new, max_length=length, **fill)
+            found: Tensor = self.model.get_text_features(**tokens.to(device)).pooler_output
+            return found
+
+        return remembered(self.prompts, prompts, encode).to(device)
 
     def rest(self) -> None:
         if self.offload:
