@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from condrl.errors import UsageError
 from condrl.registry import suggestion
 
 Precision = Literal["float32", "bfloat16", "float16"]
+OPENAI = "openai"
+HUB = "hf-hub:"
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
@@ -52,20 +55,28 @@ class Clip:
     def __init__(self, model: str, weights: str, config: str | None, sha256: str | None, dtype: Precision) -> None:
         import open_clip
 
-        self.name, self.weights, self.dtype = model, weights, dtype
+        self.dtype = dtype
+        self.prompts: dict[str, Tensor] = {}
+        self.name, self.weights = model, None  # weights: None when `name` brings them
+        if whole_model(model):
+            if (weights, config, sha256) != (OPENAI, None, None):
+                raise UsageError(
+                    f"config rewards.*.model: {model} has weights of its own: give neither others nor a config"
+                )
+            self.name = model if model.startswith(HUB) else f"local-dir:{locate(model)}"
+            return
         if config:
             self.name = add_architecture(locate(config))
-        elif model not in open_clip.list_models() and not model.startswith("hf-hub:"):
+        elif model not in open_clip.list_models():
             near = suggestion(model, open_clip.list_models())
-            raise UsageError(f"open_clip has no model {model!r}.{near}")
+            raise UsageError(f"open_clip has no model {model!r}, and there is no such folder.{near}")
         if weights.endswith(SUFFIXES) or weights.startswith("asset:"):
             self.weights = str(locate(weights))
             check_file(Path(self.weights), sha256, "rewards.*.weights")
-        elif not self.name.startswith("hf-hub:"):
-            tags = open_clip.list_pretrained_tags_by_model(self.name)
-            if weights not in tags:
-                raise UsageError(f"open_clip has no weights {weights!r} for {model}: give a file, or one of {tags}")
-        self.prompts: dict[str, Tensor] = {}
+        elif weights not in (tags := open_clip.list_pretrained_tags_by_model(self.name)):
+            raise UsageError(f"open_clip has no weights {weights!r} for {model}: give a file, or one of {tags}")
+        else:
+            self.weights = weights
 
     @functools.cached_property
     def model(self) -> Any:
@@ -76,11 +87,12 @@ class Clip:
         import open_clip
 
         precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[self.dtype]
-        weights = None if self.name.startswith("hf-hub:") else self.weights
         try:
-            model = open_clip.create_model(self.name, pretrained=weights, precision=precision, weights_only=True)
+            model = open_clip.create_model(self.name, pretrained=self.weights, precision=precision, weights_only=True)
         except (OSError, RuntimeError, ValueError) as error:
-            raise UsageError(f"cannot load {self.weights} into {self.name}: {str(error).splitlines()[0]}") from error
+            raise UsageError(
+                f"cannot load {self.weights or 'the weights'} of {self.name}: {str(error).splitlines()[0]}"
+            ) from error
         return model.eval().requires_grad_(False)
 
     @functools.cached_property
@@ -136,6 +148,26 @@ def remembered(known: dict[str, Tensor], prompts: Sequence[str], encode: Callabl
     return torch.stack([known[prompt] for prompt in prompts])
 
 
+def affine(layers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weights (F,) and bias () of linear layers without activations, by names `...layers.N.weight` and `.bias`.
+
+    Raises: ValueError when there are none.
+    """
+    steps: dict[int, dict[str, Tensor]] = {}
+    for name, value in layers.items():
+        found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(weight|bias)", name)
+        if not found:
+            raise ValueError(f"{name} is no linear layer's")
+        steps.setdefault(int(found[1]), {})[found[2]] = value.double()
+    if any(len(step) < 2 for step in steps.values()) or not steps:
+        raise ValueError("expected linear layers, each with weight and bias")
+    first, *rest = (steps[number] for number in sorted(steps))
+    weight, bias = first["weight"], first["bias"]
+    for step in rest:
+        weight, bias = step["weight"] @ weight, step["weight"] @ bias + step["bias"]
+    return weight[0].float(), bias[0].float()
+
+
 @functools.cache
 def shared_clip(
     model: str, weights: str, config: str | None = None, sha256: str | None = None, dtype: Precision = "float32"
@@ -145,6 +177,11 @@ def shared_clip(
     Raises: UsageError when open_clip knows no such model or weights, or when a file is missing or another one.
     """
     return Clip(model, weights, config, sha256, dtype)
+
+
+def whole_model(model: str) -> bool:
+    """Whether a name means architecture and weights together: a hub repository, or a folder as open_clip saves one."""
+    return model.startswith(HUB) or (locate(model) / "open_clip_config.json").is_file()
 
 
 def add_architecture(path: Path) -> str:

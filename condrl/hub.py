@@ -23,3 +23,9 @@ def hub_file(source: str, name: str, option: str) -> str:
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"config {option}: no such file, and {name} of {source} cannot be had: {reason}") from error
+
+
+def folder_or_id(source: str) -> str:
+    """A folder's path, or the hub id as it is."""
+    folder = locate(source)
+    return str(folder) if folder.exists() else source

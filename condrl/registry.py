@@ -45,6 +45,7 @@ class Plugin:
     name: str
     target: Callable[..., Any]
     differentiable: bool = True  # of a reward: whether gradients flow through it
+    cached: bool = False  # of a reward: whether an image that comes again keeps its score
 
     @property
     def source(self) -> str:
@@ -112,17 +113,17 @@ class Registry:
         self.plugins: dict[str, Plugin] = {}
 
     @overload
-    def __call__(self, target: T, *, name: str | None = None, differentiable: bool = True) -> T: ...
+    def __call__(self, target: T, *, name: str | None = None) -> T: ...
 
     @overload
     def __call__(
-        self, target: None = None, *, name: str | None = None, differentiable: bool = True
+        self, target: None = None, *, name: str | None = None, differentiable: bool = True, cached: bool = False
     ) -> Callable[[T], T]: ...
 
-    def __call__(self, target: T | None = None, *, name: str | None = None, differentiable: bool = True) -> Any:
+    def __call__(self, target: T | None = None, *, name: str | None = None, **flags: bool) -> Any:
         if target is None:
-            return lambda t: self(t, name=name, differentiable=differentiable)
-        plugin = Plugin(self.kind, name or snake_case(target.__name__), target, differentiable)
+            return lambda t: self(t, name=name, **flags)
+        plugin = Plugin(self.kind, name or snake_case(target.__name__), target, **flags)
         known = self.plugins.get(plugin.name)
         taken = known.source if known else self._shipped().get(plugin.name, plugin.source)
         if Path(taken).resolve() != Path(plugin.source).resolve():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +18,8 @@ from condrl.errors import RunError
 from condrl.prompts import Row
 from condrl.registry import reward as registry
 
+MOST_KNOWN = 100_000  # scores that a reward remembers
+
 
 @dataclass(frozen=True)
 class Reward:
@@ -24,6 +29,7 @@ class Reward:
     weight: float
     call: Callable[..., Any]
     differentiable: bool = True
+    known: dict[bytes, float] | None = None  # scores by digest of image and row, of a reward that remembers them
 
     @functools.cached_property
     def takes_metadata(self) -> bool:
@@ -36,6 +42,20 @@ class Reward:
 
         Raises: RunError naming the reward and the prompt when a score is missing.
         """
+        if self.known is None or (torch.is_grad_enabled() and samples.requires_grad):
+            return self._scored(samples, rows)
+        keys = [digest(sample, row) for sample, row in zip(samples, rows, strict=True)]
+        new = {key: i for i, key in enumerate(keys) if key not in self.known}
+        found = {key: self.known[key] for key in keys if key in self.known}
+        if new:
+            scores = self._scored(samples[list(new.values())], [rows[i] for i in new.values()])
+            found |= zip(new, scores.tolist(), strict=True)
+            self.known.update((key, value) for key, value in found.items() if math.isfinite(value))
+            for oldest in list(self.known)[: max(0, len(self.known) - MOST_KNOWN)]:
+                del self.known[oldest]
+        return torch.tensor([found[key] for key in keys], device=samples.device)
+
+    def _scored(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
         prompts = [row.prompt for row in rows]
         extra = {"metadata": [row.metadata for row in rows]} if self.takes_metadata else {}
         scores = self.call(samples, prompts, **extra)
@@ -66,7 +86,21 @@ def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
     options, plugin = dict(options), registry.find(name)
     weight, target = options.pop("weight", 1.0), plugin.target
     call: Any = target(**options) if inspect.isclass(target) else functools.partial(target, **options)
-    return Reward(name, weight, call, plugin.differentiable)
+    known = _known(json.dumps([name, options], sort_keys=True, default=str)) if plugin.cached else None
+    return Reward(name, weight, call, plugin.differentiable, known)
+
+
+@functools.cache
+def _known(reward: str) -> dict[bytes, float]:
+    """One for all that ask for the same reward with the same options."""
+    return {}
+
+
+def digest(sample: Tensor, row: Row) -> bytes:
+    """The same for the same sample, prompt and metadata."""
+    values = sample.detach().float().cpu().contiguous()
+    made_for = json.dumps([row.prompt, row.metadata, list(values.shape)], sort_keys=True, default=str)
+    return hashlib.sha256(values.numpy().tobytes() + made_for.encode()).digest()
 
 
 @dataclass(frozen=True)

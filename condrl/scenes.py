@@ -186,7 +186,7 @@ def random_scene(rng: random.Random, max_objects: int = MAX_OBJECTS, repeat: flo
             shape, color, size = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(list(DIAMETERS))
             if scene and rng.random() < repeat:
                 shape, color, size = scene[-1].shape, scene[-1].color, scene[-1].size
-            thing = _place(scene, shape, color, size, rng)
+            thing = place(scene, shape, color, size, rng)
             if thing is None:
                 break
             scene.append(thing)
@@ -194,7 +194,8 @@ def random_scene(rng: random.Random, max_objects: int = MAX_OBJECTS, repeat: flo
             return scene
 
 
-def _place(scene: list[Thing], shape: str, color: str, size: str, rng: random.Random) -> Thing | None:
+def place(scene: list[Thing], shape: str, color: str, size: str, rng: random.Random) -> Thing | None:
+    """A thing at a random place clear of the scene's, with a random diameter of its size; None when none is found."""
     for _ in range(40):
         diameter = rng.randint(*DIAMETERS[size])
         low, high = diameter / 2 + 2, SIDE - diameter / 2 - 2

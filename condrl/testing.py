@@ -8,6 +8,7 @@ Each complaint is an AssertionError that says what is wrong.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def check_reward(
 
     Raises: AssertionError saying what is wrong.
     """
-    reward = make_reward(name, options)
+    reward = dataclasses.replace(make_reward(name, options), known=None)  # nothing from memory
     x = smooth_images(len(prompts)) if samples is None else samples
     rows = [Row(i, prompt, (metadata or [{}] * len(prompts))[i]) for i, prompt in enumerate(prompts)]
     with torch.no_grad():

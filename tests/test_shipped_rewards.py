@@ -12,7 +12,7 @@ from torch import nn
 
 import condrl
 from condrl import UsageError, registry
-from condrl.clip import fitted
+from condrl.clip import affine, fitted
 from condrl.pixels import from_pil, luma
 from condrl.prompts import Row
 from condrl.report import to_pil
@@ -25,7 +25,7 @@ SMALL = {
     "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     "quick_gelu": True,
 }
-MODELS = ("clip", "aesthetic", "hps", "pickscore")
+MODELS = ("clip", "aesthetic", "hps", "pickscore", "image_reward")
 OF_POINTS = ("box", "quadratic")
 RANGES = {
     "brightness": (0, 1),
@@ -45,7 +45,7 @@ RANGES = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Weights as they are published: a state dict, a checkpoint with one, a transformers folder; and options for them."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
@@ -80,6 +80,11 @@ def files(tmp_path_factory):
     CLIPModel(config).save_pretrained(folder / "pick")
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     CLIPImageProcessor(**size).save_pretrained(folder / "pick")
+    vision, text_model = small_blip()
+    torch.save(published(vision, text_model), folder / "ImageReward.pt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "star", "cat", "two", "dog"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
     Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(folder / "reference.png")
     clip = {"config": str(folder / "small.json"), "weights": str(folder / "open_clip_pytorch_model.bin")}
     return {
@@ -87,14 +92,58 @@ def files(tmp_path_factory):
         "aesthetic": {**clip, "head": str(folder / "aesthetic-model.pth")},
         "hps": {"config": clip["config"], "weights": str(folder / "HPS_v2.1_compressed.pt")},
         "pickscore": {"path": str(folder / "pick"), "processor": str(folder / "pick")},
+        "image_reward": {"weights": str(folder / "ImageReward.pt"), "tokenizer": str(folder / "bert")},
         "similarity": {"images": str(folder / "reference.png")},
     }
+
+
+def small_blip():
+    """transformers' own BLIP encoders, small, with random weights."""
+    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+    torch.manual_seed(1)
+    sizes = {"num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 96}
+    vision = BlipVisionConfig(
+        hidden_size=128, image_size=32, patch_size=8, layer_norm_eps=1e-6, **{**sizes, "intermediate_size": 160}
+    )
+    text = BlipTextConfig(
+        hidden_size=128, encoder_hidden_size=128, vocab_size=30, max_position_embeddings=40, is_decoder=True, **sizes
+    )
+    models = BlipVisionModel(vision).eval(), BlipTextModel(text, add_pooling_layer=False).eval()
+    for model in models:
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, 0.0, 0.15)
+    return models
+
+
+def published(vision, text_model):
+    """Their weights under the names of ImageReward's file, with a head."""
+    renamed = {
+        "embeddings.class_embedding": "cls_token",
+        "embeddings.position_embedding": "pos_embed",
+        "embeddings.patch_embedding": "patch_embed.proj",
+        "encoder.layers": "blocks",
+        "self_attn.qkv": "attn.qkv",
+        "self_attn.projection": "attn.proj",
+        "post_layernorm": "norm",
+        "layer_norm": "norm",
+    }
+    state = {f"blip.text_encoder.{name}": value for name, value in text_model.state_dict().items()}
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    for name, value in vision.state_dict().items():
+        for theirs, ours in renamed.items():
+            name = name.replace(theirs, ours)
+        state[f"blip.visual_encoder.{name}"] = value
+    sizes = ((128, 32), (32, 16), (16, 8), (8, 4), (4, 1))
+    for number, (i, o) in zip((0, 2, 4, 6, 7), sizes, strict=True):
+        state |= {f"mlp.layers.{number}.{k}": v for k, v in nn.Linear(i, o).state_dict().items()}
+    return state
 
 
 SHIPPED = [p.name for p in registry.reward.all() if p.target.__module__.startswith("condrl.plugins")]
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in (*OF_POINTS, "remote")])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in (*OF_POINTS, "remote", "vlm_judge")])
 def test_every_shipped_reward_keeps_the_rules(name, files):
     check_reward(name, value_range=RANGES.get(name), **files.get(name, {}))
 
@@ -172,11 +221,43 @@ def test_the_published_head_is_what_its_measured_numbers_say():
     path = DATA / "aesthetic_head.pth"
     if not path.exists():
         pytest.skip("the published head is not on this machine")
-    head = condrl.registry.reward.find("aesthetic").target.__init__.__globals__["affine_head"]
-    weight, bias = head(torch.load(path, map_location="cpu", weights_only=True))
+    weight, bias = affine(torch.load(path, map_location="cpu", weights_only=True))
     assert weight.shape == (768,)
     assert weight.norm().item() == pytest.approx(17.996, abs=1e-3)
     assert bias.item() == pytest.approx(5.2366, abs=1e-4)
+
+
+def test_image_reward_is_transformers_own_blip_with_the_head(files):
+    from transformers import BertTokenizer
+
+    vision, text_model = small_blip()
+    state = torch.load(files["image_reward"]["weights"], weights_only=True)
+    x, prompts = smooth_images(3, 3, 48, 64), ["a red star", "two cat dog", "a"]
+    tokenizer = BertTokenizer.from_pretrained(files["image_reward"]["tokenizer"])
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    with torch.no_grad():
+        seen = vision(fitted(x, 32, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)).last_hidden_state
+        hidden = text_model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen
+        ).last_hidden_state[:, 0]
+        for number in (0, 2, 4, 6, 7):
+            weight, bias = (state[f"mlp.layers.{number}.{part}"] for part in ("weight", "bias"))
+            hidden = nn.functional.linear(hidden, weight, bias)
+    found = make_reward("image_reward", files["image_reward"])(x, [Row(i, p) for i, p in enumerate(prompts)])
+    torch.testing.assert_close(found, (hidden[:, 0] - 0.16717362830052426) / 1.0333394966054072, rtol=1e-4, atol=1e-5)
+
+
+def test_image_reward_names_the_weights_that_a_file_lacks(files, tmp_path):
+    state = torch.load(files["image_reward"]["weights"], weights_only=True)
+    del state["blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"]
+    torch.save(state, tmp_path / "part.pt")
+    reward = make_reward("image_reward", {**files["image_reward"], "weights": str(tmp_path / "part.pt")})
+    with pytest.raises(UsageError, match=r"encoder\.layer\.1\.crossattention\.self\.key\.weight"):
+        reward(smooth_images(1), [Row(0, "a")])
+    (tmp_path / "text.pt").write_text("nothing")
+    reward = make_reward("image_reward", {**files["image_reward"], "weights": str(tmp_path / "text.pt")})
+    with pytest.raises(UsageError, match="is no ImageReward file"):
+        reward(smooth_images(1), [Row(0, "a")])
 
 
 def test_pickscore_is_transformers_own_logit(files):
@@ -195,7 +276,7 @@ def test_pickscore_is_transformers_own_logit(files):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("clip", {"model": "ViT-L-41"}, r"no model 'ViT-L-41'. Did you mean 'ViT-L-1"),
+        ("clip", {"model": "ViT-L-41"}, r"no model 'ViT-L-41', and there is no such folder. Did you mean 'ViT-L-1"),
         ("clip", {"weights": "nothing"}, "no weights 'nothing' for ViT-L-14-quickgelu"),
         ("clip", {"weights": "nowhere.pt"}, "there is no file nowhere.pt"),
         ("clip", {"config": "nowhere.json"}, "there is no file nowhere.json"),

@@ -1,27 +1,17 @@
 """How beautiful people would find an image, by LAION's predictor on CLIP."""
 
+import pickle
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import condrl
-from condrl.clip import ClipReward, Precision, check_file, shared_clip
+from condrl.clip import ClipReward, Precision, affine, check_file, shared_clip
 from condrl.config import locate
 from condrl.hub import hub_file
 
 HEAD = "aesthetic-model.pth"
-
-
-def affine_head(layers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weights (F,) and bias () of layers without activations between them: one affine function."""
-    numbers = sorted({int(name.split(".")[1]) for name in layers})
-    weight = torch.eye(layers[f"layers.{numbers[0]}.weight"].shape[1], dtype=torch.float64)
-    bias = torch.zeros(len(weight), dtype=torch.float64)
-    for number in numbers:
-        linear = layers[f"layers.{number}.weight"].double()
-        weight, bias = linear @ weight, linear @ bias + layers[f"layers.{number}.bias"].double()
-    return weight[0].float(), bias[0].float()
 
 
 @condrl.reward
@@ -46,9 +36,8 @@ class Aesthetic(ClipReward):
         file = locate(hub_file(head, HEAD, "rewards.aesthetic.head"))
         check_file(file, head_sha256, "rewards.aesthetic.head")
         try:
-            layers = torch.load(file, map_location="cpu", weights_only=True)
-            self.weight, self.bias = affine_head(layers)
-        except Exception as error:
+            self.weight, self.bias = affine(torch.load(file, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
             raise condrl.UsageError(f"config rewards.aesthetic.head: {file} is no aesthetic head") from error
         self.clip, self.offload = shared_clip(model, weights, config, sha256, dtype), offload
 

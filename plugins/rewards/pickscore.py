@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import condrl
 from condrl.clip import Precision, fitted, remembered
-from condrl.config import locate
+from condrl.hub import folder_or_id
 
 
 @condrl.reward(name="pickscore")
@@ -31,7 +31,7 @@ class PickScore:
     @property
     def model(self) -> Any:
         """The frozen model, loaded when it is first used."""
-        return load(local(self.path), self.revision, self.dtype)
+        return load(folder_or_id(self.path), self.revision, self.dtype)
 
     @functools.cached_property
     def settings(self) -> tuple[Any, Any]:
@@ -39,7 +39,7 @@ class PickScore:
         from transformers import CLIPImageProcessor, CLIPTokenizer
 
         try:
-            path = local(self.processor)
+            path = folder_or_id(self.processor)
             return CLIPTokenizer.from_pretrained(path), CLIPImageProcessor.from_pretrained(path)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -68,12 +68,6 @@ class PickScore:
     def rest(self) -> None:
         if self.offload:
             self.model.to("cpu")
-
-
-def local(path: str) -> str:
-    """A folder's path, or the hub id as it is."""
-    folder = locate(path)
-    return str(folder) if folder.exists() else path
 
 
 @functools.cache

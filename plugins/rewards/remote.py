@@ -1,33 +1,16 @@
 """A reward that is served elsewhere, by scripts/reward_server.py."""
 
-import http.client
-import json
-import os
-import time
-import urllib.error
-import urllib.request
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import condrl
+from condrl.client import Client
 from condrl.prompts import Row
-from condrl.wire import MOST_BYTES, answer_of, pack
-
-
-class Stay(urllib.request.HTTPRedirectHandler):
-    """Follows nobody: the token and the images are for the address that was given."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stay)  # and asks no proxy
-PASSING = (429, 500, 502, 503, 504)  # statuses that may be over when one tries again
+from condrl.wire import answer_of, pack
 
 
 @condrl.reward(differentiable=False)
@@ -44,53 +27,18 @@ class Remote:
         batch: int = 16,  # samples in a request
         concurrent: int = 4,  # requests at a time
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise condrl.UsageError(f"config rewards.remote.url: {url!r} is no address like http://127.0.0.1:8200")
-        self.url, self.timeout, self.retries, self.backoff = url, timeout, retries, backoff
-        self.batch, self.concurrent, self.errors = batch, concurrent, deque[str](maxlen=100)
+        self.batch = batch
+        self.client = Client(url, "rewards.remote.url", "CONDRL_REWARD_TOKEN", timeout, retries, backoff, concurrent)
+
+    @property
+    def errors(self) -> Sequence[str]:
+        return self.client.errors
 
     def __call__(self, samples: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         rows = [Row(i, prompt, extra) for i, (prompt, extra) in enumerate(zip(prompts, metadata, strict=True))]
         parts = [slice(start, start + self.batch) for start in range(0, len(rows), self.batch)]
-        self.errors.clear()
+        counts = [len(rows[part]) for part in parts]
         bodies = [pack(samples[part], rows[part]) for part in parts]
-        with ThreadPoolExecutor(self.concurrent) as pool:
-            found = list(pool.map(self._scores, bodies, [len(rows[part]) for part in parts]))
-        return torch.cat(found).to(samples.device)
-
-    def _scores(self, body: bytes, count: int) -> Tensor:
-        """Of a request's samples, (count,); nan when it failed in the end."""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
-            try:
-                return answer_of(self._ask(body), count)
-            except urllib.error.HTTPError as error:
-                reason = f"{self.url} answered {error.code}: {said_in(error)}"
-                if error.code not in PASSING:
-                    break
-            except (OSError, http.client.HTTPException) as error:
-                reason = f"{self.url} did not answer: {getattr(error, 'reason', error)}"
-            except (ValueError, TypeError) as error:
-                reason = f"{self.url} gave an answer that is none: {error}"
-        self.errors.append(reason)
-        return torch.full((count,), torch.nan)
-
-    def _ask(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if token := os.environ.get("CONDRL_REWARD_TOKEN"):
-            headers["Authorization"] = f"Bearer {token}"
-        request = urllib.request.Request(self.url, body, headers)
-        with DIRECT.open(request, timeout=self.timeout) as answer:
-            content: bytes = answer.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"it is longer than {MOST_BYTES} bytes")
-        return content
-
-
-def said_in(error: urllib.error.HTTPError) -> str:
-    """The reason that a server gave."""
-    try:
-        return str(json.loads(error.read(10_000))["error"])
-    except (ValueError, KeyError, TypeError, OSError):
-        return error.reason
+        found = self.client.ask(bodies, [partial(answer_of, count=count) for count in counts])
+        missing = [torch.full((count,), torch.nan) for count in counts]
+        return torch.cat([m if f is None else f for f, m in zip(found, missing, strict=True)]).to(samples.device)
