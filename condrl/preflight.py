@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from condrl.algorithms import Examples, RatioExamples, every_pair
 from condrl.errors import RunError
@@ -67,7 +68,7 @@ def arithmetic(trainer: Trainer, trial: Trial) -> str:
 def memory(trainer: Trainer, trial: Trial) -> str:
     """What training will hold at once in a process, and what there is."""
     train, policy = trainer.config.train, trainer.policy
-    weights = sum(p.nbytes for p in policy.model.module.parameters()) / 1e9
+    weights = sum(here(p).nbytes for p in policy.model.module.parameters()) / 1e9
     trained = 3 * sum(p.nbytes for p in trainer.parameters) / 1e9  # gradients and Adam's moments
     images = len(trainer.processes.share(train.prompts_per_epoch)) * train.images_per_prompt
     stored = 4e-9 * images * (policy.steps + 1) * torch.Size(policy.model.state_shape).numel()
@@ -83,6 +84,11 @@ def memory(trainer: Trainer, trial: Trial) -> str:
     left = needed - weights  # the weights are there already
     short = "; warning: that may not be enough: lower train.loss_batch, or model.gradient_checkpointing=true"
     return f"{text}; {free:.1f} GB are free{short if left > free else ''}"
+
+
+def here(parameter: Tensor) -> Tensor:
+    """A parameter, or of a sharded one this process's part."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def free_gb(device: torch.device) -> float | None:
@@ -158,7 +164,7 @@ def held_bytes(twin: Trainer) -> Iterator[dict[int, int]]:
     """The bytes of each storage that autograd keeps of what is computed within, the weights' aside."""
     held: dict[int, int] = {}
     modules = [twin.policy.model.module, *(module for module, _ in twin.algorithm.modules().values())]
-    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+    weights = {here(p).untyped_storage().data_ptr() for module in modules for p in module.parameters()}
 
     def keep(x: Tensor) -> Tensor:
         if x.untyped_storage().data_ptr() not in weights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,18 +18,25 @@ from condrl.errors import SIGNALS, RunError, Stopped
 T = TypeVar("T")
 
 
+def asks_for_shards(accelerator: Any) -> bool:
+    """Whether accelerate was told to use FSDP, for several processes."""
+    return accelerator.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 class Processes:
     """What accelerate started: one process, or several that meet now and then to add up what each has.
 
     Whenever they meet they also learn whether one of them failed or was asked to stop, and then all of them stop.
     Gradients are summed here and not by DistributedDataParallel: once for an update, over the trained weights alone,
-    those of an algorithm's own networks too, however many passes a process made.
+    those of an algorithm's own networks too, however many passes a process made. Only where the frozen weights are
+    `sharded` do all have to make equally many.
     """
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
         self.rank: int = accelerator.process_index
         self.count: int = accelerator.num_processes
+        self.sharded = asks_for_shards(accelerator)
         self.asked = 0  # the signal that asked this process to stop
         self.heeds = False  # whether the run may stop wherever it is
         self.failed = False
@@ -41,6 +49,10 @@ class Processes:
     def share(self, items: int) -> range:
         """This process's part of so many items."""
         return range(self.rank * items // self.count, (self.rank + 1) * items // self.count)
+
+    def padding(self, items: int) -> int:
+        """How many more items it takes for this process to have as many as any, where all have to."""
+        return -(-items // self.count) - len(self.share(items)) if self.sharded else 0
 
     # ------------------------------------------------------------------------------------------ meeting
 
@@ -63,11 +75,14 @@ class Processes:
                 raise Stopped(number)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do the work; when it fails in one process, all stop with that error."""
+        """Do the work; when it fails in one process, all stop with that error.
+
+        With sharded weights the others may be waiting inside the network: then the launcher ends them.
+        """
         try:
             done = work()
         except Exception as error:
-            if not self.failed:
+            if not self.failed and not self.sharded:
                 self.meet(error)
             raise
         self.meet()

@@ -26,7 +26,7 @@ from condrl.checkpoint import newest_checkpoint, read_checkpoint
 from condrl.config import Config, GridConfig, to_yaml
 from condrl.errors import UsageError
 from condrl.policy import Model, Policy
-from condrl.processes import Processes
+from condrl.processes import Processes, asks_for_shards
 from condrl.prompts import Row
 from condrl.registry import REGISTRIES
 from condrl.rewards import Reward, make_reward
@@ -36,7 +36,7 @@ from condrl.transition import Coefficients, Sampler, trained_steps, windowed
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 NOISE_OPTIONS = ("eta", "noise_level")  # what sampler plugins call the option that is 0 for a deterministic step
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # accelerate's distributed types that condrl does not support
+UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
 RUN_FILES = ("config.yaml", "metrics.jsonl", "timings.jsonl", "result.json")
 RUN_FOLDERS = ("images", "lora", "checkpoints", "condrl")  # the last is the trackers'
 
@@ -133,6 +133,8 @@ def make_trainer(
     policy = make_policy(config, processes.accelerator.device)
     policy.model.encode([row.prompt for row in [*train, *heldout]])
     policy.model.finish_encoding()
+    if processes.sharded:
+        policy.model.shard()  # type: ignore[attr-defined]
     algorithm: Algorithm = make("algorithm", config.algorithm)
     if "stochastic steps" in algorithm.needs:
         trained_steps(policy.sampler, config.train)  # now with the model's own schedule
@@ -196,6 +198,24 @@ def check_combination(config: Config) -> None:
             )
         return
     trained_steps(sampler, config.train)
+
+
+def check_equal_calls(config: Config, processes: int) -> None:
+    """What makes all processes call a sharded network equally often.
+
+    Raises: UsageError naming what does not.
+    """
+    train = config.train
+    if not hasattr(REGISTRIES["model"].find(config.model["name"]).target, "shard"):
+        raise UsageError(f"the model {config.model['name']} cannot be sharded: use another of configs/accelerate")
+    for wrong, key, text in (
+        (train.prompts_per_epoch % processes, "prompts_per_epoch", f"be a multiple of the {processes} processes"),
+        (train.images_per_prompt % train.updates_per_epoch, "images_per_prompt", "be a multiple of updates_per_epoch"),
+        (train.max_failed, "max_failed", "be 0"),
+        (train.kl_budget is not None, "kl_budget", "be left out"),
+    ):
+        if wrong:
+            raise UsageError(f"config train.{key}: has to {text} with FSDP, where all processes compute in step")
 
 
 def check_budget(config: Config, sampler: Sampler) -> None:
@@ -292,16 +312,15 @@ def make_accelerator(config: Config) -> Any:
     accelerator = Accelerator(
         mixed_precision="no", log_with=config.run.trackers or None, project_dir=str(config.folder)
     )
-    if str(accelerator.distributed_type).split(".")[-1] in SHARDED:
-        raise UsageError(
-            f"the model is kept whole in every process, and {accelerator.distributed_type} would split it: use one of "
-            "configs/accelerate"
-        )
+    if str(accelerator.distributed_type).split(".")[-1] in UNSUPPORTED:
+        raise UsageError(f"{accelerator.distributed_type} is not supported: use one of configs/accelerate")
     if config.train.prompts_per_epoch < accelerator.num_processes:
         raise UsageError(
             f"config train.prompts_per_epoch: {config.train.prompts_per_epoch} prompts cannot be shared out to "
             f"{accelerator.num_processes} processes: raise it, or start fewer"
         )
+    if asks_for_shards(accelerator):
+        check_equal_calls(config, accelerator.num_processes)
     return accelerator
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from condrl import UsageError
 from condrl.config import load_config
 from condrl.noise import Noise
-from condrl.run import make_accelerator
+from condrl.run import check_equal_calls, make_accelerator
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FINETUNE = str(ROOT / "scripts" / "finetune.py")
@@ -134,6 +134,77 @@ def test_a_process_whose_scores_all_failed_does_not_hold_up_the_others(tmp_path)
     assert all(line["grad_norm"] > 0 and line["value_explains"] == line["value_explains"] for line in lines)
 
 
+SHARDED = {"ACCELERATE_USE_FSDP": "true"}
+IMAGES = [
+    str(ROOT / "configs" / "quickstart.yaml"),
+    *("algorithm.name=grpo", "algorithm.kappa=0.1", "sampler.steps=3", "train.epochs=2", "train.max_failed=0"),
+    *("train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.updates_per_epoch=2", "train.loss_batch=3"),
+    *("evaluate.images_per_prompt=1", "evaluate.every=1", "evaluate.prompts=3", "run.check_ratios=true"),
+]
+
+
+HALVES = """
+import torch
+from condrl.models.stable_diffusion import StableDiffusion
+from condrl.preflight import here
+
+torch.distributed.init_process_group("gloo")
+model = StableDiffusion(torch.device("cpu"), guidance=1.0)
+condition, weights = model.encode(["a red star"]), list(model.module.parameters())
+x, t = torch.ones(1, 4, 8, 8), torch.full((1,), 0.5)
+whole, count = model.score(x, t, condition), sum(p.numel() for p in weights)
+lora = sum(p.numel() for p in weights if p.requires_grad)
+model.shard()
+torch.testing.assert_close(model.score(x, t, condition), whole, rtol=1e-5, atol=1e-5)
+parts = [here(p) for p in model.module.parameters()]
+assert sum(p.numel() for p in parts if p.requires_grad) == lora
+assert sum(p.numel() for p in parts) - lora <= 0.51 * (count - lora)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_each_process_holds_half_of_the_frozen_weights(tmp_path):
+    (tmp_path / "halves.py").write_text(HALVES)
+    done = run_python(*TORCHRUN, str(tmp_path / "halves.py"), cwd=tmp_path, **CPU)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_sharded_weights_tune_like_whole_ones(tmp_path):
+    """Three held-out prompts for two processes, a KL to the base model, ratios, minibatches and pictures."""
+    results, loras = [], []
+    for name, more in (("whole", {}), ("sharded", SHARDED)):
+        words = [*IMAGES, f"run.dir={tmp_path / name}"]
+        done = run_python(*TORCHRUN, FINETUNE, *words, cwd=tmp_path, **CPU, **more)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = (next(tmp_path.rglob(f"{name}/metrics.jsonl"))).read_text().splitlines()
+        results.append([json.loads(line) for line in lines])
+        loras.append(load_file(next(tmp_path.rglob(f"{name}/lora/*.safetensors"))))
+    assert loras[0].keys() == loras[1].keys()
+    whole, sharded = (torch.cat([lora[key].flatten() for key in sorted(loras[0])]) for lora in loras)
+    assert (sharded - whole).norm() < 0.02 * whole.norm()  # Adam makes much of gradients near zero
+    for line, other in zip(*results, strict=True):
+        assert line.keys() == other.keys()
+        for key in line.keys() - {"diagnosis", "unet_calls"}:
+            assert other[key] == pytest.approx(line[key], rel=1e-2, abs=1e-3), key
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["train.prompts_per_epoch=3"], "prompts_per_epoch: has to be a multiple of the 2 processes"),
+        (["train.updates_per_epoch=8"], "images_per_prompt: has to be a multiple of updates_per_epoch"),
+        (["train.max_failed=0.1"], "max_failed: has to be 0"),
+        (["train.kl_budget=1"], "kl_budget: has to be left out"),
+    ],
+)
+def test_what_cannot_compute_in_step_is_refused(more, said):
+    config = load_config([*IMAGES, *more])
+    with pytest.raises(UsageError, match=said):
+        check_equal_calls(config, 2)
+    with pytest.raises(UsageError, match="the model mixture cannot be sharded"):
+        check_equal_calls(load_config(toy_words("ddpo", Path("run"))), 2)
+
+
 def test_prompts_that_cannot_be_shared_out_are_refused(tmp_path):
     words = [*toy_words("ddpo", tmp_path / "run"), "train.prompts_per_epoch=1"]
     done = run_python(*TORCHRUN, FINETUNE, *words, cwd=tmp_path, **CPU)
@@ -180,7 +251,7 @@ def test_the_example_is_one_that_accelerate_reads(file):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(file))
-    assert config.num_processes == {"cpu": 1, "single_gpu": 1, "multi_gpu": 8, "multi_node": 16}[file.stem]
+    assert config.num_processes == {"cpu": 1, "single_gpu": 1, "multi_gpu": 8, "multi_node": 16, "fsdp": 8}[file.stem]
     assert config.mixed_precision == "no"
 
 
@@ -192,10 +263,10 @@ def test_launching_with_an_example(tmp_path):
     assert "2 prompts x 8 images = 16 images" in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize("kind", ["MEGATRON_LM", "DEEPSPEED"])
 def test_a_model_split_over_processes_is_refused(kind, monkeypatch):
     from accelerate import Accelerator, DistributedType
 
     monkeypatch.setattr(Accelerator, "distributed_type", getattr(DistributedType, kind))
-    with pytest.raises(UsageError, match="kept whole in every process"):
+    with pytest.raises(UsageError, match="is not supported: use one of"):
         make_accelerator(load_config(toy_words("nft", Path("run"))))

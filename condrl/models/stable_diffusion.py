@@ -51,6 +51,7 @@ class StableDiffusion:
         self.schedule = schedule_from_diffusers(pipe.scheduler.config)
         self.device, self.path = device, path
         self.evaluations = 0
+        self.sharded = False
         self.vae = pipe.vae.requires_grad_(False).to(self.device)
         self.module: nn.Module = pipe.unet.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
         self._pipe: Any = pipe.to(self.device)
@@ -129,6 +130,21 @@ class StableDiffusion:
         slices = [self.vae.decode(part).sample for part in latents.split(self.decode_batch)]
         return (torch.cat(slices).float() / 2 + 0.5).clamp(0, 1)
 
+    def shard(self) -> None:
+        """Spread the UNet's frozen weights over the processes, which gather a block's when they come to it.
+
+        Every process keeps the whole LoRA. From now on all of them have to make the same calls.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        unet: Any = self.module.to(memory_format=torch.contiguous_format)
+        own = {p for p in unet.parameters() if p.requires_grad}
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            for layer in (*block.resnets, *getattr(block, "attentions", ())):
+                fully_shard(layer, ignored_params=own)
+        fully_shard(unet, ignored_params=own, reshard_after_forward=True)
+        self.sharded = True
+
     # ------------------------------------------------------------------------------------------ adapter
 
     @contextmanager
@@ -145,9 +161,9 @@ class StableDiffusion:
     def merged(self) -> Iterator[None]:
         """Within it, a float32 UNet carries its LoRA in its weights: the same function in fewer operations.
 
-        Half-precision weights would round the LoRA away, so they are left alone.
+        Half-precision weights would round the LoRA away, and sharded ones are not all here: they are left alone.
         """
-        full = self._table.dtype == torch.float32
+        full = self._table.dtype == torch.float32 and not self.sharded
         layers = [layer for layer in lora_layers(self.module).values() if full and not layer.disable_adapters]
         weights = [layer.get_base_layer().weight for layer in layers]
         originals = [weight.data for weight in weights]
