@@ -32,7 +32,7 @@ def save_plots(trainer: Trainer) -> None:
     plot_objective(trainer.config.folder / "metrics.jsonl", problem, folder / "objective.png")
 
 
-def _axes(rows: int, columns: int, size: float = 3.2) -> tuple[Any, Any]:
+def axes_of(rows: int, columns: int, size: float = 3.2) -> tuple[Any, Any]:
     """A figure that needs no display, and its axes (rows, columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def _axes(rows: int, columns: int, size: float = 3.2) -> tuple[Any, Any]:
 
 def plot_densities(problem: Problem, policy: Policy, path: Path) -> None:
     """Each prompt's exact density before and after tuning, and p*."""
-    figure, axes = _axes(1, len(problem.rows))
+    figure, axes = axes_of(1, len(problem.rows))
     line = problem.line
     for axis, row, case, audit in zip(axes[0], problem.rows, problem.cases, problem.audit(policy), strict=True):
         curves = {"pretrained": case.pretrained.masses, "tuned": audit.masses, "best possible": case.optimal.masses}
@@ -62,7 +62,7 @@ def plot_plane(trainer: Trainer, path: Path, points: int = 600) -> None:
     """Samples before and after, and the learned change of the score half-way through."""
     policy, rows = trainer.policy, list(trainer.rows)
     model = policy.model
-    figure, axes = _axes(len(rows), 2, 3.6)
+    figure, axes = axes_of(len(rows), 2, 3.6)
     middle = policy.sampler.times[policy.steps // 2]
     side = torch.linspace(-3, 3, 15, device=model.device)
     lattice = torch.cartesian_prod(side, side)
@@ -88,7 +88,7 @@ def plot_objective(metrics: Path, problem: Problem | None, path: Path) -> None:
     """Objective (or reward, where there is no KL) against reward queries, with the optimum as a line."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     name = "objective" if lines and "objective" in lines[0] else "reward/total"
-    figure, axes = _axes(1, 1)
+    figure, axes = axes_of(1, 1)
     axis = axes[0][0]
     axis.plot([line["images"] for line in lines], [line[name] for line in lines], label="each epoch's samples")
     if problem is not None:

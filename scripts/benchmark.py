@@ -4,6 +4,7 @@
     python scripts/benchmark.py safety              what checkpoints and diagnosis take of an epoch
     python scripts/benchmark.py memory              peak memory with 10 and with 40 denoising steps
     python scripts/benchmark.py sd15                Stable Diffusion 1.5's full size with random weights
+    python scripts/benchmark.py rewards             each reward at its published size, as a share of an epoch
     python scripts/benchmark.py exact               every algorithm on toys, against the exact optimum
     python scripts/benchmark.py transfer            tuned at one noise level, sampled at another, beside the theory
     python scripts/benchmark.py steps               tuned with 20 steps, deployed with 8 and 80
@@ -26,10 +27,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from full_size import REWARDS, save_sd15
 from tqdm import tqdm
 
 from condrl.algorithms import RatioExamples
@@ -38,7 +41,9 @@ from condrl.errors import UsageError, exit_code
 from condrl.exact import means_of, solve
 from condrl.oracle import Line
 from condrl.policy import Policy
+from condrl.prompts import Row as Prompt
 from condrl.prompts import load_prompts
+from condrl.rewards import make_reward
 from condrl.rewards import score as score_of
 from condrl.run import make_sampler, make_trainer, peak_memory_gb, provenance, write_json
 from condrl.run import transfer as transfer_factor
@@ -224,43 +229,56 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def save_sd15(folder: Path) -> None:
-    """A diffusers folder with the networks of stable-diffusion-v1-5 and random weights."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from pretrain_shapes import make_tokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel
+RECIPES = {  # of an epoch, for each image: UNet calls to roll out, and to learn from, forward and backward
+    "configs/sd15/compressibility.yaml": (100, 100),  # 50 steps with guidance, all of them trained
+    "configs/quickstart.yaml": (10, 2),  # 10 steps without guidance, two draws of nft
+}
 
-    tokenizer = make_tokenizer(folder / "words")
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # diffusers' defaults are SD 1.5's
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-    text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408
-    )
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        set_alpha_to_one=False,
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
-    StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+
+def rewards(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds for an image of 512 x 512 by each reward at its published size, as shares of epochs at SD 1.5's size."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_sd15(Path(folder))
+        words = [f"model.path={folder}", "model.gradient_checkpointing=true", "sampler.steps=10", *args.words]
+        trainer = quickstart_trainer(load_config([str(QUICKSTART), *words]), prompts=1)
+    model = trainer.policy.model
+    condition, x, t = torch.zeros(1, dtype=torch.long), torch.randn(1, *model.state_shape), torch.full((1,), 0.5)
+    x, t = x.to(model.device), t.to(model.device)
+
+    def learn() -> None:
+        model.score(x, t, condition).square().sum().backward()
+
+    with torch.no_grad():
+        call = statistics.median(seconds(lambda: model.score(x, t, condition)) for _ in range(args.repeats))
+        decode = statistics.median(seconds(lambda: model.decode(x)) for _ in range(args.repeats))
+    both = statistics.median(seconds(learn) for _ in range(args.repeats))
+    del trainer
+    found: dict[str, Any] = {"unet_call": call, "unet_call_and_backward": both, "decode": decode, "rewards": {}}
+    for name in REWARDS:
+        command = [sys.executable, __file__, "reward", f"run.name={name}", "--repeats", str(args.repeats)]
+        command += ["--threads", str(torch.get_num_threads())]
+        own = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        for recipe, (calls, passes) in RECIPES.items():
+            rest = calls * call + passes * both + decode
+            own[recipe] = own["seconds"] / (own["seconds"] + rest)
+        found["rewards"][name] = own
+        shares = ", ".join(f"{own[recipe]:.2%} of {recipe}" for recipe in RECIPES)
+        tqdm.write(f"{name:<24} {own['seconds']:.3f} s an image, {own['peak_memory_gb']:.1f} GB: {shares}")
+    return found
+
+
+def reward(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """One reward's seconds for an image, for `rewards`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        with ProcessPoolExecutor(1) as other:  # so that its memory does not count
+            options = other.submit(REWARDS[config.run.name], Path(folder)).result()
+        one = make_reward(config.run.name, options)
+        x, rows = torch.rand(4, 3, 512, 512, device=device), [Prompt(i, f"a cat of {i} colours") for i in range(4)]
+        with torch.no_grad():
+            one(x, rows)  # loads the model, and knows the prompts
+            times = [seconds(lambda: one(x, rows)) / len(rows) for _ in range(args.repeats)]
+    return {"seconds": statistics.median(times), "peak_memory_gb": peak_memory_gb(device)}
 
 
 # ---------------------------------------------------------------------------------------------- toys
@@ -450,7 +468,9 @@ TOY_MEASURES = (exact, transfer, steps, q_learning)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measures: dict[str, Any] = {f.__name__: f for f in (overhead, safety, memory, epoch, sd15, *TOY_MEASURES)}
+    measures: dict[str, Any] = {
+        f.__name__: f for f in (overhead, safety, memory, epoch, sd15, rewards, reward, *TOY_MEASURES)
+    }
     parser.add_argument("what", choices=measures)
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--json", type=Path, metavar="FILE")
