@@ -21,6 +21,14 @@ class Actions(Rollout):
     actions: Tensor  # (K, B, ...)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Actions):
+    """Single steps from noised points; `states` are where they start, and where the last one ends."""
+
+    nexts: Tensor  # (K, B, d) where each step ends
+    scores: Tensor  # (K, B, d) of where it starts, given its point
+
+
 def action_variance(policy: Policy, exploration: float) -> Tensor:
     """Sigma_k = exploration / (2 g^2) of each step, (K,): the shape of the best one (Gao et al. 2024, eq. 21)."""
     return exploration / (2 * policy.model.schedule.g2(policy.sampler.times[:-1]))
@@ -68,6 +76,45 @@ def _explore(policy: Policy, condition: Tensor, noise: Noise, variance: Tensor) 
         means=torch.stack(means),
         actions=torch.stack(actions),
     )
+
+
+@torch.no_grad()
+def noised_pairs(policy: Policy, data: Tensor, condition: Tensor, noise: Noise, variance: Tensor) -> Pairs:
+    """A step at each time from alpha x_0 + sigma eps, with x_0 of the condition's `data` (C, n, d), and its own action.
+
+    The action, of variance (K,), does not know x_0; the sampler's steps must be affine in the score.
+    """
+    sampler, schedule = policy.sampler, policy.model.schedule
+    assert isinstance(sampler, Coefficients)
+    count, steps = len(condition), policy.steps
+    drawn = (noise.uniform((steps,)).T * data.shape[1]).long().to(data.device)  # (K, B)
+    eps, explored, moved = noise.normal((steps, 3, data.shape[2])).permute(2, 1, 0, 3).to(data.device)
+    alpha, sigma = (c(sampler.times[:-1]).to(data)[:, None, None] for c in (schedule.alpha, schedule.sigma))
+    x = alpha * data[condition.to(data.device), drawn] + sigma * eps
+    k = torch.arange(steps).repeat_interleave(count)
+    means = policy.action(x.flatten(0, 1), k, condition.repeat(steps)).view_as(x)
+    actions = means + variance.sqrt().to(x)[:, None, None] * explored
+    A, B, S = (c.to(x)[:, None, None] for c in (sampler.A, sampler.B, sampler.S))
+    nexts = A * x + B * actions + S * moved
+    log_probs = action_log_prob(means.flatten(0, 1), actions.flatten(0, 1), variance.repeat_interleave(count))
+    return Pairs(
+        torch.cat([x, nexts[-1:]]),
+        log_probs.view(steps, count),
+        condition,
+        means=means,
+        actions=actions,
+        nexts=nexts,
+        scores=-eps / sigma,
+    )
+
+
+def divergence(policy: Policy, x: Tensor, k: Tensor, condition: Tensor) -> Tensor:
+    """That of the policy's score at points x (B, d) and the beginning of steps k (B,), (B,)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        score = policy.action(x, k, condition)
+        parts = [torch.autograd.grad(score[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(x.shape[1])]
+    return torch.stack(parts).sum(0)
 
 
 @torch.no_grad()

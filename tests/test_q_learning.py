@@ -114,7 +114,7 @@ def full_gradient(algorithm, policy, batch):
     """The squared error with the next value differentiated too, as it should not be."""
     duration = -policy.sampler.times.diff().to(batch.states)[:, None]
     k = torch.arange(policy.steps).repeat_interleave(len(batch.condition))
-    x, condition = batch.states[:-1].flatten(0, 1), batch.condition.repeat(policy.steps)
+    x, condition = batch.states.flatten(0, 1), batch.condition.repeat(policy.steps)
     values = algorithm.value(x, policy.sampler.times[k], policy.model.features(condition)).view_as(batch.running)
     q = algorithm.q(policy, x, k, batch.actions.flatten(0, 1), condition).view_as(batch.running)
     error = torch.cat([values[1:], batch.reward[None]]) - values + (batch.running - q) * duration
@@ -174,14 +174,14 @@ def test_at_the_fixed_point_the_error_is_a_martingale_difference(tmp_path, monke
 
     batch = trainer.examples(trainer.collect(0, Clock()), 0).minibatch(torch.arange(100_000), torch.zeros(1))
     k = torch.arange(policy.steps).repeat_interleave(100_000)
-    x, none = batch.states[:-1].flatten(0, 1), torch.zeros(len(k), dtype=torch.long)
+    x, none = batch.states.flatten(0, 1), torch.zeros(len(k), dtype=torch.long)
     with torch.no_grad():
         found = algorithm.value(x, sampler.times[k], torch.ones(len(k), 1)).view_as(batch.running)
         q = algorithm.q(policy, x, k, batch.actions.flatten(0, 1), none).view_as(batch.running)
     error = (
         torch.cat([found[1:], batch.reward[None]]) - found - (sampler.times.diff().to(q)[:, None]) * (batch.running - q)
     )
-    states = batch.states[:-1, :, 0]
+    states = batch.states[:, :, 0]
     for test_function in (torch.ones_like(states), states, states.square()):
         product = error * test_function
         z = product.mean(1) / (product.std(1) / 100_000**0.5)
@@ -256,9 +256,11 @@ def roll_trainer(folder: Path, *words: str) -> Trainer:
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
 
 
-def test_from_data_alone_it_learns_the_law(tmp_path):
+@pytest.mark.parametrize("score", ["samples", "paired"])
+def test_from_data_alone_it_learns_the_law(score, tmp_path):
     """beta = 0 is score matching."""
-    trainer = roll_trainer(tmp_path, "algorithm.beta=0", "train.epochs=250", "train.lr=5e-3")
+    more = ("train.epochs=250", "train.lr=5e-3", f"algorithm.score={score}")
+    trainer = roll_trainer(tmp_path, "algorithm.beta=0", *more)
     data = trainer.policy.model.data[0]
 
     def distance() -> float:
@@ -271,6 +273,35 @@ def test_from_data_alone_it_learns_the_law(tmp_path):
     before = distance()
     trainer.fit()
     assert distance() < before - 1.5
+
+
+def test_a_paired_score_gives_the_running_reward_without_bias(tmp_path, monkeypatch):
+    """Given state and action its mean is -g^2 |s - a|^2 (THEORY 6.3 b), for a network that knows the score s."""
+    words = ("algorithm.beta=0", "algorithm.score=paired", "model.points=50", "train.images_per_prompt=4000")
+    trainer = roll_trainer(tmp_path, *words, "train.rollout_batch=4000", "train.loss_batch=4000")
+    policy = trainer.policy
+    points, schedule = policy.model.data[0], policy.model.schedule
+
+    def exact(x, t, condition):
+        out = torch.empty_like(x)
+        for time in t.unique():
+            here, one = t == time, time[None]
+            parts = ratio_score(x[here][None], points[None], schedule.alpha(one), schedule.sigma(one), 0.0)
+            out = out.index_put((here.nonzero()[:, 0],), parts[0])
+        return out
+
+    monkeypatch.setattr(policy.model, "score", exact)
+    experience = trainer.collect(0, Clock())
+    r, examples = experience.rollout, trainer.examples(experience, 0)
+    g2 = schedule.g2(policy.sampler.times[:-1]).to(r.states)[:, None]
+    off = examples.running + g2 * (r.means - r.actions).square().sum(2)  # (K, B); the means are the exact scores
+    far = lambda x: (x.mean(1) / (x.std(1) / x.shape[1] ** 0.5)).abs().max()  # noqa: E731
+    assert far(off) < 4.5
+    excess = trainer.algorithm._excess(policy, r)
+    assert (excess > -1e-3).all()
+    assert far(off - g2 * excess) > 20  # as |s_0 - a|^2 alone would be
+    noise = g2 * (r.actions - r.means)[..., 0]  # and it does not depend on the action
+    assert far(off * noise) < 4.5
 
 
 def test_each_prompt_has_its_own_data_and_reward(tmp_path):
@@ -302,6 +333,7 @@ def test_each_prompt_has_its_own_data_and_reward(tmp_path):
     [
         (["algorithm.temperature=0"], "temperature: must be positive"),
         (["algorithm.beta=-1"], "beta: must be at least 0"),
+        (["algorithm.score=paired"], "paired with beta above 0 starts from a model of the data"),
         (["model.data={roll: {name: swiss_rol}}"], "swiss_rol.*Did you mean 'swiss_roll'"),
         (["model.data={roll: {name: swiss_roll, nois: 1}}"], "nois"),
         (["prompts.train=asset:paper/mixture.txt"], "nothing is said of 'two modes'"),

@@ -47,6 +47,7 @@ class Empirical(Points):
             torch.manual_seed(seed)
             self.module: nn.Module = ScoreNetwork(len(data), self.data.shape[2], width)
         self.module.to(device)
+        self.pretrained = weights is not None
         if weights:
             self.load_adapter(Path(weights))
         self._pretrained = copy.deepcopy(self.module).requires_grad_(False)

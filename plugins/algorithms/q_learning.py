@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.actions import Actions, action_variance, explore, pretrained_scores
+from condrl.actions import Actions, Pairs, action_variance, divergence, explore, noised_pairs, pretrained_scores
 from condrl.algorithms import Algorithm, Experience, Metrics, Need
 from condrl.config import TrainConfig
 from condrl.datasets import ratio_score
@@ -23,9 +24,10 @@ from condrl.values import tanh_relu
 
 @dataclass(frozen=True)
 class Episodes:
-    """B whole trajectories."""
+    """B whole trajectories, or as many steps at each time."""
 
-    states: Tensor  # (K + 1, B, d)
+    states: Tensor  # (K, B, d)
+    nexts: Tensor  # (K, B, d)
     actions: Tensor  # (K, B, d)
     running: Tensor  # (K, B) reward per unit of time, -g^2 |s - a|^2
     reward: Tensor  # (B,) beta r of the samples
@@ -48,7 +50,10 @@ class EpisodeTable:
 
     def minibatch(self, images: Tensor, columns: Tensor) -> Episodes:
         r, i = self.rollout, images.to(self.rewards.device)
-        return Episodes(r.states[:, i], r.actions[:, i], self.running[:, i], self.rewards[i], r.condition[images])
+        nexts = r.nexts if isinstance(r, Pairs) else r.states[1:]
+        return Episodes(
+            r.states[:-1, i], nexts[:, i], r.actions[:, i], self.running[:, i], self.rewards[i], r.condition[images]
+        )
 
 
 class TimeValue(nn.Module):
@@ -72,11 +77,14 @@ class QLearning(Algorithm):
     s is the score of the data, known by samples or as a pretrained score, a the policy's; for an SDE that is beta r
     minus twice the path KL, so kappa = 2 / beta. The value J and the policy's mean learn from one error,
     G = J(next) - J + (running reward - q) D with q = -g^2 |a - mu|^2 - (temperature d / 2) log(pi temperature / g^2).
+    By `samples`, s is estimated from some points of the data at each state of a roll-out, by `all` from every one.
+    `paired` rolls nothing out: it learns from single steps that start at noised points, off-policy, each with the score
+    given its own point; the rewards in the record are then those of data.
     """
 
     beta: float = 1.0  # weight of the reward; kappa is 2 / beta, and 0 learns the law of the data alone
     temperature: float = 5.0  # of exploration: the variance of an action is this over 2 g^2
-    score: Literal["samples", "all", "pretrained"] = "samples"  # of the data, by some points or all; or given
+    score: Literal["samples", "all", "paired", "pretrained"] = "samples"  # of the data, by points: see below; or given
     samples: int = 300  # points drawn for each step and batch of the roll-out
     floor: float = 1e-12  # density below which points are taken for too far away, in the ratio estimator
     rule: Literal["loss", "martingale"] = "loss"  # Adam on eq. (31); or updates (29)-(30), the policy's without D
@@ -102,6 +110,11 @@ class QLearning(Algorithm):
         shape, features = policy.model.state_shape, policy.model.features(torch.zeros(1, dtype=torch.long))
         if len(shape) != 1:
             raise condrl.UsageError("the algorithm q_learning has value networks for points only: use ctrl for images")
+        if self.score == "paired" and self.beta and not getattr(policy.model, "pretrained", False):
+            raise condrl.UsageError(
+                "config algorithm.score: paired with beta above 0 starts from a model of the data: give model.weights, "
+                "a network learned with beta=0"
+            )
         self.value = TimeValue(shape[0], features.shape[1], self.value_width).to(policy.model.device)
 
     def modules(self) -> dict[str, tuple[nn.Module, float]]:
@@ -110,23 +123,42 @@ class QLearning(Algorithm):
     # ------------------------------------------------------------------------------------------ roll-out
 
     def rollout(self, policy: Policy, condition: Tensor, noise: Noise, batch: int) -> Actions:
+        if self.score == "paired":
+            model: Any = policy.model  # with data (C, n, d)
+            return noised_pairs(policy, model.data, condition, noise, action_variance(policy, self.temperature))
         return explore(policy, condition, noise, batch, action_variance(policy, self.temperature))
 
     @torch.no_grad()
     def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> EpisodeTable:
         r, schedule = experience.rollout, policy.model.schedule
         assert isinstance(r, Actions)  # from our own rollout
+        g2 = schedule.g2(policy.sampler.times[:-1]).to(r.states)[:, None]
+        excess = torch.zeros(())
         if self.score == "pretrained":
             scores = pretrained_scores(policy, r, train.rollout_batch)
+        elif isinstance(r, Pairs):
+            scores, excess = r.scores, self._excess(policy, r)
         else:
             parts = torch.arange(len(r.condition)).split(train.rollout_batch)
             scores = torch.cat([self._data_scores(policy, r, images, noise) for images in parts], 1)
-        g2 = schedule.g2(policy.sampler.times[:-1]).to(scores)[:, None]
-        running = -g2 * (scores - r.actions).square().sum(2)
+        running = -g2 * ((scores - r.actions).square().sum(2) - excess)
         duration = -policy.sampler.times.diff().to(scores)[:, None]
-        cost = (g2 * (scores - r.means).square().sum(2) * duration).sum(0).mean()
+        cost = (g2 * ((scores - r.means).square().sum(2) - excess) * duration).sum(0).mean()
         rewards = self.beta * experience.scores.total
         return EpisodeTable(r, running, rewards, {"cost": cost, "objective": rewards.nanmean() - cost})
+
+    def _excess(self, policy: Policy, r: Pairs) -> Tensor:
+        """Var(s_0 | x) = div s + d / sigma^2, (K, B), of the score s_0 given the point, by a network's divergence.
+
+        Without it |s_0 - a|^2 would reward states whose point is certain. The network is the pretrained one, or with
+        beta = 0, where the policy learns the same score, the policy's own.
+        """
+        x, condition = r.states[:-1].flatten(0, 1), r.condition.repeat(policy.steps)
+        k = torch.arange(policy.steps).repeat_interleave(len(r.condition))
+        with policy.model.reference() if self.beta else nullcontext():
+            found = divergence(policy, x, k, condition).view(policy.steps, -1)
+        sigma = policy.model.schedule.sigma(policy.sampler.times[:-1]).to(found)
+        return found + x.shape[1] / sigma.square()[:, None]
 
     def _data_scores(self, policy: Policy, r: Rollout, images: Tensor, noise: Noise) -> Tensor:
         """The score of the data at the states of some trajectories, (K, b, d)."""
@@ -150,10 +182,16 @@ class QLearning(Algorithm):
         """A loss (B,) whose gradient is -sum_k G_k (dJ + dq D), or -sum_k G_k (dJ + dq): eq. (31), or (29) and (30)."""
         duration = -policy.sampler.times.diff().to(batch.states)[:, None]
         k = torch.arange(policy.steps).repeat_interleave(len(batch.condition))
-        condition, x = batch.condition.repeat(policy.steps), batch.states[:-1].flatten(0, 1)
-        values = self.value(x, policy.sampler.times[k], policy.model.features(condition)).view_as(batch.running)
+        condition, x = batch.condition.repeat(policy.steps), batch.states.flatten(0, 1)
+        features = policy.model.features(condition)
+        values = self.value(x, policy.sampler.times[k], features).view_as(batch.running)
         q = self.q(policy, x, k, batch.actions.flatten(0, 1), condition).view_as(batch.running)
-        ahead = torch.cat([values[1:], batch.reward[None]])
+        later = values[1:]
+        if self.score == "paired":  # steps that do not follow on each other
+            rows = slice(len(batch.condition), None)
+            later = self.value(batch.nexts[:-1].flatten(0, 1), policy.sampler.times[k[rows]], features[rows])
+            later = later.view_as(values[1:])
+        ahead = torch.cat([later, batch.reward[None]])
         error = (ahead - values + (batch.running - q) * duration).detach()
         loss = -error * (values + q * (duration if self.rule == "loss" else 1))
         return loss.sum(0), {"td_error": error.square().mean()}
