@@ -1,12 +1,13 @@
 """Every shipped reward by the kit that users have, and the models at small size in the published files' format."""
 
 import json
+import random
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from helpers import DATA
+from helpers import DATA, load_script
 from PIL import Image
 from torch import nn
 
@@ -225,6 +226,26 @@ def test_the_published_head_is_what_its_measured_numbers_say():
     assert weight.shape == (768,)
     assert weight.norm().item() == pytest.approx(17.996, abs=1e-3)
     assert bias.item() == pytest.approx(5.2366, abs=1e-4)
+
+
+def test_the_embedded_clip_tells_an_image_from_its_altered_copy():
+    pretrain, random_state = load_script("pretrain_shapes"), random.Random(7)
+    drawn, captions = pretrain.captioned_pairs(128, random_state)
+    true = pretrain.true_of(drawn, captions)
+    assert true.diagonal().all()
+    images = pretrain.draw_batch(drawn) / 2 + 0.5
+    reward = make_reward("clip", {"model": "asset:shapes_clip"})
+    with torch.no_grad():
+        own = reward(images, [Row(i, str(caption)) for i, caption in enumerate(captions)])
+        others = reward(images, [Row(i, str(captions[i ^ 1])) for i in range(len(captions))])
+    told_apart = torch.tensor([not true[i, i ^ 1] for i in range(len(captions))])
+    assert told_apart.sum() > 150
+    assert (own > others)[told_apart].float().mean() > 0.93
+
+
+def test_a_whole_model_takes_no_other_weights():
+    with pytest.raises(UsageError, match="has weights of its own"):
+        make_reward("clip", {"model": "asset:shapes_clip", "weights": "laion2b_s32b_b82k"})
 
 
 def test_image_reward_is_transformers_own_blip_with_the_head(files):
