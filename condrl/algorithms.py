@@ -115,6 +115,7 @@ class Algorithm:
     """The base of algorithm plugins, which are dataclasses: a field is an option. What they do not say is as here."""
 
     kappa: float  # reward per nat of path KL to the pretrained model, where an algorithm has one
+    off_policy = False  # whether what it rolls out is not the policy's own
 
     def require_positive(self, *options: str) -> None:
         """Raises: UsageError on an option that is 0 or less."""

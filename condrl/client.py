@@ -31,14 +31,14 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), Stay)  # a
 
 
 class Client:
-    """Posts JSON to one address, with a bearer token where the environment has one.
+    """Posts JSON to one address, with a bearer token if the environment variable `token` holds one.
 
     `errors` holds the reasons of the last requests that failed in the end.
     Raises: UsageError naming `option` when the address is none.
     """
 
     def __init__(
-        self, url: str, option: str, token: str, timeout: float, retries: int, backoff: float, concurrent: int
+        self, url: str, option: str, token: str | None, timeout: float, retries: int, backoff: float, concurrent: int
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"config {option}: {url!r} is no address like http://127.0.0.1:8200")
@@ -74,7 +74,7 @@ class Client:
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}
-        if token := os.environ.get(self.token):
+        if self.token and (token := os.environ.get(self.token)):
             headers["Authorization"] = f"Bearer {token}"
         request = urllib.request.Request(self.url, body, headers)
         with DIRECT.open(request, timeout=self.timeout) as answer:

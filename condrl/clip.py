@@ -88,7 +88,13 @@ class Clip:
 
         precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[self.dtype]
         try:
-            model = open_clip.create_model(self.name, pretrained=self.weights, precision=precision, weights_only=True)
+            model = open_clip.create_model(
+                self.name,
+                pretrained=self.weights,
+                precision=precision,
+                weights_only=True,
+                require_pretrained=True,  # else weights that cannot be had are random
+            )
         except (OSError, RuntimeError, ValueError) as error:
             raise UsageError(
                 f"cannot load {self.weights or 'the weights'} of {self.name}: {str(error).splitlines()[0]}"

@@ -68,10 +68,16 @@ def arithmetic(trainer: Trainer, trial: Trial) -> str:
 def memory(trainer: Trainer, trial: Trial) -> str:
     """What training will hold at once in a process, and what there is."""
     train, policy = trainer.config.train, trainer.policy
-    weights = sum(here(p).nbytes for p in policy.model.module.parameters()) / 1e9
+    parameters = list(policy.model.module.parameters())
+    weights = sum(here(p).nbytes for p in parameters) / 1e9
     trained = 3 * sum(p.nbytes for p in trainer.parameters) / 1e9  # gradients and Adam's moments
     images = len(trainer.processes.share(train.prompts_per_epoch)) * train.images_per_prompt
     stored = 4e-9 * images * (policy.steps + 1) * torch.Size(policy.model.state_shape).numel()
+    if any(here(p) is not p for p in parameters):  # what is held for the backward pass has gathered weights in it
+        return (
+            f"memory in a process: sharded weights {weights:.3f} GB, optimiser {trained:.2f}, trajectories "
+            f"{stored:.2f}; the backward pass is not estimated"
+        )
     active = trial.saved_gb * train.loss_batch
     needed = weights + trained + stored + active
     text = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,12 +78,16 @@ class Processes:
     def together(self, work: Callable[[], T]) -> T:
         """Do the work; when it fails in one process, all stop with that error.
 
-        With sharded weights the others may be waiting inside the network: then the launcher ends them.
+        With sharded weights the others may be waiting inside the network: then this one leaves, and the launcher ends
+        them.
         """
         try:
             done = work()
         except Exception as error:
-            if not self.failed and not self.sharded:
+            if self.sharded:
+                if not self.first:  # the first one's errors are printed where they are caught
+                    print(f"process {self.rank} failed: {type(error).__name__}: {error}", file=sys.stderr)
+            elif not self.failed:
                 self.meet(error)
             raise
         self.meet()

@@ -162,7 +162,7 @@ def check_combination(config: Config) -> None:
             "train.images_per_prompt=1 leaves nothing to compare: raise it, or use ddpo with algorithm.advantage=prompt"
         )
     if config.train.kl_budget is not None:
-        check_budget(config, sampler)
+        check_budget(config, sampler, algorithm)
     if "one pass" in algorithm.needs and config.train.inner_epochs > 1:
         raise UsageError(
             f"the algorithm {config.algorithm['name']} has no importance weights: set train.inner_epochs=1, or use ddpo"
@@ -218,8 +218,12 @@ def check_equal_calls(config: Config, processes: int) -> None:
             raise UsageError(f"config train.{key}: has to {text} with FSDP, where all processes compute in step")
 
 
-def check_budget(config: Config, sampler: Sampler) -> None:
+def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None:
     """Raises: UsageError when `train.kl_budget` cannot be kept to."""
+    if algorithm.off_policy:
+        raise UsageError(
+            "config train.kl_budget: what the algorithm rolls out, as configured, is not the policy: leave it out"
+        )
     if not sampler.stochastic.any() or getattr(sampler, "has_memory", False):
         raise UsageError(
             "config train.kl_budget: the path KL needs steps with noise that depend on the state alone: use ddim with "

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -237,47 +238,48 @@ RECIPES = {  # of an epoch, for each image: UNet calls to roll out, and to learn
 
 def rewards(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds for an image of 512 x 512 by each reward at its published size, as shares of epochs at SD 1.5's size."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_sd15(Path(folder))
-        words = [f"model.path={folder}", "model.gradient_checkpointing=true", "sampler.steps=10", *args.words]
-        trainer = quickstart_trainer(load_config([str(QUICKSTART), *words]), prompts=1)
-    model = trainer.policy.model
-    condition, x, t = torch.zeros(1, dtype=torch.long), torch.randn(1, *model.state_shape), torch.full((1,), 0.5)
-    x, t = x.to(model.device), t.to(model.device)
-
-    def learn() -> None:
-        model.score(x, t, condition).square().sum().backward()
-
-    with torch.no_grad():
-        call = statistics.median(seconds(lambda: model.score(x, t, condition)) for _ in range(args.repeats))
-        decode = statistics.median(seconds(lambda: model.decode(x)) for _ in range(args.repeats))
-    both = statistics.median(seconds(learn) for _ in range(args.repeats))
-    del trainer
+    call, both, decode = seconds_of_unet(args)
     found: dict[str, Any] = {"unet_call": call, "unet_call_and_backward": both, "decode": decode, "rewards": {}}
     for name in REWARDS:
-        command = [sys.executable, __file__, "reward", f"run.name={name}", "--repeats", str(args.repeats)]
-        command += ["--threads", str(torch.get_num_threads())]
-        own = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:  # of its own, to see its memory
+            own = process.submit(reward_cost, name, args.repeats, torch.get_num_threads()).result()
         for recipe, (calls, passes) in RECIPES.items():
-            rest = calls * call + passes * both + decode
-            own[recipe] = own["seconds"] / (own["seconds"] + rest)
+            own[recipe] = own["seconds"] / (own["seconds"] + calls * call + passes * both + decode)
         found["rewards"][name] = own
         shares = ", ".join(f"{own[recipe]:.2%} of {recipe}" for recipe in RECIPES)
         tqdm.write(f"{name:<24} {own['seconds']:.3f} s an image, {own['peak_memory_gb']:.1f} GB: {shares}")
     return found
 
 
-def reward(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    """One reward's seconds for an image, for `rewards`."""
+def seconds_of_unet(args: argparse.Namespace) -> tuple[float, float, float]:
+    """Of one call for one image of Stable Diffusion 1.5, of one with its backward pass, and of decoding the image."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_sd15(Path(folder))
+        words = [f"model.path={folder}", "model.gradient_checkpointing=true", *args.words]
+        model = quickstart_trainer(load_config([str(QUICKSTART), *words]), prompts=1).policy.model
+    condition, x, t = torch.zeros(1, dtype=torch.long), torch.randn(1, *model.state_shape), torch.full((1,), 0.5)
+    x, t = x.to(model.device), t.to(model.device)
+
+    def median(work: Callable[[], Any]) -> float:
+        return statistics.median(seconds(work) for _ in range(args.repeats))
+
+    with torch.no_grad():
+        call, decode = median(lambda: model.score(x, t, condition)), median(lambda: model.decode(x))
+    return call, median(lambda: model.score(x, t, condition).square().sum().backward()), decode
+
+
+def reward_cost(name: str, repeats: int, threads: int) -> dict[str, Any]:
+    """A reward's seconds for an image, and this process's peak memory."""
+    torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        with ProcessPoolExecutor(1) as other:  # so that its memory does not count
-            options = other.submit(REWARDS[config.run.name], Path(folder)).result()
-        one = make_reward(config.run.name, options)
+        with ProcessPoolExecutor(1, get_context("spawn")) as other:  # so that its memory does not count
+            options = other.submit(REWARDS[name], Path(folder)).result()
+        reward = make_reward(name, options)
         x, rows = torch.rand(4, 3, 512, 512, device=device), [Prompt(i, f"a cat of {i} colours") for i in range(4)]
         with torch.no_grad():
-            one(x, rows)  # loads the model, and knows the prompts
-            times = [seconds(lambda: one(x, rows)) / len(rows) for _ in range(args.repeats)]
+            reward(x, rows)  # loads the model, and knows the prompts
+            times = [seconds(lambda: reward(x, rows)) / len(rows) for _ in range(repeats)]
     return {"seconds": statistics.median(times), "peak_memory_gb": peak_memory_gb(device)}
 
 
@@ -468,9 +470,7 @@ TOY_MEASURES = (exact, transfer, steps, q_learning)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measures: dict[str, Any] = {
-        f.__name__: f for f in (overhead, safety, memory, epoch, sd15, rewards, reward, *TOY_MEASURES)
-    }
+    measures: dict[str, Any] = {f.__name__: f for f in (overhead, safety, memory, epoch, sd15, rewards, *TOY_MEASURES)}
     parser.add_argument("what", choices=measures)
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -59,7 +59,7 @@ def save_open_clip(folder: Path, name: str) -> str:
     return str(path)
 
 
-def save_head(sizes: tuple[int, ...], prefix: str = "") -> dict[str, torch.Tensor]:
+def head_weights(sizes: tuple[int, ...], prefix: str = "") -> dict[str, torch.Tensor]:
     """Linear layers with dropout between them, numbered as the aesthetic predictor's and ImageReward's are."""
     layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
     numbered = zip((0, 2, 4, 6, 7), layers, strict=True)
@@ -71,7 +71,7 @@ def clip(folder: Path) -> dict[str, Any]:
 
 
 def aesthetic(folder: Path) -> dict[str, Any]:
-    torch.save(save_head((768, 1024, 128, 64, 16, 1)), folder / "head.pth")
+    torch.save(head_weights((768, 1024, 128, 64, 16, 1)), folder / "head.pth")
     return {**clip(folder), "head": str(folder / "head.pth")}
 
 
@@ -99,7 +99,7 @@ def image_reward(folder: Path) -> dict[str, Any]:
     )
     state = {f"blip.text_encoder.{k}": v for k, v in BlipTextModel(text, False).state_dict().items()}
     state |= {f"blip.visual_encoder.{k}": v for k, v in vision_transformer(1024, 24).items()}
-    torch.save(state | save_head((768, 1024, 128, 64, 16, 1), "mlp."), folder / "ImageReward.pt")
+    torch.save(state | head_weights((768, 1024, 128, 64, 16, 1), "mlp."), folder / "ImageReward.pt")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")

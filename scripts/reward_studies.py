@@ -18,11 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from condrl.config import load_config
 from condrl.errors import exit_code
 from condrl.plots import axes_of
-from condrl.run import write_json
+from condrl.run import check_same_settings, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 RESULTS = ROOT / "docs" / "results" / "rewards.json"
 CLIP = ("rewards.shapes.weight=0", "rewards.shapes_exact.weight=0", "rewards.clip.model=asset:shapes_clip")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the weight that the JPEG's size has
@@ -30,7 +32,12 @@ Row = dict[str, Any]
 
 
 def tuned(folder: Path, words: Sequence[str]) -> tuple[Row, list[Row]]:
-    """The result and the record of a run; tuned now unless it was before."""
+    """The result and the record of a run; tuned now unless it was before.
+
+    Raises: UsageError when it was with other settings.
+    """
+    config = load_config([str(QUICKSTART), *words, f"run.dir={folder}"])
+    check_same_settings(config, folder / "config.yaml")
     if not (folder / "result.json").exists():
         command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *words]
         subprocess.run([*command, f"run.dir={folder}", "run.resume=auto"], check=True)
@@ -46,7 +53,7 @@ def clip(args: argparse.Namespace) -> list[Row]:
         result, lines = tuned(args.work / f"clip_{seed}", [*CLIP, *often, *args.words])
         curve = [{"epoch": line["epoch"], "kl": line["base_kl"], **heldout(line)} for line in lines if heldout(line)]
         rows.append({"seed": seed, "heldout": result["heldout"], "curve": curve})
-        print(f"seed {seed}: {said(result)}; KL {lines[-1]['base_kl']:.1f} nats", flush=True)
+        print(f"seed {seed}: {said(result)}; at the end about {lines[-1]['base_kl']:.1f} nats", flush=True)
     figure, panels = axes_of(1, 3)
     for panel, measure in zip(panels[0], ("clip", "shapes_exact", "shapes"), strict=True):
         for row in rows:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import ALGORITHMS, ROOT, run_python, toy_words
 from safetensors.torch import load_file
 
-from condrl import UsageError
+from condrl import RunError, UsageError
 from condrl.config import load_config
 from condrl.noise import Noise
+from condrl.processes import Processes
 from condrl.run import check_equal_calls, make_accelerator
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -178,6 +180,7 @@ def test_sharded_weights_tune_like_whole_ones(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         lines = (next(tmp_path.rglob(f"{name}/metrics.jsonl"))).read_text().splitlines()
         results.append([json.loads(line) for line in lines])
+        assert ("sharded weights 0.007 GB" in done.stderr) == (name == "sharded")  # of .013, with the LoRA
         loras.append(load_file(next(tmp_path.rglob(f"{name}/lora/*.safetensors"))))
     assert loras[0].keys() == loras[1].keys()
     whole, sharded = (torch.cat([lora[key].flatten() for key in sorted(loras[0])]) for lora in loras)
@@ -197,12 +200,30 @@ def test_sharded_weights_tune_like_whole_ones(tmp_path):
         (["train.kl_budget=1"], "kl_budget: has to be left out"),
     ],
 )
-def test_what_cannot_compute_in_step_is_refused(more, said):
+def test_what_cannot_compute_in_step_is_refused(more, said, monkeypatch):
     config = load_config([*IMAGES, *more])
     with pytest.raises(UsageError, match=said):
         check_equal_calls(config, 2)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    make_accelerator(config)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=said):
+        make_accelerator(config)
     with pytest.raises(UsageError, match="the model mixture cannot be sharded"):
         check_equal_calls(load_config(toy_words("ddpo", Path("run"))), 2)
+
+
+def test_a_process_with_sharded_weights_says_why_it_fails_and_meets_nobody(monkeypatch, capsys):
+    class Started:
+        num_processes, process_index, device = 2, 1, torch.device("cpu")
+
+    def fail():
+        raise RunError("no license found")
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RunError, match="no license found"):
+        Processes(Started()).together(fail)
+    assert capsys.readouterr().err == "process 1 failed: RunError: no license found\n"
 
 
 def test_prompts_that_cannot_be_shared_out_are_refused(tmp_path):
@@ -265,7 +286,7 @@ def test_launching_with_an_example(tmp_path):
 
 @pytest.mark.parametrize("kind", ["MEGATRON_LM", "DEEPSPEED"])
 def test_a_model_split_over_processes_is_refused(kind, monkeypatch):
-    from accelerate import Accelerator, DistributedType
+    from accelerate import DistributedType
 
     monkeypatch.setattr(Accelerator, "distributed_type", getattr(DistributedType, kind))
     with pytest.raises(UsageError, match="is not supported: use one of"):

@@ -11,12 +11,13 @@ from helpers import ROOT, load_script
 from torch import nn
 
 from condrl import UsageError, oracle
+from condrl.actions import divergence
 from condrl.config import load_config
 from condrl.datasets import make_dataset, ratio_score
 from condrl.divergence import knn_kl
 from condrl.noise import Noise
 from condrl.prompts import load_prompts
-from condrl.run import make_trainer
+from condrl.run import check_combination, make_trainer
 from condrl.trainer import Clock, Trainer
 
 KAPPA, TEMPERATURE, LINEAR, CURVATURE = 0.5, 1.0, 0.9, 0.6
@@ -302,6 +303,67 @@ def test_a_paired_score_gives_the_running_reward_without_bias(tmp_path, monkeypa
     assert far(off - g2 * excess) > 20  # as |s_0 - a|^2 alone would be
     noise = g2 * (r.actions - r.means)[..., 0]  # and it does not depend on the action
     assert far(off * noise) < 4.5
+
+
+def paired_trainer(folder: Path, *words: str) -> Trainer:
+    """A policy that starts from a saved network and has moved away from it; beta is 2."""
+    first = roll_trainer(folder / "first", "algorithm.beta=0", "algorithm.score=paired")
+    first.policy.model.save_adapter(folder / "network")
+    words = ("algorithm.beta=2", "algorithm.score=paired", f"model.weights={folder / 'network'}", *words)
+    trainer = roll_trainer(folder, *words)
+    with torch.no_grad():
+        for parameter in trainer.weights:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return trainer
+
+
+def test_the_excess_is_the_pretrained_networks(tmp_path):
+    trainer = paired_trainer(tmp_path)
+    policy, r = trainer.policy, trainer.collect(0, Clock()).rollout
+    x, k = r.states[3], torch.full((300,), 3)
+    step, sigma = 1e-2, policy.model.schedule.sigma(policy.sampler.times[3])
+    found = torch.zeros(300)
+    with torch.no_grad(), policy.model.reference():
+        for i in range(2):
+            shift = step * torch.eye(2)[i]
+            difference = policy.action(x + shift, k, r.condition) - policy.action(x - shift, k, r.condition)
+            found += difference[:, i] / (2 * step)
+    off = trainer.algorithm._excess(policy, r)[3] - found - 2 / sigma.item() ** 2
+    assert off.abs().mean() < 2e-3
+    own = divergence(policy, x, k, r.condition)
+    assert (own - found).abs().mean() > 0.05
+
+
+def test_paired_steps_look_ahead_to_where_they_end(tmp_path):
+    trainer = paired_trainer(tmp_path)
+    policy, algorithm, experience = trainer.policy, trainer.algorithm, trainer.collect(0, Clock())
+    r = experience.rollout
+    drift, B = r.nexts - policy.sampler.A.to(r.nexts)[:, None, None] * r.states[:-1], policy.sampler.B.to(r.nexts)
+    left = drift - B[:, None, None] * r.actions
+    torch.testing.assert_close(left.std((1, 2)), policy.sampler.S.to(left), atol=0, rtol=0.15)
+    assert torch.equal(r.nexts[-1], r.states[-1])  # whose reward it is
+    batch = trainer.examples(experience, 0).minibatch(torch.arange(300), torch.zeros(1))
+    _, metrics = algorithm.loss(policy, batch)
+    duration = -policy.sampler.times.diff().to(batch.states)
+    squares = []
+    with torch.no_grad():
+        for k in range(policy.steps):
+            times, where = policy.sampler.times[k : k + 2], torch.full((300,), k)
+            now, later = (
+                algorithm.value(x, t.expand(300), policy.model.features(batch.condition))
+                for x, t in zip((batch.states[k], batch.nexts[k]), times, strict=True)
+            )
+            ahead = batch.reward if k == policy.steps - 1 else later
+            q = algorithm.q(policy, batch.states[k], where, batch.actions[k], batch.condition)
+            squares.append((ahead - now + (batch.running[k] - q) * duration[k]).square())
+    torch.testing.assert_close(metrics["td_error"], torch.stack(squares).mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_budget_needs_the_policys_own_paths(tmp_path):
+    words = [str(ROOT / "configs" / "paper" / "swiss_roll.yaml"), "algorithm.beta=0", "train.kl_budget=1"]
+    check_combination(load_config(words))
+    with pytest.raises(UsageError, match="is not the policy: leave it out"):
+        check_combination(load_config([*words, "algorithm.score=paired"]))
 
 
 def test_each_prompt_has_its_own_data_and_reward(tmp_path):

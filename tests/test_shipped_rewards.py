@@ -14,6 +14,7 @@ from torch import nn
 import condrl
 from condrl import UsageError, registry
 from condrl.clip import affine, fitted
+from condrl.config import locate
 from condrl.pixels import from_pil, luma
 from condrl.prompts import Row
 from condrl.report import to_pil
@@ -112,8 +113,9 @@ def small_blip():
     )
     models = BlipVisionModel(vision).eval(), BlipTextModel(text, add_pooling_layer=False).eval()
     for model in models:
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, 0.0, 0.15)
+        for name, parameter in model.named_parameters():
+            if "norm" not in name.lower():
+                nn.init.normal_(parameter, 0.0, 0.3)
     return models
 
 
@@ -241,6 +243,13 @@ def test_the_embedded_clip_tells_an_image_from_its_altered_copy():
     told_apart = torch.tensor([not true[i, i ^ 1] for i in range(len(captions))])
     assert told_apart.sum() > 150
     assert (own > others)[told_apart].float().mean() > 0.93
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    for file in locate("asset:shapes_clip").glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UsageError, match="cannot load the weights"):
+        make_reward("clip", {"model": str(tmp_path)})(smooth_images(1), [Row(0, "a red star")])
 
 
 def test_a_whole_model_takes_no_other_weights():

@@ -73,7 +73,8 @@ def rows(count, prompt="a red star"):
     return [Row(i, prompt) for i in range(count)]
 
 
-def test_yes_is_its_share_of_yes_and_no():
+def test_yes_is_its_share_of_yes_and_no(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")  # for others: it is sent where `key` says so
     x = (smooth_images(5) * 255).round() / 255
     with judging(brightness_as_yes) as (url, requests):
         found = make_reward("vlm_judge", {"url": url, **QUICK})(x, rows(5))
@@ -117,6 +118,12 @@ def test_a_number_is_read_or_the_score_has_failed(text, score):
         assert found.tolist() == [score]
 
 
+def test_a_number_that_may_have_been_cut_off_is_no_score():
+    cut = {"choices": [{"message": {"content": "I would rate it as a 1"}, "finish_reason": "length"}]}
+    with judging(lambda _: cut) as (url, _):
+        assert make_reward("vlm_judge", {"url": url, "answer": "number", **QUICK})(smooth_images(1), rows(1)).isnan()
+
+
 def test_the_question_is_the_users():
     options = {"answer": "number", "low": 1.0, "high": 5.0, "question": "{prompt}? {low}-{high}"}
     with judging(saying("5")) as (url, requests):
@@ -131,6 +138,8 @@ def test_the_question_is_the_users():
         {},
         {"choices": []},
         {"choices": [{"logprobs": None}]},
+        {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": None, "logprob": 0.0}]}]}}]},
+        {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "yes", "logprob": None}]}]}}]},
         {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "Maybe", "logprob": -0.1}]}]}}]},
     ],
 )

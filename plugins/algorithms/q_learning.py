@@ -79,7 +79,7 @@ class QLearning(Algorithm):
     G = J(next) - J + (running reward - q) D with q = -g^2 |a - mu|^2 - (temperature d / 2) log(pi temperature / g^2).
     By `samples`, s is estimated from some points of the data at each state of a roll-out, by `all` from every one.
     `paired` rolls nothing out: it learns from single steps that start at noised points, off-policy, each with the score
-    given its own point; the rewards in the record are then those of data.
+    given its own point; rewards and `cost` in the record are then those at the data's states, not the policy's.
     """
 
     beta: float = 1.0  # weight of the reward; kappa is 2 / beta, and 0 learns the law of the data alone
@@ -94,6 +94,7 @@ class QLearning(Algorithm):
     value: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
+        self.off_policy = self.score == "paired"
         self.require_positive("temperature", "samples", "floor", "value_lr", "value_width")
         self.require_at_least(0, "beta")
 
@@ -110,7 +111,7 @@ class QLearning(Algorithm):
         shape, features = policy.model.state_shape, policy.model.features(torch.zeros(1, dtype=torch.long))
         if len(shape) != 1:
             raise condrl.UsageError("the algorithm q_learning has value networks for points only: use ctrl for images")
-        if self.score == "paired" and self.beta and not getattr(policy.model, "pretrained", False):
+        if self.off_policy and self.beta and not getattr(policy.model, "pretrained", False):
             raise condrl.UsageError(
                 "config algorithm.score: paired with beta above 0 starts from a model of the data: give model.weights, "
                 "a network learned with beta=0"
@@ -123,7 +124,7 @@ class QLearning(Algorithm):
     # ------------------------------------------------------------------------------------------ roll-out
 
     def rollout(self, policy: Policy, condition: Tensor, noise: Noise, batch: int) -> Actions:
-        if self.score == "paired":
+        if self.off_policy:
             model: Any = policy.model  # with data (C, n, d)
             return noised_pairs(policy, model.data, condition, noise, action_variance(policy, self.temperature))
         return explore(policy, condition, noise, batch, action_variance(policy, self.temperature))
@@ -145,7 +146,8 @@ class QLearning(Algorithm):
         duration = -policy.sampler.times.diff().to(scores)[:, None]
         cost = (g2 * ((scores - r.means).square().sum(2) - excess) * duration).sum(0).mean()
         rewards = self.beta * experience.scores.total
-        return EpisodeTable(r, running, rewards, {"cost": cost, "objective": rewards.nanmean() - cost})
+        metrics = {"cost": cost} | ({} if self.off_policy else {"objective": rewards.nanmean() - cost})
+        return EpisodeTable(r, running, rewards, metrics)
 
     def _excess(self, policy: Policy, r: Pairs) -> Tensor:
         """Var(s_0 | x) = div s + d / sigma^2, (K, B), of the score s_0 given the point, by a network's divergence.
@@ -187,9 +189,10 @@ class QLearning(Algorithm):
         values = self.value(x, policy.sampler.times[k], features).view_as(batch.running)
         q = self.q(policy, x, k, batch.actions.flatten(0, 1), condition).view_as(batch.running)
         later = values[1:]
-        if self.score == "paired":  # steps that do not follow on each other
+        if self.off_policy:  # steps that do not follow on each other
             rows = slice(len(batch.condition), None)
-            later = self.value(batch.nexts[:-1].flatten(0, 1), policy.sampler.times[k[rows]], features[rows])
+            with torch.no_grad():
+                later = self.value(batch.nexts[:-1].flatten(0, 1), policy.sampler.times[k[rows]], features[rows])
             later = later.view_as(values[1:])
         ahead = torch.cat([later, batch.reward[None]])
         error = (ahead - values + (batch.running - q) * duration).detach()

@@ -11,7 +11,7 @@ class CLIPScore(ClipReward):
     def __init__(
         self,
         *,
-        model: str = "ViT-L-14-quickgelu",  # of open_clip, or hf-hub:OWNER/NAME
+        model: str = "ViT-L-14-quickgelu",  # of open_clip, hf-hub:OWNER/NAME, a folder, or asset:shapes_clip
         weights: str = "openai",  # a tag of open_clip, or a file
         config: str | None = None,  # a JSON file with another architecture, instead of `model`
         sha256: str | None = None,  # that a file has to have

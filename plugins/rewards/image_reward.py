@@ -161,5 +161,5 @@ def load(file: Path, dtype: torch.dtype) -> tuple[Blip, Tensor, Tensor]:
         head = affine({name: value for name, value in state.items() if name.startswith("mlp.")})
     except (OSError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
         raise condrl.UsageError(f"config rewards.image_reward.weights: {file} is no ImageReward file") from error
-    blip = {name[5:]: value.to(dtype) for name, value in state.items() if name.startswith("blip.")}
-    return Blip({name: value for name, value in blip.items() if value.is_floating_point()}), *head
+    blip = {name[5:]: value for name, value in state.items() if name.startswith("blip.")}
+    return Blip({name: value.to(dtype) for name, value in blip.items() if value.is_floating_point()}), *head

@@ -33,7 +33,7 @@ class VLMJudge:
         question: str | None = None,  # with {prompt}, {low} and {high}; by default one that fits the answer
         low: float = 0.0,  # least number
         high: float = 10.0,  # greatest number
-        key: str = "OPENAI_API_KEY",  # environment variable with the server's key, if it wants one
+        key: str | None = None,  # environment variable with the server's key, as OPENAI_API_KEY
         timeout: float = 60.0,  # seconds for an answer
         retries: int = 3,  # further attempts, after 1, 2, 4, ... times `backoff`
         backoff: float = 1.0,  # seconds
@@ -74,6 +74,8 @@ class VLMJudge:
     def _score(self, body: bytes) -> float:
         """Raises: ValueError, TypeError or LookupError when the answer does not say."""
         choice = json.loads(body)["choices"][0]
+        if self.answer == "number" and choice.get("finish_reason") == "length":
+            raise ValueError("the reply is longer than 16 tokens")
         if self.answer == "yes":
             return share_of_yes(choice["logprobs"]["content"][0]["top_logprobs"])
         return number_in(choice["message"]["content"], self.low, self.high)
@@ -86,9 +88,9 @@ def share_of_yes(first: Sequence[dict[str, Any]]) -> float:
     """
     chance = {"yes": 0.0, "no": 0.0}
     for token in first:
-        word = token["token"].strip(" \"'*.\n").lower()
+        word = str(token["token"]).strip(" \"'*.\n").lower()
         if word in chance:
-            chance[word] += math.exp(token["logprob"])
+            chance[word] += math.exp(min(0.0, token["logprob"]))
     if not sum(chance.values()):
         raise ValueError(f"neither yes nor no is among {[token['token'] for token in first[:5]]}")
     return chance["yes"] / sum(chance.values())
