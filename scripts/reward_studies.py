@@ -51,7 +51,11 @@ def clip(args: argparse.Namespace) -> list[Row]:
     for seed in range(args.seeds):
         often = ("evaluate.every=7", "train.kl_budget=1e9", f"run.seed={seed}")  # the budget is never spent: to record
         result, lines = tuned(args.work / f"clip_{seed}", [*CLIP, *often, *args.words])
-        curve = [{"epoch": line["epoch"], "kl": line["base_kl"], **heldout(line)} for line in lines if heldout(line)]
+        curve = [  # a line's KL is of the policy before its update, its held-out measures of the one after
+            {"epoch": line["epoch"], "kl": after["base_kl"], **heldout(line)}
+            for line, after in pairwise(lines)
+            if heldout(line)
+        ]
         rows.append({"seed": seed, "heldout": result["heldout"], "curve": curve})
         print(f"seed {seed}: {said(result)}; at the end about {lines[-1]['base_kl']:.1f} nats", flush=True)
     figure, panels = axes_of(1, 3)
