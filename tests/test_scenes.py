@@ -46,7 +46,7 @@ def corruptions(scene):
     yield "colour", [replace(first, color=next(c for c in scenes.COLORS if c != first.color)), *rest]
     yield "shape", [replace(first, shape=next(s for s in scenes.SHAPES if s != first.shape)), *rest]
     yield "size", [replace(first, diameter=24 if first.size == "small" else 14), *rest]
-    extra = scenes._place(scene, "circle", "red", "small", random.Random(0))
+    extra = scenes.place(scene, "circle", "red", "small", random.Random(0))
     if extra:
         yield "extra", [*scene, extra]
 
