@@ -238,17 +238,19 @@ RECIPES = {  # of an epoch, for each image: UNet calls to roll out, and to learn
 
 def rewards(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds for an image of 512 x 512 by each reward at its published size, as shares of epochs at SD 1.5's size."""
+    costs = {}
+    for name in tqdm(
+        REWARDS, desc="rewards"
+    ):  # before this process is large: a new one's peak begins with its parent's
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            costs[name] = process.submit(reward_cost, name, args.repeats, torch.get_num_threads()).result()
     call, both, decode = seconds_of_unet(args)
-    found: dict[str, Any] = {"unet_call": call, "unet_call_and_backward": both, "decode": decode, "rewards": {}}
-    for name in REWARDS:
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:  # of its own, to see its memory
-            own = process.submit(reward_cost, name, args.repeats, torch.get_num_threads()).result()
+    for name, own in costs.items():
         for recipe, (calls, passes) in RECIPES.items():
             own[recipe] = own["seconds"] / (own["seconds"] + calls * call + passes * both + decode)
-        found["rewards"][name] = own
         shares = ", ".join(f"{own[recipe]:.2%} of {recipe}" for recipe in RECIPES)
         tqdm.write(f"{name:<24} {own['seconds']:.3f} s an image, {own['peak_memory_gb']:.1f} GB: {shares}")
-    return found
+    return {"unet_call": call, "unet_call_and_backward": both, "decode": decode, "rewards": costs}
 
 
 def seconds_of_unet(args: argparse.Namespace) -> tuple[float, float, float]:

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 RESULTS = ROOT / "docs" / "results" / "rewards.json"
 CLIP = ("rewards.shapes.weight=0", "rewards.shapes_exact.weight=0", "rewards.clip.model=asset:shapes_clip")
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the weight that the JPEG's size has
+SHARES = (0.0, 0.25, 0.5, 0.6, 0.75, 1.0)  # of the weight that the JPEG's size has
 Row = dict[str, Any]
 
 
@@ -97,8 +97,10 @@ def trade_off(args: argparse.Namespace) -> list[Row]:
     panel.plot(*zip(*points, strict=True), marker="o", label="tuned")
     panel.plot(*[[rows[0]["heldout"][name]["base"]["mean"]] for name in names], "k*", markersize=12, label="base")
     for row, point in zip(rows, points, strict=True):
-        panel.annotate(f"{1 - row['share']:g} : {row['share']:g}", point, textcoords="offset points", xytext=(6, 4))
-    panel.set(xlabel="minus the JPEG's size, kB", ylabel="CLIP's cosine", title="weights of CLIP : JPEG")
+        panel.annotate(f"{row['share']:g}", point, textcoords="offset points", xytext=(5, 5))
+    panel.set(
+        xlabel="minus the JPEG's size, kB", ylabel="CLIP's cosine", title="the share of the weight that the JPEG has"
+    )
     panel.legend()
     figure.savefig(args.json.with_name("trade_off.png"), dpi=110)
     return rows

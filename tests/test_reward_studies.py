@@ -25,7 +25,7 @@ def test_a_study_is_a_table_and_a_plot(what, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["", what, "--seeds", "2", "--work", str(tmp_path), "--json", str(file)])
     studies.main()
     rows = json.loads(file.read_text())[what]
-    assert len(rows) == len(asked) == {"clip": 2, "trade_off": 5}[what]
+    assert len(rows) == len(asked) == {"clip": 2, "trade_off": 6}[what]
     if what == "clip":  # the KL of a line is that before its update
         assert rows[1]["curve"] == [{"epoch": 2, "kl": 4.0, "clip": 0.55, "shapes": 0.52, "shapes_exact": 0.51}]
     assert (tmp_path / {"clip": "clip_alone.png", "trade_off": "trade_off.png"}[what]).stat().st_size > 5000
