@@ -49,7 +49,7 @@ class Client:
     def ask(self, bodies: Sequence[bytes], readers: Sequence[Callable[[bytes], T]]) -> list[T | None]:
         """What each body's reader makes of the answer; None where there was none that it could read.
 
-        A reader raises ValueError, TypeError or LookupError on what it cannot read.
+        A reader raises ValueError, TypeError, LookupError or ArithmeticError on what it cannot read.
         """
         self.errors.clear()
         with ThreadPoolExecutor(self.concurrent) as pool:
@@ -67,7 +67,7 @@ class Client:
                     break
             except (OSError, http.client.HTTPException) as error:
                 reason = f"{self.url} did not answer: {getattr(error, 'reason', error)}"
-            except (ValueError, TypeError, LookupError) as error:
+            except (ValueError, TypeError, LookupError, ArithmeticError) as error:
                 reason = f"{self.url} gave an answer that is none: {error}"
         self.errors.append(reason)
         return None

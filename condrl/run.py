@@ -201,9 +201,9 @@ def check_combination(config: Config) -> None:
 
 
 def check_equal_calls(config: Config, processes: int) -> None:
-    """What makes all processes call a sharded network equally often.
+    """Check that all processes will call a sharded network equally often.
 
-    Raises: UsageError naming what does not.
+    Raises: UsageError naming the setting that stands against it.
     """
     train = config.train
     if not hasattr(REGISTRIES["model"].find(config.model["name"]).target, "shard"):

@@ -1,4 +1,4 @@
-"""How images, points and prompts travel to a reward served elsewhere: JSON, with samples as lossless PNG or as npy."""
+"""How images, points and prompts travel to a reward served elsewhere: JSON, images in it as lossless PNG."""
 
 from __future__ import annotations
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +100,38 @@ def toy_words(name: str, folder: Path) -> list[str]:
     file = str(ROOT / "configs" / "toy" / "p1.yaml")
     few = ["train.epochs=6", "train.images_per_prompt=8", "train.rollout_batch=16", "train.prompts_per_epoch=2"]
     return [file, f"algorithm.name={name}", f"run.dir={folder}", *few, "sampler.steps=5", *OPTIONS.get(name, [])]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a server was asked."""
+
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@contextmanager
+def answering(answer: bytes | Callable[[bytes], bytes], status: int = 200) -> Iterator[tuple[str, list[Request]]]:
+    """A server on this machine that answers what is posted; yields its address and the requests that it had."""
+    requests: list[Request] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            requests.append(Request(self.path, self.headers, body))
+            content = answer(body) if callable(answer) else answer
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        server.server_close()

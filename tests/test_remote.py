@@ -5,16 +5,14 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
-from helpers import ROOT, run_python, toy_words
+from helpers import ROOT, answering, run_python, toy_words
 
 from condrl import UsageError
 from condrl.prompts import Row
@@ -69,30 +67,6 @@ def served(folder, *words, **env):
         process.kill()
         process.wait()
         process.stdout.close()
-
-
-@contextmanager
-def answering(body, status=200):
-    """A server that always says the same; yields its address and the list of requests."""
-    asked = []
-
-    class Always(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Always)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def rows(count, prompt="a red star"):
@@ -166,7 +140,17 @@ def test_a_server_that_comes_back_is_asked_again(tmp_path):
 
 @pytest.mark.parametrize(
     "body",
-    [b"hello", b"[]", b"{}", b'{"scores": [1]}', b'{"scores": [1, "x"]}', b'{"scores": [1, [2]]}', b"\xff\xfe", b""],
+    [
+        b"hello",
+        b"[]",
+        b"{}",
+        b'{"scores": [1]}',
+        b'{"scores": [1, "x"]}',
+        b'{"scores": [1, [2]]}',
+        b'{"scores": [1, 1%s]}' % (b"0" * 400),
+        b"\xff\xfe",
+        b"",
+    ],
 )
 def test_garbage_is_no_score(body):
     with answering(body) as (url, _):

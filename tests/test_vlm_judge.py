@@ -4,13 +4,12 @@ import base64
 import io
 import json
 import math
-import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from helpers import answering
 from PIL import Image
 
 from condrl import UsageError
@@ -24,29 +23,14 @@ QUICK = {"retries": 1, "backoff": 0.01, "timeout": 5.0, "model": "judge"}
 
 @contextmanager
 def judging(answer, status=200):
-    """The address of a server that answers `answer(request)`, and the requests that it had."""
-    requests = []
+    """The API's address of a server that answers `answer(request)`, and the requests that it had."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            requests.append((self.path, dict(self.headers), body))
-            content = answer(body)
-            content = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(content)
+    def reply(body):
+        content = answer(json.loads(body))
+        return content if isinstance(content, bytes) else json.dumps(content).encode()
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", requests
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(reply, status) as (url, requests):
+        yield f"{url}/v1", requests
 
 
 def seen(request):
@@ -79,7 +63,7 @@ def test_yes_is_its_share_of_yes_and_no(monkeypatch):
     with judging(brightness_as_yes) as (url, requests):
         found = make_reward("vlm_judge", {"url": url, **QUICK})(x, rows(5))
     torch.testing.assert_close(found, x.flatten(1).mean(1), atol=1e-5, rtol=1e-5)
-    path, headers, body = requests[0]
+    path, headers, body = requests[0].path, requests[0].headers, json.loads(requests[0].body)
     assert path == "/v1/chat/completions"
     assert "Authorization" not in headers
     assert (body["model"], body["temperature"], body["logprobs"], body["max_tokens"]) == ("judge", 0, True, 1)
@@ -105,6 +89,7 @@ def test_it_keeps_the_rules_of_rewards():
         ("seven", None),
         ("", None),
         (None, None),
+        (["7"], None),
     ],
 )
 def test_a_number_is_read_or_the_score_has_failed(text, score):
@@ -118,6 +103,11 @@ def test_a_number_is_read_or_the_score_has_failed(text, score):
         assert found.tolist() == [score]
 
 
+def test_a_choice_that_is_none_is_no_number():
+    with judging(lambda _: {"choices": ["7"]}) as (url, _):
+        assert make_reward("vlm_judge", {"url": url, "answer": "number", **QUICK})(smooth_images(1), rows(1)).isnan()
+
+
 def test_a_number_that_may_have_been_cut_off_is_no_score():
     cut = {"choices": [{"message": {"content": "I would rate it as a 1"}, "finish_reason": "length"}]}
     with judging(lambda _: cut) as (url, _):
@@ -128,7 +118,7 @@ def test_the_question_is_the_users():
     options = {"answer": "number", "low": 1.0, "high": 5.0, "question": "{prompt}? {low}-{high}"}
     with judging(saying("5")) as (url, requests):
         make_reward("vlm_judge", {"url": url, **options, **QUICK})(smooth_images(1), rows(1, "a {high} cat"))
-    assert seen(requests[0][2])[1] == "a {high} cat? 1-5"
+    assert seen(json.loads(requests[0].body))[1] == "a {high} cat? 1-5"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +157,7 @@ def test_the_key_is_sent(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     with judging(brightness_as_yes) as (url, requests):
         make_reward("vlm_judge", {"url": url, "key": "JUDGE_KEY", **QUICK})(smooth_images(1), rows(1))
-    assert requests[0][1]["Authorization"] == "Bearer secret"
+    assert requests[0].headers["Authorization"] == "Bearer secret"
 
 
 def test_an_image_that_comes_again_is_not_judged_again():

@@ -73,7 +73,7 @@ class VLMJudge:
 
     def _score(self, body: bytes) -> float:
         """Raises: ValueError, TypeError or LookupError when the answer does not say."""
-        choice = json.loads(body)["choices"][0]
+        choice = dict(json.loads(body)["choices"][0])
         if self.answer == "number" and choice.get("finish_reason") == "length":
             raise ValueError("the reply is longer than 16 tokens")
         if self.answer == "yes":
@@ -90,7 +90,7 @@ def share_of_yes(first: Sequence[dict[str, Any]]) -> float:
     for token in first:
         word = str(token["token"]).strip(" \"'*.\n").lower()
         if word in chance:
-            chance[word] += math.exp(min(0.0, token["logprob"]))
+            chance[word] += math.exp(token["logprob"])
     if not sum(chance.values()):
         raise ValueError(f"neither yes nor no is among {[token['token'] for token in first[:5]]}")
     return chance["yes"] / sum(chance.values())
