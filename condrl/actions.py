@@ -108,15 +108,6 @@ def noised_pairs(policy: Policy, data: Tensor, condition: Tensor, noise: Noise, 
     )
 
 
-def divergence(policy: Policy, x: Tensor, k: Tensor, condition: Tensor) -> Tensor:
-    """That of the policy's score at points x (B, d) and the beginning of steps k (B,), (B,)."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        score = policy.action(x, k, condition)
-        parts = [torch.autograd.grad(score[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(x.shape[1])]
-    return torch.stack(parts).sum(0)
-
-
 @torch.no_grad()
 def pretrained_scores(policy: Policy, rollout: Rollout, batch: int) -> Tensor:
     """The pretrained model's scores at the visited states, (K, B, ...), `batch` images at a time."""

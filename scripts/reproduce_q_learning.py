@@ -81,12 +81,20 @@ TABLES: dict[str, dict[tuple[str, str, float | None], tuple[float | None, float 
         }.items()
         for steps, kl in zip((50, 10, 5), kls, strict=True)
     },
-    "ours": {("q_learning", "ours", r): (r, kl) for r, kl in ((0.7, 0.29), (0.8, 0.39), (0.9, 0.66))},
+    "ours": {
+        ("pretrained", "ours", None): (0.52, 0.17),
+        **{("q_learning", "ours", r): (r, kl) for r, kl in ((0.7, 0.29), (0.8, 0.39), (0.9, 0.66))},
+    },
     "conditional": {("q_learning", prompt, 0.8): (None, None) for prompt in ("upright", "turned")},
 }
-OURS = ("algorithm.score=paired", "train.lr_decay=linear", "train.lr=2e-3", "algorithm.value_lr=2e-3")  # and 50 steps
-
-
+OURS = (  # and 50 steps
+    "model.preconditioned=true",
+    "algorithm.score=paired",
+    "algorithm.temperature=1",
+    "algorithm.value_lr=2e-3",
+    "train.lr=6e-3",
+    "train.lr_decay=linear",
+)
 TARGETS = (0.7, 0.8, 0.9)
 NAMES = {"pretrained": "pretrained", "ddpo": "DDPO", "dpok": "DPOK", "q_learning": "q-learning"}
 TITLES = {
@@ -94,7 +102,7 @@ TITLES = {
     "table4": "Table 4: from the bad model B",
     "table5": "Table 5: simulators and steps, beta = 0",
     "table6": "Table 6: simulators and steps, reward .8",
-    "ours": "Ours: from A, with paired scores, 50 steps and a learning rate that falls to zero",
+    "ours": "Ours: paired scores, a preconditioned network, less exploration, 50 steps, a falling learning rate",
     "conditional": "Algorithm 2: the prompt selects the roll and the rectangle",
 }
 HEAD = """# Reward-directed q-learning, reproduced
@@ -266,12 +274,14 @@ def spec_of(cell: Cell, seed: int, args: argparse.Namespace) -> Spec:
     good = Spec("q_learning", seed, args.episodes)
     if cell.table in ("table5", "table6"):
         simulator, steps = cell.setting.rsplit(" ", 1)
-        free = replace(good, episodes=args.simulator_episodes, simulator=simulator, steps=int(steps))
+        free = replace(good, episodes=args.scratch_episodes, simulator=simulator, steps=int(steps))
         return free if cell.table == "table5" else replace(free, episodes=args.q_episodes, start=free)
     if cell.table == "ours":
-        return replace(good, episodes=args.ours_episodes, start=good, steps=50, changes=OURS)
+        law = replace(good, episodes=args.ours_episodes, steps=50, changes=OURS)
+        return law if cell.target is None else replace(law, start=law)
     if cell.table == "conditional":  # one weight, p*'s for the reward asked for: both prompts in one run
-        return replace(good, weight=2 * (logit(0.8) - logit(DATA_REWARD)), config="conditional")
+        weight = 2 * (logit(0.8) - logit(DATA_REWARD))
+        return replace(good, episodes=args.scratch_episodes, weight=weight, config="conditional")
     start = good if cell.setting == "A" else replace(good, episodes=args.bad_episodes)
     if cell.algorithm == "pretrained":
         return start
@@ -326,6 +336,8 @@ def tables(names: Sequence[str], args: argparse.Namespace) -> None:
         futures: dict[Future[Measured], tuple[Cell, Spec]] = {}
         for cell in (Cell(table, *key) for table in names for key in TABLES[table]):
             runs = known.setdefault(cell, [])
+            if args.settings and cell.setting not in args.settings:
+                continue
             guess = statistics.mean(run["weight"] for run in runs) if runs and cell.target else None
             for spec in (spec_of(cell, seed, args) for seed in range(args.seeds)):
                 if not any((run["seed"], run["episodes"]) == (spec.seed, spec.episodes) for run in runs):
@@ -342,13 +354,13 @@ def tables(names: Sequence[str], args: argparse.Namespace) -> None:
 
 
 def figures(args: argparse.Namespace) -> None:
-    """Write densities on the line for three weights, and Swiss rolls for three rewards, with the data."""
+    """Write densities on the line for three weights, and the Swiss rolls of `ours`, with the data."""
     from matplotlib import pyplot as plt
 
     args.json.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(6, 4))
     for beta in (0.0, 0.1, 1.0):
-        trainer = trained(Spec("q_learning", 0, args.episodes, weight=beta, config="mixture"), args.work)
+        trainer = trained(Spec("q_learning", 0, args.scratch_episodes, weight=beta, config="mixture"), args.work)
         x = generated(trainer, 0, 30_000)[:, 0]
         axes.hist(x.numpy(), bins=200, range=(-8, 8), density=True, histtype="step", label=f"beta {beta:g}")
     axes.hist(
@@ -358,14 +370,15 @@ def figures(args: argparse.Namespace) -> None:
     axes.legend()
     figure.savefig(args.json.with_name("q_learning_densities.png"), dpi=120, bbox_inches="tight")
 
-    figure, panels = plt.subplots(1, 4, figsize=(14, 3.6), sharex=True, sharey=True)
-    panels[0].scatter(*fresh_data(trained(Spec("q_learning", 0, args.episodes), args.work), 0, 1000).T, s=3)
-    panels[0].set_title("data")
-    for panel, target in zip(panels[1:], (None, 0.8, 0.9), strict=True):
-        weight = 2 * (logit(target) - logit(DATA_REWARD)) if target else 0.0
-        trainer = trained(Spec("q_learning", 0, args.episodes, weight=weight), args.work)
+    ours = [row for row in json.loads(args.json.read_text()) if row["table"] == "ours"]
+    figure, panels = plt.subplots(1, len(ours) + 1, figsize=(3.5 * len(ours) + 3.5, 3.6), sharex=True, sharey=True)
+    for panel, row in zip(panels[1:], ours, strict=True):
+        weight = row["runs"][0]["weight"]
+        trainer = trained(replace(spec_of(Cell.of(row), 0, args), weight=weight), args.work)
         panel.scatter(*generated(trainer, 0, 1000).T, s=3)
-        panel.set_title(f"beta {weight:.2f}")
+        panel.set_title(f"beta {weight:.2f}, reward {row['runs'][0]['reward']:.2f}")
+    panels[0].scatter(*fresh_data(trainer, 0, 1000).T, s=3)
+    panels[0].set_title("data")
     figure.savefig(args.json.with_name("q_learning_rolls.png"), dpi=120, bbox_inches="tight")
 
 
@@ -493,9 +506,12 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=50_000)
     parser.add_argument("--bad-episodes", type=int, default=3_000, help="of the bad model B; the paper took 30000")
     parser.add_argument("--q-episodes", type=int, default=50_000, help="of q-learning from a pretrained model")
-    parser.add_argument("--simulator-episodes", type=int, default=50_000, help="of table5's models")
-    parser.add_argument("--ours-episodes", type=int, default=3_000, help="of ours, from A")
+    parser.add_argument("--scratch-episodes", type=int, default=50_000, help="of what else learns from nothing")
+    parser.add_argument("--ours-episodes", type=int, default=3_000, help="of ours, for the law and from it")
     parser.add_argument("--tuning-episodes", type=int, default=3_000, help="of DDPO and DPOK")
+    parser.add_argument(
+        "--settings", nargs="+", help="of the tables, the rows to make: A, 'SDE 50', upright; default all"
+    )
     parser.add_argument("--tries", type=int, default=4, help="weights tried for a row that asks for a reward")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "q_learning", help="where networks are kept")
     parser.add_argument("--json", type=Path, default=RESULTS)
@@ -503,9 +519,9 @@ def main() -> None:
     if args.quick:
         args.seeds, args.tries = 1, 2
         args.json = args.work / "quick.json" if args.json == RESULTS else args.json
-        args.episodes = args.simulator_episodes = 400
+        args.episodes = args.scratch_episodes = 400
         args.q_episodes, args.bad_episodes, args.tuning_episodes, args.ours_episodes = 200, 150, 100, 100
-    chosen = [name for name in TABLES if args.what in (name, "all")]
+    chosen = [name for name in TABLES if args.what in (name, "all")] or ["ours"] * (args.what == "figures")
     if chosen:
         tables(chosen, args)
     if args.what in ("figures", "all"):

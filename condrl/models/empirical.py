@@ -13,7 +13,7 @@ import condrl
 from condrl.datasets import make_dataset
 from condrl.errors import UsageError
 from condrl.models._points import Points
-from condrl.schedule import make_schedule
+from condrl.schedule import Schedule, make_schedule
 from condrl.values import tanh_relu
 
 
@@ -32,6 +32,7 @@ class Empirical(Points):
         schedule: Literal["vp", "ou", "rectified_flow"] = "ou",  # the forward process
         schedule_options: dict[str, float] | None = None,  # its parameters: b0, b1, rate, noise, end, final_time
         width: int = 64,  # units in the hidden layers
+        preconditioned: bool = False,  # the network adds to the score of a Gaussian as wide as the data
         weights: str | None = None,  # folder of a saved network to start from; null: from nothing
         seed: int = 0,  # of the first weights and of the data
     ) -> None:
@@ -45,7 +46,9 @@ class Empirical(Points):
         self.state_shape = (self.data.shape[2],)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.module: nn.Module = ScoreNetwork(len(data), self.data.shape[2], width)
+            network = ScoreNetwork(len(data), self.data.shape[2], width)
+        spread = (self.data - self.data.mean((0, 1))).square().mean().sqrt()
+        self.module: nn.Module = Preconditioned(network, self.schedule, spread) if preconditioned else network
         self.module.to(device)
         self.pretrained = weights is not None
         if weights:
@@ -56,7 +59,7 @@ class Empirical(Points):
         """(B, d) at x (B, d) and times t (B,)."""
         self.evaluations += len(x)
         network = self.module if self.tuned else self._pretrained
-        score: Tensor = network(x, t.to(x), condition)
+        score: Tensor = network(x, t, condition)
         return score
 
 
@@ -69,8 +72,28 @@ class ScoreNetwork(nn.Module):
         self.layers = tanh_relu(1 + dimensions + self.prompts, width, dimensions)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        told = [t[:, None], x]
+        told = [t.to(x)[:, None], x]
         if self.prompts:
             told.append(nn.functional.one_hot(condition, self.prompts).to(x))
         score: Tensor = self.layers(torch.cat(told, 1))
         return score
+
+
+class Preconditioned(nn.Module):
+    """The score of N(0, v I) with the data's variance v, and a network F for the rest (after Karras et al. 2022).
+
+    s = -x / u^2 + alpha sqrt(v) / (sigma u) F(2 x / u, lambda(t), c), with u^2 = sigma^2 + alpha^2 v.
+    """
+
+    spread: Tensor  # sqrt(v)
+
+    def __init__(self, network: ScoreNetwork, schedule: Schedule, spread: Tensor) -> None:
+        super().__init__()
+        self.network, self.schedule = network, schedule
+        self.register_buffer("spread", spread)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        alpha, sigma = (c(t).to(x)[:, None] for c in (self.schedule.alpha, self.schedule.sigma))
+        wide = (sigma.square() + (alpha * self.spread).square()).sqrt()
+        rest = self.network(2 * x / wide, self.schedule.log_snr(t).to(x), condition)
+        return alpha * self.spread / (sigma * wide) * rest - x / wide.square()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.actions import Actions, Pairs, action_variance, divergence, explore, noised_pairs, pretrained_scores
+from condrl.actions import Actions, Pairs, action_variance, explore, noised_pairs, pretrained_scores
 from condrl.algorithms import Algorithm, Experience, Metrics, Need
 from condrl.config import TrainConfig
 from condrl.datasets import ratio_score
@@ -79,7 +78,8 @@ class QLearning(Algorithm):
     G = J(next) - J + (running reward - q) D with q = -g^2 |a - mu|^2 - (temperature d / 2) log(pi temperature / g^2).
     By `samples`, s is estimated from some points of the data at each state of a roll-out, by `all` from every one.
     `paired` rolls nothing out: it learns from single steps that start at noised points, off-policy, each with the score
-    given its own point; rewards and `cost` in the record are then those at the data's states, not the policy's.
+    given its own point; rewards in the record are then those at the data's states, and `denoising` is
+    E sum_k g^2 |s_0 - mu|^2 dt.
     """
 
     beta: float = 1.0  # weight of the reward; kappa is 2 / beta, and 0 learns the law of the data alone
@@ -138,29 +138,27 @@ class QLearning(Algorithm):
         if self.score == "pretrained":
             scores = pretrained_scores(policy, r, train.rollout_batch)
         elif isinstance(r, Pairs):
-            scores, excess = r.scores, self._excess(policy, r)
+            scores, excess = r.scores, self._excess(policy, r, train)
         else:
             parts = torch.arange(len(r.condition)).split(train.rollout_batch)
             scores = torch.cat([self._data_scores(policy, r, images, noise) for images in parts], 1)
         running = -g2 * ((scores - r.actions).square().sum(2) - excess)
         duration = -policy.sampler.times.diff().to(scores)[:, None]
-        cost = (g2 * ((scores - r.means).square().sum(2) - excess) * duration).sum(0).mean()
+        cost = (g2 * (scores - r.means).square().sum(2) * duration).sum(0).mean()
         rewards = self.beta * experience.scores.total
-        metrics = {"cost": cost} | ({} if self.off_policy else {"objective": rewards.nanmean() - cost})
+        metrics = {"denoising": cost} if self.off_policy else {"cost": cost, "objective": rewards.nanmean() - cost}
         return EpisodeTable(r, running, rewards, metrics)
 
-    def _excess(self, policy: Policy, r: Pairs) -> Tensor:
-        """Var(s_0 | x) = div s + d / sigma^2, (K, B), of the score s_0 given the point, by a network's divergence.
+    def _excess(self, policy: Policy, r: Pairs, train: TrainConfig) -> Tensor:
+        """|s_0 - mu|^2 - |s - mu|^2, (K, B), of the score s_0 given the point; its mean is Var(s_0 | x).
 
-        Without it |s_0 - a|^2 would reward states whose point is certain. The network is the pretrained one, or with
-        beta = 0, where the policy learns the same score, the policy's own.
+        Without it |s_0 - a|^2 would reward states whose point is certain; and it varies, whatever the action. s is the
+        pretrained score, or with beta = 0, where mu learns it, mu.
         """
-        x, condition = r.states[:-1].flatten(0, 1), r.condition.repeat(policy.steps)
-        k = torch.arange(policy.steps).repeat_interleave(len(r.condition))
-        with policy.model.reference() if self.beta else nullcontext():
-            found = divergence(policy, x, k, condition).view(policy.steps, -1)
-        sigma = policy.model.schedule.sigma(policy.sampler.times[:-1]).to(found)
-        return found + x.shape[1] / sigma.square()[:, None]
+        excess = (r.scores - r.means).square().sum(2)
+        if self.beta:
+            excess -= (pretrained_scores(policy, r, train.rollout_batch) - r.means).square().sum(2)
+        return excess
 
     def _data_scores(self, policy: Policy, r: Rollout, images: Tensor, noise: Noise) -> Tensor:
         """The score of the data at the states of some trajectories, (K, b, d)."""
