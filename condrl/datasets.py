@@ -69,9 +69,10 @@ def ratio_score(x: Tensor, points: Tensor, alpha: Tensor, sigma: Tensor, floor: 
     centres, log2 = a * points, math.log2(math.e) / v  # exp2 is three times as fast as exp on CPUs
     # log density = (<x, c> - |x|^2 / 2 - |c|^2 / 2) / v and a constant: one product, (K, m, d + 2) by (K, d + 2, B)
     of_points = torch.cat([with_one(centres), -centres.square().sum(2, keepdim=True) / 2], 2) * log2
-    of_x = with_one(torch.cat([x, -x.square().sum(2, keepdim=True) / 2], 2))
-    density = torch.bmm(of_points, of_x.mT).exp2_()
-    sums = torch.bmm(with_one(centres).mT, density).mT
+    of_x = with_one(torch.cat([x, -x.square().sum(2, keepdim=True) / 2], 2)).mT.contiguous()
+    summed = with_one(centres).mT.contiguous()
+    # a step at a time: its densities then stay in the processor's cache
+    sums = torch.stack([s @ (p @ q).exp2_() for s, p, q in zip(summed, of_points, of_x, strict=True)]).mT
     least = points.shape[1] * floor * (2 * math.pi * v) ** (x.shape[2] / 2)
     return (sums[..., :-1] / torch.maximum(sums[..., -1:], least) - x) / v
 
