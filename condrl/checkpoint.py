@@ -107,8 +107,9 @@ def load_module(module: nn.Module, folder: Path) -> None:
     try:
         module.load_state_dict(load_file(folder / MODULE_FILE))
     except RuntimeError as error:
+        difference = str(error).splitlines()[-1].strip()
         raise UsageError(
-            f"{folder / MODULE_FILE} is of another network: {str(error).splitlines()[-1].strip()}"
+            f"{folder / MODULE_FILE} is of another network (other options of the model?): {difference}"
         ) from error
 
 

@@ -67,7 +67,7 @@ def ratio_score(x: Tensor, points: Tensor, alpha: Tensor, sigma: Tensor, floor: 
     """
     a, v = (c.to(x)[:, None, None] for c in (alpha, sigma.square()))
     centres, log2 = a * points, math.log2(math.e) / v  # exp2 is three times as fast as exp on CPUs
-    # log density = (<x, c> - |x|^2 / 2 - |c|^2 / 2) / v and a constant: one product, (K, m, d + 2) by (K, d + 2, B)
+    # log density = (<x, c> - |x|^2 / 2 - |c|^2 / 2) / v and a constant: a product, (m, d + 2) by (d + 2, B)
     of_points = torch.cat([with_one(centres), -centres.square().sum(2, keepdim=True) / 2], 2) * log2
     of_x = with_one(torch.cat([x, -x.square().sum(2, keepdim=True) / 2], 2)).mT.contiguous()
     summed = with_one(centres).mT.contiguous()

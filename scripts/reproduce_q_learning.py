@@ -34,7 +34,7 @@ from condrl.checkpoint import newest_checkpoint
 from condrl.config import load_config
 from condrl.datasets import make_dataset
 from condrl.divergence import knn_kl
-from condrl.errors import exit_code
+from condrl.errors import UsageError, exit_code
 from condrl.prompts import load_prompts
 from condrl.rewards import score
 from condrl.rollout import rollout
@@ -87,14 +87,6 @@ TABLES: dict[str, dict[tuple[str, str, float | None], tuple[float | None, float 
     },
     "conditional": {("q_learning", prompt, 0.8): (None, None) for prompt in ("upright", "turned")},
 }
-OURS = (  # and 50 steps
-    "model.preconditioned=true",
-    "algorithm.score=paired",
-    "algorithm.temperature=1",
-    "algorithm.value_lr=2e-3",
-    "train.lr=6e-3",
-    "train.lr_decay=linear",
-)
 TARGETS = (0.7, 0.8, 0.9)
 NAMES = {"pretrained": "pretrained", "ddpo": "DDPO", "dpok": "DPOK", "q_learning": "q-learning"}
 TITLES = {
@@ -118,8 +110,9 @@ paper's. Its bad model B had 30,000 episodes; here 3,000 give the KL that it rep
 NOTES = {  # below the titles
     "ours": """What changed: each step starts at a noised data point and learns from the score given that point
 (`algorithm.score=paired`), less what does not depend on the action; the network adds to the score of a Gaussian as wide
-as the data (`model.preconditioned`); less exploration, 50 steps, and a learning rate that falls to zero. The first row
-has learned the data's law from nothing, and the others start from it, for as many episodes again.
+as the data (`model.preconditioned`); exploration is a fifth, steps are 50, and the learning rate falls from 6e-3 to 0
+(the value's from 2e-3): `configs/paper/swiss_roll_paired.yaml`. An episode is 300 steps at each time. The first row has
+learned the data's law from nothing, and the others start from it, for as many episodes again.
 """,
 }
 FIGURES = """## Figures
@@ -165,7 +158,6 @@ class Spec:
     steps: int = 20
     start: Spec | None = None  # the network to start from
     config: str = "swiss_roll"  # of configs/paper
-    changes: tuple[str, ...] = ()  # words for what else differs from it
 
     def folder(self, work: Path) -> Path:
         text = json.dumps(asdict(self), sort_keys=True)
@@ -185,7 +177,7 @@ class Spec:
         if self.start:
             words.append(f"model.weights={self.start.folder(work)}")
         if self.algorithm == "q_learning":
-            return [*words, f"algorithm.beta={self.weight}", *self.changes]
+            return [*words, f"algorithm.beta={self.weight}"]
         kappa = 2 / self.weight if self.weight else 0.0
         return [*words, f"algorithm.kappa={kappa}", "algorithm.normalise=false", f"train.loss_batch={300 * self.steps}"]
 
@@ -293,7 +285,7 @@ def spec_of(cell: Cell, seed: int, args: argparse.Namespace) -> Spec:
         free = replace(good, episodes=args.scratch_episodes, simulator=simulator, steps=int(steps))
         return free if cell.table == "table5" else replace(free, episodes=args.q_episodes, start=free)
     if cell.table == "ours":
-        law = replace(good, episodes=args.ours_episodes, steps=50, changes=OURS)
+        law = Spec("q_learning", seed, args.ours_episodes, steps=50, config="swiss_roll_paired")
         return law if cell.target is None else replace(law, start=law)
     if cell.table == "conditional":  # one weight, p*'s for the reward asked for: both prompts in one run
         weight = 2 * (logit(0.8) - logit(DATA_REWARD))
@@ -346,14 +338,17 @@ def half_width(values: Sequence[float]) -> float:
 
 def tables(names: Sequence[str], args: argparse.Namespace) -> None:
     """Print the rows of the tables as they are done; what --json holds already is not done again."""
-    rows = json.loads(args.json.read_text()) if args.json.exists() else []
-    known: dict[Cell, list[Run]] = {Cell.of(row): row["runs"] for row in rows}
+    cells = [Cell(table, *key) for table in TABLES for key in TABLES[table]]
+    held = {Cell.of(row): row["runs"] for row in rows_of(args.json)}
+    known: dict[Cell, list[Run]] = {cell: held.get(cell, []) for cell in cells}
+    chosen = [cell for cell in cells if cell.table in names and (not args.settings or cell.setting in args.settings)]
+    if not chosen:
+        settings = ", ".join(sorted({repr(cell.setting) for cell in cells if cell.table in names}))
+        raise UsageError(f"--settings: none of {', '.join(args.settings)} is one of {settings}")
     with ProcessPoolExecutor(args.jobs) as pool:
         futures: dict[Future[Measured], tuple[Cell, Spec]] = {}
-        for cell in (Cell(table, *key) for table in names for key in TABLES[table]):
-            runs = known.setdefault(cell, [])
-            if args.settings and cell.setting not in args.settings:
-                continue
+        for cell in chosen:
+            runs = known[cell]
             guess = statistics.mean(run["weight"] for run in runs) if runs and cell.target else None
             for spec in (spec_of(cell, seed, args) for seed in range(args.seeds)):
                 if not any((run["seed"], run["episodes"]) == (spec.seed, spec.episodes) for run in runs):
@@ -366,14 +361,24 @@ def tables(names: Sequence[str], args: argparse.Namespace) -> None:
             write_json(args.json, [row_of(cell, runs) for cell, runs in known.items() if runs])
 
 
+def rows_of(results: Path) -> list[Row]:
+    rows: list[Row] = json.loads(results.read_text()) if results.exists() else []
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------- figures
 
 
 def figures(args: argparse.Namespace) -> None:
-    """Write densities on the line for three weights, and the Swiss rolls of `ours`, with the data."""
+    """Write densities on the line for three weights, and the Swiss rolls of `ours`, with the data.
+
+    Raises: UsageError when the results have no rows of `ours`.
+    """
     from matplotlib import pyplot as plt
 
-    args.json.parent.mkdir(parents=True, exist_ok=True)
+    ours = [row for row in rows_of(args.json) if row["table"] == "ours"]
+    if not ours:
+        raise UsageError(f"{args.json} has no rows of `ours`: run `reproduce_q_learning.py ours` first")
     figure, axes = plt.subplots(figsize=(6, 4))
     for beta in (0.0, 0.1, 1.0):
         trainer = trained(Spec("q_learning", 0, args.scratch_episodes, weight=beta, config="mixture"), args.work)
@@ -386,13 +391,13 @@ def figures(args: argparse.Namespace) -> None:
     axes.legend()
     figure.savefig(args.json.with_name("q_learning_densities.png"), dpi=120, bbox_inches="tight")
 
-    ours = [row for row in json.loads(args.json.read_text()) if row["table"] == "ours"]
     figure, panels = plt.subplots(1, len(ours) + 1, figsize=(3.5 * len(ours) + 3.5, 3.6), sharex=True, sharey=True)
     for panel, row in zip(panels[1:], ours, strict=True):
-        weight = row["runs"][0]["weight"]
-        trainer = trained(replace(spec_of(Cell.of(row), 0, args), weight=weight), args.work)
+        run = row["runs"][0]
+        args.ours_episodes = run["episodes"]
+        trainer = trained(replace(spec_of(Cell.of(row), run["seed"], args), weight=run["weight"]), args.work)
         panel.scatter(*generated(trainer, 0, 1000).T, s=3)
-        panel.set_title(f"beta {weight:.2f}, reward {row['runs'][0]['reward']:.2f}")
+        panel.set_title(f"beta {run['weight']:.2f}, reward {run['reward']:.2f}")
     panels[0].scatter(*fresh_data(trainer, 0, 1000).T, s=3)
     panels[0].set_title("data")
     figure.savefig(args.json.with_name("q_learning_rolls.png"), dpi=120, bbox_inches="tight")
@@ -523,7 +528,9 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=50_000)
     parser.add_argument("--bad-episodes", type=int, default=3_000, help="of the bad model B; the paper took 30000")
     parser.add_argument("--q-episodes", type=int, default=50_000, help="of q-learning from a pretrained model")
-    parser.add_argument("--scratch-episodes", type=int, default=50_000, help="of what else learns from nothing")
+    parser.add_argument(
+        "--scratch-episodes", type=int, default=50_000, help="of table5, conditional and the line's figure"
+    )
     parser.add_argument("--ours-episodes", type=int, default=3_000, help="of ours, for the law and from it")
     parser.add_argument("--tuning-episodes", type=int, default=3_000, help="of DDPO and DPOK")
     parser.add_argument(
@@ -538,13 +545,14 @@ def main() -> None:
         args.json = args.work / "quick.json" if args.json == RESULTS else args.json
         args.episodes = args.scratch_episodes = 400
         args.q_episodes, args.bad_episodes, args.tuning_episodes, args.ours_episodes = 200, 150, 100, 100
-    chosen = [name for name in TABLES if args.what in (name, "all")] or ["ours"] * (args.what == "figures")
+    chosen = [name for name in TABLES if args.what in (name, "all")]
     if chosen:
         tables(chosen, args)
     if args.what in ("figures", "all"):
         figures(args)
-    if args.what in ("report", "all") and args.json == RESULTS:
-        PAGE.write_text(report(json.loads(args.json.read_text())))
+    if args.what in ("report", "all"):
+        page = PAGE if args.json == RESULTS else args.json.with_suffix(".md")
+        page.write_text(report(rows_of(args.json)))
 
 
 if __name__ == "__main__":

@@ -276,9 +276,12 @@ def test_from_data_alone_it_learns_the_law(score, tmp_path):
     assert distance() < before - 1.5
 
 
+NOISY = "model.schedule_options={rate: 0.5, noise: 2.0, end: 5.0, final_time: 0.0}"  # with g^2 = 4
+
+
 def test_a_paired_score_gives_the_running_reward_without_bias(tmp_path, monkeypatch):
     """Given state and action its mean is -g^2 |s - a|^2 (THEORY 6.3 b), by a pretrained network that knows the score s."""
-    words = ("model.points=50", "train.images_per_prompt=4000", "algorithm.temperature=1")
+    words = ("model.points=50", "train.images_per_prompt=4000", "algorithm.temperature=0.2", NOISY)
     trainer = paired_trainer(tmp_path, *words, "train.rollout_batch=4000", "train.loss_batch=4000")
     policy, own = trainer.policy, trainer.policy.model.score
     points, schedule = policy.model.data[0], policy.model.schedule
@@ -304,8 +307,8 @@ def test_a_paired_score_gives_the_running_reward_without_bias(tmp_path, monkeypa
     assert far(off) < 4.5
     excess = trainer.algorithm._excess(policy, r, trainer.config.train)
     assert far(off - g2 * excess) > 20  # as |s_0 - a|^2 alone would be
-    noise = g2 * (r.actions - r.means)[..., 0]  # and it does not depend on the action
-    assert far(off * noise) < 4.5
+    tested = ((scores - r.means) * (r.actions - r.means)).sum(2)  # of state and action
+    assert far(off * tested) < 4.5
     explored = g2 * (r.actions - r.means).square().sum(2)  # which q takes off again
     alone = explored - g2 * (r.scores - r.actions).square().sum(2)
     assert (explored + examples.running).var() < 0.7 * alone.var()
@@ -313,13 +316,18 @@ def test_a_paired_score_gives_the_running_reward_without_bias(tmp_path, monkeypa
 
 def test_a_paired_score_of_a_policy_that_learns_the_law_counts_no_distance(tmp_path):
     """With beta = 0 the mean of -g^2 |s_0 - a|^2 is, but for what no action changes, g^2 (2 <s - mu, e> - |e|^2)."""
-    trainer = roll_trainer(tmp_path, "algorithm.beta=0", "algorithm.score=paired")
+    trainer = roll_trainer(tmp_path, "algorithm.beta=0", "algorithm.score=paired", NOISY)
     experience = trainer.collect(0, Clock())
-    r, running = experience.rollout, trainer.examples(experience, 0).running
+    r, examples = experience.rollout, trainer.examples(experience, 0)
+    running = examples.running
     g2 = trainer.policy.model.schedule.g2(trainer.policy.sampler.times[:-1]).to(r.states)[:, None]
     explored = r.actions - r.means
     linear = 2 * ((r.scores - r.means) * explored).sum(2)
     torch.testing.assert_close(running, g2 * (linear - explored.square().sum(2)), rtol=1e-3, atol=1e-2)
+    steps = -trainer.policy.sampler.times.diff().to(g2)[:, None]
+    expected = (g2 * (r.scores - r.means).square().sum(2) * steps).sum(0).mean()
+    torch.testing.assert_close(examples.metrics["denoising"], expected)
+    assert "objective" not in examples.metrics  # of the policy's own paths
 
 
 def paired_trainer(folder: Path, *words: str) -> Trainer:
@@ -431,7 +439,7 @@ def test_the_network_is_saved_and_is_the_next_runs_reference(tmp_path):
             assert not torch.allclose(again.score(x, t, c), model.score(x, t, c))
 
 
-def test_a_preconditioned_network_begins_near_the_score_of_a_gaussian(tmp_path):
+def test_a_preconditioned_network_adds_to_the_score_of_a_gaussian(tmp_path):
     trainer = roll_trainer(tmp_path, "model.preconditioned=true")
     model = trainer.policy.model
     t = torch.linspace(0.25, 5, 500, dtype=torch.float64)
@@ -447,13 +455,29 @@ def test_a_preconditioned_network_begins_near_the_score_of_a_gaussian(tmp_path):
             parameter.zero_()
         torch.testing.assert_close(model.score(x, t, condition), -x / wide.square())
     model.save_adapter(tmp_path / "network")
-    with pytest.raises(UsageError, match="of another network"):
+    with pytest.raises(UsageError, match="of another network .other options"):
         roll_trainer(tmp_path, f"model.weights={tmp_path / 'network'}")
+    other = ("model.preconditioned=true", f"model.weights={tmp_path / 'network'}", "model.points=100", "model.seed=5")
+    with torch.no_grad():  # the width of the data that it has learned comes with it
+        found = roll_trainer(tmp_path, *other).policy.model.score(x, t, condition)
+        torch.testing.assert_close(found, -x / wide.square())
 
 
-def test_paired_scores_and_preconditioning_learn_the_law_soon(tmp_path):
+def test_a_preconditioned_network_is_told_the_prompt(tmp_path):
+    words = (f"run.dir={tmp_path}", "model.preconditioned=true")
+    config = load_config([str(ROOT / "configs" / "paper" / "conditional.yaml"), *words])
+    model = make_trainer(config, load_prompts(config.prompts.train, "prompts.train")).policy.model
+    x, t = torch.randn(1, 2).expand(2, -1), torch.ones(2, dtype=torch.float64)
+    with torch.no_grad():
+        upright, turned = model.score(x, t, model.encode(["upright", "turned"]))
+    assert not torch.allclose(upright, turned)
+
+
+def test_the_paired_config_learns_the_law_soon(tmp_path):
     script = load_script("reproduce_q_learning")
-    trainer = roll_trainer(tmp_path, "algorithm.beta=0", *script.OURS, "train.epochs=400")
+    words = (f"run.dir={tmp_path}", "sampler.steps=20", "train.epochs=400")
+    config = load_config([str(ROOT / "configs" / "paper" / "swiss_roll_paired.yaml"), *words])
+    trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
     trainer.fit()
     x, data = script.generated(trainer, 0, 3000), script.fresh_data(trainer, 0, 3000)
     assert knn_kl(x, data, 5) < 0.6
@@ -476,6 +500,7 @@ def test_a_cell_is_trained_once_and_measured(tmp_path, monkeypatch):
     script = load_script("reproduce_q_learning")
     monkeypatch.setattr(script, "BATCHES", 2)
     few = {"q_episodes": 3, "bad_episodes": 2, "tuning_episodes": 2, "scratch_episodes": 2, "episodes": 4}
+    few["ours_episodes"] = 2
     args = argparse.Namespace(work=tmp_path, tries=2, **few)
     cell = script.Cell("table4", "q_learning", "B", 0.8)
     found = script.job(cell, script.spec_of(cell, 0, args), None, args)
@@ -486,6 +511,48 @@ def test_a_cell_is_trained_once_and_measured(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == trained
     spec = script.spec_of(script.Cell("table6", "q_learning", "DDIM 5", 0.8), 1, args)
     assert (spec.steps, spec.simulator, spec.seed, spec.start.weight) == (5, "DDIM", 1, 0.0)
+    law = script.spec_of(script.Cell("ours", "pretrained", "ours", None), 1, args)
+    assert (law.start, law.weight) == (None, 0.0)
+    assert script.spec_of(script.Cell("ours", "q_learning", "ours", 0.8), 1, args).start == law
+
+
+def test_tables_and_figures_of_few_episodes(tmp_path, monkeypatch):
+    script = load_script("reproduce_q_learning")
+    monkeypatch.setattr(script, "BATCHES", 2)
+    words = [
+        "--json",
+        str(tmp_path / "rows.json"),
+        "--work",
+        str(tmp_path),
+        "--seeds",
+        "1",
+        "--jobs",
+        "1",
+        "--tries",
+        "1",
+    ]
+    words += ["--ours-episodes", "2", "--scratch-episodes", "2"]
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", ["reproduce_q_learning.py", *more, *words])
+        script.main()
+
+    with pytest.raises(UsageError, match="has no rows of `ours`"):
+        run("figures")
+    with pytest.raises(UsageError, match="none of SDE is one of 'DDIM 10', .*'SDE 50'"):
+        run("table5", "--settings", "SDE")
+    run("table5", "--settings", "SDE 5")
+    run("ours")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["table"] for row in rows] == ["table5", "ours", "ours", "ours", "ours"]
+    assert [row["target"] for row in rows[1:]] == [None, 0.7, 0.8, 0.9]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    run("ours")  # known
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    run("figures")
+    run("report")
+    for name in ("q_learning_densities.png", "q_learning_rolls.png", "rows.md"):
+        assert (tmp_path / name).stat().st_size > 1000
 
 
 def test_verdicts_are_those_of_the_rows():

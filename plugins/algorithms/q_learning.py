@@ -28,7 +28,7 @@ class Episodes:
     states: Tensor  # (K, B, d)
     nexts: Tensor  # (K, B, d)
     actions: Tensor  # (K, B, d)
-    running: Tensor  # (K, B) reward per unit of time, -g^2 |s - a|^2
+    running: Tensor  # (K, B) reward per unit of time, -g^2 |s - a|^2 (for paired scores in the mean)
     reward: Tensor  # (B,) beta r of the samples
     condition: Tensor  # (B,)
 
@@ -150,10 +150,10 @@ class QLearning(Algorithm):
         return EpisodeTable(r, running, rewards, metrics)
 
     def _excess(self, policy: Policy, r: Pairs, train: TrainConfig) -> Tensor:
-        """|s_0 - mu|^2 - |s - mu|^2, (K, B), of the score s_0 given the point; its mean is Var(s_0 | x).
+        """|s_0 - mu|^2 - |s - mu|^2, (K, B), of the score s_0 given the point and the pretrained score s.
 
-        Without it |s_0 - a|^2 would reward states whose point is certain; and it varies, whatever the action. s is the
-        pretrained score, or with beta = 0, where mu learns it, mu.
+        Its mean is Var(s_0 | x) if s is the data's score, and no action changes it. Left in, it would reward states
+        whose point is certain, and add its noise. With beta = 0 mu learns the score, and stands for s.
         """
         excess = (r.scores - r.means).square().sum(2)
         if self.beta:
