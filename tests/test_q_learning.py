@@ -500,7 +500,7 @@ def test_a_cell_is_trained_once_and_measured(tmp_path, monkeypatch):
     script = load_script("reproduce_q_learning")
     monkeypatch.setattr(script, "BATCHES", 2)
     few = {"q_episodes": 3, "bad_episodes": 2, "tuning_episodes": 2, "scratch_episodes": 2, "episodes": 4}
-    few["ours_episodes"] = 2
+    few |= {"ours_episodes": 2, "simulator_episodes": 3}
     args = argparse.Namespace(work=tmp_path, tries=2, **few)
     cell = script.Cell("table4", "q_learning", "B", 0.8)
     found = script.job(cell, script.spec_of(cell, 0, args), None, args)
@@ -511,6 +511,8 @@ def test_a_cell_is_trained_once_and_measured(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == trained
     spec = script.spec_of(script.Cell("table6", "q_learning", "DDIM 5", 0.8), 1, args)
     assert (spec.steps, spec.simulator, spec.seed, spec.start.weight) == (5, "DDIM", 1, 0.0)
+    assert spec.start == script.spec_of(script.Cell("table5", "q_learning", "DDIM 5", None), 1, args)
+    assert spec.start.start == script.spec_of(script.Cell("table3", "pretrained", "A", None), 1, args)
     law = script.spec_of(script.Cell("ours", "pretrained", "ours", None), 1, args)
     assert (law.start, law.weight) == (None, 0.0)
     assert script.spec_of(script.Cell("ours", "q_learning", "ours", 0.8), 1, args).start == law
@@ -531,7 +533,7 @@ def test_tables_and_figures_of_few_episodes(tmp_path, monkeypatch):
         "--tries",
         "1",
     ]
-    words += ["--ours-episodes", "2", "--scratch-episodes", "2"]
+    words += [f"--{name}-episodes=2" for name in ("ours", "scratch", "simulator")] + ["--episodes=2"]
 
     def run(*more):
         monkeypatch.setattr("sys.argv", ["reproduce_q_learning.py", *more, *words])
