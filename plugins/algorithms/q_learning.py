@@ -198,7 +198,6 @@ class QLearning(Algorithm):
         return loss.sum(0), {"td_error": error.square().mean()}
 
     def q(self, policy: Policy, x: Tensor, k: Tensor, action: Tensor, condition: Tensor) -> Tensor:
-        """q = -g^2 |a - mu|^2 - (temperature d / 2) log(pi temperature / g^2), (B,) per unit of time (eq. 28)."""
+        """q = -g^2 |a - mu|^2, (B,) per unit of time: eq. (28) without its normaliser, which no state changes."""
         g2 = policy.model.schedule.g2(policy.sampler.times[k]).to(x)
-        normaliser = self.temperature * x.shape[1] / 2 * (math.pi * self.temperature / g2).log()
-        return -g2 * (action - policy.action(x, k, condition)).square().sum(1) - normaliser
+        return -g2 * (action - policy.action(x, k, condition)).square().sum(1)
