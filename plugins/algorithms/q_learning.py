@@ -74,8 +74,9 @@ class QLearning(Algorithm):
 
     s is the score of the data, known by samples or as a pretrained score, a the policy's; for an SDE that is beta r
     minus twice the path KL, so kappa = 2 / beta. The value J and the policy's mean learn from one error,
-    G = J(next) - J + (running reward - q) D with q = -g^2 |a - mu|^2. The paper's q has a normaliser as well, which adds
-    a function of time alone to J, and a large one: the network learns J without it, and far sooner.
+    G = J(next) - J + (running reward - q) D with q = -g^2 |a - mu|^2. The paper's q has a normaliser as well, which
+    adds a function of time alone to J, and a large one; without it, a J that is still to be learned does not lead a
+    pretrained policy away.
     By `samples`, s is estimated from some points of the data at each state of a roll-out, by `all` from every one.
     `paired` rolls nothing out: it learns from single steps that start at noised points, off-policy, each with the score
     given its own point; rewards in the record are then those at the data's states, and `denoising` is
