@@ -416,6 +416,24 @@ def test_mistakes_are_said_in_a_line(words, message, tmp_path):
         roll_trainer(tmp_path, *words)
 
 
+def test_an_untrained_value_leads_a_good_policy_away_less_without_the_normaliser(tmp_path, monkeypatch):
+    from condrl.plugins.algorithms.q_learning import QLearning
+
+    words = ["algorithm.name=q_learning", "algorithm.beta=0", "algorithm.score=pretrained", "train.epochs=80"]
+    words += ["sampler.eta=0", "sampler.steps=50", "train.lr=1e-2", f"run.dir={tmp_path}", "run.overwrite=true"]
+
+    def farthest() -> float:
+        config = load_config([str(ROOT / "configs" / "toy" / "g1.yaml"), *words])
+        torch.manual_seed(0)
+        trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+        trainer.fit()
+        return max(json.loads(line)["cost"] for line in (tmp_path / "metrics.jsonl").open())
+
+    left_out, plain = farthest(), QLearning.q
+    monkeypatch.setattr(QLearning, "q", lambda self, *place: plain(self, *place) - 5 / 2 * math.log(5 * math.pi))
+    assert left_out < farthest() / 4
+
+
 def test_a_model_without_data_needs_a_pretrained_score(tmp_path):
     words = [str(ROOT / "configs" / "toy" / "g1.yaml"), "algorithm.name=q_learning", f"run.dir={tmp_path}"]
     config = load_config(words)
