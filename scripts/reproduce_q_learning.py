@@ -105,7 +105,8 @@ points); intervals are 95 %, over seeds (Student's t) where there are several, e
 a KL below the bound at its reward. An episode is a batch of 300 trajectories. The paper leaves the roll's scale,
 the rectangle and the diffusion open: ours are in `configs/paper/`, chosen so that the data's own reward is the
 paper's. Its bad model B had 30,000 episodes; here 3,000 give the KL that it reports. Where fewer than the paper's
-50,000 episodes were run, the last column says so.
+50,000 episodes were run, the last column says so. Tables 5 and 6 were trained without q's normaliser (see the
+algorithm's description), the others, earlier, with it.
 """
 NOTES = {  # below the titles
     "table5": "Each goes on from A with its own simulator; the paper's are trained from nothing.\n",
