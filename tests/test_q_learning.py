@@ -509,6 +509,9 @@ def test_the_page_is_that_of_the_rows():
     script = load_script("reproduce_q_learning")
     rows = json.loads(script.RESULTS.read_text())
     assert script.PAGE.read_text() == script.report(rows)
+    older = {row["table"] for row in rows for run in row["runs"] if run.pop("normaliser", False)}
+    assert ("with the paper's normaliser" in script.PAGE.read_text()) == bool(older)
+    assert "with the paper's normaliser" not in script.report(rows)
     for row in rows:
         assert row["bound"] == pytest.approx(script.lower_bound(row["reward"]))
         assert row["kl"] > row["bound"] - 0.1
@@ -540,18 +543,7 @@ def test_a_cell_is_trained_once_and_measured(tmp_path, monkeypatch):
 def test_tables_and_figures_of_few_episodes(tmp_path, monkeypatch):
     script = load_script("reproduce_q_learning")
     monkeypatch.setattr(script, "BATCHES", 2)
-    words = [
-        "--json",
-        str(tmp_path / "rows.json"),
-        "--work",
-        str(tmp_path),
-        "--seeds",
-        "1",
-        "--jobs",
-        "1",
-        "--tries",
-        "1",
-    ]
+    words = f"--json {tmp_path}/rows.json --work {tmp_path} --seeds 1 --jobs 1 --tries 1".split()
     words += [f"--{name}-episodes=2" for name in ("ours", "scratch", "simulator")] + ["--episodes=2"]
 
     def run(*more):
