@@ -178,11 +178,14 @@ def relation_between(first: Thing, second: Thing) -> str | None:
 # ---------------------------------------------------------------------------------------------- drawing
 
 
-def random_scene(rng: random.Random, max_objects: int = MAX_OBJECTS, repeat: float = 0.35) -> list[Thing]:
-    """One to `max_objects` objects that do not touch; with probability `repeat` an object copies the one before."""
+def random_scene(rng: random.Random, weights: Sequence[float] = (2, 4, 3), repeat: float = 0.35) -> list[Thing]:
+    """Objects that do not touch; `weights` are of one, two, ... objects.
+
+    With probability `repeat` an object copies the one before.
+    """
     while True:
         scene: list[Thing] = []
-        for _ in range(rng.choices(range(1, max_objects + 1), weights=(2, 4, 3)[:max_objects])[0]):
+        for _ in range(rng.choices(range(1, len(weights) + 1), weights)[0]):
             shape, color, size = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(list(DIAMETERS))
             if scene and rng.random() < repeat:
                 shape, color, size = scene[-1].shape, scene[-1].color, scene[-1].size
