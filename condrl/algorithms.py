@@ -282,6 +282,10 @@ class PolicyGradient(Algorithm):
         """Credit (B,) of rewards (B,) for images of prompt rows `groups` (B,), where there is no KL."""
         return self.bounded(group_advantages(rewards, groups, self.normalise, self.leave_one_out))
 
+    def scale(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """What the objective (B,) of each image is multiplied by when normalised."""
+        return group_scale(rewards, groups)
+
     def bounded(self, advantages: Tensor) -> Tensor:
         """Normalised advantages within the bound; in the reward's own unit a bound would change the objective."""
         return advantages.clamp(-self.advantage_clip, self.advantage_clip) if self.normalise else advantages
@@ -291,7 +295,7 @@ class PolicyGradient(Algorithm):
         rewards = experience.scores.total
         if self.kappa == 0:
             return Transitions(rollout, experience.credit(self.advantages, rewards), columns)
-        scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
+        scale = experience.credit(self.scale, rewards) if self.normalise else torch.ones_like(rewards)
         base = path_kl(policy, rollout, train.rollout_batch)
         returns = rewards - self.kappa * self.kl_to_go(base)
         centred = experience.credit(self._centred, returns)

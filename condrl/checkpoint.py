@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from condrl.errors import RunError, UsageError, say
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 MODULE_FILE = "network.safetensors"
-TENSORS, PLAIN, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+FILES = TENSORS, PLAIN, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 CARD = """---
 base_model: {base}
 library_name: diffusers
@@ -128,38 +129,56 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -
 
     part = folder / f".{name}.part"
     tensors: dict[str, Tensor] = {}
-    plain = _split(state, "", tensors)
+    plain = _split(state, tensors)
     try:
-        for left in folder.glob(".epoch_*.part"):  # by a process that was killed while it wrote
-            shutil.rmtree(left)
-        part.mkdir(parents=True)
+        for left in _named(folder, r"\.epoch_\d+\.part"):  # by a process that was killed while it wrote
+            _remove(left)
+        part.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part / TENSORS)
-        (part / PLAIN).write_text(json.dumps(plain))
+        (part / PLAIN).write_text(json.dumps(plain, allow_nan=False))
         (part / MANIFEST).write_text(json.dumps({file: _sha256(part / file) for file in (TENSORS, PLAIN)}))
         for path in (*part.iterdir(), part):
             _to_disk(path)
-        shutil.rmtree(folder / name, ignore_errors=True)
+        _remove(folder / name)
         part.rename(folder / name)
         _to_disk(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
         raise RunError(
             f"the checkpoint {folder / name} cannot be written ({error}); earlier ones are intact"
         ) from error
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
+
+
+def checkpoint_files(name: str) -> list[str]:
+    """The relative paths of what `save_checkpoint` writes, for a while or for good."""
+    return [f"{folder}/{file}" for folder in (f".{name}.part", name) for file in FILES]
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Those in a folder, the newest last."""
-    return sorted(path for path in folder.glob("epoch_*") if path.is_dir())
+    return sorted(_named(folder, r"epoch_\d+"))
+
+
+def _named(folder: Path, pattern: str) -> list[Path]:
+    """The folders in a folder whose whole name is as a pattern says."""
+    return [path for path in folder.glob("*") if re.fullmatch(pattern, path.name) and path.is_dir()]
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; what else somebody put into its folder stays there."""
+    for file in FILES:
+        (path / file).unlink(missing_ok=True)
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
 
 
 def drop_later(path: Path) -> None:
     """Remove the checkpoints that come after one in its folder: what goes on from it will write its own."""
     for later in checkpoints(path.parent):
         if later.name > path.name:
-            shutil.rmtree(later)
+            _remove(later)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -190,22 +209,32 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """The value with its tensors replaced by their keys, and the tensors put into `tensors`."""
+def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value with its tensors numbered, put into `tensors`, and their keys in their places."""
     if isinstance(value, Tensor):
+        key = str(len(tensors))
         tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": key}
     if isinstance(value, dict):
-        return {"dict": [[name, _split(part, f"{key}.{name}", tensors)] for name, part in value.items()]}
+        return {"dict": [[name, _split(part, tensors)] for name, part in value.items()]}
     if isinstance(value, list | tuple):
-        return [_split(part, f"{key}.{i}", tensors) for i, part in enumerate(value)]
+        return [_split(part, tensors) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}  # JSON has no such number
     return value
 
 
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        return tensors[value["tensor"]] if "tensor" in value else {k: _join(v, tensors) for k, v in value["dict"]}
-    return [_join(part, tensors) for part in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_join(part, tensors) for part in value]
+    match value:
+        case {"tensor": key}:
+            return tensors[key]
+        case {"float": text}:
+            return float(text)
+        case {"dict": pairs}:
+            return {name: _join(part, tensors) for name, part in pairs}
+    return value
 
 
 def _sha256(path: Path) -> str:

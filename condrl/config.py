@@ -10,17 +10,21 @@ import copy
 import dataclasses
 import inspect
 import json
+import math
 import re
+import types as types_module
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from condrl.errors import UsageError
-from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file
+from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
 
 Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
 ASSETS = Path(__file__).parent / "assets"
@@ -135,83 +139,267 @@ DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": 
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_config(words: Sequence[str]) -> Config:
+@dataclass(frozen=True)
+class Part:
+    """What a word of a command line sets: a file, or `key=value`."""
+
+    word: str
+    values: dict[str, Any]  # as YAML reads it
+    texts: dict[str, Any]  # the same with every scalar as it was typed
+    keys: list[str] | None = None  # of `key=value`
+    broken: str | None = None  # why its value is no YAML; it may still be text
+
+    @property
+    def is_file(self) -> bool:
+        return self.keys is None
+
+
+def load_config(words: Sequence[str], default: Path | None = None) -> Config:
     """Merge YAML files and `key=value` words, look up the plugins they name, and check everything.
+
+    With no file among the words, the file `default` comes first, without its rewards if the words name some.
 
     Raises: UsageError, in one line, on an unknown key, a wrong type, a missing file or an unknown plugin.
     """
-    parts = [(word, _read(word)) for word in words]
-    merged = _merged(_without_replaced_plugins(parts, _merged(parts)))
+    parts = [_read(word) for word in words]
+    if default and not any(part.is_file for part in parts):
+        parts = [_default(default, parts), *parts]
+    return _config(parts)
+
+
+def load_for_drawing(file: Path | None, words: Sequence[str]) -> Config:
+    """The model and the deployed sampler of a config file, if any, with `key=value` words; nothing else of it is taken.
+
+    Raises: UsageError as `load_config`, and on a word that is not about drawing.
+    """
+    for word in words:
+        if setting_keys(word)[0] not in ("model", "sampler", "plugins"):
+            raise UsageError(f"{word} has no effect on drawing: settings of model.* and sampler.*, and plugins=, have")
+        if setting_keys(word)[:2] in (["model", "lora"], ["model", "lora_alpha"]):
+            raise UsageError(f"{word} has no effect here: the LoRA is given as a folder, and its scale is --strength")
+    part = _read(str(file)) if file else Part("", {}, {})
+    model = {key: value for key, value in _at(part.values, "model").items() if key not in ("lora", "lora_alpha")}
+    sampler, changes = _at(part.values, "sampler"), _at(part.values, "evaluate.sampler")
+    if changes.get("name", sampler.get("name")) != sampler.get("name"):
+        sampler = {}
+    return _config([replace(part, values={"model": model, "sampler": {**sampler, **changes}}), *map(_read, words)])
+
+
+def _config(parts: Sequence[Part]) -> Config:
+    rough = _merged(parts)
+    _check_list(rough.get("plugins"), list[str], "plugins")
+    for path in rough.get("plugins") or ():
+        load_file(str(path))
+    types = option_types(rough)
+    parts = [_retyped(part, types) for part in parts]
+    merged = _merged(_without_replaced_plugins(parts, rough))
     try:
-        tree: Any = OmegaConf.to_container(merged, resolve=True)
+        tree: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:  # a ${reference} that leads nowhere
         raise UsageError(f"config: {_one_line(error)}") from error
     return build_config(tree)
 
 
-def _merged(parts: Sequence[tuple[str, DictConfig]]) -> Any:
-    merged = OmegaConf.create({})
-    for word, values in parts:
-        merged = _merge(merged, values, word)
+def _default(file: Path, parts: Sequence[Part]) -> Part:
+    part = _read(str(file))
+    named = {name: options for other in parts for name, options in _mapping(other.values.get("rewards")).items()}
+    if all(options is None for options in named.values()):
+        return part
+    taken_away: dict[str, Any] = {name: {} for name, options in named.items() if options is None}
+    return replace(part, values={**part.values, "rewards": taken_away})
+
+
+def _merged(parts: Sequence[Part]) -> dict[str, Any]:
+    """The parts' values, later ones over earlier ones; null takes a reward or a measure away.
+
+    Raises: UsageError where it takes away what no earlier one has.
+    """
+    merged: dict[str, Any] = {}
+    for part in parts:
+        before, merged = merged, _over(merged, part.values)
+        for where in ("rewards", "evaluate.measures"):
+            known, own, section = (_at(tree, where) for tree in (before, part.values, merged))
+            for name in [name for name, options in own.items() if options is None]:
+                if name not in known:
+                    raise UsageError(
+                        f"config {where}.{name}: null takes away what was there, and there was none; for its defaults "
+                        f"write {where}.{name}={{}}"
+                    )
+                del section[name]
     return merged
 
 
-def _without_replaced_plugins(parts: Sequence[tuple[str, DictConfig]], merged: Any) -> list[tuple[str, DictConfig]]:
+def _at(tree: Any, where: str) -> dict[str, Any]:
+    """The section of a tree at some dotted keys; empty where there is none."""
+    for key in where.split("."):
+        tree = _mapping(tree).get(key)
+    return _mapping(tree)
+
+
+def _retyped(part: Part, types: Mapping[str, Any]) -> Part:
+    """The part with the text that was typed where the options are text.
+
+    Raises: UsageError on a word that is not YAML where it has to be.
+    """
+    kind: Any = types
+    for key in part.keys or ():
+        kind = _mapping(kind).get(key)
+    if part.broken and not is_text(kind):
+        raise UsageError(f"cannot read {part.word!r}: {part.broken}")
+    return replace(part, values=as_typed(part.values, part.texts, types))
+
+
+def _over(old: Any, new: Any) -> Any:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return copy.deepcopy(new)
+    both = {key: _over(old[key], value) if key in old else copy.deepcopy(value) for key, value in new.items()}
+    return {**old, **both}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _without_replaced_plugins(parts: Sequence[Part], merged: Mapping[str, Any]) -> list[Part]:
     """The parts, without a file's options for a plugin whose place a later word gives to another plugin."""
     kept = []
-    for word, values in parts:
-        for kind in () if is_setting(word) else DEFAULT_PLUGINS:
+    for part in parts:
+        values = dict(part.values)
+        for kind in DEFAULT_PLUGINS if part.is_file else ():
             name = _plugin_name(values.get(kind))
             if name and name != _plugin_name(merged.get(kind)):
                 common = [f.name for f in dataclasses.fields(GridConfig)] if kind == "sampler" else []
-                values = copy.deepcopy(values)
-                values[kind] = {key: values[kind][key] for key in common if key in values[kind]}
-        kept.append((word, values))
+                values[kind] = {key: values[kind][key] for key in common if key in _mapping(values[kind])}
+        kept.append(replace(part, values=values))
     return kept
 
 
 def _plugin_name(section: Any) -> Any:
-    return section.get("name") if isinstance(section, DictConfig) else section
+    return section.get("name") if isinstance(section, dict) else section
+
+
+# ---------------------------------------------------------------------------------------------- reading words
+
+SETTING = re.compile(r"(?P<key>[\w.:-]+)=(?P<value>.*)", re.DOTALL)
+DOTTED_REWARD = re.compile(r"(?P<section>rewards|evaluate\.measures)\.(?P<name>[\w.]+:\w+)(?:\.(?P<option>\w+))?")
 
 
 def is_setting(word: str) -> bool:
     """Whether a word of a command line is `key=value` rather than a file."""
-    return bool(re.match(r"[\w.:\[\]-]+=", word)) and not Path(word).exists()
+    return bool(SETTING.fullmatch(word)) and not exists(Path(word))
 
 
-def _read(word: str) -> DictConfig:
-    if is_setting(word):
-        try:
-            return OmegaConf.from_dotlist([word])
-        except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
-            raise UsageError(f"cannot read {word!r}: {_one_line(error)}") from error
-    if not Path(word).is_file():
+def setting_keys(word: str) -> list[str]:
+    """The keys of a `key=value` word, `["train", "lr"]`; a reward may be named `rewards.module:object.weight=1`."""
+    found = SETTING.fullmatch(word)
+    assert found
+    dotted = DOTTED_REWARD.fullmatch(found["key"])
+    if dotted:
+        return [*dotted["section"].split("."), *filter(None, (dotted["name"], dotted["option"]))]
+    return found["key"].split(".")
+
+
+def _read(word: str) -> Part:
+    if not is_setting(word):
+        return _read_file(word)
+    *parents, last = setting_keys(word)
+    text = word.partition("=")[2]
+    if not all([*parents, last]):
+        raise UsageError(f"cannot read {word!r}: a setting is section.key=value")
+    value, broken = text, None
+    try:
+        value = _yaml(text)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        broken = _one_line(error)
+    values: dict[str, Any] = {last: value}
+    texts: dict[str, Any] = {last: text}
+    for key in reversed(parents):
+        values, texts = {key: values}, {key: texts}
+    return Part(word, values, texts, [*parents, last], broken)
+
+
+def _yaml(text: str) -> Any:
+    """A value as OmegaConf reads it from YAML, where 1e-5 is a number."""
+    loaded: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    return loaded["value"]
+
+
+def _read_file(word: str) -> Part:
+    path = Path(word)
+    if not path.is_file():
         raise UsageError(f"there is no config file {word}; settings are written key=value")
     try:
-        loaded = OmegaConf.load(word)
-    except Exception as error:
+        text = path.read_text("utf-8")
+        loaded = OmegaConf.create(text)
+        texts = yaml.load(text, yaml.BaseLoader)  # every scalar stays text
+    except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
         raise UsageError(f"cannot read {word}: {_one_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
+    values: Any = OmegaConf.to_container(loaded, resolve=False)
+    if not isinstance(values, dict) or not isinstance(texts, dict):
         raise UsageError(f"{word} is not a config: it should hold keys such as model, sampler, rewards, train")
-    return loaded
+    return Part(word, values, texts)
 
 
-def _merge(schema: Any, values: Any, where: str) -> Any:
-    """OmegaConf.merge with one-line complaints that start with `where`."""
-    try:
-        return OmegaConf.merge(schema, values)
-    except OmegaConfBaseException as error:
-        key = ".".join(part for part in (where, getattr(error, "full_key", None) or "") if part)
-        raise UsageError(f"config {key}: {_one_line(error)}") from error
-    except (TypeError, ValueError) as error:  # OmegaConf's own, where a list or value meets a section
-        raise UsageError(f"config {where}: {_one_line(error)}") from error
+# ---------------------------------------------------------------------------------------------- text is text
 
 
-def _section(values: Any, where: str) -> dict[str, Any]:
-    """Raises: UsageError when what should be a section of keys is something else."""
-    if values is not None and not isinstance(values, Mapping):
-        raise UsageError(f"config {where}: expected a section of keys, got {values!r}")
-    return dict(values or {})
+def option_types(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The type of each key of a config, nested like it, for the plugins that it names."""
+    types: dict[str, Any] = {name: type_hints(schema) for name, schema in SECTIONS.items()}
+    for kind, default in DEFAULT_PLUGINS.items():
+        types[kind] = _plugin_types(kind, _plugin_name(tree.get(kind)) or default)
+    evaluation = _mapping(tree.get("evaluate"))
+    sampler = _plugin_name(tree.get("sampler")) or DEFAULT_PLUGINS["sampler"]
+    types["evaluate"]["sampler"] = _plugin_types("sampler", _plugin_name(evaluation.get("sampler")) or sampler)
+    types["evaluate"]["measures"] = {
+        name: _plugin_types("reward", name) for name in _mapping(evaluation.get("measures"))
+    }
+    types["rewards"] = {name: _plugin_types("reward", name) for name in _mapping(tree.get("rewards"))}
+    return {**types, "plugins": list[str]}
+
+
+def _plugin_types(kind: str, name: Any) -> dict[str, Any]:
+    plugin = REGISTRIES[kind].find(str(name))
+    common = type_hints(GridConfig) if kind == "sampler" else {}
+    return {"name": str, **common, **{option.name: option.type for option in plugin.options.values()}}
+
+
+def as_typed(values: Any, texts: Any, types: Any) -> Any:
+    """`values` with the text that was typed, wherever `types` asks for text: `no` is then not False, nor `007` 7."""
+    if isinstance(types, dict) and isinstance(values, dict):
+        texts = yaml.load(texts, yaml.BaseLoader) if isinstance(texts, str) else texts
+        return {key: as_typed(value, texts.get(str(key)), types.get(key)) for key, value in values.items()}
+    if is_text(types) and isinstance(texts, str) and not (values is None and _allows_null(types)):
+        return texts
+    if isinstance(values, list) and isinstance(texts, str):
+        texts = yaml.load(texts, yaml.BaseLoader)
+    if isinstance(values, list) and isinstance(texts, list) and is_text(_item_type(types)):
+        return [as_typed(value, text, _item_type(types)) for value, text in zip(values, texts, strict=True)]
+    return values
+
+
+def is_text(kind: Any) -> bool:
+    """Whether an annotation allows text and, but for null, nothing else."""
+    if typing.get_origin(kind) is Literal:
+        return all(isinstance(value, str) for value in typing.get_args(kind))
+    if typing.get_origin(kind) in (typing.Union, types_module.UnionType):
+        return all(is_text(part) for part in typing.get_args(kind) if part is not type(None))
+    return kind is str
+
+
+def _allows_null(kind: Any) -> bool:
+    return type(None) in typing.get_args(kind)
+
+
+def _item_type(kind: Any) -> Any:
+    """Of the items of a list[...] or tuple[..., ...], also one that may be null."""
+    for part in (kind, *typing.get_args(kind)):
+        if typing.get_origin(part) in (list, tuple):
+            return typing.get_args(part)[0]
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- building
 
 
 def build_config(tree: Mapping[str, Any]) -> Config:
@@ -238,15 +426,74 @@ def build_config(tree: Mapping[str, Any]) -> Config:
     return config
 
 
+def _section(values: Any, where: str) -> dict[str, Any]:
+    """Raises: UsageError when what should be a section of keys is something else."""
+    if values is not None and not isinstance(values, Mapping):
+        raise UsageError(f"config {where}: expected a section of keys, got {values!r}")
+    return dict(values or {})
+
+
 def _typed(schema: Any, values: Mapping[str, Any], where: str) -> Any:
     """Check `values` against a dataclass."""
+    _check_lists(values, schema, where)
     merged = _merge(OmegaConf.structured(schema), dict(values), where)
+    _check_numbers(merged, where)
     return OmegaConf.to_object(merged)
 
 
+def _merge(schema: Any, values: Any, where: str) -> Any:
+    """OmegaConf.merge with one-line complaints that start with `where`."""
+    try:
+        return OmegaConf.merge(schema, values)
+    except ConfigKeyError as error:
+        *parents, key = str(error.full_key).split(".")
+        known = list(map(str, OmegaConf.select(schema, ".".join(parents)) if parents else schema))
+        known += ["name"] if where in (*DEFAULT_PLUGINS, "evaluate.sampler") else []
+        at = ".".join(filter(None, (where, *parents, key)))
+        near = suggestion(key, known) or f" There are: {', '.join(known)}"
+        raise UsageError(f"config {at}: there is no such key.{near}") from error
+    except OmegaConfBaseException as error:
+        key = ".".join(part for part in (where, getattr(error, "full_key", None) or "") if part)
+        raise UsageError(f"config {key}: {_one_line(error)}") from error
+    except (TypeError, ValueError) as error:  # OmegaConf's own, where a list or value meets a section
+        raise UsageError(f"config {where}: {_one_line(error)}") from error
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Raises: UsageError on a number that is not finite, also within lists and mappings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"config {where}: must be a finite number, got {value}")
+    if isinstance(value, DictConfig):
+        for key in [key for key in value if not OmegaConf.is_missing(value, key)]:
+            _check_numbers(value[key], f"{where}.{key!s}".lstrip("."))
+    elif isinstance(value, ListConfig):
+        for item in value:
+            _check_numbers(item, where)
+
+
+def _check_lists(values: Any, schema: Any, where: str) -> None:
+    """Raises: UsageError as `_check_list`, for a value of a dataclass or of one within it."""
+    for name, kind in type_hints(schema).items() if isinstance(values, Mapping) else ():
+        place = f"{where}.{name}".lstrip(".")
+        if dataclasses.is_dataclass(kind):
+            _check_lists(values.get(name), kind, place)
+        _check_list(values.get(name), kind, place)
+
+
+def _check_list(value: Any, kind: Any, where: str) -> None:
+    """Raises: UsageError on one thing where a list is asked for, or a list that is not as long as it has to be."""
+    kinds = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) in (list, tuple)]
+    if value is None or not kinds:
+        return
+    if not isinstance(value, list | tuple | ListConfig):
+        raise UsageError(f"config {where}: expected a list, as in {where}=[" + str(value) + "]")
+    items = typing.get_args(kinds[0])
+    if typing.get_origin(kinds[0]) is tuple and ... not in items and len(value) != len(items):
+        raise UsageError(f"config {where}: expected {len(items)} values, got {list(value)}")
+
+
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split("full_key:")[0].split()) or type(error).__name__
-    return re.sub(r"^Key '[^']+' not in '\w+'\.?", "there is no such key.", text)
+    return " ".join(str(error).split("full_key:")[0].split()) or type(error).__name__
 
 
 def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
@@ -300,21 +547,34 @@ def check_arithmetic(config: Config) -> None:
     train, images = config.train, config.images_per_epoch
     counts = (
         ("train", train, COUNTS),
-        ("evaluate", config.evaluate, ("images_per_prompt",)),
-        ("run", config.run, ("keep_checkpoints",)),
+        ("train", train, ("steps_per_image",)),
+        ("evaluate", config.evaluate, ("images_per_prompt", "prompts", "every")),
+        ("run", config.run, ("keep_checkpoints", "threads")),
     )
     for where, section, names in counts:
         for name in names:
-            if getattr(section, name) < 1:
-                raise UsageError(f"config {where}.{name}: must be at least 1, got {getattr(section, name)}")
+            value = getattr(section, name)
+            if value is not None and value < 1:
+                raise UsageError(f"config {where}.{name}: must be at least 1, got {value}")
+    for where, value in (
+        ("train.warmup", train.warmup),
+        ("train.weight_decay", train.weight_decay),
+        ("evaluate.pictures", config.evaluate.pictures),
+        ("run.checkpoint_seconds", config.run.checkpoint_seconds),
+    ):
+        if value < 0:
+            raise UsageError(f"config {where}: must be at least 0, got {value}")
+    if not 0 <= config.run.seed < 2**64:
+        raise UsageError(f"config run.seed: must be in [0, 2^64), got {config.run.seed}")
     for name in ("lr", "max_grad_norm"):
         if getattr(train, name) <= 0:
             raise UsageError(f"config train.{name}: must be above 0, got {getattr(train, name)}")
     if not config.run.dir and (Path(config.run.name).name != config.run.name or config.run.name in ("", "..")):
         raise UsageError(f"config run.name: {config.run.name!r} is not the name of a folder; a path goes into run.dir")
-    for where, value in (("train.kl_budget", train.kl_budget), ("evaluate.every", config.evaluate.every)):
-        if value is not None and value <= 0:
-            raise UsageError(f"config {where}: must be above 0, got {value}")
+    if train.kl_budget is not None and train.kl_budget <= 0:
+        raise UsageError(f"config train.kl_budget: must be above 0, got {train.kl_budget}")
+    if train.kl_budget is None and train.over_budget != "stop":
+        raise UsageError("config train.over_budget: has no effect without train.kl_budget")
     if not 0 <= train.max_failed < 1:
         raise UsageError(f"config train.max_failed: must be in [0, 1), got {train.max_failed}")
     if not all(0 <= beta < 1 for beta in train.betas):
@@ -326,6 +586,14 @@ def check_arithmetic(config: Config) -> None:
         )
     if images % train.rollout_batch and images > train.rollout_batch:
         raise UsageError(f"config train.rollout_batch: {sentence}, not divisible by batches of {train.rollout_batch}")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; not for a text that is too long for a path, or holds a NUL."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def locate(path: str) -> Path:
@@ -340,9 +608,20 @@ def to_yaml(config: Config) -> str:
     """The resolved config, loadable again from any folder."""
     tree = dataclasses.asdict(config)
     tree["plugins"] = [str(Path(path).expanduser().resolve()) for path in config.plugins]
-    for name, path in tree["prompts"].items():
-        tree["prompts"][name] = str(locate(path).resolve()) if path and not path.startswith("asset:") else path
+    tree["prompts"] = {name: from_anywhere(path) for name, path in tree["prompts"].items()}
+    tree["run"]["dir"] = config.run.dir and str(Path(config.run.dir).absolute())
+    options = [tree["model"], *tree["rewards"].values(), *tree["evaluate"]["measures"].values()]
+    for section in options:
+        for name, value in section.items():
+            section[name] = from_anywhere(value) if name != "name" else value
     return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def from_anywhere(value: Any) -> Any:
+    """The absolute path of a text that names an existing file or folder; anything else as it is."""
+    if not isinstance(value, str) or not value or value.startswith("asset:") or not exists(locate(value)):
+        return value
+    return str(locate(value).resolve())
 
 
 def config_help() -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +17,21 @@ from condrl.prompts import Row
 from condrl.rewards import Reward, score
 from condrl.rollout import sample
 
+RESAMPLES = 4000  # of the prompts, for a bootstrap
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts with its 95 % confidence interval (normal approximation, prompts as the unit)."""
+    """A mean over prompts with its 95 % confidence interval, prompts as the unit."""
 
     mean: float
     ci95: tuple[float, float] | None  # None for a single prompt
     failed: int = 0  # scores that are left out of it
+
+    @property
+    def half_width(self) -> float:
+        """Of the interval, on its wider side."""
+        return max(self.mean - self.ci95[0], self.ci95[1] - self.mean) if self.ci95 else 0.0
 
 
 @dataclass(frozen=True)
@@ -30,19 +39,83 @@ class Evaluation:
     """What each measure says of a policy on the held-out prompts."""
 
     measures: dict[str, Estimate]
+    scores: dict[str, Tensor]  # (P,) means of the prompts, nan where all of a prompt's scores failed
     pictures: list[Tensor]  # the first images (3, H, W) in [0, 1]
     labels: list[str]
 
 
+def prompt_means(scores: Tensor, images_per_prompt: int) -> Tensor:
+    """(P,) of scores (P * images_per_prompt,), a prompt's images next to each other; nan are left out."""
+    return scores.double().reshape(-1, images_per_prompt).nanmean(1)
+
+
 def estimate(scores: Tensor, images_per_prompt: int) -> Estimate:
-    """Mean and interval of scores (P * images_per_prompt,), a prompt's images next to each other; nan are left out."""
-    means = scores.double().reshape(-1, images_per_prompt).nanmean(1)
+    """Mean and interval of scores (P * images_per_prompt,); nan are left out.
+
+    Shares of yes and no have Wilson's interval, other means a normal one within the range of the prompts' means.
+    """
+    means = prompt_means(scores, images_per_prompt)
     means, failed = means[means.isfinite()], int(scores.isnan().sum())
-    mean = means.mean().item()
-    if len(means) <= 1:
+    mean, count = means.mean().item(), len(means)
+    if count <= 1:
         return Estimate(mean, None, failed)
-    half = 1.96 * means.std().item() / len(means) ** 0.5
-    return Estimate(mean, (mean - half, mean + half), failed)
+    if ((means == 0) | (means == 1)).all():
+        return Estimate(mean, wilson(mean, count), failed)
+    half = 1.96 * means.std().item() / count**0.5
+    return Estimate(mean, (max(means.min().item(), mean - half), min(means.max().item(), mean + half)), failed)
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share of `count`, within [0, 1] (Wilson 1927)."""
+    centre = share + z**2 / (2 * count)
+    half = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    scale = 1 + z**2 / count
+    return min(share, (centre - half) / scale), max(share, (centre + half) / scale)
+
+
+def paired_difference(base: Tensor, tuned: Tensor) -> Estimate:
+    """The mean of tuned - base (P,) over prompts that have both, with a percentile bootstrap over prompts."""
+    differences = (tuned - base).double()
+    differences = differences[differences.isfinite()]
+    if len(differences) <= 1:
+        return Estimate(differences.mean().item(), None)
+    generator = torch.Generator().manual_seed(0)
+    means = torch.stack(
+        [
+            differences[torch.randint(len(differences), differences.shape, generator=generator)].mean()
+            for _ in range(RESAMPLES)
+        ]
+    )
+    low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
+    return Estimate(differences.mean().item(), (low, high))
+
+
+def compared(base: Evaluation, tuned: Evaluation) -> dict[str, dict[str, Any]]:
+    """By measure: its estimates, the paired difference, and the shares of prompts that are better and worse."""
+    found = {}
+    for name in base.measures:
+        before, after = base.scores[name], tuned.scores[name]
+        estimates = {"base": base.measures[name], "tuned": tuned.measures[name]}
+        estimates["difference"] = paired_difference(before, after)
+        both = before.isfinite() & after.isfinite()
+        shares = {"better": (after > before)[both], "worse": (after < before)[both]}
+        found[name] = {
+            **{who: dataclasses.asdict(e) for who, e in estimates.items()},
+            **{which: some.double().mean().item() for which, some in shares.items()},
+        }
+    return found
+
+
+def verdict(comparison: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence on each measure: better or worse where the paired interval leaves out 0, else not shown."""
+    said: dict[str, list[str]] = {"better": [], "worse": [], "not shown": []}
+    for name, row in comparison.items():
+        interval = row["difference"]["ci95"]
+        which = (
+            "not shown" if not interval or interval[0] <= 0 <= interval[1] else "better" if interval[0] > 0 else "worse"
+        )
+        said[which].append(name)
+    return "; ".join(f"{which}: {', '.join(names)}" for which, names in said.items() if names)
 
 
 @torch.no_grad()
@@ -81,4 +154,5 @@ def evaluate(
     if processes:
         found = {name: processes.gather(values, places, count) for name, values in found.items()}
     measured = {name: estimate(values, per_prompt) for name, values in found.items()}
-    return Evaluation(measured, shown, [row.prompt for row in rows[: len(shown)]])
+    means = {name: prompt_means(values, per_prompt) for name, values in found.items()}
+    return Evaluation(measured, means, shown, [row.prompt for row in rows[: len(shown)]])

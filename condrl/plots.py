@@ -18,18 +18,17 @@ from condrl.transition import Coefficients
 
 def save_plots(trainer: Trainer) -> None:
     """Write density.png (1-D) or plane.png (2-D), and objective.png, into the run's images/."""
-    model, folder = trainer.policy.model, trainer.config.folder / "images"
+    model = trainer.policy.model
     if not isinstance(model, Mixture):
         return
-    folder.mkdir(exist_ok=True)
     kappa = getattr(trainer.algorithm, "kappa", 0.0)
     problem = None
     if model.state_shape == (1,) and isinstance(trainer.policy.sampler, Coefficients) and kappa > 0:
         problem = solve(trainer.policy, trainer.rows, trainer.rewards, kappa)
-        plot_densities(problem, trainer.policy, folder / "density.png")
+        plot_densities(problem, trainer.policy, trainer.folder.file("images/density.png"))
     if model.state_shape == (2,):
-        plot_plane(trainer, folder / "plane.png")
-    plot_objective(trainer.config.folder / "metrics.jsonl", problem, folder / "objective.png")
+        plot_plane(trainer, trainer.folder.file("images/plane.png"))
+    plot_objective(trainer.config.folder / "metrics.jsonl", problem, trainer.folder.file("images/objective.png"))
 
 
 def axes_of(rows: int, columns: int, size: float = 3.2) -> tuple[Any, Any]:

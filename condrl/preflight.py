@@ -142,13 +142,13 @@ def smaller(trainer: Trainer) -> Trainer:
     twin, train = copy.copy(trainer), trainer.config.train
     few = dataclasses.replace(
         train,
-        max_failed=max(train.max_failed, 0.5),  # a few images say little of a small share
         prompts_per_epoch=min(train.prompts_per_epoch, PROMPTS * trainer.processes.count),
         images_per_prompt=min(train.images_per_prompt, IMAGES),
         updates_per_epoch=1,
     )
     twin.config = dataclasses.replace(trainer.config, train=few)
     twin.algorithm = copy.deepcopy(trainer.algorithm)
+    twin.allowed_failures = max(train.max_failed, 0.5)  # a few images say little of a small share
     return twin
 
 

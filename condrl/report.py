@@ -57,3 +57,15 @@ def save_comparison(path: Path, base: Sequence[Tensor], tuned: Sequence[Tensor],
     pairs = zip(base, tuned, labels, strict=True)
     tiles = [(image, f"{who}: {label}") for b, t, label in pairs for image, who in ((b, "base"), (t, "tuned"))]
     save_grid(path, [image for image, _ in tiles], [label for _, label in tiles])
+
+
+def log_picture(accelerator: Any, name: str, path: Path, step: int) -> None:
+    """Hand a PNG to the trackers that take pictures."""
+    from PIL import Image
+
+    for tracker in accelerator.trackers:
+        with Image.open(path) as image:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [image.copy()]}, step)

@@ -67,6 +67,12 @@ class Reward:
             )
         return scores.float().where(scores.isfinite(), torch.nan)
 
+    def state_dict(self) -> dict[str, Any]:
+        return getattr(self.call, "state_dict", dict)()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        getattr(self.call, "load_state_dict", lambda _: None)(state)
+
     def rest(self) -> None:
         """Tell a reward that it will not be called for a while."""
         getattr(self.call, "rest", lambda: None)()

@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
+import os
 import platform
 import resource
 import shutil
@@ -25,6 +25,7 @@ from condrl.algorithms import Algorithm
 from condrl.checkpoint import newest_checkpoint, read_checkpoint
 from condrl.config import Config, GridConfig, to_yaml
 from condrl.errors import UsageError
+from condrl.folder import RunFolder
 from condrl.policy import Model, Policy
 from condrl.processes import Processes, asks_for_shards
 from condrl.prompts import Row
@@ -37,8 +38,7 @@ from condrl.transition import Coefficients, Sampler, trained_steps, windowed
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 NOISE_OPTIONS = ("eta", "noise_level")  # what sampler plugins call the option that is 0 for a deterministic step
 UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
-RUN_FILES = ("config.yaml", "metrics.jsonl", "timings.jsonl", "result.json")
-RUN_FOLDERS = ("images", "lora", "checkpoints", "condrl")  # the last is the trackers'
+TRACKED = "condrl"  # the trackers' folder in a run's, and their project
 
 
 def make(kind: str, section: Mapping[str, Any], *arguments: Any) -> Any:
@@ -82,6 +82,26 @@ def make_measures(config: Config) -> list[Reward]:
     """What to report on held-out prompts: `evaluate.measures` and the rewards."""
     measures = [make_reward(name, options) for name, options in config.evaluate.measures.items()]
     return measures + [r for r in make_rewards(config) if r.name not in config.evaluate.measures]
+
+
+def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -> list[str]:
+    """What counts in a run, in lines to print before it."""
+    weights = ", ".join(f"{name} (weight {options['weight']:g})" for name, options in config.rewards.items())
+    lines = [f"rewards: {weights}", f"prompts: {config.prompts.train} ({len(train)})"]
+    if heldout:
+        names = ", ".join(dict.fromkeys([*config.evaluate.measures, *config.rewards]))
+        lines.append(f"measured on {config.prompts.heldout} ({len(heldout)}), base and tuned: {names}")
+    elif config.evaluate.measures or config.evaluate.every or config.evaluate.sampler:
+        lines.append("evaluate.* has no effect without prompts.heldout: nothing will be measured")
+    return lines
+
+
+def find_device(name: str) -> torch.device:
+    """Raises: UsageError when there is no such device here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def make_policy(config: Config, device: torch.device) -> Policy:
@@ -233,24 +253,39 @@ def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None
         raise UsageError("config train.over_budget: adapt changes algorithm.kappa, which is to be above 0 for that")
 
 
-def holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in RUN_FILES)
-
-
 def check_folder(config: Config) -> None:
-    """Raises: UsageError when the folder holds a run already and the config says neither to replace it nor to go on."""
-    if holds_run(config.folder) and not config.run.overwrite and config.run.resume == "never":
+    """Raises: UsageError when a run cannot write to its folder, or would replace another without being told to."""
+    folder = RunFolder(config.folder)
+    folder.check()
+    if folder.holds_run and not config.run.overwrite and config.run.resume == "never":
         raise UsageError(
             f"{config.folder} holds a run already: choose another run.name=, or run.overwrite=true to replace it, or "
             "run.resume=auto to go on"
         )
 
 
+def check_launcher() -> None:
+    """Raises: UsageError on an option of `accelerate launch` that would have no effect."""
+    for variable, without, option, instead in (
+        ("ACCELERATE_MIXED_PRECISION", "no", "--mixed_precision", "use --mixed_precision no, and model.dtype=bfloat16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "no", "--dynamo_backend", "use --dynamo_backend no"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "1",
+            "--gradient_accumulation_steps",
+            "gradients are summed over train.loss_batch pairs at a time: use --gradient_accumulation_steps 1",
+        ),
+    ):
+        given = os.environ.get(variable, without)
+        if given.lower() != without:
+            raise UsageError(f"accelerate launch {option} {given.lower()} has no effect here: {instead}")
+
+
 def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
     """What to go on from, as `run.resume` says, and where it was; None to start anew.
 
-    Raises: UsageError when there is no whole checkpoint where it points, when the run had other settings, or when a
-    run in the folder would be lost.
+    Raises: UsageError when there is no whole checkpoint where it points, when the run had other settings or more
+    epochs, or when a run in the folder would be lost.
     """
     if config.run.resume == "never":
         return None
@@ -260,7 +295,7 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
     else:
         path = Path(config.run.resume).expanduser().resolve()
         found = path, read_checkpoint(path)
-        lost = not continues(config, path) and holds_run(config.folder)
+        lost = not continues(config, path) and RunFolder(config.folder).holds_run
     if lost and not config.run.overwrite:
         raise UsageError(
             f"{config.folder} holds a run that would be lost: choose another run.name=, or run.overwrite=true to "
@@ -268,6 +303,11 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         )
     if found is not None:
         check_same_settings(config, found[0].resolve().parents[1] / "config.yaml")
+        if found[1]["epoch"] > config.train.epochs:
+            raise UsageError(
+                f"run.resume: that run has had {found[1]['epoch']} epochs already, more than train.epochs="
+                f"{config.train.epochs}"
+            )
     return found
 
 
@@ -285,20 +325,17 @@ def check_same_settings(config: Config, saved: Path) -> None:
     free = {"train.epochs"} if config.train.lr_decay == "none" else set()
     for key in sorted({*then, *now} - free):
         matters = key == "run.seed" or not key.startswith(("run.", "evaluate."))
+        if key == "train.epochs" and then.get(key) != now.get(key):
+            raise UsageError(
+                f"run.resume: that run's learning rate falls to zero at the end of its {then.get(key)} epochs "
+                "(train.lr_decay=linear), so it cannot be made longer: start another run from what it learned, with "
+                f"model.lora={saved.parent / 'lora'}"
+            )
         if matters and then.get(key) != now.get(key):
             raise UsageError(
                 f"run.resume: that run had {key}={then.get(key)}, and this config has {now.get(key)}: "
                 "use its settings, or another run.name="
             )
-
-
-def prepare_folder(config: Config) -> None:
-    """Create the run's folder, without what an earlier run left there."""
-    for name in RUN_FILES:
-        (config.folder / name).unlink(missing_ok=True)
-    for name in RUN_FOLDERS:
-        shutil.rmtree(config.folder / name, ignore_errors=True)
-    config.folder.mkdir(parents=True, exist_ok=True)
 
 
 def make_accelerator(config: Config) -> Any:
@@ -339,9 +376,14 @@ def keep_freed_memory() -> None:
             set_option(option, size)
 
 
-def start_trackers(config: Config, accelerator: Any) -> None:
-    """Start what `run.trackers` names, with the config beside the metrics."""
-    accelerator.init_trackers("condrl", config=flatten(dataclasses.asdict(config)))
+def start_trackers(config: Config, accelerator: Any, folder: RunFolder) -> set[str]:
+    """Start what `run.trackers` names, with the config beside the metrics; returns what was in their folder before."""
+    before = folder.files_in(TRACKED)
+    if config.run.trackers:
+        folder.file(f"{TRACKED}/run")  # makes the folder
+    here = {"wandb": {"dir": str(folder.path / TRACKED)}} if "wandb" in config.run.trackers else {}
+    accelerator.init_trackers(TRACKED, config=flatten(dataclasses.asdict(config)), init_kwargs=here)
+    return before
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -379,8 +421,3 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import sys
 import time
@@ -17,15 +16,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from condrl.algorithms import Algorithm, Examples, Experience, Metrics, RatioExamples, every_pair, path_kl, recomputed
-from condrl.checkpoint import save_checkpoint
+from condrl.checkpoint import checkpoint_files, save_checkpoint
 from condrl.config import Config
 from condrl.diagnose import diagnose, spread_metrics
 from condrl.errors import RunError, Stopped, say
+from condrl.folder import RunFolder
 from condrl.noise import Noise, rng_state, seeded_by, set_rng_state
 from condrl.policy import Policy
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
-from condrl.report import save_grid
+from condrl.record import to_json
+from condrl.report import log_picture, save_grid
 from condrl.rewards import Reward, Scores, score, weighted
 
 PICTURES = 8  # images in an epoch's picture
@@ -60,12 +61,14 @@ class Trainer:
             [{"params": group} for group in groups], train.lr, train.betas, weight_decay=train.weight_decay, fused=True
         )
         self.epoch = self.updates = self.images = 0
+        self.folder = RunFolder(config.folder)
         self.metrics_file = config.folder / "metrics.jsonl"  # the same whenever a run is repeated or resumed
         self.bad_updates = self.skipped = 0  # updates without a finite gradient: in a row, in all
         self.first: dict[str, float] = {}  # what the first epoch recorded, with the base model's held-out measures
         self.heldout: Callable[[], dict[str, float]] | None = None  # measures the policy, for `evaluate.every`
         self.spent = False  # whether the run is to end because of train.kl_budget
         self.said: set[str] = set()  # the diagnoses that were printed
+        self.allowed_failures = train.max_failed  # share of the scores of an epoch
 
     # ------------------------------------------------------------------------------------------ phases
 
@@ -179,10 +182,10 @@ class Trainer:
     def check_failures(self, scores: Scores, good: Tensor) -> None:
         """Raises: RunError when too many of all processes' images have no score."""
         share = 1 - good.float().mean().item()
-        if share > self.config.train.max_failed:
+        if share > self.allowed_failures:
             said = next(text for text in self.processes.gather_objects(scores.failure) if text)
             most = self.config.train.max_failed
-            raise RunError(f"{said} ({share:.0%} of an epoch's scores failed; train.max_failed allows {most:.0%})")
+            raise RunError(f"{said} ({share:.0%} of the scores failed; at most train.max_failed={most:g} of them may)")
 
     def examples(self, experience: Experience, epoch: int) -> Examples:
         """What the epoch's updates learn from."""
@@ -304,12 +307,13 @@ class Trainer:
         """Write what the run needs to go on from here; all processes do this together."""
         self.processes.check_same(self.parameters)
         name, state = f"epoch_{self.epoch:08d}", self.state_dict()
-        folder, keep = self.config.folder / "checkpoints", self.config.run.keep_checkpoints
         failure = None
         try:
             if self.processes.first:
-                save_checkpoint(folder, name, state, keep)
-        except RunError as error:
+                for file in checkpoint_files(name):
+                    self.folder.claim(f"checkpoints/{file}")
+                save_checkpoint(self.folder.path / "checkpoints", name, state, self.config.run.keep_checkpoints)
+        except (RunError, OSError) as error:
             failure = str(error)
         failures = self.processes.gather_objects(failure)  # so that all of them raise, or none
         if failures[0]:
@@ -329,6 +333,7 @@ class Trainer:
             "spent": self.spent,
             "kappa": getattr(self.algorithm, "kappa", None),
             "evaluations": self.processes.add_up({"calls": self.policy.model.evaluations})["calls"],
+            "rewards": {reward.name: reward.state_dict() for reward in self.rewards},
             "weights": list(self.weights),
             "modules": {name: module.state_dict() for name, (module, _) in self.algorithm.modules().items()},
             "optimizer": self.optimizer.state_dict(),
@@ -352,6 +357,8 @@ class Trainer:
             module.load_state_dict(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.algorithm.load_state_dict(state["algorithm"])
+        for reward in self.rewards:
+            reward.load_state_dict(state["rewards"][reward.name])
         set_rng_state(state["rng"][self.processes.rank % len(state["rng"])])
         recorded = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
         if self.processes.first and recorded > state["metrics_bytes"]:
@@ -414,7 +421,7 @@ class Trainer:
             line[f"reward/{name}"], line[f"reward/{name}_std"] = values.mean().item(), values.std(correction=0).item()
         line["failed_scores"] = experience.total - int(experience.good.sum())
         line |= {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "skipped_updates": self.skipped}
-        line |= self.processes.add_up({"unet_calls": self.policy.model.evaluations}) | spread_metrics(experience)
+        line |= self.processes.add_up({"network_calls": self.policy.model.evaluations}) | spread_metrics(experience)
         self.first = {**line, **self.first}  # of the first epoch, and of the base model what was measured of it
         found = diagnose(self.first, line)
         if self.processes.first:
@@ -426,12 +433,11 @@ class Trainer:
         for name in found.keys() - self.said:
             tqdm.write(f"warning, epoch {self.epoch}: {found[name]}", file=sys.stderr)
         self.said |= found.keys()
-        self.processes.accelerator.log(line, step=self.epoch)
         timing = {"epoch": self.epoch, **{f"seconds/{name}": round(s, 4) for name, s in clock.seconds.items()}}
         for name, content in (("metrics", line | {"diagnosis": sorted(found)}), ("timings", timing)):
-            with (self.config.folder / f"{name}.jsonl").open("a") as record:
-                record.write(json.dumps(content) + "\n")
-        self.processes.accelerator.log(timing, step=self.epoch)
+            with self.folder.file(f"{name}.jsonl").open("a") as record:
+                record.write(to_json(content) + "\n")
+        self.processes.accelerator.log(line | timing, step=self.epoch)
 
     def picture(self, experience: Experience, epoch: int) -> None:
         """Save the first image of the first prompts, with prompts and rewards; images only, not points."""
@@ -440,7 +446,9 @@ class Trainer:
         every, total = self.config.train.images_per_prompt, experience.scores.total
         chosen = range(0, len(experience.rows), every)[:PICTURES]
         labels = [f"{experience.rows[i].prompt} [{total[i].item():.2f}]" for i in chosen]
-        save_grid(self.config.folder / "images" / f"epoch_{epoch + 1:04d}.png", list(experience.shown), labels)
+        path = self.folder.file(f"images/epoch_{epoch + 1:04d}.png")
+        save_grid(path, list(experience.shown), labels)
+        log_picture(self.processes.accelerator, "images", path, epoch + 1)
 
 
 class Clock:

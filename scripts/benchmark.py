@@ -44,9 +44,10 @@ from condrl.oracle import Line
 from condrl.policy import Policy
 from condrl.prompts import Row as Prompt
 from condrl.prompts import load_prompts
+from condrl.record import write_json
 from condrl.rewards import make_reward
 from condrl.rewards import score as score_of
-from condrl.run import make_sampler, make_trainer, peak_memory_gb, provenance, write_json
+from condrl.run import make_sampler, make_trainer, peak_memory_gb, provenance
 from condrl.run import transfer as transfer_factor
 from condrl.trainer import Clock, Trainer
 from condrl.transition import Coefficients
@@ -225,7 +226,7 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         "unet_weights": weights,
         "seconds": {"load": loaded, **clock.seconds},
         "grad_norm": metrics["grad_norm"],
-        "unet_calls": trainer.policy.model.evaluations,
+        "network_calls": trainer.policy.model.evaluations,
         "settings": words[1:],
     }
 

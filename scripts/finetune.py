@@ -12,7 +12,6 @@ do; nothing is written.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import os
 import signal
 import sys
@@ -22,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from condrl.config import config_help, is_setting, load_config, to_yaml
+from condrl.config import config_help, load_config, to_yaml
 from condrl.errors import SIGNALS, Stopped, UsageError, exit_code, say
 
 if TYPE_CHECKING:
@@ -52,16 +51,27 @@ def finetune(words: list[str]) -> None:
     words, copy = split_json(words)
     dry = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
-    config = load_config([str(QUICKSTART), *words] if all(map(is_setting, words)) else words)
+    config = load_config(words, default=QUICKSTART)
 
     from condrl.prompts import load_prompts
-    from condrl.run import check_combination, check_folder, make_rewards, transfer_warning, write_json
+    from condrl.record import write_json
+    from condrl.run import (
+        check_combination,
+        check_folder,
+        check_launcher,
+        find_checkpoint,
+        make_rewards,
+        transfer_warning,
+    )
+
+    check_launcher()
 
     train = load_prompts(config.prompts.train, "prompts.train")
     heldout = load_prompts(config.prompts.heldout, "prompts.heldout") if config.prompts.heldout else []
     check_combination(config)
     if not dry:
         check_folder(config)
+        find_checkpoint(config)  # for its complaints, before the model is loaded
     make_rewards(config)
     if warning := transfer_warning(config):
         say(f"warning: {warning}")
@@ -113,23 +123,24 @@ def tried_and_tuned(
 ) -> dict[str, Any]:
     """Load the model and try it; unless the run is dry, tune it."""
     from condrl.preflight import preflight
-    from condrl.run import find_checkpoint, make_trainer
+    from condrl.run import announcement, make_trainer
 
-    if not dry:
-        find_checkpoint(config)  # for its complaints, before the model is loaded
     trainer = make_trainer(config, train, heldout, processes)
-    for line in preflight(trainer):
+    for line in [*preflight(trainer), *announcement(config, train, heldout)]:
         say(line)
     return {} if dry else measure_and_tune(trainer, heldout, begun)
 
 
 def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> dict[str, Any]:
     """Measure, tune, save, measure again; the first process writes and prints."""
-    from condrl.run import check_folder, find_checkpoint, peak_memory_gb, provenance, start_trackers, write_json
+    from condrl.evaluate import compared
+    from condrl.record import write_json
+    from condrl.report import log_picture
+    from condrl.run import TRACKED, check_folder, find_checkpoint, peak_memory_gb, provenance, start_trackers
 
-    config, model, processes = trainer.config, trainer.policy.model, trainer.processes
+    config, model, processes, folder = trainer.config, trainer.policy.model, trainer.processes, trainer.folder
     origin = provenance()
-    with locked(config.folder) if processes.first else nullcontext():
+    with folder.locked() if processes.first else nullcontext():
         if processes.first:
             check_folder(config)  # again: another process may have tuned in it meanwhile
         processes.meet()
@@ -138,11 +149,12 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
             say(f"going on from {checkpoint[0]}")
         processes.meet()  # all have read what is now replaced
         if processes.first:
-            prepare(config, checkpoint)
+            prepare(trainer, checkpoint)
         processes.meet()
-        start_trackers(config, processes.accelerator)
+        before = start_trackers(config, processes.accelerator, folder)
         base = heldout_evaluation(trainer, heldout, "base")
         trainer.first = flat(base)
+        processes.accelerator.log(trainer.first, step=0)
         if config.evaluate.every and heldout:
             trainer.heldout = lambda: flat(heldout_evaluation(trainer, heldout, f"after {trainer.epoch + 1} epochs"))
         if checkpoint is not None:
@@ -151,32 +163,43 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
             tune(trainer)
         tuned = heldout_evaluation(trainer, heldout, "tuned")
         result = {
-            "heldout": compared(base, tuned),
+            "heldout": compared(base, tuned) if base and tuned else {},
             "seconds": round(time.monotonic() - begun, 1),
             "peak_memory_gb": round(peak_memory_gb(model.device), 3),
             "images": trainer.images,
-            **processes.add_up({"unet_calls": model.evaluations}),
+            **processes.add_up({"network_calls": model.evaluations}),
             "processes": processes.count,
             "seed": config.run.seed,
             **origin,
         }
         if processes.first:
-            write_json(config.folder / "result.json", result)
-            save_pictures(trainer, base, tuned)
+            write_json(folder.file("result.json"), result)
+            picture = save_pictures(trainer, base, tuned)
+            processes.accelerator.log(tracked_result(result), step=trainer.epoch)
+            if picture:
+                log_picture(processes.accelerator, "before_after", picture, trainer.epoch)
+            for name in folder.files_in(TRACKED) - before:
+                folder.claim(name)
             print(summary(result, config.folder))
     return result
 
 
-def prepare(config: Config, checkpoint: Checkpoint) -> None:
+def prepare(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Make the run's folder what the run expects, and write its config."""
     from condrl.checkpoint import drop_later
-    from condrl.run import continues, prepare_folder
+    from condrl.run import continues
 
-    if checkpoint is None or not continues(config, checkpoint[0]):
-        prepare_folder(config)
+    if checkpoint is None or not continues(trainer.config, checkpoint[0]):
+        trainer.folder.clear()
     else:
         drop_later(checkpoint[0])
-    (config.folder / "config.yaml").write_text(to_yaml(config))
+    trainer.folder.file("config.yaml").write_text(to_yaml(trainer.config))
+
+
+def tracked_result(result: dict[str, Any]) -> dict[str, float]:
+    """The held-out means of a result, as trackers take them."""
+    whos = ("base", "tuned", "difference")
+    return {f"result/{name}/{who}": row[who]["mean"] for name, row in result["heldout"].items() for who in whos}
 
 
 def tune(trainer: Trainer) -> None:
@@ -194,43 +217,25 @@ def tune(trainer: Trainer) -> None:
 
 def save_lora(trainer: Trainer) -> None:
     if trainer.processes.first:
-        trainer.policy.model.save_adapter(trainer.config.folder / "lora")
+        with trainer.folder.replacing("lora") as folder:
+            trainer.policy.model.save_adapter(folder)
 
 
-def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation | None) -> None:
+def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation | None) -> Path | None:
+    """Write before | after, or a toy's plots; returns where the first is."""
     from condrl.plots import save_plots
     from condrl.report import save_comparison
 
     if base and tuned and base.pictures and base.pictures[0].dim() == 3:
-        path = trainer.config.folder / "images" / "before_after.png"
+        path = trainer.folder.file("images/before_after.png")
         save_comparison(path, base.pictures, tuned.pictures, base.labels)
+        return path
     if len(trainer.policy.model.state_shape) == 1:
         try:
             save_plots(trainer)
         except UsageError as error:  # of a policy so far off that exact answers do not reach it
             say(f"warning: no pictures: {error}")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Within it, no other process can tune in the folder.
-
-    Raises: UsageError when one does, or when the folder cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("w")
-    except OSError as error:
-        raise UsageError(f"cannot write to the run's folder: {error}") from error
-    with file:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"another process is tuning in {folder}: choose another run.name=") from None
-        yield
+    return None
 
 
 @contextmanager
@@ -262,7 +267,7 @@ def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Ev
         deployed(config, trainer.policy),
         heldout,
         make_measures(config),
-        seed=1_000_000 + config.run.seed * 100_000,  # far from the seeds a user would sample with
+        seed=(1_000_000 + config.run.seed * 100_000) % 2**62,  # far from the seeds a user would sample with
         per_prompt=config.evaluate.images_per_prompt,
         batch=config.train.rollout_batch,
         pictures=config.evaluate.pictures,
@@ -278,27 +283,25 @@ def flat(found: Evaluation | None) -> dict[str, float]:
     """Each measure's mean and the half-width of its interval, as a line of the record has them."""
     line: dict[str, float] = {}
     for name, e in found.measures.items() if found else ():
-        line |= {f"heldout/{name}": e.mean} | ({f"heldout/{name}_ci95": e.ci95[1] - e.mean} if e.ci95 else {})
+        line |= {f"heldout/{name}": e.mean} | ({f"heldout/{name}_ci95": e.half_width} if e.ci95 else {})
     return line
 
 
-def compared(base: Evaluation | None, tuned: Evaluation | None) -> dict[str, Any]:
-    """Each measure's estimates, base and tuned."""
-    if not base or not tuned:
-        return {}
-    both = {"base": base.measures, "tuned": tuned.measures}
-    return {name: {who: dataclasses.asdict(m[name]) for who, m in both.items()} for name in base.measures}
-
-
 def summary(result: dict[str, Any], folder: Path) -> str:
-    """The result as a table."""
-    lines = [f"{'held-out':<20}{'base':>26}{'tuned':>26}"]
-    for name, row in result["heldout"].items():
-        lines.append(f"{name:<20}" + "".join(f"{interval(row[who]):>26}" for who in ("base", "tuned")))
-    lines.append(
-        f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"
-    )
-    return "\n".join(lines)
+    """The result as a table, with the verdict that its paired differences allow."""
+    from condrl.evaluate import verdict
+
+    comparison = result["heldout"]
+    width = max(map(len, ("held-out", *comparison))) + 2
+    whos = ("base", "tuned", "difference")
+    lines = ["held-out".ljust(width) + "".join(f"{who:>26}" for who in whos)]
+    for name, row in comparison.items():
+        lines.append(name.ljust(width) + "".join(f"{interval(row[who]):>26}" for who in whos))
+    lines.append(verdict(comparison))
+    if not comparison:
+        lines = ["no held-out prompts (prompts.heldout): nothing says whether the model is better"]
+    took = f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"
+    return "\n".join([*lines, took])
 
 
 def interval(estimate: dict[str, Any]) -> str:

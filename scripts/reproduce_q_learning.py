@@ -36,9 +36,10 @@ from condrl.datasets import make_dataset
 from condrl.divergence import knn_kl
 from condrl.errors import UsageError, exit_code
 from condrl.prompts import load_prompts
+from condrl.record import write_json
 from condrl.rewards import score
 from condrl.rollout import rollout
-from condrl.run import make_trainer, write_json
+from condrl.run import make_trainer
 from condrl.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,8 @@ from typing import Any
 from condrl.config import load_config
 from condrl.errors import exit_code
 from condrl.plots import axes_of
-from condrl.run import check_same_settings, write_json
+from condrl.record import write_json
+from condrl.run import check_same_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

@@ -1,21 +1,32 @@
 """Draw images with a fine-tuned LoRA, or with the base model.
 
     python scripts/sample.py runs/quickstart --prompt "a red star left of a blue square" --compare
-    python scripts/sample.py runs/quickstart/lora --prompt "two small green circles" --seeds 0 1 2 3
+    python scripts/sample.py runs/quickstart/lora --prompt "two small green circles" --seeds 0 1 2 3 --strength 0.5
     python scripts/sample.py --prompt "a black square" sampler.steps=30 model.guidance=4
 
-The first word is a run's folder, whose config is used, or a LoRA's folder; without it the base model draws.
-`key=value` words change the model and the sampler as they do for finetune.py.
+The first word is a run's folder, whose model draws with the sampler that it was evaluated with, or a LoRA's folder or
+file; without it the quickstart's base model draws. `key=value` words change the model and the sampler as they do for
+finetune.py. Plugins are code: those that a run's config names are imported only if you name them, plugins=[my.py].
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from condrl.config import Config, is_setting, load_config
+from condrl.config import Config, is_setting, load_for_drawing, setting_keys
 from condrl.errors import UsageError, exit_code
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from condrl.policy import Policy
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -24,11 +35,38 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl, as for finetune.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="an image of each prompt from each seed")
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="of the LoRA; 1 is what was tuned, 0 the base model"
+    )
     parser.add_argument("--compare", action="store_true", help="base | tuned, from the same noise")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="one labelled PNG")
+    parser.add_argument(
+        "--out", type=Path, help="one labelled image; by default samples/0000.png, 0001.png, ... in the run"
+    )
     parser.add_argument("--folder", type=Path, metavar="DIR", help="also write every image there, at its own size")
-    parser.add_argument("--device", default="cuda" if has_cuda() else "cpu")
+    parser.add_argument("--batch", type=int, default=16, help="images drawn at a time; does not change them")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
     return parser.parse_intermixed_args(words)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Check everything that can be checked without the model, then draw."""
+    from condrl.prompts import load_prompts
+    from condrl.run import find_device
+
+    config, lora, home = read_words(args.words)
+    prompts = args.prompt + ([row.prompt for row in load_prompts(args.prompts, "--prompts")] if args.prompts else [])
+    if not prompts:
+        raise UsageError('nothing to draw: give --prompt "a red star" or --prompts FILE')
+    if lora is None and (args.compare or args.strength != 1):
+        raise UsageError("--compare and --strength need a run or LoRA folder beside the base model")
+    if args.batch < 1 or not all(0 <= seed < 2**63 for seed in args.seeds):
+        raise UsageError("--batch has to be at least 1, and --seeds at least 0 and below 2^63")
+    args.out = args.out or unused(home / "samples")
+    for path in filter(None, (args.out.parent, args.folder)):
+        check_folder(path)
+    check_suffix(args.out)
+    args.device = find_device(args.device or ("cuda" if has_cuda() else "cpu"))
+    draw(args, config, lora, prompts)
 
 
 def has_cuda() -> bool:
@@ -37,58 +75,83 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def read_words(words: list[str]) -> tuple[Config, Path | None]:
-    """The config to sample with, and the LoRA.
+def read_words(words: Sequence[str]) -> tuple[Config, Path | None, Path]:
+    """The config to draw with, the LoRA, and the folder of what is drawn.
 
     Raises: UsageError when a folder holds neither a run nor a LoRA.
     """
-    from condrl.checkpoint import LORA_FILE
+    from condrl.models.lora import rank_of
 
-    folders = [Path(word) for word in words if not is_setting(word)]
+    named = [Path(word) for word in words if not is_setting(word)]
     settings = [word for word in words if is_setting(word)]
-    if len(folders) > 1:
-        raise UsageError(f"expected one run or LoRA folder, got {' '.join(map(str, folders))}")
-    if not folders:
-        return load_config(settings), None
-    (folder,) = folders
-    if (folder / LORA_FILE).is_file() or folder.is_file():
-        runs = [parent / "config.yaml" for parent in folder.resolve().parents[:2]]
-        return load_config([str(run) for run in runs if run.is_file()][:1] + settings), folder
-    if not (folder / "config.yaml").is_file() or not (folder / "lora" / LORA_FILE).is_file():
-        raise UsageError(f"{folder} holds neither a finished run (config.yaml and lora/) nor {LORA_FILE}")
-    return load_config([str(folder / "config.yaml"), *settings]), folder / "lora"
+    if len(named) > 1:
+        raise UsageError(f"expected one run or LoRA, got {' '.join(map(str, named))}")
+    default = None if any(setting_keys(word) == ["model", "path"] for word in settings) else QUICKSTART
+    if not named:
+        return load_for_drawing(default, settings), None, Path("runs")
+    lora, run = find(named[0])
+    if run is None:
+        settings = [f"model.lora_rank={rank_of(lora)}", *settings]
+    return load_for_drawing(run / "config.yaml" if run else default, settings), lora, run or Path("runs")
 
 
-def draw(args: argparse.Namespace) -> None:
-    import torch
-    from torch import Tensor
+def find(path: Path) -> tuple[Path, Path | None]:
+    """The LoRA file that a path means, and the folder of the run that it is of, if any.
 
-    from condrl.noise import seeded
-    from condrl.prompts import load_prompts
+    Raises: UsageError when there is none.
+    """
+    from condrl.models.lora import find_lora
+
+    from condrl.checkpoint import MODULE_FILE
+
+    if not path.exists():
+        raise UsageError(f"there is no run or LoRA {path}; settings are written key=value")
+    run = next((f for f in (path, *path.resolve().parents[:2]) if (f / "config.yaml").is_file()), None)
+    lora = path / "lora" if run == path else path
+    if (lora / MODULE_FILE).is_file():
+        raise UsageError(f"{run or lora} is a run on points, not images: see the plots in its images/")
+    if run == path and not lora.is_dir():
+        raise UsageError(f"the run {path} is not finished: it has no lora/ yet")
+    return find_lora(lora), run
+
+
+def check_folder(path: Path) -> None:
+    """Raises: UsageError when files cannot be written there."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UsageError(f"cannot write to {path}: {existing} is a file")
+
+
+def check_suffix(path: Path) -> None:
+    """Raises: UsageError when no format of images goes by the path's ending."""
+    from PIL import Image
+
+    Image.init()
+    if path.suffix.lower() not in Image.EXTENSION or path.is_dir():
+        raise UsageError(f"--out {path}: give the name of an image, as {path.stem or 'samples'}.png")
+
+
+def unused(folder: Path) -> Path:
+    """The first of folder/0000.png, 0001.png, ... that is not there."""
+    return next(path for i in itertools.count() if not (path := folder / f"{i:04d}.png").exists())
+
+
+def draw(args: argparse.Namespace, config: Config, lora: Path | None, prompts: Sequence[str]) -> None:
+    """Draw each prompt from each seed, and write the images."""
+    from condrl.models.lora import scale_lora
+
     from condrl.report import save_comparison, save_grid, to_pil
-    from condrl.rollout import sample
     from condrl.run import make_policy
 
-    config, lora = read_words(args.words)
-    prompts = args.prompt + ([row.prompt for row in load_prompts(args.prompts, "--prompts")] if args.prompts else [])
-    if not prompts:
-        raise UsageError('nothing to draw: give --prompt "a red star" or --prompts FILE')
-    if args.compare and lora is None:
-        raise UsageError("--compare needs a run or LoRA folder to compare with the base model")
-    policy = make_policy(config, torch.device(args.device))
-    seeds = [seed for _ in prompts for seed in args.seeds]
-    prompts = [prompt for prompt in prompts for _ in args.seeds]
-    condition = policy.model.encode(prompts)
-    labels = [f"{prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)]
-
-    @torch.no_grad()
-    def images() -> list[Tensor]:
-        return list(policy.model.decode(sample(policy, condition, seeded(seeds), config.train.rollout_batch)))
-
-    base = images() if args.compare or not lora else []
+    policy = make_policy(config, args.device)
+    pairs = [(prompt, seed) for prompt in prompts for seed in args.seeds]
+    labels = [f"{prompt} (seed {seed})" for prompt, seed in pairs]
+    base = images(policy, pairs, args.batch, "base") if args.compare or not lora else []
     if lora:
         policy.model.load_adapter(lora)
-    final = images() if lora else base
+        scale_lora(policy.model.module, args.strength)
+    final = images(policy, pairs, args.batch, "tuned") if lora else base
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.compare:
         save_comparison(args.out, base, final, labels)
     else:
@@ -100,5 +163,23 @@ def draw(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def images(policy: Policy, pairs: Sequence[tuple[str, int]], batch: int, who: str) -> list[Tensor]:
+    """An image (3, H, W) in [0, 1] for each pair of prompt and seed."""
+    import torch
+    from tqdm import tqdm
+
+    from condrl.noise import seeded
+    from condrl.rollout import sample
+
+    drawn: list[Tensor] = []
+    condition = policy.model.encode([prompt for prompt, _ in pairs])
+    with torch.no_grad():
+        for start in tqdm(range(0, len(pairs), batch), desc=who, disable=None):
+            part = slice(start, start + batch)
+            latents = sample(policy, condition[part], seeded([seed for _, seed in pairs[part]]), batch)
+            drawn.extend(policy.model.decode(latents).cpu())
+    return drawn
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: draw(parse(sys.argv[1:]))))
+    sys.exit(exit_code(lambda: main(parse(sys.argv[1:]))))

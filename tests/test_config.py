@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from helpers import ROOT, load_script
 
@@ -37,7 +39,7 @@ def test_resolved_config_loads_again_to_itself(tmp_path):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("train.epohcs=3", r"train\.epohcs: there is no such key\. Did you mean: 'epochs'"),
+        ("train.epohcs=3", r"train\.epohcs: there is no such key\. Did you mean 'epochs'"),
         ("trian.epochs=3", r"trian.*'train'"),
         ("sampler.etaa=1", r"sampler\.etaa: .*'eta'"),
         ("algorithm.temprature=1", r"algorithm\.temprature: .*'temperature'"),
@@ -75,7 +77,7 @@ def test_broken_yaml_is_one_line(tmp_path):
         load_config([str(file)])
     assert "\n" not in str(error.value)
     file.write_text("just words\n")
-    with pytest.raises(UsageError, match="just words"):
+    with pytest.raises(UsageError, match="is not a config"):
         load_config([str(file)])
 
 
@@ -103,6 +105,102 @@ def test_a_files_options_go_with_the_plugin_they_were_written_for(tmp_path):
         load_config([str(file), "algorithm.draws=3", "algorithm.name=ddpo"])
 
 
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("run.name=2026_11_25", "2026_11_25"),
+        ("run.name=007", "007"),
+        ("run.name=1.10", "1.10"),
+        ("run.name=12:30", "12:30"),
+        ("run.name=no", "no"),
+        ("run.name=1e3", "1e3"),
+        ("run.name=null", "null"),
+        ("run.name=2026-11-25", "2026-11-25"),
+        ("run.name=~", "~"),
+        ("run.dir=runs/try #2", "runs/try #2"),
+        ("run.dir=null", None),
+        ("run.dir=a: b", "a: b"),
+        ("model.negative_prompt=blurry #1 ugly", "blurry #1 ugly"),
+        ("model.negative_prompt=no", "no"),
+        ("model.negative_prompt=", ""),
+        ("model.negative_prompt=[bad", "[bad"),
+        ("model.negative_prompt='quoted'", "'quoted'"),
+        ("model.negative_prompt=a=b", "a=b"),
+        ("model.path=007", "007"),
+        ("model.lora=null", None),
+        ("model.lora=0123", "0123"),
+        ("train.lr_decay=none", "none"),
+        ("sampler.spacing=null", None),
+        ("model.lora_targets=[007,no]", ["007", "no"]),
+        ("rewards.vlm_judge={url: 'http://x', model: 1.10, question: no}", {"model": "1.10", "question": "no"}),
+        ("train.lr=1e-4", 1e-4),
+        ("train.kl_budget=null", None),
+        ("train.normalise_rewards=yes", True),
+    ],
+)
+def test_text_is_text(word, value):
+    """Where the schema says text, the word typed is the text; elsewhere it is YAML."""
+    more = ["model.guidance=2"] if "negative_prompt" in word else []
+    config = load_config([QUICKSTART, word, *more])
+    section, key, *_ = word.split("=")[0].split(".")
+    found = getattr(config, section)
+    found = found[key] if isinstance(found, dict) else getattr(found, key)
+    if isinstance(value, dict):
+        found = {name: found[name] for name in value}
+    assert (list(found) if isinstance(found, tuple) else found) == value
+    assert type(found) is type(value) or isinstance(value, list)
+
+
+def test_text_in_a_file_is_text(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("run: {name: 2026_11_25}  # a comment\nmodel: {guidance: 2, negative_prompt: no, lora: null}\n")
+    config = load_config([str(file)])
+    assert (config.run.name, config.model["negative_prompt"], config.model["lora"]) == ("2026_11_25", "no", None)
+
+
+def test_rewards_on_the_command_line_replace_the_defaults():
+    def names(*words, default=Path(QUICKSTART)):
+        return load_config(words, default=default).rewards
+
+    assert set(names()) == {"shapes", "shapes_exact"}
+    assert names("rewards.sharpness.weight=2") == {"sharpness": {"weight": 2.0}}
+    assert names("rewards.shapes.weight=2") == {"shapes": {"weight": 2.0}}
+    assert set(names("rewards.shapes=null")) == {"shapes_exact"}
+    assert set(names("rewards.shapes=null", "rewards.sharpness.weight=1")) == {"sharpness"}
+    assert set(names("train.epochs=3", "evaluate.measures.sharpness={}")) == {"shapes", "shapes_exact"}
+    assert set(names(QUICKSTART, "rewards.sharpness.weight=2")) == {"shapes", "shapes_exact", "sharpness"}
+    assert set(names(QUICKSTART, "rewards.sharpness.weight=2", "rewards.shapes=null")) == {"shapes_exact", "sharpness"}
+    assert set(load_config([QUICKSTART, "evaluate.measures.shapes=null"]).evaluate.measures) == {"shapes_exact"}
+
+
+def test_a_resolved_config_loads_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "lora", "ref.png", "mine.txt", "mine.py"):
+        (tmp_path / name).touch()
+    words = ["model.path=model", "model.lora=lora", "rewards.similarity.images=ref.png", "prompts.train=mine.txt"]
+    words += ["evaluate.measures.similarity.images=ref.png", "plugins=[mine.py]", "run.dir=out/run", "run.name=model"]
+    text = to_yaml(load_config(words))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "config.yaml").write_text(text)
+    config = load_config(["config.yaml"])
+    assert config.model["path"] == str(tmp_path / "model")
+    assert config.model["lora"] == str(tmp_path / "lora")
+    assert config.rewards["similarity"]["images"] == str(tmp_path / "ref.png")
+    assert config.evaluate.measures["similarity"]["images"] == str(tmp_path / "ref.png")
+    assert config.plugins == [str(tmp_path / "mine.py")]
+    assert config.folder == tmp_path / "out" / "run"
+    assert config.run.name == "model"  # a name, also where a file has it
+    assert to_yaml(config) == text
+
+
+def test_a_long_text_is_no_path():
+    question = "why? " * 100
+    words = ["rewards.vlm_judge.url=http://x", "rewards.vlm_judge.model=m", f"rewards.vlm_judge.question={question}"]
+    assert load_config([QUICKSTART, *words]).rewards["vlm_judge"]["question"] == question
+    to_yaml(load_config([QUICKSTART, *words]))
+
+
 def test_help_shows_every_key_with_a_comment():
     lines = config_help().splitlines()
     assert any(line.startswith("  lr: 0.0003  # AdamW learning rate") for line in lines)
@@ -112,7 +210,7 @@ def test_help_shows_every_key_with_a_comment():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.epohcs=3"], "Did you mean: 'epochs'"),
+        (["train.epohcs=3"], "Did you mean 'epochs'"),
         (["--json"], "--json needs a file"),
         (["train.lr=fast"], "train.lr"),
         (["prompts.train=nowhere.txt"], "prompts.train: there is no prompt file 'nowhere.txt'"),

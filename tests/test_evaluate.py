@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import condrl
-from condrl.evaluate import estimate, evaluate
+from condrl.evaluate import estimate, evaluate, paired_difference, verdict
 from condrl.policy import Policy
 from condrl.prompts import Row
 from condrl.report import grid, labelled, save_comparison, to_pil
@@ -18,12 +18,51 @@ def mean_level(samples, prompts):
 
 
 def test_estimate_takes_prompts_as_the_unit():
-    scores = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0])  # three prompts, two images each
+    scores = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0])  # five prompts, two images each
     found = estimate(scores, 2)
-    means = torch.tensor([0.5, 1.0, 0.0]).double()
-    half = 1.96 * means.std().item() / 3**0.5
+    means = torch.tensor([0.5, 1.0, 0.0, 0.5, 0.5]).double()
+    half = 1.96 * means.std().item() / 5**0.5
     assert found.mean == 0.5
     assert found.ci95 == pytest.approx((0.5 - half, 0.5 + half))
+
+
+@pytest.mark.parametrize(("yes", "count"), [(20, 20), (0, 3), (20, 40), (49, 50)])
+def test_the_interval_of_a_share_is_wilsons_within_0_and_1(yes, count):
+    """Its ends are the shares p from which what was seen is 1.96 standard deviations of p away."""
+    scores = torch.zeros(count)
+    scores[:yes] = 1
+    low, high = estimate(scores, 1).ci95
+    assert 0 <= low <= yes / count <= high <= 1
+    for p in (low, high):
+        if 1e-9 < p < 1 - 1e-9:
+            assert abs(yes / count - p) == pytest.approx(1.96 * (p * (1 - p) / count) ** 0.5)
+    assert high - low > 0.01  # not even where all agree
+
+
+def test_the_paired_interval_is_that_of_the_differences():
+    generator = torch.Generator().manual_seed(0)
+    base = 5 * torch.randn(400, generator=generator).double()  # prompts differ much more than the tuning changes them
+    change = 0.2 + 0.5 * torch.randn(400, generator=generator).double()
+    found = paired_difference(base, base + change)
+    half = 1.96 * change.std().item() / 20
+    assert found.mean == pytest.approx(change.mean().item())
+    assert found.ci95 == pytest.approx((found.mean - half, found.mean + half), abs=0.01)
+    nan = torch.full((3,), torch.nan)
+    with_gaps = paired_difference(torch.cat([base, nan]), torch.cat([base + change, torch.ones(3)]))
+    assert with_gaps.mean == pytest.approx(found.mean)  # a prompt without one of the two is left out
+
+
+def test_a_verdict_rests_on_the_paired_interval():
+    def row(low, high):
+        return {"difference": {"mean": (low + high) / 2, "ci95": (low, high)}}
+
+    rows = {
+        "a": row(0.01, 0.2),
+        "b": row(-0.1, 0.1),
+        "c": row(-0.3, -0.1),
+        "d": {"difference": {"mean": 1, "ci95": None}},
+    }
+    assert verdict(rows) == "better: a; worse: c; not shown: b, d"
 
 
 def test_intervals_cover_the_truth_95_percent_of_the_time():

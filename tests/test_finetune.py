@@ -53,7 +53,7 @@ def test_a_run_leaves_everything_behind(run):
     assert result["images"] == 16
     # held-out twice, two roll-outs, the ratio check of epochs 1 and 2, two updates
     guided = 2 if load_config([str(folder / "config.yaml")]).model["guidance"] != 1 else 1
-    assert result["unet_calls"] == guided * (2 * 6 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 2)
+    assert result["network_calls"] == guided * (2 * 6 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 2)
     assert result["seed"] == 0
     assert 0 < result["peak_memory_gb"] < 3
     assert 0 < result["seconds"] < 300
@@ -190,7 +190,7 @@ def test_help_lists_the_config():
         ([], "nothing to draw"),
         (["nowhere", "--prompt", "x"], "nowhere holds neither"),
         (["--prompt", "x", "--compare"], "--compare needs"),
-        (["--prompt", "x", "model.guidence=3"], "Did you mean: 'guidance'"),
+        (["--prompt", "x", "model.guidence=3"], "Did you mean 'guidance'"),
     ],
 )
 def test_sample_mistakes_are_one_line(words, message, tmp_path):

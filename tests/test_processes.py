@@ -53,7 +53,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         assert len(records[0]) == len(records[1]) == 2
         for line, other in zip(*(map(json.loads, record) for record in records), strict=True):
             assert line.keys() == other.keys()
-            for key in line.keys() - {"diagnosis", "unet_calls"}:  # each process checks some ratios
+            for key in line.keys() - {"diagnosis", "network_calls"}:  # each process checks some ratios
                 assert other[key] == pytest.approx(line[key], rel=1e-3, abs=1e-4), (name, key)
 
 
@@ -120,7 +120,7 @@ def test_a_run_of_two_processes_ends_like_one(more, tmp_path):
     records = [(tmp_path / folder / "metrics.jsonl").read_text().splitlines() for folder in ("one", "two")]
     for line, other in zip(*(map(json.loads, record) for record in records), strict=True):
         assert line.keys() == other.keys()
-        for key in line.keys() - {"diagnosis", "unet_calls"}:
+        for key in line.keys() - {"diagnosis", "network_calls"}:
             assert other[key] == pytest.approx(line[key], rel=1e-2, abs=1e-2), key
 
 
@@ -187,7 +187,7 @@ def test_sharded_weights_tune_like_whole_ones(tmp_path):
     assert (sharded - whole).norm() < 0.02 * whole.norm()  # Adam makes much of gradients near zero
     for line, other in zip(*results, strict=True):
         assert line.keys() == other.keys()
-        for key in line.keys() - {"diagnosis", "unet_calls"}:
+        for key in line.keys() - {"diagnosis", "network_calls"}:
             assert other[key] == pytest.approx(line[key], rel=1e-2, abs=1e-3), key
 
 

@@ -65,7 +65,7 @@ class AdjointMatching(Algorithm):
 
     def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Examples:
         r, means = experience.rollout, torch.empty_like(experience.rollout.states[1:])
-        for images in torch.arange(len(r.condition)).split(train.rollout_batch):
+        for images in torch.arange(len(r.condition)).split(min(train.rollout_batch, train.loss_batch)):
             rows = images.to(means.device)
             for k, mean in self._targets(policy, r.states[:, rows], r.condition[images], images, experience):
                 means[k, rows] = mean

@@ -1,15 +1,47 @@
 """GRPO on denoising steps (Shao et al. 2024; Liu et al. 2025, Flow-GRPO)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 import condrl
-from condrl.algorithms import ClippedPolicyGradient
+from condrl.algorithms import ClippedPolicyGradient, Metrics, Steps, clipped
+from condrl.credit import group_advantages
+from condrl.policy import Policy
+from condrl.transition import Transition
 
 
 @condrl.algorithm
 @dataclass(kw_only=True)
 class GRPO(ClippedPolicyGradient):
-    """Group-relative advantages, clipped weights, an exact KL (Liu et al. 2025; THEORY 7.4).
+    """Group-relative advantages and clipped weights with Flow-GRPO's defaults (Liu et al. 2025; THEORY 7.4).
 
-    For MixGRPO's window of noisy steps set sampler.noise_steps (Li et al. 2025; THEORY 7.5).
+    Published are means over the D dimensions where other algorithms here have sums: the clip range bounds the ratio per
+    dimension, exp(log w / D). The gradient is that of the sum, so that kappa keeps its unit. For MixGRPO's window of
+    noisy steps set sampler.noise_steps (Li et al. 2025; THEORY 7.5).
     """
+
+    clip_range: float = 1e-4  # bound on |ratio per dimension - 1|, the same for every step
+    global_std: bool = True  # divide by the standard deviation of all rewards of the epoch, not of a prompt's
+
+    def scale(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        if not self.global_std:
+            return super().scale(rewards, groups)
+        return torch.full_like(rewards, 1 / (rewards.std(correction=0).item() + 1e-4))
+
+    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        if not self.normalise:
+            return super().advantages(rewards, groups)
+        centred = group_advantages(rewards, groups, False, self.leave_one_out)
+        return self.bounded(centred * self.scale(rewards, groups))
+
+    def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
+        dimensions = batch.next_x[0].numel()
+        log_ratio = law.log_prob(batch.next_x) - batch.old_log_prob
+        loss, metrics = clipped(log_ratio / dimensions, batch.advantage, self.clip_range)
+        with torch.no_grad():
+            metrics["approx_kl"] = (torch.expm1(log_ratio.clamp(max=20)) - log_ratio).float().mean()  # nats per step
+        return dimensions * loss, metrics

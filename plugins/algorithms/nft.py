@@ -19,7 +19,7 @@ from condrl.schedule import like
 class NFT(Algorithm):
     """DiffusionNFT: no likelihoods, so any sampler, and far less gradient noise (Zheng et al. 2025)."""
 
-    temperature: float = 3.0  # an epoch aims at the density p (1 + advantage / temperature); larger: smaller steps
+    temperature: float = 3.0  # the larger, the smaller an epoch's step, E[A error] / temperature
     draws: int = 4  # times at which each image is noised
     times: tuple[float, float] = (0.1, 0.97)  # their range, as a share of the schedule's time
     normalise: bool = True  # divide a group's advantages by its standard deviation

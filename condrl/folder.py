@@ -1,0 +1,172 @@
+"""A run's folder. What the program writes there is on a list in it, and nothing else is ever removed or replaced."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from condrl.errors import RunError, UsageError
+
+MANIFEST = "condrl_files.txt"  # the list: a path per line
+LOCK = "lock"
+
+
+class RunFolder:
+    """A folder whose files are listed before they are written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._listed: set[str] | None = None
+
+    @property
+    def listed(self) -> set[str]:
+        """The relative paths of what runs wrote here; a line that was cut short does not count."""
+        if self._listed is None:
+            text = self._read_manifest()
+            lines = text[: text.rfind("\n") + 1].split("\n")
+            self._listed = {line for line in lines if _is_inside(line)}
+        return self._listed
+
+    def _read_manifest(self) -> str:
+        manifest = self.path / MANIFEST
+        try:
+            return manifest.read_text("utf-8") if manifest.is_file() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read {manifest}, the list of what runs wrote there: {error}") from error
+
+    @property
+    def is_a_runs(self) -> bool:
+        return (self.path / MANIFEST).is_file()
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether something that a run wrote is still there."""
+        return any((self.path / name).exists() for name in self.listed)
+
+    # ------------------------------------------------------------------------------------------ checking
+
+    def check(self) -> None:
+        """Raises: UsageError when a run cannot write here, or when the folder belongs to somebody else."""
+        try:
+            there = self.path.exists()
+            existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the run's folder cannot be made: {error}") from error
+        if not existing.is_dir():
+            raise UsageError(f"the run's folder cannot be {self.path}: {existing} is a file; choose another run.name=")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot write to {existing}: choose another folder with run.dir=")
+        foreign = [p.name for p in self.path.iterdir() if p.name != LOCK] if there and not self.is_a_runs else []
+        if foreign:
+            raise UsageError(
+                f"{self.path} holds {min(foreign)}, which no run wrote: choose another run.name= or run.dir=, a folder "
+                "that is empty or does not exist yet"
+            )
+
+    # ------------------------------------------------------------------------------------------ writing
+
+    def claim(self, name: str) -> Path:
+        """Where to write the file of that relative path, which is on the list from now on.
+
+        Raises: RunError where a link would lead out of the folder.
+        """
+        path = self.path
+        for part in PurePosixPath(name).parts:
+            path = path / part
+            if path.is_symlink():
+                raise RunError(f"{path} is a link, and a run does not write through links: remove it")
+        if name not in self.listed:
+            with (self.path / MANIFEST).open("a", encoding="utf-8") as manifest:
+                manifest.write(name + "\n")
+            self.listed.add(name)
+        return path
+
+    def file(self, name: str) -> Path:
+        """As `claim`, and the folder of the file exists."""
+        path = self.claim(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """Yield a new folder; at the end its files take the places of those that runs wrote into the folder `name`.
+
+        Raises: RunError where a file is in the way that no run wrote; the new ones are then in the folder yielded.
+        """
+        part = f".{name}.part"
+        self._remove(self.files_in(part))  # left by a process that was killed
+        (self.path / part).mkdir(exist_ok=True)
+        yield self.path / part
+        moves = {each: name + each.removeprefix(part) for each in sorted(self.files_in(part))}
+        for each, target in moves.items():
+            self.claim(each)
+            if target not in self.listed and (self.path / target).exists():
+                raise RunError(
+                    f"{self.path / target} is in the way, and no run wrote it; see {self.path / part} instead"
+                )
+        self.remove(name, but=moves.values())
+        for each, target in moves.items():
+            (self.path / each).replace(self.file(target))
+        _remove_empty(self.path / part, self.path)
+
+    def files_in(self, name: str) -> set[str]:
+        """The relative paths of all files in one of its folders."""
+        return {p.relative_to(self.path).as_posix() for p in (self.path / name).rglob("*") if p.is_file()}
+
+    # ------------------------------------------------------------------------------------------ removing
+
+    def clear(self) -> None:
+        """Remove what runs wrote, and the folders that this leaves empty."""
+        self._remove(self.listed)
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        self._listed = None
+
+    def remove(self, name: str, but: Collection[str] = ()) -> None:
+        """Remove what runs wrote into one of its folders."""
+        self._remove([each for each in self.listed if each.startswith(f"{name}/") and each not in but])
+
+    def _remove(self, names: Collection[str]) -> None:
+        for name in sorted(names):
+            path = self.path / name
+            if path.parent.resolve().is_relative_to(self.path.resolve()):  # not through a link that leads elsewhere
+                path.unlink(missing_ok=True)
+                _remove_empty(path.parent, self.path)
+
+    # ------------------------------------------------------------------------------------------ one run at a time
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it, no other process can tune in the folder.
+
+        Raises: UsageError when one does, or when the folder cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        except OSError as error:
+            raise UsageError(f"cannot write to the run's folder: {error}") from error
+        with os.fdopen(handle, "r+") as file:
+            if sys.platform != "win32":
+                import fcntl
+
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UsageError(f"another process is tuning in {self.path}: choose another run.name=") from None
+            yield
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a line of the list names a file in the folder."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts
+
+
+def _remove_empty(path: Path, root: Path) -> None:
+    """Remove a folder below `root` if it is empty, and then its parents."""
+    while path != root and path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+        path = path.parent

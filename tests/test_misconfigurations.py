@@ -1,0 +1,234 @@
+"""What users get wrong: exit code 2, one line that says what to change, before any model is loaded or file written."""
+
+from pathlib import Path
+
+import pytest
+from helpers import load_script
+
+import condrl.run
+from condrl.registry import REGISTRIES
+
+TREE = {
+    "prompts.txt": "a red star\ntwo blue circles\n",
+    "empty.txt": "\n\n",
+    "latin1.txt": "caf\xe9\n".encode("latin1"),
+    "utf16.txt": "a red star\n".encode("utf-16"),
+    "prompts.csv": "a red star\n",
+    "broken.jsonl": '{"prompt": "a red star"}\n{"prompt"\n',
+    "array.jsonl": '["a red star"]\n',
+    "number.jsonl": '{"prompt": 7}\n',
+    "pointer.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+    "broken.yaml": "train: [1,\n",
+    "list.yaml": "- train\n",
+    "text.yaml": "just words\n",
+    "missing.yaml": "prompts:\n  train: ???\n",
+    "null_reward.yaml": "rewards:\n  shapes:\n",
+    "section.yaml": "train: 5\n",
+    "syntax.py": "def broken(:\n",
+    "raises.py": "raise RuntimeError('no luck')\n",
+    "needs.py": "import a_package_that_is_not_there\n",
+    "leaves.py": "import sys\nsys.exit(3)\n",
+    "clash.py": "import condrl\n@condrl.reward\ndef shapes(samples, prompts): return samples.mean((1, 2, 3))\n",
+    "weight.py": "import condrl\n@condrl.reward\ndef mine(samples, prompts, *, weight: float = 1): return samples\n",
+    "total.py": "import condrl\n@condrl.reward\ndef total(samples, prompts): return samples.mean((1, 2, 3))\n",
+    "unprompted.py": "import condrl\n@condrl.reward\ndef mine(samples): return samples.mean((1, 2, 3))\n",
+    "steps.py": "import condrl\n@condrl.sampler\ndef mine(schedule, times, *, steps: int = 1): return None\n",
+    "good.py": "import condrl\n@condrl.reward\ndef mine(samples, prompts, *, level: float): return samples.mean((1, 2, 3))\n",
+    "a_file": "",
+    "pictures/holiday.png": "mine",
+}
+
+CASES = [
+    # keys and types
+    ("train.epohcs=3", "train.epohcs: there is no such key. Did you mean 'epochs'?"),
+    ("trian.epochs=3", "trian: there is no such key. Did you mean 'train'?"),
+    ("lr=1e-4", "lr: there is no such key"),
+    ("train.learning_rate=1e-4", "train.learning_rate: there is no such key. There are: epochs"),
+    ("algorithm.kappa=1 algorithm.name=ddpo sampler.etaa=1", "sampler.etaa: there is no such key. Did you mean 'eta'?"),
+    ("evaluate.sampler.nmae=ddim", "evaluate.sampler.nmae: there is no such key. Did you mean 'name'?"),
+    ("evaluate.sampler.seed=1", "evaluate.sampler.seed: there is no such key. There are: "),
+    ("model.guidence=1", "model.guidence: there is no such key. Did you mean 'guidance'?"),
+    ("rewards.shapes.wieght=1", "rewards.shapes.wieght: there is no such key. Did you mean 'weight'?"),
+    ("evaluate.measures.shapes.weight=1", "evaluate.measures.shapes.weight: there is no such key"),
+    ("train.lr=fast", "train.lr: "),
+    ("train.lr=", "train.lr: "),
+    ("train.epochs=2.5", "train.epochs: "),
+    ("train.epochs=ten", "train.epochs: "),
+    ("train.normalise_rewards=perhaps", "train.normalise_rewards: "),
+    ("train.lr={", "cannot read 'train.lr={'"),
+    ("train.=3", "cannot read 'train.=3'"),
+    ("=3", "there is no config file =3"),
+    ("train", "there is no config file train; settings are written key=value"),
+    ("--epochs 3", "there is no config file --epochs"),
+    ("train=5", "train: expected a section of keys, got 5"),
+    ("rewards=shapes", "rewards: expected a section of keys, got 'shapes'"),
+    ("rewards.shapes=1", "rewards.shapes: expected a section of keys, got 1"),
+    ("model.dtype=float8", "model.dtype: "),
+    ("train.lr_decay=cosine", "train.lr_decay: "),
+    ("sampler.spacing=quadratic", "sampler.spacing: "),
+    ("run.trackers=tensorboard", "run.trackers: expected a list, as in run.trackers=[tensorboard]"),
+    ("run.trackers=[mlflow]", "run.trackers"),
+    ("plugins=good.py", "plugins: expected a list, as in plugins=[good.py]"),
+    ("train.betas=[.9]", "train.betas: expected 2 values, got [0.9]"),
+    ("train.betas=.9", "train.betas: expected a list"),
+    ("train.betas=[.9,1.5]", "train.betas: must be in [0, 1)"),
+    ("algorithm.times=[0.1,0.5,0.9]", "algorithm.times: expected 2 values"),
+    ("model.lora_targets=to_q", "model.lora_targets: expected a list, as in model.lora_targets=[to_q]"),
+    ("model.path=${nowhere}", "nowhere"),
+    # files
+    ("nowhere.yaml", "there is no config file nowhere.yaml"),
+    ("broken.yaml", "cannot read broken.yaml"),
+    ("list.yaml", "list.yaml is not a config"),
+    ("text.yaml", "text.yaml is not a config"),
+    ("section.yaml", "train: expected a section of keys, got 5"),
+    ("missing.yaml rewards.shapes.weight=1", "prompts.train"),
+    ("null_reward.yaml", "for its defaults write rewards.shapes={}"),
+    ("pictures", "there is no config file pictures"),
+    ("prompts.train=nowhere.txt", "prompts.train: there is no prompt file 'nowhere.txt'"),
+    ("prompts.train=", "prompts.train"),
+    ("prompts.train=pictures", "prompts.train"),
+    ("prompts.train=empty.txt", "empty.txt is empty"),
+    ("prompts.train=latin1.txt", "latin1.txt is not UTF-8 text"),
+    ("prompts.train=utf16.txt", "utf16.txt"),
+    ("prompts.train=prompts.csv", "prompts.csv is neither .txt"),
+    ("prompts.train=broken.jsonl", "broken.jsonl, line 2: not JSON"),
+    ("prompts.train=array.jsonl", "array.jsonl, line 1: expected an object"),
+    ("prompts.train=number.jsonl", "number.jsonl, line 1: expected an object"),
+    ("prompts.heldout=nowhere.txt", "prompts.heldout: there is no prompt file 'nowhere.txt'"),
+    ("prompts.heldout=empty.txt", "empty.txt is empty"),
+    # plugins
+    ("plugins=[nowhere.py]", "there is no file nowhere.py"),
+    ("plugins=[pictures]", "pictures"),
+    ("plugins=[prompts.txt]", "prompts.txt"),
+    ("plugins=[syntax.py]", "syntax.py, line 1"),
+    ("plugins=[raises.py]", "RuntimeError: no luck"),
+    ("plugins=[needs.py]", "a_package_that_is_not_there"),
+    ("plugins=[leaves.py]", "leaves.py"),
+    ("plugins=[clash.py]", "two files define the reward 'shapes'"),
+    ("plugins=[weight.py]", "weight"),
+    ("plugins=[total.py]", "total"),
+    ("plugins=[unprompted.py]", "prompts"),
+    ("plugins=[steps.py]", "steps"),
+    ("plugins=[good.py] rewards.mine.weight=1", "rewards.mine: mine needs level"),
+    ("plugins=[good.py] rewards.mine.level=high", "rewards.mine.level: "),
+    ("rewards.beauty.weight=1", "unknown reward 'beauty'. There are: "),
+    ("rewards.shpes.weight=1", "unknown reward 'shpes'. Did you mean 'shapes'?"),
+    ("evaluate.measures.beauty={}", "unknown reward 'beauty'"),
+    ("rewards.os:getcwd.weight=1", "os:getcwd"),
+    ("rewards.no_such_module:thing.weight=1", "no_such_module"),
+    ("algorithm.name=ppo", "unknown algorithm 'ppo'"),
+    ("algorithm=ppo", "unknown algorithm 'ppo'"),
+    ("sampler.name=ddmi", "unknown sampler 'ddmi'. Did you mean 'ddim'?"),
+    ("model.name=sd", "unknown model 'sd'"),
+    ("evaluate.sampler.name=eular", "unknown sampler 'eular'"),
+    # rewards
+    ("rewards.shapes.weight=.nan", "rewards.shapes.weight: must be a finite number, got nan"),
+    ("rewards.shapes.weight=.inf", "rewards.shapes.weight: must be a finite number, got inf"),
+    ("rewards.shapes.weight=heavy", "rewards.shapes.weight: "),
+    ("rewards.shapes.weight=0", "no reward has a weight"),
+    ("rewards.shapes=null rewards.shapes_exact=null", "no reward has a weight"),
+    ("rewards.sharpness=null", "rewards.sharpness: null takes away what was there, and there was none"),
+    ("evaluate.measures.sharpness=null", "evaluate.measures.sharpness: null takes away"),
+    ("rewards.jpeg_compressibility.quality=0", "quality"),
+    ("rewards.jpeg_compressibility.quality=101", "quality"),
+    ("rewards.remote.weight=1", "rewards.remote: remote needs url"),
+    ("rewards.remote.url=localhost:8200", "rewards.remote.url"),
+    ("rewards.hps.version=v3", "rewards.hps.version"),
+    ("rewards.similarity.images=nowhere.png", "nowhere.png"),
+    ("rewards.clip.model=ViT-L-41", "ViT-L-41"),
+    ("rewards.clip.model=ViT-B-32 rewards.clip.weights=nowhere.pt", "nowhere.pt"),
+    ("rewards.aesthetic.head=prompts.txt", "prompts.txt"),
+    ("algorithm.name=draft", "draft differentiates the reward, and shapes has no gradient"),
+    # arithmetic
+    ("train.epochs=0", "train.epochs: must be at least 1, got 0"),
+    ("train.images_per_prompt=0", "train.images_per_prompt: must be at least 1"),
+    ("train.images_per_prompt=1", "train.images_per_prompt=1 leaves nothing to compare"),
+    ("train.updates_per_epoch=3", "128 images per epoch, not divisible by 3 updates"),
+    ("train.rollout_batch=48", "128 images per epoch, not divisible by batches of 48"),
+    ("train.loss_batch=-1", "train.loss_batch: must be at least 1"),
+    ("train.lr=0", "train.lr: must be above 0"),
+    ("train.lr=.nan", "train.lr: must be a finite number"),
+    ("train.max_grad_norm=0", "train.max_grad_norm: must be above 0"),
+    ("train.warmup=-1", "train.warmup: must be at least 0"),
+    ("train.weight_decay=-1", "train.weight_decay: must be at least 0"),
+    ("train.max_failed=1", "train.max_failed: must be in [0, 1)"),
+    ("train.kl_budget=-1", "train.kl_budget: must be above 0"),
+    ("train.over_budget=adapt", "train.over_budget: has no effect without train.kl_budget"),
+    ("train.steps_per_image=0", "train.steps_per_image: must be at least 1"),
+    ("evaluate.prompts=0", "evaluate.prompts: must be at least 1"),
+    ("evaluate.every=0", "evaluate.every: must be at least 1"),
+    ("evaluate.images_per_prompt=0", "evaluate.images_per_prompt: must be at least 1"),
+    ("evaluate.pictures=-1", "evaluate.pictures: must be at least 0"),
+    ("run.threads=0", "run.threads: must be at least 1"),
+    ("run.seed=-1", "run.seed: must be in [0, 2^64), got -1"),
+    ("run.seed=18446744073709551616", "run.seed: must be in [0, 2^64)"),
+    ("run.keep_checkpoints=0", "run.keep_checkpoints: must be at least 1"),
+    ("run.checkpoint_seconds=-1", "run.checkpoint_seconds: must be at least 0"),
+    # samplers and algorithms
+    ("sampler.steps=0", "sampler.steps"),
+    ("sampler.steps=2000", "sampler.steps"),
+    ("sampler.eta=2", "needs a value in [0, 1], got 2.0"),
+    ("sampler.eta=-1", "sampler.eta"),
+    ("sampler.noise_steps=[99]", "sampler.noise_steps"),
+    ("algorithm.name=ddpo sampler.eta=0", "ddpo needs steps with noise"),
+    ("algorithm.name=ddpo sampler.steps=1", "sampler.steps"),
+    ("algorithm.name=ddpo train.steps=[16]", "train.steps"),
+    ("algorithm.name=ddpo train.steps_per_image=99", "train.steps_per_image"),
+    ("algorithm.name=ddpo algorithm.clip_range=0", "algorithm.clip_range: must be positive"),
+    ("algorithm.name=ddpo algorithm.kappa=-1", "algorithm.kappa: must be at least 0"),
+    ("algorithm.name=reinforce train.inner_epochs=2", "train.inner_epochs=1"),
+    ("algorithm.name=ctrl sampler.name=heun", "affine in the score"),
+    ("algorithm.name=dpok sampler.name=dpm_solver_pp sampler.eta=1", "remembers earlier steps"),
+    ("train.steps=[0]", "nft does not choose among denoising steps"),
+    ("algorithm.draws=0", "algorithm.draws: must be at least 1, got 0"),
+    ("algorithm.temperature=-1", "algorithm.temperature: must be positive, got -1"),
+    ("algorithm.times=[0.5,0.2]", "algorithm.times: must rise within (0, 1)"),
+    ("algorithm.kappa=1", "algorithm.kappa: there is no such key. There are: temperature"),
+    ("train.kl_budget=5 sampler.eta=0", "train.kl_budget"),
+    # folders
+    ("run.name=a/b", "run.name: 'a/b' is not the name of a folder"),
+    ("run.name=..", "run.name"),
+    ("run.name=", "run.name"),
+    ("run.dir=a_file", "a_file is a file"),
+    ("run.dir=a_file/run", "a_file is a file"),
+    ("run.dir=pictures", "pictures holds holiday.png, which no run wrote"),
+    ("run.dir=pictures run.overwrite=true", "pictures holds holiday.png, which no run wrote"),
+    ("run.dir=. run.overwrite=true", "which no run wrote"),
+    ("run.dir=pictures run.resume=auto", "pictures holds holiday.png, which no run wrote"),
+    (f"run.name={'x' * 300}", "the run's folder cannot be made"),
+    ("run.resume=nowhere", "nowhere is not a whole checkpoint"),
+    ("--json", "--json needs a file"),
+]
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A folder with files of all sorts, from which no model can be loaded."""
+
+    def untouched(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(condrl.run, "make_policy", untouched)
+    for name, content in TREE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for registry in REGISTRIES.values():
+        for name in [name for name, plugin in registry.plugins.items() if tmp_path in Path(plugin.source).parents]:
+            del registry.plugins[name]
+
+
+@pytest.mark.parametrize(("words", "message"), CASES, ids=[words[:60] for words, _ in CASES])
+def test_a_misconfiguration_is_one_line(words, message, tree, capsys):
+    code = load_script("finetune").main(words.split(" "))
+    captured = capsys.readouterr()
+    assert (code, captured.err.count("\n")) == (2, 1), captured.err
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    there = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if "__pycache__" not in path.parts}
+    assert there == {*TREE, "pictures"}
+
+
+def test_there_are_many():
+    assert len(CASES) >= 120
