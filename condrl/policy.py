@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -55,9 +55,13 @@ class Model(Protocol):
         """Within it, without gradients, the model may compute the same function faster."""
         ...
 
-    def save_adapter(self, folder: Path) -> None: ...
+    def save_adapter(self, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write what was trained, in files that other programs read, with texts for their headers."""
+        ...
 
-    def load_adapter(self, folder: Path) -> None: ...
+    def load_adapter(self, folder: Path) -> None:
+        """Read what was trained from a folder, or from a file."""
+        ...
 
 
 class Policy:

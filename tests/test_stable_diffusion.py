@@ -1,52 +1,13 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
+from drawing import CPU, PROMPTS, SEEDS, diffusers_pictures, perturb, pictures
 from helpers import tiny_pipeline
 from safetensors.torch import load_file
 
 from condrl import RunError, UsageError
-from condrl.checkpoint import LORA_FILE, lora_layers
 from condrl.models.stable_diffusion import StableDiffusion, load_pipeline
-from condrl.noise import seeded
-from condrl.policy import Policy
 from condrl.report import to_pil
-from condrl.rollout import sample
-from condrl.run import make_sampler
-
-CPU = torch.device("cpu")
-DDIM = {"name": "ddim", "steps": 5, "spacing": None, "eta": 1.0}
-
-
-def perturb(model, scale=0.3):
-    """Give the LoRA weights that matter."""
-    g = torch.Generator().manual_seed(0)
-    for layer in lora_layers(model.module).values():
-        layer.lora_B["default"].weight.data = scale * torch.randn(layer.lora_B["default"].weight.shape, generator=g)
-
-
-def pictures(model, prompts, seeds, sampler=DDIM):
-    policy = Policy(model, make_sampler(sampler, model.schedule))
-    return model.decode(sample(policy, model.encode(prompts), seeded(seeds), 8))
-
-
-def diffusers_pictures(pipe, prompts, seeds, guidance=5.0, **sampler):
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    images = [
-        pipe(
-            prompt,
-            generator=torch.Generator().manual_seed(s),
-            num_inference_steps=5,
-            eta=1.0,
-            guidance_scale=guidance,
-            output_type="pt",
-            **sampler,
-        ).images[0]
-        for prompt, s in zip(prompts, seeds, strict=True)
-    ]
-    return torch.stack(images)
-
-
-PROMPTS, SEEDS = ["a red star", "two small blue circles", "anything at all"], [0, 1, 2]
 
 
 @pytest.mark.parametrize("which", ["pipeline", "v_pipeline"])
@@ -56,34 +17,6 @@ def test_samples_are_those_of_a_diffusers_pipeline(which, request):
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert (ours - diffusers_pictures(pipe, PROMPTS, SEEDS)).abs().max() < 1 / 255
-
-
-@pytest.mark.parametrize("alpha", [4, 10])
-def test_saved_lora_is_read_by_diffusers_without_us(pipeline, tmp_path, alpha):
-    model = StableDiffusion(CPU, path=str(pipeline), lora_rank=4, lora_alpha=alpha)
-    before = pictures(model, PROMPTS, SEEDS)
-    perturb(model)
-    model.save_adapter(tmp_path)
-    ours = pictures(model, PROMPTS, SEEDS)
-    pipe = StableDiffusionPipeline.from_pretrained(pipeline)
-    pipe.load_lora_weights(tmp_path)
-    pipe.set_progress_bar_config(disable=True)
-    theirs = diffusers_pictures(pipe, PROMPTS, SEEDS)
-    assert (ours - theirs).abs().max() < 1 / 255
-    assert (ours - before).abs().max() > 10 / 255
-
-
-def test_lora_comes_back_as_it_went_out(pipeline, tmp_path):
-    first = StableDiffusion(CPU, path=str(pipeline), lora_rank=4, lora_alpha=10)
-    perturb(first)
-    first.save_adapter(tmp_path)
-    again = StableDiffusion(CPU, path=str(pipeline), lora_rank=4, lora_alpha=2, lora=str(tmp_path))
-    torch.testing.assert_close(pictures(again, PROMPTS, SEEDS), pictures(first, PROMPTS, SEEDS), atol=1e-5, rtol=1e-5)
-    assert list(again.module.peft_config) == ["default"]  # into the adapter that is trained, not beside it
-    with pytest.raises(UsageError, match="lora_rank"):
-        StableDiffusion(CPU, path=str(pipeline), lora_rank=2, lora=str(tmp_path))
-    with pytest.raises(UsageError, match="no LoRA"):
-        again.load_adapter(tmp_path / "nowhere")
 
 
 def test_reference_is_the_base_model(model, pipeline):
@@ -224,7 +157,6 @@ def test_written_png_is_the_image(model, tmp_path):
 
     back = torch.from_numpy(np.asarray(Image.open(tmp_path / "x.png")).copy()).permute(2, 0, 1) / 255
     assert (back - image).abs().max() <= 0.5 / 255 + 1e-6
-    assert LORA_FILE.endswith(".safetensors")
 
 
 def test_pickled_weights_are_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar
@@ -61,9 +61,9 @@ class Points:
     def merged(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the weights of what is trained."""
-        save_module(self.module, folder)
+        save_module(self.module, folder, metadata)
 
     def load_adapter(self, folder: Path) -> None:
         """Read them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.checkpoint import load_lora, lora_layers, save_lora
 from condrl.config import locate
 from condrl.errors import RunError, UsageError
+from condrl.models.lora import load_lora, lora_layers, save_lora
 from condrl.schedule import schedule_from_diffusers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -176,12 +176,15 @@ class StableDiffusion:
                 layer.merged_adapters.clear()
                 weight.data = original  # put back, not subtracted: no rounding is left behind
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the LoRA as diffusers and ComfyUI read it."""
-        save_lora(self.module, folder, self.path)
+    def save_adapter(self, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the LoRA as diffusers reads it and as ComfyUI and A1111 do."""
+        save_lora(self.module, folder, self.path, metadata)
 
     def load_adapter(self, folder: Path) -> None:
-        """Read a LoRA into the existing adapter."""
+        """Read a LoRA, a file or its folder, into the existing adapter.
+
+        Raises: UsageError as `load_lora`.
+        """
         load_lora(self.module, folder)
 
 

@@ -1,0 +1,306 @@
+"""LoRA in and out, in every format: diffusers', kohya's (ComfyUI, A1111) and peft's.
+
+Out, the scale alpha / rank is multiplied into `up`, so that readers that know alpha, assume alpha = rank or ignore it
+agree. In, it is read wherever the file has it: keys ending in .alpha, diffusers' metadata, peft's adapter_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from condrl.errors import UsageError, say
+from condrl.files import load_metadata, load_tensors
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
+KOHYA_FILE = "comfyui_lora.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+KOHYA_PREFIX = "lora_unet_"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+DOWN = re.compile(r"(.+?)(?:\.lora_down|[._]lora\.down|\.lora_A(?:\.\w+)?)\.weight")
+UP = re.compile(r"(.+?)(?:\.lora_up|[._]lora\.up|\.lora_B(?:\.\w+)?)\.weight")
+ALPHA = re.compile(r"(.+)\.alpha")
+OTHERS = {  # what a key says of a file that cannot be read as a UNet's LoRA
+    r"(base_model\.model\.)?text_encoder|lora_te\d?_|text_model": "has a text-encoder part, which is not tuned here",
+    r".*(dora_scale|lora_magnitude_vector)": "is a DoRA, which is not read here",
+    r".*(hada_w|lokr_w|lora_mid|glora|oft_|\.diff(_b)?$|\.[ab][12]\.weight)": "is a LyCORIS file, not a plain LoRA",
+    r"(base_model\.model\.)?transformer\.|lora_transformer_|diffusion_model\.": "is of a transformer, not of a UNet",
+}
+CARD = """---
+base_model: {base}
+library_name: diffusers
+tags: [lora, text-to-image, stable-diffusion, condrl]
+---
+
+# LoRA tuned with condrl
+
+Base model: `{name}`. The two files hold the same LoRA, under the names that different programs read:
+
+- diffusers: `{lora}`, by `pipe.load_lora_weights(<this folder>, weight_name="{lora}")`
+- ComfyUI and A1111: `{kohya}`, copied to their folder of LoRAs (kohya's names, which diffusers reads as well)
+
+Rank {rank}. The scale is multiplied into the weights: alpha = rank, strength 1 is what was tuned.{rewards}
+Settings and measurements: `config.yaml` and `result.json` of the run.
+"""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A module's change of weights, up @ down, both flattened to matrices in float32."""
+
+    down: Tensor  # (rank, inputs)
+    up: Tensor  # (outputs, rank)
+
+
+def lora_layers(unet: nn.Module) -> dict[str, Any]:
+    """The peft LoRA layers of a UNet by module name."""
+    return {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A") and module.lora_A}
+
+
+# ---------------------------------------------------------------------------------------------- out
+
+
+def lora_state(unet: nn.Module) -> dict[str, Tensor]:
+    """`<module>.{down,up}.weight` in float32, the scale alpha / rank multiplied into `up`."""
+    state = {}
+    for name, layer in lora_layers(unet).items():
+        (adapter,) = layer.lora_A
+        state[f"{name}.down.weight"] = layer.lora_A[adapter].weight.detach().cpu().contiguous()
+        up = layer.lora_B[adapter].weight.detach() * layer.scaling[adapter]
+        state[f"{name}.up.weight"] = up.cpu().contiguous()
+    return state
+
+
+def diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`unet.<module>.lora.{down,up}.weight`."""
+    return {re.sub(r"(.+)\.(down|up)\.weight", r"unet.\1.lora.\2.weight", key): value for key, value in state.items()}
+
+
+def kohya_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`lora_unet_<module, dots to underscores>.{lora_down.weight, lora_up.weight, alpha}`, alpha = rank."""
+    named = {}
+    for key, value in state.items():
+        name, part, _ = key.rsplit(".", 2)
+        base = KOHYA_PREFIX + name.replace(".", "_")
+        named[f"{base}.lora_{part}.weight"] = value
+        if part == "down":
+            named[f"{base}.alpha"] = torch.tensor(float(len(value)))
+    return named
+
+
+def save_lora(unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the LoRA of a UNet for diffusers and for ComfyUI and A1111, and a model card, to `folder`.
+
+    Both files say the base model, rank and alpha, and what `metadata` adds, such as the rewards.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state, common = lora_state(unet), dict(metadata or {})
+    rank = str(max((len(value) for key, value in state.items() if key.endswith("down.weight")), default=0))
+    common |= {"format": "pt", "base_model": base, "rank": rank, "alpha": rank}
+    save_file(diffusers_names(state), folder / LORA_FILE, metadata=common)
+    save_file(kohya_names(state), folder / KOHYA_FILE, metadata=common | kohya_metadata(unet, base, rank))
+    rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
+    card = dict(base=json.dumps(base), name=base, lora=LORA_FILE, kohya=KOHYA_FILE, rank=rank, rewards=rewards)
+    (folder / "README.md").write_text(CARD.format(**card))  # a JSON string is a YAML string whatever is in it
+
+
+def kohya_metadata(unet: Any, base: str, rank: str) -> dict[str, str]:
+    """The entries by which A1111 shows a LoRA and tells which models it is for, as kohya's trainer writes them."""
+    second = unet.config.cross_attention_dim == 1024
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_sd_model_name": base,
+        "ss_v2": str(second),
+        "ss_base_model_version": "sd_v2" if second else "sd_v1",
+    }
+
+
+# ---------------------------------------------------------------------------------------------- in
+
+
+@torch.no_grad()
+def load_lora(unet: nn.Module, source: Path) -> None:
+    """Read a LoRA, a file or its folder, into the UNet's existing adapter: the same change of weights to rounding.
+
+    A smaller rank is filled up with directions that start at zero; a larger one is refitted where it fits exactly.
+
+    Raises: UsageError when there is none, when it is damaged, has more parts than the adapter, or needs a larger rank.
+    """
+    path = find_lora(source)
+    found, layers = read_lora(unet, path), lora_layers(unet)
+    extra = sorted(set(found) - set(layers))
+    if extra:
+        _refuse(path, f"has weights for {extra[0]}, which model.lora_targets leaves out: add its name there")
+    untouched = [name for name in layers if name not in found]
+    if untouched:
+        say(f"the LoRA {path} has nothing for {len(untouched)} of {len(layers)} modules: {untouched[0]} ... start at 0")
+    fitted = {name: fit(factors, _rank(layers[name])) for name, factors in found.items()}
+    if any(factors is None for factors in fitted.values()):
+        needed = max(len(factors.down) for factors in found.values())
+        _refuse(path, f"has rank {needed}, and model.lora_rank is less: set model.lora_rank={needed}")
+    for name, layer in layers.items():
+        _fill(layer, fitted.get(name))
+
+
+def find_lora(source: Path) -> Path:
+    """The file that holds a LoRA: `source` itself, or one in that folder.
+
+    Raises: UsageError when there is none, or a pickle.
+    """
+    names = (LORA_FILE, PEFT_FILE, KOHYA_FILE)
+    path = next((source / name for name in names if (source / name).is_file()), source)
+    inside = sorted(path.glob("*")) if path.is_dir() else [path]
+    candidates = [file for file in inside if path.is_file() or file.suffix == ".safetensors"]
+    pickles = [file for file in inside if file.suffix in PICKLES and file.is_file()]
+    if pickles and candidates in ([], pickles):
+        raise UsageError(f"the LoRA {pickles[0]} is a pickle, which could run anything: only .safetensors are read")
+    if len(candidates) != 1:
+        below = "; there is one in its folder lora/" if (path / "lora" / LORA_FILE).is_file() else ""
+        raise UsageError(f"there is no LoRA at {source}: expected a folder with {LORA_FILE}, or a file{below}")
+    return candidates[0]
+
+
+def read_lora(unet: nn.Module, path: Path) -> dict[str, Factors]:
+    """The changes of weights in a file by the UNet's module names, whatever names the file uses.
+
+    Raises: UsageError when the file is damaged, is no plain LoRA, or was made for another network.
+    """
+    scales, factors = Scales.read(path), {}
+    for name, (down, up, alpha) in _by_module(unet, path, load_tensors(path, "LoRA")).items():
+        if down is None or up is None or not _fits(down, up) or (alpha is not None and alpha.numel() != 1):
+            _refuse(path, f"is not whole: see {name}")
+        scale = scales.of(name, len(down)) if alpha is None else alpha.item() / len(down)
+        factors[name] = Factors(down.float().flatten(1), up.float().flatten(1) * scale)
+        _check_shape(path, name, unet.get_submodule(name), factors[name])
+    return factors
+
+
+def _by_module(unet: nn.Module, path: Path, state: Mapping[str, Tensor]) -> dict[str, list[Tensor | None]]:
+    """Each module's down, up and alpha as the file has them."""
+    _check_kind(path, state)
+    modules = spellings(unet)
+    found: dict[str, list[Tensor | None]] = {}
+    for key, value in state.items():
+        match, part = next((m, i) for i, p in enumerate((DOWN, UP, ALPHA)) if (m := p.fullmatch(key)))
+        parts = found.setdefault(_module(match[1], modules, path), [None, None, None])
+        if parts[part] is not None:
+            _refuse(path, f"has the same weights under two names: see {key}")
+        if not value.isfinite().all():
+            _refuse(path, f"holds values that are not finite, in {key}")
+        parts[part] = value
+    return found
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scale of each module, as peft's config has it; 1 where there is none (alpha = rank)."""
+
+    alpha: float | None = None
+    patterns: Mapping[str, float] = field(default_factory=dict)  # by modules' names, or ends of them
+    rslora: bool = False  # alpha / sqrt(rank) instead of alpha / rank
+
+    @classmethod
+    def read(cls, path: Path) -> Scales:
+        """From diffusers' metadata in the file, or from peft's config beside it."""
+        text, beside = load_metadata(path, "LoRA").get("lora_adapter_metadata"), path.parent / PEFT_CONFIG
+        if text is None and path.name == PEFT_FILE and beside.is_file():
+            path, text = beside, beside.read_text(errors="replace")
+        try:
+            return cls.of_config(json.loads(text)) if text is not None else cls()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"the LoRA's settings in {path} cannot be read: {error}") from error
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Scales:
+        own = {key.removeprefix("unet."): value for key, value in config.items()}
+        patterns = {name: float(alpha) for name, alpha in (own.get("alpha_pattern") or {}).items()}
+        return cls(float(own["lora_alpha"]) if "lora_alpha" in own else None, patterns, bool(own.get("use_rslora")))
+
+    def of(self, name: str, rank: int) -> float:
+        from peft.utils.other import get_pattern_key
+
+        alpha = self.patterns.get(get_pattern_key(self.patterns, name), self.alpha)
+        return 1.0 if alpha is None else alpha / (rank**0.5 if self.rslora else rank)
+
+
+def spellings(unet: nn.Module) -> dict[str, str]:
+    """A UNet's modules by each of the names that LoRA files have for them."""
+    own = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")  # of peft's layers
+    names = [n for n, m in unet.named_modules() if getattr(m, "weight", None) is not None and not own.search(n)]
+    table = {name: name for name in names} | {KOHYA_PREFIX + name.replace(".", "_"): name for name in names}
+    return table | {name.removesuffix(".0"): name for name in names if name.endswith(".to_out.0")}
+
+
+def _module(base: str, modules: Mapping[str, str], path: Path) -> str:
+    plain = base.removeprefix("base_model.model.").removeprefix("unet.").replace(".processor.", ".")
+    if plain not in modules:
+        _refuse(path, f"was made for another model: this UNet has no module {base}")
+    return modules[plain]
+
+
+def _check_kind(path: Path, keys: Iterable[str]) -> None:
+    """Raises: UsageError when there is a key that a UNet's plain LoRA does not have."""
+    for pattern, what in OTHERS.items():
+        if one := next((key for key in keys if re.match(pattern, key)), None):
+            _refuse(path, f"{what}: see {one}")
+    unknown = [key for key in keys if not any(p.fullmatch(key) for p in (DOWN, UP, ALPHA))]
+    if unknown or not keys:
+        _refuse(path, f"is not a LoRA: its keys are like {min(unknown, default='nothing')}")
+
+
+def _fits(down: Tensor, up: Tensor) -> bool:
+    return down.dim() >= 2 and up.dim() >= 2 and 0 < len(down) == up.flatten(1).shape[1]
+
+
+def _check_shape(path: Path, name: str, module: Any, factors: Factors) -> None:
+    outputs, inputs = module.weight.flatten(1).shape
+    made = factors.down.shape[1], len(factors.up)
+    if made != (inputs, outputs):
+        there, here = (f"{one} to {other}" for one, other in (made, (inputs, outputs)))
+        _refuse(path, f"was made for another model: {name} maps {there} features there, {here} here")
+
+
+def fit(factors: Factors, rank: int) -> Factors | None:
+    """The same product in factors of at most `rank`, by SVD where there are more; None when it has a higher rank."""
+    if len(factors.down) <= rank:
+        return factors
+    left, upper = torch.linalg.qr(factors.up.double())
+    right, lower = torch.linalg.qr(factors.down.double().T)
+    u, s, v = torch.linalg.svd(upper @ lower.T)
+    if s[rank:].norm() > 1e-6 * s.norm():
+        return None
+    root = s[:rank].sqrt()
+    return Factors((root[:, None] * v[:rank] @ right.T).float(), (left @ u[:, :rank] * root).float())
+
+
+def _rank(layer: Any) -> int:
+    (adapter,) = layer.lora_A
+    return layer.r[adapter]
+
+
+def _fill(layer: Any, factors: Factors | None) -> None:
+    """Put the factors into a layer; what they leave of its rank has `up` 0, and keeps `down` so that it can learn."""
+    (adapter,) = layer.lora_A
+    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    up.zero_()
+    if factors is None:
+        return
+    rank = len(factors.down)
+    down[:rank] = factors.down.to(down).view(rank, *down.shape[1:])
+    up[:, :rank] = (factors.up / layer.scaling[adapter]).to(up).view(len(up), rank, *up.shape[2:])
+
+
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise UsageError(f"the LoRA {path} {what}")
