@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +17,13 @@ from torch import Tensor, nn
 
 from condrl.config import locate
 from condrl.errors import UsageError
+from condrl.files import load_tensors, load_torch
+from condrl.hub import WEIGHTS, check_file, fetching
 from condrl.registry import suggestion
 
 Precision = Literal["float32", "bfloat16", "float16"]
 OPENAI = "openai"
 HUB = "hf-hub:"
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
 def fitted(samples: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -38,10 +41,9 @@ def fitted(samples: Tensor, size: int, mean: Sequence[float], std: Sequence[floa
     return (x - centre) / spread
 
 
-def check_file(path: Path, sha256: str | None, option: str) -> None:
+def check_same(path: Path, sha256: str | None, option: str) -> None:
     """Raises: UsageError naming the option when there is no such file, or when it is not the one that was meant."""
-    if not path.is_file():
-        raise UsageError(f"config {option}: there is no file {path}")
+    check_file(path, option)
     if sha256:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -57,7 +59,7 @@ class Clip:
 
         self.dtype = dtype
         self.prompts: dict[str, Tensor] = {}
-        self.name, self.weights = model, None  # weights: None when `name` brings them
+        self.name, self.weights, self.config = model, None, config  # weights: None when `name` brings them
         if whole_model(model):
             if (weights, config, sha256) != (OPENAI, None, None):
                 raise UsageError(
@@ -69,12 +71,17 @@ class Clip:
             self.name = add_architecture(locate(config))
         elif model not in open_clip.list_models():
             near = suggestion(model, open_clip.list_models())
-            raise UsageError(f"open_clip has no model {model!r}, and there is no such folder.{near}")
-        if weights.endswith(SUFFIXES) or weights.startswith("asset:"):
+            raise UsageError(
+                f"config rewards.*.model: open_clip has no model {model!r}, and there is no such folder.{near}"
+            )
+        if weights.endswith(WEIGHTS) or weights.startswith("asset:") or locate(weights).is_file():
             self.weights = str(locate(weights))
-            check_file(Path(self.weights), sha256, "rewards.*.weights")
+            check_same(Path(self.weights), sha256, "rewards.*.weights")
         elif weights not in (tags := open_clip.list_pretrained_tags_by_model(self.name)):
-            raise UsageError(f"open_clip has no weights {weights!r} for {model}: give a file, or one of {tags}")
+            raise UsageError(
+                f"config rewards.*.weights: open_clip has no weights {weights!r} for {model}: give a file, or one of "
+                f"{tags}"
+            )
         else:
             self.weights = weights
 
@@ -87,7 +94,7 @@ class Clip:
         import open_clip
 
         precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[self.dtype]
-        try:
+        with self.loading():
             model = open_clip.create_model(
                 self.name,
                 pretrained=self.weights,
@@ -95,17 +102,51 @@ class Clip:
                 weights_only=True,
                 require_pretrained=True,  # else weights that cannot be had are random
             )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UsageError(
-                f"cannot load {self.weights or 'the weights'} of {self.name}: {str(error).splitlines()[0]}"
-            ) from error
         return model.eval().requires_grad_(False)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         import open_clip
 
-        return open_clip.get_tokenizer(self.name)
+        with self.loading():
+            return open_clip.get_tokenizer(self.name)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Within it, open_clip knows the architecture, keeps its log to itself, and its errors become one line.
+
+        Raises: UsageError.
+        """
+        import open_clip
+
+        if self.config:
+            add_architecture(locate(self.config))  # again: another file of that name may have come after it
+        own = self.weights is not None and Path(self.weights).is_file()
+        local = own and "hf_" not in json.dumps(open_clip.get_model_config(self.name))  # names of parts from the hub
+        before, logging.root.manager.disable = logging.root.manager.disable, logging.CRITICAL
+        try:
+            with fetching(f"rewards.*.{'weights' if self.weights else 'model'}", self.source, local):
+                yield
+        except UsageError:
+            if own:
+                check_weights(Path(self.source))  # says more than open_clip does
+            raise
+        finally:
+            logging.root.manager.disable = before
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from."""
+        if self.weights is None:
+            return self.name.removeprefix("local-dir:")
+        return self.weights if Path(self.weights).is_file() else f"the weights {self.weights!r} of {self.name}"
+
+    def load(self) -> None:
+        """Load the model and what turns prompts into tokens, now.
+
+        Raises: UsageError when they cannot be loaded.
+        """
+        _ = self.model, self.tokenizer
 
     def images(self, samples: Tensor) -> Tensor:
         """Unit embeddings (B, F) float32 of images (B, 3, H, W) in [0, 1]; differentiable."""
@@ -141,9 +182,17 @@ class ClipReward:
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.clip.cosine(samples, prompts)
 
+    def load(self) -> None:
+        self.clip.load()
+
     def rest(self) -> None:
         if self.offload:
             self.clip.rest()
+
+
+def check_weights(path: Path) -> None:
+    """Raises: UsageError when a file does not hold named weights."""
+    (load_tensors if path.suffix == ".safetensors" else load_torch)(path, "config rewards.*.weights")
 
 
 def remembered(known: dict[str, Tensor], prompts: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
@@ -197,12 +246,9 @@ def add_architecture(path: Path) -> str:
     """
     import open_clip
 
-    check_file(path, None, "rewards.*.config")
-    try:
-        whole = {"embed_dim", "vision_cfg", "text_cfg"} <= json.loads(path.read_text()).keys()
-    except (ValueError, AttributeError):
-        whole = False
-    if not whole:
+    check_file(path, "rewards.*.config")
+    content = json.loads(path.read_text()) if path.suffix == ".json" else None
+    if not isinstance(content, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= content.keys():
         raise UsageError(
             f"config rewards.*.config: {path} is no architecture of open_clip: embed_dim, vision_cfg, text_cfg"
         )

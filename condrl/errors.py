@@ -6,9 +6,11 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
+LENGTH = 300  # characters that are quoted of another program's or plugin's error
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask a run to stop
 
 
@@ -18,6 +20,10 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had begun cannot go on; the message says what happened and where. Exit code 1."""
+
+
+class RewardError(RunError):
+    """A reward failed; before a run has begun that is a UsageError."""
 
 
 class Stopped(BaseException):  # like KeyboardInterrupt, so that no plugin's `except Exception` keeps it
@@ -34,25 +40,43 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def brief(error: BaseException) -> str:
+    """An exception's type and message in one line, `TypeError: what it says`, of at most `LENGTH` characters."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def exit_code(work: Callable[[], object]) -> int:
-    """Do the work of a script; its errors become one line and an exit code, 130 after Ctrl+C."""
+    """Do the work of a script; its errors become one line and an exit code, 130 after Ctrl+C.
+
+    With CONDRL_DEBUG=1 in the environment their traceback is shown as well.
+    """
     try:
         work()
-    except UsageError as error:
-        say(f"error: {error}")
-        return 2
-    except RunError as error:
-        say(f"stopped: {error}")
-        return 1
-    except Stopped as stop:
-        say(f"stopped by {stop}; the same command with run.resume=auto goes on")
-        return 128 + stop.number
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        say(f"stopped: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+    except (UsageError, RunError, Stopped, OSError, KeyboardInterrupt) as error:
+        line, code = last_words(error)
+        if os.environ.get("CONDRL_DEBUG", "") not in ("", "0"):
+            say(traceback.format_exc().rstrip())
+        say(line)
+        return code
     return 0
+
+
+def last_words(error: BaseException) -> tuple[str, int]:
+    """The line and the exit code for an error.
+
+    Raises: the error itself, when it is not one that a line explains.
+    """
+    match error:
+        case UsageError():
+            return f"error: {' '.join(str(error).splitlines())}", 2
+        case RunError():
+            return f"stopped: {' '.join(str(error).splitlines())}", 1
+        case Stopped():
+            return f"stopped by {error}; the same command with run.resume=auto goes on", 128 + error.number
+        case KeyboardInterrupt():
+            return "interrupted", 130
+        case OSError() if error.errno in DISK:
+            return f"stopped: {error}", 1
+    raise error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from condrl.algorithms import Examples, RatioExamples, every_pair
-from condrl.errors import RunError
+from condrl.algorithms import Examples, Experience, RatioExamples, every_pair
+from condrl.errors import RewardError, RunError
 from condrl.noise import rng_state, set_rng_state
+from condrl.prompts import Row
+from condrl.rewards import Reward, usage_errors
 from condrl.trainer import Clock, Trainer
 
 PROMPTS, IMAGES = 2, 4  # of the trial, for each process
+MOST_FAILED = 0.5  # of the trial's scores
+ROWS = 64  # of a prompt file, that a reward is tried with
+DEAR_ROWS = 2  # likewise, for a reward that remembers its scores because they are dear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +37,18 @@ class Trial:
     rewards: list[float]  # of the first images
     spread: float  # standard deviation of the reward within prompts, root mean square
     kl_gradient: float | None  # its norm a small step away from the base; None without a KL
+    image: Tensor  # (1, ...), one of them
 
 
-def preflight(trainer: Trainer) -> list[str]:
-    """Try the run with a few images; lines to print.
+def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[Reward] = ()) -> list[str]:
+    """Try the run with a few images, and the rewards and `measures` with many prompt rows; lines to print.
 
-    Raises: RunError when a ratio is not 1, a reward fails, or a KL that is asked for has no gradient.
+    Raises: UsageError when a reward fails; RunError when a ratio is not 1, or a KL that is asked for has no gradient.
     """
-    trial = attempt(trainer)
+    with usage_errors(), untouched([*trainer.rewards, *measures]):
+        trial = attempt(trainer)
+        try_rows(trainer.rewards, trial.image, trainer.rows)
+        try_rows(measures, trial.image, heldout)
     train = trainer.config.train
     lines = [arithmetic(trainer, trial), memory(trainer, trial)]
     shown = ", ".join(f"{value:.4g}" for value in trial.rewards[:2])
@@ -114,6 +123,7 @@ def attempt(trainer: Trainer) -> Trial:
     before = model.evaluations
     drawn = rng_state()  # a reward may draw
     experience = twin.collect(0, Clock())
+    check_scores(trainer, experience)
     examples = twin.examples(experience, 0)
     images, gathered = len(experience.rows), model.evaluations - before
     if isinstance(examples, RatioExamples) and trainer.config.run.check_ratios:
@@ -131,10 +141,52 @@ def attempt(trainer: Trainer) -> Trial:
         rewards=rewards.tolist(),
         spread=(groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
         kl_gradient=kl_gradient(twin, experience.rollout.states[0], experience.rollout.condition),
+        image=experience.shown[:1].to(model.device),
     )
     model.evaluations = before
     set_rng_state(drawn)
     return trial
+
+
+@contextmanager
+def untouched(rewards: Sequence[Reward]) -> Iterator[None]:
+    """Load the rewards; after it, their states and torch's are what they were."""
+    for reward in rewards:
+        reward.load()
+    states, drawn = [copy.deepcopy(reward.state_dict()) for reward in rewards], rng_state()
+    yield
+    for reward, state in zip(rewards, states, strict=True):
+        reward.load_state_dict(state)
+    set_rng_state(drawn)
+
+
+def check_scores(trainer: Trainer, experience: Experience) -> None:
+    """Raises: RewardError when most of the images have no score; a few images say little of a small share."""
+    failed = int((~experience.good).sum())
+    if failed > MOST_FAILED * experience.total:
+        said = next(text for text in trainer.processes.gather_objects(experience.scores.failure) if text)
+        raise RewardError(f"{said} ({failed} of the {experience.total} images tried have no score)")
+
+
+def try_rows(rewards: Sequence[Reward], image: Tensor, rows: Sequence[Row]) -> None:
+    """Score one image (1, ...) as if it had been made for each of many rows.
+
+    Raises: RewardError when a reward cannot score most of them, UsageError when it says so of a prompt.
+    """
+    for reward in rewards:
+        some = typical(rows, ROWS if reward.known is None else DEAR_ROWS)
+        with torch.no_grad():
+            scores = reward(image.expand(len(some), *image.shape[1:]), some) if some else image.new_zeros(0)
+        reward.rest()
+        if (failed := int(scores.isnan().sum())) > MOST_FAILED * len(some):
+            raise RewardError(f"{reward.failure(scores, some)} ({failed} of the {len(some)} rows tried have no score)")
+
+
+def typical(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many rows, in their order, among them one of each set of metadata keys."""
+    kinds = {frozenset(row.metadata): row for row in reversed(rows)}  # the first of each
+    chosen = [*kinds.values(), *(row for row in rows if kinds[frozenset(row.metadata)] is not row)][:most]
+    return sorted(chosen, key=lambda row: row.index)
 
 
 def smaller(trainer: Trainer) -> Trainer:
@@ -142,13 +194,13 @@ def smaller(trainer: Trainer) -> Trainer:
     twin, train = copy.copy(trainer), trainer.config.train
     few = dataclasses.replace(
         train,
+        max_failed=1.0,  # see check_scores
         prompts_per_epoch=min(train.prompts_per_epoch, PROMPTS * trainer.processes.count),
         images_per_prompt=min(train.images_per_prompt, IMAGES),
         updates_per_epoch=1,
     )
     twin.config = dataclasses.replace(trainer.config, train=few)
     twin.algorithm = copy.deepcopy(trainer.algorithm)
-    twin.allowed_failures = max(train.max_failed, 0.5)  # a few images say little of a small share
     return twin
 
 

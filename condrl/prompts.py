@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from condrl.config import locate
-from condrl.errors import UsageError
+from condrl.errors import UsageError, brief
 
 
 @dataclass(frozen=True)
@@ -24,34 +27,105 @@ class Row:
 def load_prompts(path: str, key: str) -> list[Row]:
     """Read a .txt file (a prompt per line) or a .jsonl file (objects with "prompt" and any metadata).
 
+    A line ends at a newline, or at a carriage return and a newline; nothing else ends one.
+
     Raises: UsageError naming the config key when the file is missing, empty, or a line of it cannot be read.
     """
-    file = locate(path)
-    if not path or not file.is_file():
-        raise UsageError(f"config {key}: there is no prompt file {path!r}")
-    if file.suffix not in (".txt", ".jsonl"):
-        raise UsageError(f"config {key}: {path} is neither .txt (a prompt per line) nor .jsonl (an object per line)")
-    try:
-        text = file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"config {key}: {path} is not UTF-8 text") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    lines = [(number, line) for number, line in lines if line]
+    where = f"config {key}: {path}"
+    lines = [(number, line) for number, line in enumerate(_lines(path, key), 1) if line.strip()]
     if not lines:
         raise UsageError(f"config {key}: the prompt file {path} is empty")
-    if file.suffix != ".jsonl":
-        return [Row(i, line) for i, (_, line) in enumerate(lines)]
-    return [_json_row(i, line, f"config {key}: {path}, line {number}") for i, (number, line) in enumerate(lines)]
+    read = _json_row if path.lower().endswith(".jsonl") else _text_row
+    return [read(i, line, f"{where}, line {number}") for i, (number, line) in enumerate(lines)]
+
+
+def duplicate_note(rows: Sequence[Row]) -> str | None:
+    """What to say of rows that are the same in prompt and metadata; None when there are none."""
+    first: dict[str, Row] = {}
+    again = []
+    for row in rows:
+        known = first.setdefault(json.dumps([row.prompt, row.metadata], sort_keys=True), row)
+        if known is not row:
+            again.append((known, row))
+    if not again:
+        return None
+    known, row = again[0]
+    count = "1 row says" if len(again) == 1 else f"{len(again)} rows say"
+    return f"{count} what an earlier one says, the first {row.prompt!r} (rows {known.index + 1} and {row.index + 1})"
+
+
+def _lines(path: str, key: str) -> list[str]:
+    """Raises: UsageError naming the config key when there is no such file, or when it is no text."""
+    if not path:
+        raise UsageError(f"config {key}: give a prompt file, .txt (a prompt per line) or .jsonl (an object per line)")
+    file = locate(path)
+    try:
+        content = file.read_bytes()
+    except IsADirectoryError as error:
+        raise UsageError(f"config {key}: {path} is a folder: give a prompt file in it, .txt or .jsonl") from error
+    except FileNotFoundError as error:
+        raise UsageError(f"config {key}: there is no prompt file {path!r}") from error
+    except (OSError, ValueError) as error:  # may not be read; or a name that no file can have
+        raise UsageError(f"config {key}: the prompt file {path[:80]!r} cannot be read: {brief(error)}") from error
+    if file.suffix.lower() not in (".txt", ".jsonl"):
+        raise UsageError(f"config {key}: {path} is neither .txt (a prompt per line) nor .jsonl (an object per line)")
+    if content.startswith(b"version https://git-lfs"):
+        raise UsageError(f"config {key}: {path} is a Git LFS pointer, not the file: run git lfs pull")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UsageError(f"config {key}: {path} is UTF-16 text: save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"config {key}: {path}, line {line}: not UTF-8 text: save it as UTF-8") from error
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _text_row(index: int, line: str, where: str) -> Row:
+    if "\r" in line:
+        raise UsageError(f"{where}: there is a carriage return in it: save the file with a newline at each line's end")
+    return Row(index, _usable(line.strip(" \t"), where))
 
 
 def _json_row(index: int, line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where}: not JSON: {error.msg}") from error
+        row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON that can be used: {getattr(error, 'msg', error)}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UsageError(f'{where}: expected an object with a "prompt" that is text')
-    return Row(index, row.pop("prompt"), row)
+    return Row(index, _usable(row.pop("prompt"), where), row)
+
+
+def _usable(prompt: str, where: str) -> str:
+    """Raises: UsageError when a prompt is empty, or has characters that no text has."""
+    if not prompt.strip():
+        raise UsageError(f"{where}: the prompt is empty")
+    if "\0" in prompt:
+        raise UsageError(f"{where}: there is a NUL character in the prompt: save the file as UTF-8 text")
+    if re.search("[\ud800-\udfff]", prompt):
+        raise UsageError(f"{where}: the prompt has half of a surrogate pair, which is no character")
+    return prompt
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises: ValueError on a key that comes twice."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the key {twice[0]!r} comes twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    """Raises: ValueError on a number beyond the range of floats."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large for a number")
+    return value
 
 
 def epoch_rows(rows: Sequence[Row], seed: int, epoch: int, count: int) -> list[Row]:

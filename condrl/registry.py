@@ -2,12 +2,15 @@
 
 A name is looked up among the plugins registered already, then as a file of that name in the shipped package,
 then among the entry points of group `condrl.plugins`, then as `package.module:object`.
-The keyword-only parameters of a plugin are its options in a config.
+The keyword-only parameters of a plugin are its options in a config; what it is called with comes before them.
+A user's plugin file may import the files beside it, at its top; an installed module of the same name comes first.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,16 +18,24 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, overload
 
-from condrl.errors import UsageError
+from condrl.errors import Stopped, UsageError, brief
 
 T = TypeVar("T", bound=Callable[..., Any])
 GROUP = "condrl.plugins"
+COMMON = {  # keys of a plugin's section that are not its own: none of its options may have these names
+    "reward": ("name", "weight"),
+    "sampler": ("name", "steps", "spacing", "noise_steps"),
+    "algorithm": ("name",),
+    "model": ("name",),
+}
+GIVEN = {"sampler": 2, "algorithm": 0, "model": 1}  # arguments that a plugin is called with, beside its options
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,12 @@ class Plugin:
     @property
     def options(self) -> dict[str, Option]:
         """The keyword-only parameters, with their types and the comments beside them."""
-        hints = type_hints(self.target)
+        try:
+            hints = type_hints(self.target)
+        except Exception as error:  # an annotation is the user's code
+            raise UsageError(
+                f"the {self.kind} {self.name!r}: a type of its options cannot be read: {brief(error)}"
+            ) from error
         notes = comments(self.target)
         return {
             p.name: Option(p.name, hints.get(p.name, Any), p.default, notes.get(p.name, ""))
@@ -96,6 +112,71 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def check_plugin(plugin: Plugin) -> None:
+    """Raises: UsageError when a plugin cannot be called, or an option of it could not be set."""
+    what, target = f"the {plugin.kind} {plugin.name!r}", plugin.target
+    if not inspect.isroutine(target) and not inspect.isclass(target):
+        raise UsageError(f"{what} is a {type(target).__name__}: it should be a function or a class")
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (ValueError, TypeError) as error:  # of some functions written in C
+        raise UsageError(f"{what}: Python cannot say what parameters it has") from error
+    taken = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}.intersection(COMMON[plugin.kind])
+    if taken:
+        raise UsageError(
+            f"{what} ({plugin.source}) has an option {min(taken)!r}, which means something else for every "
+            f"{plugin.kind}: give the option another name"
+        )
+    given = [name_of(p) for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    if plugin.kind != "reward":
+        check_options_alone(what, given[GIVEN[plugin.kind] :])
+    elif isinstance(target, type):
+        check_options_alone(what, given)
+        check_reward_class(what, target)
+    else:
+        check_signature(what, given, "(samples, prompts[, metadata][, *, option: type = default, ...])")
+
+
+def name_of(parameter: inspect.Parameter) -> str:
+    """A parameter's name, with its stars."""
+    return str(parameter).partition(":")[0].partition("=")[0]
+
+
+def check_options_alone(what: str, given: list[str]) -> None:
+    """Raises: UsageError when a plugin has parameters that are neither given to all plugins nor options."""
+    if given:
+        raise UsageError(f"{what}: write a * before {given[0]}, so that it is an option that a config can set")
+
+
+def check_reward_class(what: str, target: type) -> None:
+    """Raises: UsageError when the objects of a reward's class cannot be called as rewards are."""
+    call = next((vars(base)["__call__"] for base in target.__mro__ if "__call__" in vars(base)), None)
+    if call is None:
+        raise UsageError(f"{what} is a class without a method __call__(self, samples, prompts)")
+    given = [name_of(p) for p in inspect.signature(call).parameters.values()]
+    check_signature(f"{what}: __call__", given[1:], "(self, samples, prompts[, metadata])")
+
+
+def check_signature(what: str, given: list[str], shape: str) -> None:
+    """Raises: UsageError when what is not an option is something else than a reward is given."""
+    if given not in (["samples", "prompts"], ["samples", "prompts", "metadata"]):
+        raise UsageError(f"{what} takes ({', '.join(given)}) where a reward takes {shape}")
+
+
+def check_name(plugin: Plugin) -> None:
+    """Raises: UsageError on a name that a config or the record of a run cannot hold."""
+    if not re.fullmatch(r"[A-Za-z_][\w-]*", plugin.name):
+        raise UsageError(
+            f"{plugin.name!r} ({plugin.source}) cannot name a {plugin.kind} in a config: use letters, digits and _, "
+            f'as in @condrl.{plugin.kind}(name="my_{plugin.kind}")'
+        )
+    if plugin.kind == "reward" and (plugin.name == "total" or plugin.name.endswith(("_std", "_ci95"))):
+        raise UsageError(
+            f"a reward cannot be called {plugin.name!r} ({plugin.source}): a run records total, ..._std and ..._ci95 "
+            "itself"
+        )
+
+
 class Registry:
     """The plugins of one kind; calling it registers one.
 
@@ -105,7 +186,7 @@ class Registry:
         @condrl.reward(differentiable=False)
         def file_size(samples, prompts): ...
 
-    Raises: UsageError on a name that is taken by another file.
+    Raises: UsageError on a name that is taken by another file or cannot be used, and on what no config could call.
     """
 
     def __init__(self, kind: str, home: str) -> None:
@@ -123,7 +204,9 @@ class Registry:
     def __call__(self, target: T | None = None, *, name: str | None = None, **flags: bool) -> Any:
         if target is None:
             return lambda t: self(t, name=name, **flags)
-        plugin = Plugin(self.kind, name or snake_case(target.__name__), target, **flags)
+        plugin = Plugin(self.kind, name or snake_case(getattr(target, "__name__", "")), target, **flags)
+        check_plugin(plugin)
+        check_name(plugin)
         known = self.plugins.get(plugin.name)
         taken = known.source if known else self._shipped().get(plugin.name, plugin.source)
         if Path(taken).resolve() != Path(plugin.source).resolve():
@@ -141,8 +224,15 @@ class Registry:
                 load(name)
         if name not in self.plugins:
             known = self.names()
-            raise UsageError(f"unknown {self.kind} {name!r}.{suggestion(name, known)} There are: {', '.join(known)}")
+            hint = suggestion(name, known) + self._dotted(name)
+            raise UsageError(f"unknown {self.kind} {name!r}.{hint} There are: {', '.join(known)}")
         return self.plugins[name]
+
+    def _dotted(self, name: str) -> str:
+        """What to say where a dotted name was typed and its first part arrived."""
+        if self.kind != "reward" or not name.isidentifier() or importlib.util.find_spec(name) is None:
+            return ""
+        return f" An object of the package {name} is written in brackets: 'rewards[{name}.module:object].weight=1'."
 
     def names(self) -> list[str]:
         """Registered and shipped plugins."""
@@ -180,9 +270,13 @@ class Registry:
             self._adopt(name, getattr(loaded, attribute))
 
     def _adopt(self, name: str, target: Any) -> None:
-        """Register what an entry point or a dotted path names, unless importing it has done so."""
-        if name not in self.plugins and callable(target) and not self._belongs_elsewhere(target):
-            self.plugins[name] = Plugin(self.kind, name, target)
+        """Register what an entry point or a dotted path names, unless importing it has done so under this name."""
+        if name in self.plugins or not callable(target) or self._belongs_elsewhere(target):
+            return
+        known = next((plugin for plugin in self.plugins.values() if plugin.target is target), None)
+        plugin = dataclasses.replace(known or Plugin(self.kind, name, target), name=name)  # with its flags
+        check_plugin(plugin)
+        self.plugins[name] = plugin
 
     def _belongs_elsewhere(self, target: Any) -> bool:
         others = (registry for registry in REGISTRIES.values() if registry is not self)
@@ -201,14 +295,16 @@ def import_plugin(what: str, load: Callable[[], Any]) -> Any:
     """
     try:
         return load()
-    except UsageError:
+    except (UsageError, KeyboardInterrupt, Stopped):
         raise
     except SyntaxError as error:
         raise UsageError(f"{what}: {error.filename}, line {error.lineno}: {error.msg}") from error
     except ModuleNotFoundError as error:
-        raise UsageError(f"{what} needs the package {error.name!r}, which is not installed: pip install it") from error
-    except Exception as error:  # user code: anything may go wrong in it
-        raise UsageError(f"{what} failed while it was imported: {type(error).__name__}: {error}") from error
+        raise UsageError(
+            f"{what} needs the module {error.name!r}, which is neither installed nor beside the file: pip install it"
+        ) from error
+    except BaseException as error:  # user code: anything may go wrong in it, and it may call sys.exit
+        raise UsageError(f"{what} failed while it was imported: {brief(error)}") from error
 
 
 def load_file(path: str) -> ModuleType:
@@ -217,9 +313,10 @@ def load_file(path: str) -> ModuleType:
     Raises: UsageError when the file is missing or cannot be imported.
     """
     file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise UsageError(f"plugins: there is no file {path}")
-    name = f"condrl_user_{re.sub(r'[^0-9a-zA-Z]', '_', str(file))}"
+    if not file.is_file() or file.suffix != ".py":
+        why = "is a folder: give the .py files in it" if file.is_dir() else "is not a .py file"
+        raise UsageError(f"plugins: {path} {why}" if file.exists() else f"plugins: there is no file {path}")
+    name = f"condrl_user_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
@@ -229,13 +326,44 @@ def load_file(path: str) -> ModuleType:
     sys.modules[name] = module
     loader = spec.loader
     try:
-        import_plugin(f"plugins: {path}", lambda: loader.exec_module(module))
+        with importing_beside(file.parent):
+            import_plugin(f"plugins: {path}", lambda: loader.exec_module(module))
     except UsageError:
         del sys.modules[name]
         raise
     return module
 
 
+@contextmanager
+def importing_beside(folder: Path) -> Iterator[None]:
+    """Within it, modules that lie in a folder can be imported, after all installed ones.
+
+    Those of other plugins' folders are out of sight: the `helper.py` beside each plugin file is its own.
+    """
+    for name in {name for modules in NEIGHBOURS.values() for name in modules}:
+        sys.modules.pop(name, None)
+    sys.modules.update(NEIGHBOURS.get(folder, {}))
+    before = {name.partition(".")[0] for name in sys.modules} - NEIGHBOURS.get(folder, {}).keys()
+    sys.path.append(str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        new = {name: module for name, module in sys.modules.items() if name.partition(".")[0] not in before}
+        NEIGHBOURS[folder] = {name: module for name, module in new.items() if lies_in(folder, name, module)}
+        for modules in NEIGHBOURS.values():  # for what imports them later on
+            sys.modules.update(modules)
+
+
+def lies_in(folder: Path, name: str, module: ModuleType) -> bool:
+    """Whether a module was imported from a folder by its own name, or belongs to a package that was."""
+    top, spec = name.partition(".")[0], getattr(module, "__spec__", None)
+    places = [*(getattr(spec, "submodule_search_locations", None) or ()), getattr(spec, "origin", None) or ""]
+    return any(Path(p) == folder / f"{top}.py" or Path(p).is_relative_to(folder / top) for p in places)
+
+
+NEIGHBOURS: dict[Path, dict[str, ModuleType]] = {}  # modules imported from beside plugin files, by folder and name
 reward = Registry("reward", "condrl.plugins.rewards")
 sampler = Registry("sampler", "condrl.plugins.samplers")
 algorithm = Registry("algorithm", "condrl.plugins.algorithms")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,23 +25,38 @@ def to_pil(image: Tensor) -> Any:
 
 
 def labelled(image: Any, label: str) -> Any:
-    """A PIL image, enlarged by a whole factor if small, above its label."""
-    from PIL import Image, ImageDraw, ImageFont
+    """A PIL image, enlarged by a whole factor if small, above its label, of which as much is shown as fits."""
+    from PIL import Image, ImageDraw
 
     factor = max(1, -(-MIN_SIDE // image.width))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     framed = Image.new("RGB", (image.width, image.height + LABEL_HEIGHT), "white")
     framed.paste(image)
-    lines = textwrap.wrap(label, image.width // 6)[:3]
-    ImageDraw.Draw(framed).text((4, image.height + 2), "\n".join(lines), "black", ImageFont.load_default(11), spacing=1)
+    font, label = label_font(), " ".join(label.split())
+    wide = max(6.0, font.getlength(label) / max(1, len(label)))  # of a character, in pixels
+    lines = textwrap.wrap(label, int(image.width // wide), max_lines=3, placeholder=" ...")
+    ImageDraw.Draw(framed).text((4, image.height + 2), "\n".join(lines), "black", font, spacing=1)
     return framed
 
 
+@functools.cache
+def label_font() -> Any:
+    """matplotlib's DejaVu Sans, which has the letters of most alphabets; Pillow's own where it is missing."""
+    from PIL import ImageFont
+
+    found = importlib.util.find_spec("matplotlib")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        file = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if file.is_file():
+            return ImageFont.truetype(str(file), 10)
+    return ImageFont.load_default(11)
+
+
 def grid(images: Sequence[Any], columns: int, margin: int = 6) -> Any:
-    """PIL images of one size, row by row."""
+    """PIL images, row by row, in cells of the largest one's size."""
     from PIL import Image
 
-    width, height = images[0].width + margin, images[0].height + margin
+    width, height = (max(getattr(image, side) for image in images) + margin for side in ("width", "height"))
     sheet = Image.new("RGB", (columns * width + margin, -(-len(images) // columns) * height + margin), "white")
     for i, image in enumerate(images):
         sheet.paste(image, (margin + i % columns * width, margin + i // columns * height))
@@ -47,7 +64,9 @@ def grid(images: Sequence[Any], columns: int, margin: int = 6) -> Any:
 
 
 def save_grid(path: Path, images: Sequence[Tensor], labels: Sequence[str], columns: int = 4) -> None:
-    """Write labelled images (3, H, W) in [0, 1] as one PNG."""
+    """Write labelled images (3, H, W) in [0, 1] as one PNG; nothing when there are none."""
+    if not images:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     grid([labelled(to_pil(i), label) for i, label in zip(images, labels, strict=True)], columns).save(path)
 

@@ -1,24 +1,60 @@
-"""A set of weighted rewards: they are called, checked and added up here, so that a reward is only a function."""
+"""A set of weighted rewards: they are called, checked and added up here, so that a reward is only a function.
+
+A class may have, beside `__call__`, any of these methods:
+
+    load()                      open the files that it needs, so that what is wrong with them is said at the start
+    rest()                      make room on the device until it is called again
+    state_dict()                what its next scores depend on, as tensors, numbers and text by name
+    load_state_dict(state)      go on from there
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from condrl.errors import RunError
+from condrl.errors import RewardError, RunError, UsageError, brief
 from condrl.prompts import Row
 from condrl.registry import reward as registry
 
 MOST_KNOWN = 100_000  # scores that a reward remembers
+
+
+class MissingKey(KeyError):
+    """A prompt row has no such metadata."""
+
+    def __init__(self, key: object, row: Row) -> None:
+        super().__init__(key)
+        self.row = row
+
+    def __str__(self) -> str:
+        known = ", ".join(map(repr, self.row.metadata)) or "none"
+        return (
+            f"{self.args[0]!r} in each prompt's metadata, and row {self.row.index + 1} of its prompts, "
+            f"{self.row.prompt!r}, has {known}"
+        )
+
+
+class Metadata(dict[str, Any]):
+    """A copy of a prompt row's metadata, which knows whose it is when a key is missing."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(copy.deepcopy(row.metadata))
+        self.row = row
+
+    def __missing__(self, key: object) -> Any:
+        raise MissingKey(key, self.row)
 
 
 @dataclass(frozen=True)
@@ -40,7 +76,7 @@ class Reward:
     def __call__(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
         """Scores (B,) float32 of samples (B, ...), row i of which was made for `rows[i]`; nan where one failed.
 
-        Raises: RunError naming the reward and the prompt when a score is missing.
+        Raises: RewardError naming the reward and the prompt when the reward raises, or a score is missing.
         """
         if self.known is None or (torch.is_grad_enabled() and samples.requires_grad):
             return self._scored(samples, rows)
@@ -57,25 +93,58 @@ class Reward:
 
     def _scored(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
         prompts = [row.prompt for row in rows]
-        extra = {"metadata": [row.metadata for row in rows]} if self.takes_metadata else {}
-        scores = self.call(samples, prompts, **extra)
+        extra = {"metadata": [Metadata(row) for row in rows]} if self.takes_metadata else {}
+        with self.blamed(rows):
+            scores = self.call(samples.clone(), prompts, **extra)  # a copy: it may work in place
         if not isinstance(scores, Tensor) or scores.shape != (len(rows),):
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise RunError(
+            raise RewardError(
                 f"the reward {self.name!r} returned {got} for {len(rows)} samples, the first of prompt {prompts[0]!r}: "
                 f"it should return a tensor of shape ({len(rows)},)"
             )
         return scores.float().where(scores.isfinite(), torch.nan)
 
-    def state_dict(self) -> dict[str, Any]:
-        return getattr(self.call, "state_dict", dict)()
+    @contextmanager
+    def blamed(self, rows: Sequence[Row] = ()) -> Iterator[None]:
+        """Within it, whatever a reward raises becomes one line that names it and the first prompt.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        getattr(self.call, "load_state_dict", lambda _: None)(state)
+        Raises: RewardError; UsageError where the reward said so itself.
+        """
+        try:
+            yield
+        except UsageError as error:  # what rewards share cannot know for whom it works
+            raise UsageError(str(error).replace("rewards.*", f"rewards.{self.name}")) from error
+        except RunError as error:
+            raise RewardError(str(error)) from error
+        except MissingKey as error:
+            raise RewardError(f"the reward {self.name!r} needs {error}") from error
+        except (Exception, SystemExit) as error:  # user code
+            place = f" for the prompt {rows[0].prompt!r}" if rows else ""
+            raise RewardError(f"the reward {self.name!r} failed{place}: {brief(error)}") from error
+
+    def load(self) -> None:
+        """Let it open its files now.
+
+        Raises: UsageError when one cannot be used.
+        """
+        with usage_errors(), self.blamed():
+            getattr(self.call, "load", lambda: None)()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What its next scores depend on; empty for a reward without a state."""
+        with self.blamed():
+            return dict(getattr(self.call, "state_dict", dict)())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that `state_dict` returned; nothing to do for a reward without one."""
+        if hasattr(self.call, "load_state_dict"):
+            with self.blamed():
+                self.call.load_state_dict(dict(state))
 
     def rest(self) -> None:
         """Tell a reward that it will not be called for a while."""
-        getattr(self.call, "rest", lambda: None)()
+        with self.blamed():
+            getattr(self.call, "rest", lambda: None)()
 
     def failure(self, scores: Tensor, rows: Sequence[Row]) -> str | None:
         """What to say of the first failed score of (B,); None when there is none."""
@@ -87,11 +156,27 @@ class Reward:
         return f"the reward {self.name!r} failed for the prompt {rows[int(failed[0])].prompt!r}: {reason}"
 
 
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Within it, before a run has begun, a reward's failure is bad input.
+
+    Raises: UsageError.
+    """
+    try:
+        yield
+    except RewardError as error:
+        raise UsageError(str(error)) from error
+
+
 def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
-    """A registered reward with the options of its config section; a class is constructed with them."""
+    """A registered reward with the options of its config section; a class is constructed with them.
+
+    Raises: UsageError when that fails.
+    """
     options, plugin = dict(options), registry.find(name)
     weight, target = options.pop("weight", 1.0), plugin.target
-    call: Any = target(**options) if inspect.isclass(target) else functools.partial(target, **options)
+    with usage_errors(), Reward(name, weight, target).blamed():
+        call: Any = target(**options) if inspect.isclass(target) else functools.partial(target, **options)
     known = _known(json.dumps([name, options], sort_keys=True, default=str)) if plugin.cached else None
     return Reward(name, weight, call, plugin.differentiable, known)
 

@@ -68,7 +68,6 @@ class Trainer:
         self.heldout: Callable[[], dict[str, float]] | None = None  # measures the policy, for `evaluate.every`
         self.spent = False  # whether the run is to end because of train.kl_budget
         self.said: set[str] = set()  # the diagnoses that were printed
-        self.allowed_failures = train.max_failed  # share of the scores of an epoch
 
     # ------------------------------------------------------------------------------------------ phases
 
@@ -182,7 +181,7 @@ class Trainer:
     def check_failures(self, scores: Scores, good: Tensor) -> None:
         """Raises: RunError when too many of all processes' images have no score."""
         share = 1 - good.float().mean().item()
-        if share > self.allowed_failures:
+        if share > self.config.train.max_failed:
             said = next(text for text in self.processes.gather_objects(scores.failure) if text)
             most = self.config.train.max_failed
             raise RunError(f"{said} ({share:.0%} of the scores failed; at most train.max_failed={most:g} of them may)")

@@ -8,13 +8,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from condrl.pixels import from_pil
 from condrl.prompts import Row
+from condrl.report import to_pil
 
 MOST_BYTES = 64 * 2**20  # of a request or an answer
 MOST_PIXELS = 2**26  # of all the images of a request
@@ -50,9 +50,8 @@ def unpack(body: bytes) -> tuple[Tensor, list[Row]]:
 
 def to_png(image: Tensor) -> bytes:
     """An image (3, H, W) in [0, 1]."""
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+    to_pil(image).save(file, "PNG")
     return file.getvalue()
 
 

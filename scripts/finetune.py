@@ -123,10 +123,10 @@ def tried_and_tuned(
 ) -> dict[str, Any]:
     """Load the model and try it; unless the run is dry, tune it."""
     from condrl.preflight import preflight
-    from condrl.run import announcement, make_trainer
+    from condrl.run import announcement, make_measures, make_trainer
 
     trainer = make_trainer(config, train, heldout, processes)
-    for line in [*preflight(trainer), *announcement(config, train, heldout)]:
+    for line in [*preflight(trainer, heldout, make_measures(config)), *announcement(config, train, heldout)]:
         say(line)
     return {} if dry else measure_and_tune(trainer, heldout, begun)
 

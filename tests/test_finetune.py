@@ -10,7 +10,7 @@ from helpers import ROOT, run_python
 from PIL import Image
 from safetensors.torch import load_file
 
-from condrl.checkpoint import LORA_FILE
+from condrl.models.lora import LORA_FILE
 from condrl.config import load_config
 
 FINETUNE = str(ROOT / "scripts" / "finetune.py")

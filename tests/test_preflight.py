@@ -109,6 +109,7 @@ def test_a_reward_that_fails_is_found_before_anything_is_written(tmp_path):
     )
     more = [f"plugins=[{tmp_path / 'nan.py'}]", "rewards.quadratic.weight=0", "rewards.broken.weight=1"]
     done = run_python(FINETUNE, *toy_words("nft", tmp_path / "run"), *more, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "stopped: the reward 'broken' failed for the prompt" in done.stderr
+    assert done.returncode == 2
+    assert "error: the reward 'broken' failed for the prompt" in done.stderr
+    assert "(8 of the 8 images tried have no score)" in done.stderr
     assert not (tmp_path / "run").exists()

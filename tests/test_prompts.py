@@ -1,9 +1,11 @@
+import codecs
+import json
 from collections import Counter
 
 import pytest
 
 from condrl import UsageError
-from condrl.prompts import Row, epoch_rows, load_prompts
+from condrl.prompts import Row, duplicate_note, epoch_rows, load_prompts
 
 
 def test_text_and_jsonl(tmp_path):
@@ -15,19 +17,95 @@ def test_text_and_jsonl(tmp_path):
     assert rows == [Row(0, "one", {"target": 3}), Row(1, "two")]
 
 
+ENDS_NOTHING = "\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"
+
+
+@pytest.mark.parametrize("character", ENDS_NOTHING)
+def test_a_line_ends_at_a_newline_only(tmp_path, character):
+    text = f"a red{character}star"
+    (tmp_path / "a.txt").write_bytes(f"{text}\r\n{character}\n\t two \n".encode())
+    assert load_prompts(str(tmp_path / "a.txt"), "prompts.train") == [Row(0, text), Row(1, "two")]
+    line = json.dumps({"prompt": text, "k": character}, ensure_ascii=False)
+    if character < " ":
+        line = json.dumps({"prompt": text, "k": character})  # JSON has control characters escaped only
+    (tmp_path / "a.jsonl").write_bytes(f"{line}\r\n{line}\n".encode())
+    rows = load_prompts(str(tmp_path / "a.jsonl"), "prompts.train")
+    assert rows == [Row(i, text, {"k": character}) for i in range(2)]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"one\ntwo\n")
+    assert [row.prompt for row in load_prompts(str(tmp_path / "a.txt"), "prompts.train")] == ["one", "two"]
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"prompt": "one"}\n')
+    assert load_prompts(str(tmp_path / "a.jsonl"), "prompts.train") == [Row(0, "one")]
+
+
+def refused(path):
+    """The one line that is said of a prompt file."""
+    with pytest.raises(UsageError) as error:
+        load_prompts(str(path), "prompts.train")
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("config prompts.train: ")
+    return str(error.value)
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "content", "message"),
     [
-        ("", "empty"),
-        ("3\n", 'line 1: expected an object with a "prompt"'),
-        ('{"prompt": 1}', "text"),
-        ("{", "not JSON"),
+        ("a.jsonl", "", "a.jsonl is empty"),
+        ("a.txt", " \n\t\r\n", "a.txt is empty"),
+        ("a.jsonl", "3\n", 'line 1: expected an object with a "prompt" that is text'),
+        ("a.jsonl", '{"prompt": 1}', 'line 1: expected an object with a "prompt" that is text'),
+        ("a.jsonl", '\n\n{"text": "a cat"}', 'line 3: expected an object with a "prompt" that is text'),
+        ("a.jsonl", "{", "line 1: not JSON that can be used: Expecting property name"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b", "k": NaN}',
+            "line 2: not JSON that can be used: NaN is no number",
+        ),
+        ("a.jsonl", '{"prompt": "a", "k": [-Infinity]}', "line 1: not JSON that can be used: -Infinity is no number"),
+        ("a.jsonl", '{"prompt": "a", "k": 1e999}', "line 1: not JSON that can be used: 1e999 is too large"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "prompt": "b"}',
+            "line 1: not JSON that can be used: the key 'prompt' comes twice",
+        ),
+        ("a.jsonl", '{"prompt": "a", "k": {"x": 1, "x": 2}}', "the key 'x' comes twice"),
+        ("a.jsonl", '{"prompt": "a", "k": ' + 100_000 * "[", "line 1: not JSON that can be used"),
+        ("a.jsonl", '{"prompt": "a", "k": 1' + 5000 * "0" + "}", "line 1: not JSON that can be used"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": " \\n"}', "line 2: the prompt is empty"),
+        ("a.jsonl", '{"prompt": "a\\u0000b"}', "line 1: there is a NUL character"),
+        ("a.jsonl", '{"prompt": "a \\ud83d"}', "line 1: the prompt has half of a surrogate pair"),
+        ("a.txt", "one\ntwo\0three\n", "line 2: there is a NUL character"),
+        ("a.txt", "one\rtwo\rthree", "line 1: there is a carriage return"),
+        ("a.txt", b"one\ntwo\nth\xe9\n", "line 3: not UTF-8 text"),
+        ("a.txt", "one\ntwo\n".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
+        ("a.txt", "one\n".encode("utf-16-be"), "line 1: there is a NUL character"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "is a Git LFS pointer"),
+        ("a.csv", "one\n", "a.csv is neither .txt"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path, text, message):
-    (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(UsageError, match=message):
-        load_prompts(str(tmp_path / "a.jsonl"), "prompts.train")
+def test_files_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert message in refused(tmp_path / name)
+    assert name in refused(tmp_path / name)
+
+
+def test_what_is_no_file(tmp_path):
+    assert refused("").startswith("config prompts.train: give a prompt file, .txt")
+    assert "is a folder: give a prompt file in it" in refused(tmp_path)
+    assert "there is no prompt file" in refused(tmp_path / "nowhere.txt")
+    assert "cannot be read: OSError" in refused("a red star and " * 300)  # a prompt where its file should be
+    assert "cannot be read: ValueError" in refused("a\0b")
+
+
+def test_duplicates_are_told_once():
+    rows = [Row(0, "a"), Row(1, "b"), Row(2, "a"), Row(3, "b"), Row(4, "b")]
+    assert duplicate_note(rows) == "3 rows say what an earlier one says, the first 'a' (rows 1 and 3)"
+    assert duplicate_note(rows[:3]) == "1 row says what an earlier one says, the first 'a' (rows 1 and 3)"
+    assert duplicate_note(rows[:2]) is None
+    assert duplicate_note([Row(0, "a", {"k": 1}), Row(1, "a", {"k": 2})]) is None  # the reward tells them apart
+    assert duplicate_note([Row(0, "a", {"k": 1, "l": 2}), Row(1, "a", {"l": 2, "k": 1})]) is not None
 
 
 def test_epochs_go_through_the_list_before_any_row_comes_again():

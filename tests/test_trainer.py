@@ -11,7 +11,7 @@ from torch.distributions import Independent, Normal
 
 import condrl
 from condrl import RunError
-from condrl.checkpoint import lora_layers
+from condrl.models.lora import lora_layers
 from condrl.config import build_config
 from condrl.credit import group_advantages
 from condrl.models.stable_diffusion import StableDiffusion

@@ -65,6 +65,14 @@ def lora_layers(unet: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A") and module.lora_A}
 
 
+@torch.no_grad()
+def scale_lora(unet: nn.Module, strength: float) -> None:
+    """Multiply a UNet's LoRA, at 1 what was tuned, by `strength`."""
+    for layer in lora_layers(unet).values():
+        (adapter,) = layer.lora_B
+        layer.lora_B[adapter].weight.mul_(strength)
+
+
 # ---------------------------------------------------------------------------------------------- out
 
 
@@ -283,6 +291,13 @@ def fit(factors: Factors, rank: int) -> Factors | None:
         return None
     root = s[:rank].sqrt()
     return Factors((root[:, None] * v[:rank] @ right.T).float(), (left @ u[:, :rank] * root).float())
+
+
+def rank_of(path: Path) -> int:
+    """The largest rank of a module in a LoRA file."""
+    state = load_tensors(path, "LoRA")
+    _check_kind(path, state)
+    return max(len(value) for key, value in state.items() if DOWN.fullmatch(key))
 
 
 def _rank(layer: Any) -> int:

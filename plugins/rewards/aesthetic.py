@@ -1,14 +1,13 @@
 """How beautiful people would find an image, by LAION's predictor on CLIP."""
 
-import pickle
 from collections.abc import Sequence
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import condrl
-from condrl.clip import ClipReward, Precision, affine, check_file, shared_clip
-from condrl.config import locate
+from condrl.clip import ClipReward, Precision, affine, check_same, shared_clip
+from condrl.files import load_tensors, load_torch
 from condrl.hub import hub_file
 
 HEAD = "aesthetic-model.pth"
@@ -33,14 +32,19 @@ class Aesthetic(ClipReward):
         dtype: Precision = "float32",  # of its weights
         offload: bool = False,  # keep the model off the device between roll-outs
     ) -> None:
-        file = locate(hub_file(head, HEAD, "rewards.aesthetic.head"))
-        check_file(file, head_sha256, "rewards.aesthetic.head")
+        option = "rewards.aesthetic.head"
+        file = Path(hub_file(head, HEAD, option))
+        check_same(file, head_sha256, option)
+        layers = (load_tensors if file.suffix == ".safetensors" else load_torch)(file, f"config {option}")
         try:
-            self.weight, self.bias = affine(torch.load(file, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
-            raise condrl.UsageError(f"config rewards.aesthetic.head: {file} is no aesthetic head") from error
+            self.weight, self.bias = affine(layers)
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise condrl.UsageError(f"config {option}: {file} is not an aesthetic head: {error}") from error
         self.clip, self.offload = shared_clip(model, weights, config, sha256, dtype), offload
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         found = self.clip.images(samples)
         return found @ self.weight.to(found) + self.bias.to(found)
+
+    def load(self) -> None:
+        _ = self.clip.model  # it reads no prompt

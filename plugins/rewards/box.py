@@ -1,12 +1,11 @@
 """Whether a point lies in a box."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import condrl
+from condrl.vectors import of_rows
 
 
 @condrl.reward(differentiable=False)
@@ -19,9 +18,7 @@ def box(
     high: tuple[float, ...] = (1.0,),  # likewise
 ) -> Tensor:
     """1 for points (B, d) between `low` and `high`, else 0; a prompt row's own "low" and "high" come first."""
-
-    def corners(name: str, default: Sequence[float]) -> Tensor:
-        return torch.tensor([row.get(name, default) for row in metadata]).to(samples)
-
-    inside = (samples >= corners("low", low)) & (samples <= corners("high", high))
-    return inside.all(1).float()
+    lows, highs = (of_rows(samples, prompts, metadata, *bound) for bound in (("low", low), ("high", high)))
+    if wrong := (lows > highs).any(1).nonzero().flatten().tolist():
+        raise condrl.UsageError(f"the reward box: 'low' is above 'high' for the prompt {prompts[wrong[0]]!r}")
+    return ((samples >= lows) & (samples <= highs)).all(1).float()

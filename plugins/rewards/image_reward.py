@@ -1,7 +1,6 @@
 """Human preference, by ImageReward (Xu et al. 2023)."""
 
 import functools
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.clip import Precision, affine, check_file, fitted
-from condrl.config import locate
-from condrl.hub import folder_or_id, hub_file
+from condrl.clip import Precision, affine, check_same, fitted
+from condrl.files import load_torch
+from condrl.hub import fetching, folder_or_id, hub_file
 
 FILE = "ImageReward.pt"
 TOKENS = 35
@@ -24,7 +23,7 @@ SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072  # of the raw sc
 class Blip:
     """A BLIP that reads an image and a text into one vector (Li et al. 2022), with the published names of its weights.
 
-    Its sizes are those of the weights. Raises: UsageError naming the first weights that are missing.
+    Its sizes are those of the weights. Raises: ValueError naming the first weights that are missing.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -51,7 +50,7 @@ class Blip:
 
     def weight(self, name: str) -> Tensor:
         if name not in self.weights:
-            raise condrl.UsageError(f"an ImageReward's file should hold weights {name}")
+            raise ValueError(f"it has no weights {name}")
         return self.weights[name]
 
     def linear(self, x: Tensor, name: str) -> Tensor:
@@ -117,24 +116,25 @@ class ImageReward:
         dtype: Precision = "float32",  # of its weights
         offload: bool = False,  # keep the model off the device between roll-outs
     ) -> None:
-        self.file = locate(hub_file(weights, FILE, "rewards.image_reward.weights"))
-        check_file(self.file, sha256, "rewards.image_reward.weights")
-        self.source, self.dtype, self.offload = tokenizer, getattr(torch, dtype), offload
+        self.file = Path(hub_file(weights, FILE, "rewards.image_reward.weights"))
+        check_same(self.file, sha256, "rewards.image_reward.weights")
+        self.source = folder_or_id(tokenizer, "rewards.image_reward.tokenizer")
+        self.dtype, self.offload = getattr(torch, dtype), offload
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         from transformers import BertTokenizer
 
-        try:
-            return BertTokenizer.from_pretrained(folder_or_id(self.source))
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise condrl.UsageError(f"config rewards.image_reward.tokenizer: {self.source}: {reason}") from error
+        with fetching("rewards.image_reward.tokenizer", self.source):
+            return BertTokenizer.from_pretrained(self.source)
 
     @property
     def model(self) -> tuple[Blip, Tensor, Tensor]:
         """The frozen model and its affine head, loaded when they are first used."""
         return load(self.file, self.dtype)
+
+    def load(self) -> None:
+        _ = self.model, self.tokenizer
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         blip, weight, bias = self.model
@@ -156,10 +156,15 @@ def load(file: Path, dtype: torch.dtype) -> tuple[Blip, Tensor, Tensor]:
 
     Raises: UsageError when the file is none, or lacks weights.
     """
+    what = "config rewards.image_reward.weights"
+    state = load_torch(file, what)
+    blip = {
+        name[5:]: value.to(dtype)
+        for name, value in state.items()
+        if name.startswith("blip.") and value.is_floating_point()
+    }
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         head = affine({name: value for name, value in state.items() if name.startswith("mlp.")})
-    except (OSError, RuntimeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
-        raise condrl.UsageError(f"config rewards.image_reward.weights: {file} is no ImageReward file") from error
-    blip = {name[5:]: value for name, value in state.items() if name.startswith("blip.")}
-    return Blip({name: value.to(dtype) for name, value in blip.items() if value.is_floating_point()}), *head
+        return Blip(blip), *head
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise condrl.UsageError(f"{what}: {file} is not an ImageReward file: {error}") from error

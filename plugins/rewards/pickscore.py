@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import condrl
 from condrl.clip import Precision, fitted, remembered
-from condrl.hub import folder_or_id
+from condrl.hub import fetching, folder_or_id
 
 
 @condrl.reward(name="pickscore")
@@ -25,25 +25,26 @@ class PickScore:
         dtype: Precision = "float32",  # of its weights
         offload: bool = False,  # keep the model off the device between roll-outs
     ) -> None:
-        self.path, self.processor, self.revision, self.dtype, self.offload = path, processor, revision, dtype, offload
+        self.path = folder_or_id(path, "rewards.pickscore.path")
+        self.processor = folder_or_id(processor, "rewards.pickscore.processor")
+        self.revision, self.dtype, self.offload = revision, dtype, offload
         self.prompts: dict[str, Tensor] = {}
 
     @property
     def model(self) -> Any:
         """The frozen model, loaded when it is first used."""
-        return load(folder_or_id(self.path), self.revision, self.dtype)
+        return load(self.path, self.revision, self.dtype)
 
     @functools.cached_property
     def settings(self) -> tuple[Any, Any]:
         """The tokenizer and the image processor, of which only the numbers are used."""
         from transformers import CLIPImageProcessor, CLIPTokenizer
 
-        try:
-            path = folder_or_id(self.processor)
-            return CLIPTokenizer.from_pretrained(path), CLIPImageProcessor.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise condrl.UsageError(f"config rewards.pickscore.processor: {self.processor}: {reason}") from error
+        with fetching("rewards.pickscore.processor", self.processor):
+            return CLIPTokenizer.from_pretrained(self.processor), CLIPImageProcessor.from_pretrained(self.processor)
+
+    def load(self) -> None:
+        _ = self.model, self.settings
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         model, settings = self.model.to(samples.device), self.settings[1]
@@ -78,10 +79,10 @@ def load(path: str, revision: str | None, dtype: Precision) -> Any:
     """
     from transformers import CLIPModel
 
-    try:
-        options = {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
-        model: Any = CLIPModel.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise condrl.UsageError(f"config rewards.pickscore.path: cannot load {path}: {reason}") from error
+    options = {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
+    with fetching("rewards.pickscore.path", path):
+        model: Any
+        model, found = CLIPModel.from_pretrained(path, output_loading_info=True, **options)
+    if found["missing_keys"]:  # they would be random
+        raise condrl.UsageError(f"config rewards.pickscore.path: {path} has no weights {min(found['missing_keys'])}")
     return model.eval().requires_grad_(False)

@@ -1,14 +1,14 @@
 """Images like given ones."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import condrl
 from condrl.config import locate
-from condrl.pixels import from_pil
+from condrl.pixels import read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -31,12 +31,17 @@ class Similarity:
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         if self.references.shape[2:] != samples.shape[2:] or self.references.device != samples.device:
-            self.references = torch.cat([self._load(file, samples) for file in self.files])
+            self.references = torch.cat([self._fitted(file, samples) for file in self.files])
         nearest = torch.stack([(samples - one).square().mean((1, 2, 3)) for one in self.references]).amin(0)
         return -nearest.sqrt()
 
-    def _load(self, file: object, samples: Tensor) -> Tensor:
-        with Image.open(str(file)) as image:
-            x = from_pil(image)[None].to(samples)
-        size = (samples.shape[2], samples.shape[3])
+    def load(self) -> None:
+        for file in self.files:
+            self._read(file)
+
+    def _read(self, file: Path) -> Tensor:
+        return read_image(file, "config rewards.similarity.images")[None]
+
+    def _fitted(self, file: Path, samples: Tensor) -> Tensor:
+        x, size = self._read(file).to(samples), (samples.shape[2], samples.shape[3])
         return nn.functional.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
