@@ -5,6 +5,9 @@ import torch
 from chains import SHAPES, an_epoch, at, move, step_of, trainer_of
 from torch.distributions import kl_divergence
 
+from condrl.algorithms import clipped
+from condrl.trainer import Clock
+
 NAMES = ["reinforce", "ddpo", "dpok", "grpo"]
 PLAIN = {"kappa": 0.0, "normalise": False, "leave_one_out": False, "advantage_clip": 5.0}
 CASES = [
@@ -168,8 +171,6 @@ def test_balanced_steps_are_weighed(shape, tmp_path):
 def advantages_of_epochs(folder, epochs=4, **options):
     """The rewards (E, B) of some epochs without learning, and the advantages that ddpo gives them."""
     trainer = trainer_of(folder, algorithm={"name": "ddpo", "advantage": "prompt", **options})
-    from condrl.trainer import Clock
-
     experiences = [trainer.collect(epoch, Clock()) for epoch in range(epochs)]
     found = [trainer.examples(e, i).advantages for i, e in enumerate(experiences)]
     rewards = [e.scores.total for e in experiences]
