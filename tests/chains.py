@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,53 @@ def step_of(trainer: Trainer, k: int, x: Tensor, score: Tensor) -> Independent:
 def at(trainer: Trainer, k: int, count: int) -> Tensor:
     """The time of step k, (count,)."""
     return trainer.policy.sampler.times[k].expand(count)
+
+
+# ---------------------------------------------------------------------------------------------- an algorithm
+
+
+@dataclass
+class Pulls:
+    """A number for each image and column, towards which the weights are drawn."""
+
+    targets: Tensor  # (n, B)
+    columns: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return self.targets.shape[1]
+
+    def minibatch(self, images: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return images, columns, self.targets[columns, images]
+
+
+class Recorded(Algorithm):
+    """The loss of image i and column j is (|w|^2 / 2 - target_ji sum(w)), w all the weights; each call is kept.
+
+    The calls of numbers `bad` are nan; with `own` it has a network that is trained too, at a rate of .07.
+    """
+
+    def __init__(self, columns: int = 4, bad: Sequence[int] = (), own: bool = False) -> None:
+        self.count, self.bad, self.calls, self.rolled = columns, set(bad), [], []
+        self.own = nn.Linear(3, 1) if own else None
+
+    def modules(self):
+        return {"own": (self.own, 0.07)} if self.own else {}
+
+    def rollout(self, policy, condition, noise, batch):
+        self.rolled.append((len(condition), batch))
+        return super().rollout(policy, condition, noise, batch)
+
+    def examples(self, policy, experience, train, noise):
+        self.table = torch.randn(self.count, 16, generator=torch.Generator().manual_seed(len(self.rolled)))
+        return Pulls(self.table, torch.arange(self.count))
+
+    def loss(self, policy, batch):
+        images, columns, target = batch
+        self.calls.append((images.tolist(), columns.tolist()))
+        loss = sum(
+            p.square().sum() / 2 - target * p.sum()
+            for p in [*policy.model.module.parameters(), *(self.own.parameters() if self.own else ())]
+        )
+        return loss * (torch.nan if len(self.calls) in self.bad else 1), {"seen": target.mean()}

@@ -1,62 +1,16 @@
 """What the loop does with `train`'s options, against a hand-written AdamW loop and plain counting."""
 
 import json
-from dataclasses import dataclass, field
 
 import pytest
 import torch
-from chains import SHAPES, SIDES, an_epoch, at, move, step_of, trainer_of
+from chains import SHAPES, SIDES, Recorded, an_epoch, at, move, step_of, trainer_of
 from torch.distributions import kl_divergence
 
 import condrl
 from condrl import RunError
-from condrl.algorithms import Algorithm
 from condrl.prompts import Row
 from condrl.trainer import Clock
-
-
-@dataclass
-class Pulls:
-    """A vector for each image and column, towards which the weights are drawn."""
-
-    targets: torch.Tensor  # (n, B)
-    columns: torch.Tensor
-    metrics: dict = field(default_factory=dict)
-
-    @property
-    def images(self):
-        return self.targets.shape[1]
-
-    def minibatch(self, images, columns):
-        return images, columns, self.targets[columns, images]
-
-
-class Recorded(Algorithm):
-    """The loss of image i and column j is (|w|^2 / 2 - target_ji sum(w)), w all the weights; each call is kept."""
-
-    def __init__(self, columns=4, bad=(), own=False):
-        self.count, self.bad, self.calls, self.rolled = columns, set(bad), [], []
-        self.own = torch.nn.Linear(3, 1) if own else None
-
-    def modules(self):
-        return {"own": (self.own, 0.07)} if self.own else {}
-
-    def rollout(self, policy, condition, noise, batch):
-        self.rolled.append((len(condition), batch))
-        return super().rollout(policy, condition, noise, batch)
-
-    def examples(self, policy, experience, train, noise):
-        self.table = torch.randn(self.count, 16, generator=torch.Generator().manual_seed(len(self.rolled)))
-        return Pulls(self.table, torch.arange(self.count))
-
-    def loss(self, policy, batch):
-        images, columns, target = batch
-        self.calls.append((images.tolist(), columns.tolist()))
-        loss = sum(
-            p.square().sum() / 2 - target * p.sum()
-            for p in [*policy.model.module.parameters(), *(self.own.parameters() if self.own else ())]
-        )
-        return loss * (torch.nan if len(self.calls) in self.bad else 1), {"seen": target.mean()}
 
 
 def by_hand(trainer, before, rates, epochs, clip, betas, decay, factor):
