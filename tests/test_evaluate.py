@@ -1,13 +1,19 @@
+import json
+
+import numpy as np
 import pytest
 import torch
+from helpers import ROOT, load_script
 
 import condrl
+from condrl import oracle
 from condrl.evaluate import estimate, evaluate, paired_difference, verdict
 from condrl.policy import Policy
 from condrl.prompts import Row
 from condrl.report import grid, labelled, save_comparison, to_pil
 from condrl.rewards import make_reward
 from condrl.run import make_sampler
+from condrl.schedule import OU
 
 ROWS = [Row(0, "a red star"), Row(1, "a blue circle"), Row(2, "a red star")]
 
@@ -103,3 +109,159 @@ def test_failed_scores_are_left_out_of_an_estimate():
     assert found.mean == 2.0  # of the first two prompts; the third has no score
     assert found.failed == 3
     assert estimate(torch.tensor([1.0, 3.0]), 1).failed == 0
+
+
+# ---------------------------------------------------------------------------------------------- what a run says
+
+
+@condrl.reward
+def number_of_row(samples, prompts, metadata):
+    number_of_row.asked.append([row["n"] for row in metadata])
+    return torch.tensor([float(row["n"]) for row in metadata])
+
+
+@condrl.reward
+def second_moment(samples, prompts, *, factor: float = 1.0):
+    second_moment.batches.append(samples.detach().clone())
+    return factor * samples.flatten(1).square().sum(1)
+
+
+number_of_row.asked, second_moment.batches = [], []
+
+
+def toy(folder, *words, problem="p1", rows=None):
+    """A finished short run of a toy: its result, and the lines of its record."""
+    number_of_row.asked.clear()
+    second_moment.batches.clear()
+    train, heldout = (
+        [{"prompt": "left", "linear": [5.0], "n": -1}],
+        rows or [{"prompt": "far right", "linear": [1.0], "n": n} for n in (1, 10, 100)],
+    )
+    for name, content in (("train", train), ("heldout", heldout)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    few = ["train.epochs=5", "train.prompts_per_epoch=1", "train.images_per_prompt=8", "train.rollout_batch=8"]
+    given = [f"prompts.train={folder}/train.jsonl", f"prompts.heldout={folder}/heldout.jsonl", f"run.dir={folder}/run"]
+    config = str(ROOT / "configs" / "toy" / f"{problem}.yaml")
+    few += ["sampler.steps=5", "evaluate.images_per_prompt=1"]
+    assert load_script("finetune").main([config, *given, *few, "train.lr=1e-3", *words]) == 0
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return json.loads((folder / "run" / "result.json").read_text()), [json.loads(line) for line in lines]
+
+
+def test_the_held_out_prompts_are_measured_and_not_the_training_prompts(tmp_path):
+    """E x of the held-out prompt's own law, .9 (-2) + .1 (1.5), with the reward of its own row."""
+    many = ["evaluate.images_per_prompt=2000", "train.rollout_batch=2000"]
+    result, lines = toy(tmp_path, *many, "sampler.steps=30", "evaluate.prompts=1", "train.lr=1e-6")
+    for who in ("base", "tuned"):
+        assert result["heldout"]["quadratic"][who]["mean"] == pytest.approx(0.9 * -2 + 0.1 * 1.5, abs=0.15)
+    assert sum(line["reward/quadratic"] for line in lines) > 0  # of the training prompt, 5 E x with E x = .45
+
+
+MEASURE = "evaluate.measures.number_of_row={}"
+
+
+@pytest.mark.parametrize(("prompts", "mean"), [("null", 37.0), ("2", 5.5), ("1", 1.0), ("9", 37.0)])
+def test_the_first_so_many_prompts_are_measured(prompts, mean, tmp_path):
+    result, _ = toy(tmp_path, MEASURE, f"evaluate.prompts={prompts}")
+    found = result["heldout"]["number_of_row"]
+    assert (found["base"]["mean"], found["tuned"]["mean"]) == pytest.approx((mean, mean))
+
+
+def test_so_many_images_of_each_held_out_prompt_all_different(tmp_path):
+    asked = {}
+    for each in (1, 3):
+        toy(tmp_path, MEASURE, "evaluate.measures.second_moment={}", f"evaluate.images_per_prompt={each}")
+        numbers = [n for part in number_of_row.asked for n in part]
+        asked[each] = [numbers.count(n) for n in (1, 10, 100)]
+        last = torch.cat(second_moment.batches)[-3 * each :].flatten().tolist()
+        assert len(set(last)) == 3 * each
+    assert [many - few for many, few in zip(asked[3], asked[1], strict=True)] == [4, 4, 4]  # two more, base and tuned
+
+
+@pytest.mark.parametrize(("every", "when"), [("null", []), ("1", [1, 2, 3, 4, 5]), ("2", [2, 4]), ("5", [5])])
+def test_held_out_measures_are_taken_after_so_many_epochs(every, when, tmp_path):
+    result, lines = toy(tmp_path, "train.lr=1e-2", f"evaluate.every={every}")
+    assert [line["epoch"] for line in lines if "heldout/quadratic" in line] == when
+    if 5 in when:  # of the policy that is then measured as the tuned one
+        tuned = result["heldout"]["quadratic"]["tuned"]["mean"]
+        assert lines[-1]["heldout/quadratic"] == pytest.approx(tuned, abs=1e-6)
+        assert tuned != result["heldout"]["quadratic"]["base"]["mean"]
+
+
+def test_measures_are_reported_beside_the_rewards_with_their_options(tmp_path):
+    result, lines = toy(tmp_path, "evaluate.measures.second_moment.factor=-3", "evaluate.images_per_prompt=4")
+    assert set(result["heldout"]) == {"quadratic", "second_moment"}
+    points = (
+        second_moment.batches[-1] if len(second_moment.batches[-1]) == 12 else torch.cat(second_moment.batches[-2:])
+    )
+    expected = -3 * points.square().mean().item()
+    assert result["heldout"]["second_moment"]["tuned"]["mean"] == pytest.approx(expected, rel=1e-5)
+    assert "reward/second_moment" not in lines[0]  # it is no reward
+
+
+def moment_of_chain(sampler, schedule):
+    """E x^2 at the end of the chain of the pretrained N(1, .49)."""
+    a, c, S = oracle.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
+    m, v = 0.0, schedule.prior_std**2
+    for k in range(len(a)):
+        m, v = a[k] * m + c[k], a[k] ** 2 * v + S[k] ** 2
+    return (m**2 + v).item()
+
+
+def test_another_sampler_may_be_evaluated(tmp_path):
+    """Two steps of Euler's method on the ODE, whose law is known, and not the one that tunes."""
+    words = [
+        "evaluate.sampler.steps=2",
+        "evaluate.sampler.eta=0",
+        "evaluate.images_per_prompt=4000",
+        "train.rollout_batch=4000",
+    ]
+    rows = [{"prompt": "g1", "linear": [0.0], "curvature": [-2.0]}]
+    (tmp_path / "g1.jsonl").write_text(json.dumps({"prompt": "g1"}) + "\n")
+    result, _ = toy(tmp_path, *words, f"prompts.train={tmp_path}/g1.jsonl", problem="g1", rows=rows)
+    schedule, found = OU(), result["heldout"]["quadratic"]["base"]["mean"]
+    both = [
+        moment_of_chain(
+            make_sampler({"name": "euler_maruyama", "steps": n, "spacing": None, "eta": eta}, schedule), schedule
+        )
+        for n, eta in ((2, 0.0), (5, 1.0))
+    ]
+    assert abs(both[0] - both[1]) > 0.3
+    assert found == pytest.approx(both[0], abs=0.1)
+
+
+def test_base_and_tuned_start_from_the_same_noise_and_seeds_from_other(tmp_path):
+    found = []
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        result, _ = toy(tmp_path / str(seed), f"run.seed={seed}", "train.lr=1e-12", "train.epochs=1")
+        base, tuned = (result["heldout"]["quadratic"][who]["mean"] for who in ("base", "tuned"))
+        assert base == pytest.approx(tuned, abs=1e-6)
+        found.append(base)
+    assert abs(found[0] - found[1]) > 1e-3
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 3])
+def test_so_many_pictures_are_shown(pictures, model):
+    policy = Policy(model, make_sampler({"name": "ddim", "steps": 2, "spacing": None, "eta": 1.0}, model.schedule))
+    measures = [make_reward("mean_level", {})]
+    found = evaluate(policy, ROWS, measures, seed=5, per_prompt=2, batch=4, pictures=pictures)
+    assert len(found.pictures) == len(found.labels) == pictures
+    assert found.measures["mean_level"].failed == 0
+
+
+def test_a_run_shows_as_many_as_it_is_asked_for(pipeline, tmp_path):
+    """Three before | after pairs, two of them in the first of two rows."""
+    from PIL import Image
+
+    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\na red circle\na blue star\n")
+    given = [f"model.path={pipeline}", "model.lora_rank=2", "model.guidance=1", f"prompts.train={tmp_path}/prompts.txt"]
+    given += [f"prompts.heldout={tmp_path}/prompts.txt", "rewards.mean_level.weight=1", f"run.dir={tmp_path}/run"]
+    few = ["train.epochs=1", "train.prompts_per_epoch=1", "train.images_per_prompt=2", "train.rollout_batch=2"]
+    few += ["sampler.steps=2", "evaluate.pictures=3", "train.updates_per_epoch=1", "algorithm.name=nft"]
+    (tmp_path / "base.yaml").write_text("model: {name: stable_diffusion}\n")
+    assert load_script("finetune").main([str(tmp_path / "base.yaml"), *given, *few]) == 0
+    sheet = np.asarray(Image.open(tmp_path / "run" / "images" / "before_after.png").convert("L"))
+    height, width = (side // n for side, n in zip(sheet.shape, (2, 4), strict=True))
+    tiles = [sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] for y in (0, 1) for x in range(4)]
+    assert [(tile < 250).mean() > 0.3 for tile in tiles] == [True] * 6 + [False] * 2

@@ -10,8 +10,8 @@ from helpers import ROOT, run_python
 from PIL import Image
 from safetensors.torch import load_file
 
-from condrl.models.lora import LORA_FILE
 from condrl.config import load_config
+from condrl.models.lora import LORA_FILE
 
 FINETUNE = str(ROOT / "scripts" / "finetune.py")
 SAMPLE = str(ROOT / "scripts" / "sample.py")

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chains import Recorded, trainer_of
 from helpers import ALGORITHMS, ROOT, toy_words
 from safetensors import SafetensorError
 
+import condrl
 import condrl.trainer
 from condrl import RunError, UsageError
 from condrl.checkpoint import (
@@ -70,6 +72,89 @@ def test_going_on_is_not_having_stopped(name, tmp_path):
     records = [(tmp_path / part / "metrics.jsonl").read_bytes() for part in ("whole", "parts")]
     assert records[0] == records[1]
     assert len(records[0].splitlines()) == 6
+
+
+@condrl.reward
+def drawn_by_chance(samples, prompts):
+    """As a plugin may: it draws from the generators of torch, numpy and Python."""
+    scores = [torch.rand(()).item() + np.random.rand() + random.random() for _ in samples]
+    return samples[:, 0] + torch.tensor(scores)
+
+
+REMEMBERED = {
+    "global generators": ("dpok", ["rewards.drawn_by_chance.weight=1"]),
+    "adapted kappa": ("dpok", ["train.kl_budget=1e-6", "train.over_budget=adapt", "algorithm.kappa=0.5"]),
+    "prompt statistics": ("ddpo", ["algorithm.tracker_length=40", "algorithm.tracker_least=2"]),
+    "moments": ("nft", ["train.betas=[0.99,0.999]", "train.warmup=5"]),
+    "warm-up": ("nft", ["train.warmup=20", "train.lr_decay=linear"]),
+}
+
+
+@pytest.mark.parametrize("what", REMEMBERED)
+def test_what_a_run_remembers_goes_on(what, tmp_path):
+    """Whatever epochs to come depend on: each of these runs ends otherwise if it is forgotten."""
+    name, words = REMEMBERED[what]
+    whole = make(name, tmp_path / "whole", *words)
+    state = rng_state()  # `make` seeds torch's alone
+    whole.fit()
+    set_rng_state(state)
+    first = make(name, tmp_path / "parts", *words)
+    for epoch in range(3):
+        first.run_epoch(epoch)
+    first.checkpoint()
+    random.seed(1)
+    np.random.seed(1)
+    again = make(name, tmp_path / "parts", *words)
+    again.load_state_dict(newest_checkpoint(tmp_path / "parts" / "checkpoints")[1])
+    again.fit()
+    records = [(tmp_path / part / "metrics.jsonl").read_text().splitlines() for part in ("whole", "parts")]
+    assert records[0] == records[1]
+    for a, b in zip(whole.weights, again.weights, strict=True):
+        assert torch.equal(a, b)
+    if what == "adapted kappa":
+        kappas = [json.loads(line)["kappa"] for line in records[0]]
+        assert kappas[3] > 1.2 * kappas[0]
+
+
+def test_bad_updates_are_counted_across_a_stop(tmp_path):
+    """Two in a row before it and one after are three, and the record goes on with how many there were."""
+    first = trainer_of(tmp_path, own=Recorded(bad=(2, 3)), train={"max_bad_updates": 3, "epochs": 5})
+    for epoch in range(3):
+        first.run_epoch(epoch)
+    state = first.state_dict()
+    again = trainer_of(tmp_path, own=Recorded(bad=(1,)), train={"max_bad_updates": 3, "epochs": 5})
+    again.load_state_dict(state)
+    with pytest.raises(RunError):
+        again.fit()
+    other = trainer_of(tmp_path, own=Recorded(bad=(2,)), train={"max_bad_updates": 3, "epochs": 5})
+    other.load_state_dict(state)
+    other.fit()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (line["skipped_updates"], line["updates"], line["images"]) == (3, 2, 80)
+
+
+def test_a_diagnosis_is_against_the_runs_first_epoch(tmp_path):
+    """The collapse of a run that was resumed is seen, and measured by how it began."""
+
+    few = ["train.images_per_prompt=64", "train.rollout_batch=64", "sampler.steps=4", "model.knots=4"]
+    words = ["algorithm.name=draft", "algorithm.kappa=0", "sampler.eta=0", "train.epochs=2", f"run.dir={tmp_path}"]
+    config = load_config([str(ROOT / "configs/toy/g1.yaml"), *few, *words])
+
+    def short() -> Trainer:
+        return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+
+    first = short()
+    first.run_epoch(0)
+    again = short()
+    again.load_state_dict(first.state_dict())
+    with torch.no_grad():  # all points go to the same place
+        table = again.weights[0]
+        table[0] -= 1 / again.policy.sampler.B.max()
+    again.fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["diversity"] < 0.1 * lines[0]["diversity"]
+    assert "collapse" in lines[1]["diagnosis"]
+    assert "collapse" not in lines[0]["diagnosis"]
 
 
 def finetune(folder: Path, *more: str, name: str = "ddpo") -> list[str]:

@@ -11,9 +11,9 @@ from torch.distributions import Independent, Normal
 
 import condrl
 from condrl import RunError
-from condrl.models.lora import lora_layers
 from condrl.config import build_config
 from condrl.credit import group_advantages
+from condrl.models.lora import lora_layers
 from condrl.models.stable_diffusion import StableDiffusion
 from condrl.noise import seeded
 from condrl.policy import Policy

@@ -1,0 +1,192 @@
+"""CTRL against its formulas, from torch.distributions and plain loops (THEORY 5), in several shapes."""
+
+import math
+
+import pytest
+import torch
+from chains import SCHEDULE, SHAPES, an_epoch, at, bowl, law, move, step_of, trainer_of
+from torch.distributions import kl_divergence
+
+from condrl.schedule import OU, VP, RectifiedFlow
+from condrl.trainer import Clock
+from condrl.values import Value
+
+PLAIN = {
+    "kappa": 0.6,
+    "exploration": 1.3,
+    "clip_range": 0.2,
+    "memory": 0.4,
+    "value_hint": None,
+    "normalise": False,
+    "advantage_clip": 5.0,
+}
+CASES = [
+    {},
+    {"kappa": 0.0},
+    {"exploration": 0.5},
+    {"clip_range": 0.05},
+    {"memory": 1e9},
+    {"memory": 0.05},
+    {"value_hint": True},
+    {"value_hint": False},
+    {"normalise": True},
+    {"normalise": True, "advantage_clip": 0.7},
+    {"advantage_clip": 0.01},  # not of rewards in their own unit
+]
+
+
+class Formulas:
+    """What an epoch of a trainer should teach, from its roll-out and its options alone."""
+
+    def __init__(self, trainer, experience, options):
+        self.trainer, self.options, self.r = trainer, options, experience.rollout
+        self.model, self.times = trainer.policy.model, trainer.policy.sampler.times
+        self.rewards = experience.scores.total
+        self.prompts = [row.prompt for row in experience.rows]
+        shown = options["value_hint"]
+        self.hinted = len(self.model.state_shape) > 1 if shown is None else shown
+
+    def base(self, k):
+        x = self.r.states[k]
+        return self.model.base(x, at(self.trainer, k, len(x)), self.r.condition)
+
+    def kl(self, k, score):
+        """Of the states after step k, of a policy that acts with its mean; by fiat where the step has no noise."""
+        x, base = self.r.states[k], self.base(k)
+        if self.trainer.policy.sampler.S[k] > 0:
+            return kl_divergence(step_of(self.trainer, k, x, score), step_of(self.trainer, k, x, base))
+        cost = SCHEDULE.g2(self.times[k]) / 2 * (self.times[k] - self.times[k + 1])
+        return cost.float() * (score - base).square().flatten(1).sum(1)
+
+    def hint(self, k):
+        """The reward of E[x_0 | x] under the pretrained model, by Tweedie's formula."""
+        if not self.hinted:
+            return None
+        alpha, sigma = (c(self.times[k]).float() for c in (SCHEDULE.alpha, SCHEDULE.sigma))
+        clean = (self.r.states[k] + sigma**2 * self.base(k)) / alpha
+        return bowl(self.model.decode(clean), self.prompts)
+
+    def value(self, k):
+        t = at(self.trainer, k, len(self.rewards))
+        return self.trainer.algorithm.value(
+            self.r.states[k], t, self.model.features(self.r.condition), None if (h := self.hint(k)) is None else h
+        )
+
+    def credit(self):
+        """Advantages (K, B), returns (K, B), KL (K, B), and what a prompt's objective is multiplied by, (B,)."""
+        options, span = self.options, self.options["memory"] * SCHEDULE.end
+        kl = torch.stack([self.kl(k, self.r.means[k]) for k in range(5)])
+        values = [*(self.value(k) for k in range(5)), self.rewards]
+        td = [values[k + 1] - values[k] - options["kappa"] * kl[k] for k in range(5)]
+        scale, sides = torch.ones(len(self.rewards)), torch.tensor([int(prompt) for prompt in self.prompts])
+        for side in (0, 1) if options["normalise"] else ():
+            scale[sides == side] = 1 / (self.rewards[sides == side].std(correction=0) + 1e-4)
+        found = torch.zeros_like(kl)
+        for k in range(5):
+            for j in range(k, 5):
+                found[k] += math.exp(-(self.times[k] - self.times[j]).item() / span) * td[j]
+        found, bound = found * scale, options["advantage_clip"]
+        returns = torch.stack([self.rewards - options["kappa"] * kl[k:].sum(0) for k in range(5)])
+        return found.clamp(-bound, bound) if options["normalise"] else found, returns, kl, scale
+
+    def loss(self, credit):
+        """Of every step and image, (K, B), by the policy as it is now."""
+        (advantages, returns, _, scale), clip, rows = credit, self.options["clip_range"], []
+        for k in range(5):
+            now = self.model.score(self.r.states[k], at(self.trainer, k, len(scale)), self.r.condition)
+            std = (self.options["exploration"] / (2 * SCHEDULE.g2(self.times[k]))).sqrt().item()
+            then, action = law(self.r.means[k], std), self.r.actions[k]
+            ratio = (law(now, std).log_prob(action) - then.log_prob(action)).exp()
+            policy = -torch.minimum(ratio * advantages[k], ratio.clamp(1 - clip, 1 + clip) * advantages[k])
+            share = ((self.times[k] - self.times[k + 1]) / self.times[0]).float()
+            error = share * (self.value(k) - returns[k]).square()
+            rows.append(policy + self.options["kappa"] * scale * self.kl(k, now) + error)
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("eta", [0.8, 0.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_credit_and_loss_are_the_formulas(case, shape, eta, tmp_path):
+    options = {**PLAIN, **case}
+    trainer = trainer_of(tmp_path, shape, algorithm={"name": "ctrl", **options}, sampler={"eta": eta})
+    move(trainer)
+    experience, examples, batch = an_epoch(trainer)
+    formulas = Formulas(trainer, experience, options)
+    with torch.no_grad():
+        credit = advantages, returns, kl, scale = formulas.credit()
+    torch.testing.assert_close(examples.advantages, advantages, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(examples.targets, returns, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(examples.scale, scale)
+    torch.testing.assert_close(examples.metrics["path_kl"], kl.sum(0).mean(), rtol=1e-4, atol=1e-5)
+    objective = experience.scores.total.mean() - options["kappa"] * kl.sum(0).mean()
+    torch.testing.assert_close(examples.metrics["objective"], objective, rtol=1e-4, atol=1e-5)
+    move(trainer, 0.05, seed=1)
+    loss, _ = trainer.algorithm.loss(trainer.policy, batch)
+    expected = formulas.loss(credit)
+    torch.testing.assert_close(loss.view(5, 16), expected, rtol=1e-3, atol=1e-3)
+    weights = [*trainer.weights, *trainer.algorithm.value.parameters()]
+    found, wanted = (torch.autograd.grad(x.sum(), weights) for x in (loss, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * b.abs().max().item())
+    assert kl.sum(0).mean() > 0.01
+    if options["normalise"] and options["advantage_clip"] < 1:
+        assert 0.02 < (advantages.abs() >= options["advantage_clip"]).float().mean() < 1
+
+
+@pytest.mark.parametrize("eta", [0.8, 0.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_actions_are_drawn_from_their_law_and_used(shape, eta, tmp_path):
+    """a ~ N(mu, exploration / 2 g^2), and x' = A x + B a + S z with a z of its own."""
+    many = {"images_per_prompt": 4000, "rollout_batch": 4000}
+    trainer = trainer_of(
+        tmp_path, shape, algorithm={"name": "ctrl", "exploration": 0.7}, sampler={"eta": eta}, train=many
+    )
+    r, sampler = trainer.collect(0, Clock()).rollout, trainer.policy.sampler
+    for k in range(5):
+        std = (0.7 / (2 * SCHEDULE.g2(sampler.times[k]))).sqrt().item()
+        z = (r.actions[k] - r.means[k]) / std
+        left = r.states[k + 1] - sampler.A[k].float() * r.states[k] - sampler.B[k].float() * r.actions[k]
+        assert z.mean().abs() < 5 / z.numel() ** 0.5
+        assert z.std().item() == pytest.approx(1, abs=4 / z.numel() ** 0.5)
+        assert left.std().item() == pytest.approx(sampler.S[k].item(), rel=4 / z.numel() ** 0.5, abs=1e-6)
+        assert (left * z).mean().abs() < 5 * left.std() / z.numel() ** 0.5 + 1e-6
+        own = law(r.means[k], std).log_prob(r.actions[k])
+        torch.testing.assert_close(r.log_probs[k].diff().float(), own.diff(), rtol=1e-3, atol=1e-3)
+
+
+def test_how_much_of_the_returns_the_value_explains(tmp_path):
+    """The best R^2 of any step: 1 where the network knows the returns."""
+    trainer = trainer_of(tmp_path, algorithm={"name": "ctrl", **PLAIN})
+    experience, examples, _ = an_epoch(trainer)
+    formulas = Formulas(trainer, experience, PLAIN)
+    with torch.no_grad():
+        values = torch.stack([formulas.value(k) for k in range(5)])
+    unexplained = [
+        ((e := t - v) - e.mean()).square().mean() / (t - t.mean()).square().mean()
+        for t, v in zip(examples.targets, values, strict=True)
+    ]
+    assert examples.metrics["value_explains"].item() == pytest.approx(1 - min(unexplained).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("schedule", [VP(), OU(), RectifiedFlow()], ids=lambda s: type(s).__name__)
+def test_the_value_is_the_hint_near_the_data(schedule, shape):
+    """c_skip = alpha^2 / (alpha^2 + sigma^2), c_out = sigma / sqrt(alpha^2 + sigma^2) (THEORY 5.4)."""
+    value = Value(schedule, shape, features=2, width=16)
+    t = torch.linspace(schedule.final_time, schedule.end, 7, dtype=torch.float64)
+    x, features, hint = torch.randn(7, *shape), torch.randn(7, 2), torch.randn(7)
+    alpha, sigma = (c(t).float() for c in (schedule.alpha, schedule.sigma))
+    whole = alpha**2 + sigma**2
+    with torch.no_grad():
+        alone, corrected = value(x, t, features), value(x, t, features, hint)
+    torch.testing.assert_close(corrected, alpha**2 / whole * hint + sigma / whole.sqrt() * alone)
+
+
+def test_the_value_network_has_its_own_rate_and_width(tmp_path):
+    trainer = trainer_of(
+        tmp_path, algorithm={"name": "ctrl", "value_lr": 0.02, "value_width": 24}, train={"lr": 0.1, "warmup": 4}
+    )
+    assert trainer.algorithm.value.head[0].out_features == 24
+    trainer.run_epoch(0)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.025, 0.005])

@@ -1,0 +1,88 @@
+"""nft against DiffusionNFT's own loss (Zheng et al. 2025), with every option, in several shapes."""
+
+import pytest
+import torch
+from chains import SCHEDULE, SHAPES, an_epoch, move, trainer_of
+
+PLAIN = {"temperature": 3.0, "draws": 3, "times": (0.1, 0.97), "normalise": False, "adaptive": False}
+CASES = [
+    {},
+    {"temperature": 1.5},
+    {"temperature": 0.4},  # advantages reach beyond it
+    {"temperature": 0.4, "normalise": True},
+    {"draws": 5},
+    {"times": (0.3, 0.5)},
+    {"normalise": True},
+    {"adaptive": True},
+]
+
+
+def velocity(score, x, t):
+    """diffusers' v = alpha eps - sigma x_0 (THEORY 1.2)."""
+    alpha, sigma = ((c(t).float()).reshape(-1, *[1] * (x.dim() - 1)) for c in (SCHEDULE.alpha, SCHEDULE.sigma))
+    return alpha * -sigma * score - sigma * (x + sigma**2 * score) / alpha
+
+
+def advantages_by_hand(experience, options):
+    rewards, found = experience.scores.total, torch.zeros(16)
+    for i, row in enumerate(experience.rows):
+        group = torch.stack([r for r, other in zip(rewards, experience.rows, strict=True) if other.index == row.index])
+        found[i] = rewards[i] - group.mean()
+        if options["normalise"]:
+            found[i] /= group.std(correction=0) + 1e-4
+    return found.clamp(-options["temperature"], options["temperature"])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_loss_is_diffusionnfts(case, shape, tmp_path):
+    """a / b (r |v+ - v|^2 + (1 - r) |v- - v|^2), the mean over dimensions, but for what does not depend on theta."""
+    options = {**PLAIN, **case}
+    trainer = trainer_of(tmp_path, shape, algorithm={"name": "nft", **options})
+    move(trainer)
+    experience, _, batch = an_epoch(trainer)
+    advantages = advantages_by_hand(experience, options).repeat(options["draws"])
+    torch.testing.assert_close(batch.advantage, advantages, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        old = velocity(trainer.policy.model.score(batch.x, batch.t, batch.condition), batch.x, batch.t)
+    target = velocity(-batch.noise / SCHEDULE.sigma(batch.t).float().reshape(-1, *[1] * len(shape)), batch.x, batch.t)
+    r = (0.5 + advantages / (2 * options["temperature"])).reshape(-1, *[1] * len(shape))
+    weights = 1 / (target - old).abs().flatten(1).mean(1) if options["adaptive"] else torch.ones(len(r))
+    differences = []
+    for seed in range(3):
+        move(trainer, 0.3, seed)
+        new = velocity(trainer.policy.model.score(batch.x, batch.t, batch.condition), batch.x, batch.t)
+        published = r * (new - target) ** 2 + (1 - r) * (2 * old - new - target) ** 2  # a = temperature, b = 1
+        published = options["temperature"] * weights * published.flatten(1).mean(1)
+        loss, _ = trainer.algorithm.loss(trainer.policy, batch)
+        differences.append((published - loss, loss))
+    scale = max(loss.abs().max().item() for _, loss in differences)
+    for other, _ in differences[1:]:
+        torch.testing.assert_close(other, differences[0][0], rtol=1e-3, atol=1e-3 * scale)
+    assert (differences[1][1] - differences[0][1]).abs().max() > 0.05
+    clamped = advantages.abs() >= options["temperature"]
+    assert clamped.any() or options["temperature"] > 1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("draws", "times"), [(1, (0.1, 0.97)), (4, (0.1, 0.97)), (3, (0.4, 0.6))])
+def test_samples_are_noised_at_stratified_times(draws, times, shape, tmp_path):
+    """Draw j of an image at a time uniform on the j-th of equal parts of the range; x = alpha x_N + sigma eps."""
+    options = {"name": "nft", "draws": draws, "times": times}
+    trainer = trainer_of(tmp_path, shape, algorithm=options, train={"images_per_prompt": 500, "rollout_batch": 1000})
+    move(trainer)
+    experience, _, batch = an_epoch(trainer)
+    shares = (batch.t / SCHEDULE.end).view(draws, 1000)
+    width = (times[1] - times[0]) / draws
+    for j in range(draws):
+        within = (shares[j] - times[0]) / width - j
+        assert 0 <= within.min() < 0.02
+        assert 0.98 < within.max() <= 1
+        assert within.mean().item() == pytest.approx(0.5, abs=0.05)
+        assert within.std().item() == pytest.approx(12**-0.5, abs=0.03)
+    alpha, sigma = (c(batch.t).float().reshape(-1, *[1] * len(shape)) for c in (SCHEDULE.alpha, SCHEDULE.sigma))
+    clean = experience.rollout.samples.repeat(draws, *[1] * len(shape))
+    torch.testing.assert_close(batch.x, alpha * clean + sigma * batch.noise)
+    assert batch.noise.std().item() == pytest.approx(1, abs=0.05)
+    with torch.no_grad():
+        torch.testing.assert_close(batch.old_score, trainer.policy.model.score(batch.x, batch.t, batch.condition))

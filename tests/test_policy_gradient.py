@@ -1,0 +1,200 @@
+"""The losses of the policy gradients against torch.distributions, on a line, in the plane and for images."""
+
+import pytest
+import torch
+from chains import SHAPES, an_epoch, at, move, step_of, trainer_of
+from torch.distributions import kl_divergence
+
+from condrl.algorithms import clipped
+from condrl.trainer import Clock
+
+NAMES = ["reinforce", "ddpo", "dpok", "grpo"]
+PLAIN = {"kappa": 0.0, "normalise": False, "leave_one_out": False, "advantage_clip": 5.0}
+CASES = [
+    {},
+    {"leave_one_out": True},
+    {"normalise": True},
+    {"normalise": True, "leave_one_out": True, "advantage_clip": 0.6},
+    {"advantage_clip": 0.01},  # not of rewards in their own unit
+    {"kappa": 0.7},
+    {"kappa": 0.7, "normalise": True, "advantage_clip": 0.8},
+    {"kappa": 0.7, "leave_one_out": True},
+]
+
+
+def laws(trainer, r, k, score=None):
+    """Of the states after step k of a roll-out: the policy's and the pretrained model's."""
+    x, model = r.states[k], trainer.policy.model
+    own = (score or model.score)(x, at(trainer, k, len(x)), r.condition)
+    base = model.base(x, at(trainer, k, len(x)), r.condition)
+    return step_of(trainer, k, x, own), step_of(trainer, k, x, base)
+
+
+def credit(rewards, groups, kl, options):
+    """Advantages (K, B), one at a time, and what a prompt's objective is multiplied by, (B,)."""
+    count, kappa = len(rewards), options["kappa"]
+    found, scales = torch.zeros_like(kl), torch.ones(count)
+    for i in range(count):
+        group = [j for j in range(count) if groups[j] == groups[i]]
+        if options["normalise"]:
+            scales[i] = 1 / (rewards[group].std(correction=0) + 1e-4)
+        others = [j for j in group if j != i] if options["leave_one_out"] else group
+        for k in range(len(kl)):
+            later = slice(len(kl), None) if options.get("truncated") else slice(k + 1, None)
+            returns = rewards - kappa * kl[later].sum(0)
+            found[k, i] = (returns[i] - returns[others].mean()) * scales[i]
+    bound = options["advantage_clip"]
+    return (found.clamp(-bound, bound) if options["normalise"] else found), scales
+
+
+def expected_loss(trainer, experience, options, clip_range):
+    """Of every step and image, (K, B), by the policy as it is now; clip_range None for no importance weights."""
+    r, times = experience.rollout, trainer.policy.sampler.times
+    rewards, groups = experience.scores.total, [row.index for row in experience.rows]
+    with torch.no_grad():
+        kl = torch.stack([kl_divergence(*laws(trainer, r, k, trainer.rolled_out)) for k in range(5)])
+    advantages, scales = credit(rewards, groups, kl, options)
+    rows = []
+    for k in range(5):
+        now, base = laws(trainer, r, k)
+        log_ratio = (now.log_prob(r.states[k + 1]) - r.log_probs[k]).float()
+        loss, ratio = -advantages[k] * log_ratio, log_ratio.exp()
+        if clip_range is not None:
+            bound = clip_range * (50 * (times[k] - times[k + 1]) / times[0]).sqrt().float()
+            loss = -torch.minimum(ratio * advantages[k], ratio.clamp(1 - bound, 1 + bound) * advantages[k])
+        rows.append(loss + options["kappa"] * scales * kl_divergence(now, base))
+    return torch.stack(rows), advantages
+
+
+def remember(trainer):
+    """Keep the score of the policy as it is, before it moves."""
+    model = trainer.policy.model
+    gain, offset = (p.detach().clone() for p in model.module.parameters())
+    trainer.rolled_out = lambda x, t, c: model.base(x, t, c) + gain[c] * x + offset[c]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_loss_is_the_formulas(case, name, shape, tmp_path):
+    """-min(w A, clip(w) A) + kappa KL with w, KL and its sum over later steps from torch.distributions (THEORY 4.4)."""
+    options = {**PLAIN, **case}
+    clip_range = None if name == "reinforce" else 0.15
+    more = {} if clip_range is None else {"clip_range": clip_range}
+    trainer = trainer_of(tmp_path, shape, algorithm={"name": name, **options, **more})
+    move(trainer)
+    remember(trainer)
+    experience, examples, batch = an_epoch(trainer)
+    move(trainer, 0.1, seed=1)
+    loss, metrics = trainer.algorithm.loss(trainer.policy, batch)
+    expected, advantages = expected_loss(trainer, experience, options, clip_range)
+    given = examples.advantages.expand_as(advantages)
+    torch.testing.assert_close(given, advantages, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(loss.view(5, 16), expected, rtol=1e-3, atol=1e-3)
+    found, wanted = (torch.autograd.grad(x.sum(), trainer.weights) for x in (loss, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * b.abs().max().item())
+    if options["normalise"] and options["advantage_clip"] < 1:
+        assert 0.1 < (advantages.abs() >= options["advantage_clip"]).float().mean() < 1
+    if clip_range is not None:
+        assert 0.05 < metrics["clip_fraction"] < 0.95
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("truncated", [False, True])
+def test_dpok_may_leave_out_the_kl_of_later_steps(truncated, shape, tmp_path):
+    options = {**PLAIN, "kappa": 0.9, "truncated": truncated}
+    trainer = trainer_of(tmp_path, shape, algorithm={"name": "dpok", **options})
+    move(trainer)
+    remember(trainer)
+    experience, examples, _ = an_epoch(trainer)
+    _, advantages = expected_loss(trainer, experience, options, 0.2)
+    torch.testing.assert_close(examples.advantages, advantages, rtol=1e-3, atol=1e-3)
+    assert (advantages[0] - advantages[-1]).abs().max() > 0.05 or truncated
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("steps", [None, [1, 3]])
+def test_only_the_chosen_steps_are_in_the_loss(steps, shape, tmp_path):
+    trainer = trainer_of(tmp_path, shape, algorithm={"name": "ddpo"}, train={"steps": steps})
+    experience, examples, batch = an_epoch(trainer)
+    chosen = steps or list(range(5))
+    assert examples.columns.tolist() == chosen
+    states = experience.rollout.states
+    assert torch.equal(batch.x, states[chosen].flatten(0, 1))
+    assert torch.equal(batch.next_x, states[[k + 1 for k in chosen]].flatten(0, 1))
+
+
+def test_metrics_of_a_clipped_loss(tmp_path):
+    """approx_kl is E (w - 1 - log w) and clip_fraction the share beyond the bound, of both signs."""
+    trainer = trainer_of(tmp_path, algorithm={"name": "ddpo", "clip_range": 0.1})
+    experience, _, batch = an_epoch(trainer)
+    move(trainer, 0.3)
+    _, metrics = trainer.algorithm.loss(trainer.policy, batch)
+    r, times = experience.rollout, trainer.policy.sampler.times
+    ratios = torch.stack([(laws(trainer, r, k)[0].log_prob(r.states[k + 1]) - r.log_probs[k]).exp() for k in range(5)])
+    bound = 0.1 * (50 * -times.diff() / times[0]).sqrt()[:, None]
+    assert metrics["approx_kl"].item() == pytest.approx((ratios - 1 - ratios.log()).mean().item(), rel=1e-3)
+    assert metrics["clip_fraction"].item() == pytest.approx(((ratios - 1).abs() > bound).double().mean().item())
+
+
+@pytest.mark.parametrize(("advantage", "ratio", "moves"), [(1, 1.09, 1), (1, 1.11, 0), (-1, 0.91, 1), (-1, 0.89, 0),
+                                                          (1, 0.5, 1), (-1, 2.0, 1)])  # fmt: skip
+def test_the_bound_is_exact_and_one_sided(advantage, ratio, moves):
+    log_ratio = torch.tensor([ratio]).log().requires_grad_()
+    loss, _ = clipped(log_ratio, torch.tensor([float(advantage)]), 0.1)
+    (slope,) = torch.autograd.grad(loss, log_ratio)
+    assert slope.item() == pytest.approx(-advantage * ratio * moves)
+
+
+# ---------------------------------------------------------------------------------------------- ddpo's own
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_balanced_steps_are_weighed(shape, tmp_path):
+    """By 1 / (std of d log p / d output), here the slope of the mean in the score over S, by differences."""
+    losses = {}
+    for balanced in (False, True):
+        trainer = trainer_of(tmp_path, shape, algorithm={"name": "ddpo", "balance_steps": balanced})
+        _, _, batch = an_epoch(trainer)
+        move(trainer, 0.3)
+        losses[balanced] = trainer.algorithm.loss(trainer.policy, batch)[0].view(5, 16)
+    x, weights = torch.zeros(1, 1, dtype=torch.float64), []
+    for k in range(5):
+        means = [step_of(trainer, k, x, torch.full_like(x, output)).mean for output in (-0.5, 0.5)]
+        weights.append(trainer.policy.sampler.S[k] / (means[1] - means[0]).abs().squeeze())
+    expected = torch.stack(weights) / max(weights)
+    assert expected.min() < 0.7
+    torch.testing.assert_close(losses[True], losses[False] * expected.float()[:, None])
+
+
+def advantages_of_epochs(folder, epochs=4, **options):
+    """The rewards (E, B) of some epochs without learning, and the advantages that ddpo gives them."""
+    trainer = trainer_of(folder, algorithm={"name": "ddpo", "advantage": "prompt", **options})
+    experiences = [trainer.collect(epoch, Clock()) for epoch in range(epochs)]
+    found = [trainer.examples(e, i).advantages for i, e in enumerate(experiences)]
+    rewards = [e.scores.total for e in experiences]
+    rows = [[row.index for row in e.rows] for e in experiences]
+    return torch.stack(rewards), rows, torch.stack(found)
+
+
+@pytest.mark.parametrize(("length", "least"), [(32, 16), (20, 16), (32, 25), (6, 100), (100, 1)])
+def test_advantages_against_a_prompts_last_rewards(length, least, tmp_path):
+    rewards, rows, found = advantages_of_epochs(
+        tmp_path, tracker_length=length, tracker_least=least, advantage_clip=1e9
+    )
+    past = {0: [], 1: []}
+    for epoch in range(4):
+        for row, reward in zip(rows[epoch], rewards[epoch].tolist(), strict=True):
+            past[row] = [*past[row], reward][-length:]
+        for i, row in enumerate(rows[epoch]):
+            known = torch.tensor(past[row]) if len(past[row]) >= least else rewards[epoch]
+            expected = (rewards[epoch, i] - known.mean()) / (known.std(correction=0) + 1e-6)
+            assert found[epoch, i].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_those_advantages_are_bounded_too(tmp_path):
+    _, _, free = advantages_of_epochs(tmp_path, advantage_clip=1e9)
+    _, _, bounded = advantages_of_epochs(tmp_path, advantage_clip=0.5)
+    torch.testing.assert_close(bounded, free.clamp(-0.5, 0.5))
+    assert free.abs().max() > 1
