@@ -12,6 +12,7 @@ from condrl.errors import RunError, UsageError
 
 MANIFEST = "condrl_files.txt"  # the list: a path per line
 LOCK = "lock"
+LONGEST_NAME = 255  # bytes, of the usual file systems
 
 
 class RunFolder:
@@ -55,6 +56,8 @@ class RunFolder:
             existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         except (OSError, ValueError) as error:
             raise UsageError(f"the run's folder cannot be made: {error}") from error
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in self.path.parts):
+            raise UsageError(f"the run's folder cannot be made: its name is longer than {LONGEST_NAME} bytes")
         if not existing.is_dir():
             raise UsageError(f"the run's folder cannot be {self.path}: {existing} is a file; choose another run.name=")
         if not os.access(existing, os.W_OK | os.X_OK):

@@ -140,7 +140,12 @@ def toy(folder, *words, problem="p1", rows=None):
     for name, content in (("train", train), ("heldout", heldout)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     few = ["train.epochs=5", "train.prompts_per_epoch=1", "train.images_per_prompt=8", "train.rollout_batch=8"]
-    given = [f"prompts.train={folder}/train.jsonl", f"prompts.heldout={folder}/heldout.jsonl", f"run.dir={folder}/run"]
+    given = [
+        f"prompts.train={folder}/train.jsonl",
+        f"prompts.heldout={folder}/heldout.jsonl",
+        f"run.dir={folder}/run",
+        "run.overwrite=true",
+    ]
     config = str(ROOT / "configs" / "toy" / f"{problem}.yaml")
     few += ["sampler.steps=5", "evaluate.images_per_prompt=1"]
     assert load_script("finetune").main([config, *given, *few, "train.lr=1e-3", *words]) == 0
