@@ -28,7 +28,7 @@ from condrl.errors import UsageError
 from condrl.folder import RunFolder
 from condrl.policy import Model, Policy
 from condrl.processes import Processes, asks_for_shards
-from condrl.prompts import Row
+from condrl.prompts import Row, duplicate_note
 from condrl.registry import REGISTRIES
 from condrl.rewards import Reward, make_reward
 from condrl.schedule import OU, Schedule, schedule_from_diffusers
@@ -88,6 +88,9 @@ def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -
     """What counts in a run, in lines to print before it."""
     weights = ", ".join(f"{name} (weight {options['weight']:g})" for name, options in config.rewards.items())
     lines = [f"rewards: {weights}", f"prompts: {config.prompts.train} ({len(train)})"]
+    for name, rows in (("train", train), ("heldout", heldout)):
+        if note := duplicate_note(rows):
+            lines.append(f"prompts.{name}: {note}")
     if heldout:
         names = ", ".join(dict.fromkeys([*config.evaluate.measures, *config.rewards]))
         lines.append(f"measured on {config.prompts.heldout} ({len(heldout)}), base and tuned: {names}")

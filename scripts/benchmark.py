@@ -307,6 +307,7 @@ def exact(config: Config, args: argparse.Namespace) -> list[Row]:
     for problem, algorithm, seed in itertools.product(args.problems, args.algorithms, range(args.seeds)):
         words = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", f"run.seed={seed}", *args.words]
         row = {"algorithm": algorithm, "problem": problem, "seed": seed, **gap(problem, words)}
+        row |= {"words": args.words, "revision": provenance()["revision"]}
         print(
             f"{algorithm:<16} {problem} seed {seed}  gap closed {row['gap_closed']:.4f}  "
             f"KL to p* {row['kl_to_optimum']:.4f}  {row['reward_queries']} queries  {row['seconds']:.0f} s",
@@ -471,10 +472,12 @@ class PlainLoop:
 TOY_MEASURES = (exact, transfer, steps, q_learning)
 
 
-def main() -> None:
+MEASURES: dict[str, Any] = {f.__name__: f for f in (overhead, safety, memory, epoch, sd15, rewards, *TOY_MEASURES)}
+
+
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measures: dict[str, Any] = {f.__name__: f for f in (overhead, safety, memory, epoch, sd15, rewards, *TOY_MEASURES)}
-    parser.add_argument("what", choices=measures)
+    parser.add_argument("what", choices=MEASURES)
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--repeats", type=int, default=5, help="measured epochs")
@@ -486,11 +489,15 @@ def main() -> None:
         "--algorithms", type=lambda s: s.split(","), default=list(ALGORITHMS), help="of `exact`, as dpok,ctrl"
     )
     parser.add_argument("--seeds", type=int, default=1, help="seeds of `exact`")
-    args = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(words)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
     if args.threads:
         torch.set_num_threads(args.threads)
-    toys = measures[args.what] in TOY_MEASURES
-    found: Any = measures[args.what](load_config([str(QUICKSTART), *([] if toys else args.words)]), args)
+    toys = MEASURES[args.what] in TOY_MEASURES
+    found: Any = MEASURES[args.what](load_config([str(QUICKSTART), *([] if toys else args.words)]), args)
     if args.json:
         write_json(args.json, found if toys else {**found, **provenance()})
     if not toys:

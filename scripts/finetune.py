@@ -98,7 +98,10 @@ def split_json(words: list[str]) -> tuple[list[str], Path | None]:
     place = words.index("--json")
     if place + 1 == len(words):
         raise UsageError("--json needs a file: --json result.json")
-    return words[:place] + words[place + 2 :], Path(words[place + 1])
+    path = Path(words[place + 1])
+    if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
+        raise UsageError(f"--json {path}: is not a file that can be written")
+    return words[:place] + words[place + 2 :], path
 
 
 def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float, dry: bool) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import load_script
 
 import condrl.run
+from condrl.errors import exit_code
 from condrl.registry import REGISTRIES
 
 TREE = {
@@ -198,6 +200,8 @@ CASES = [
     (f"run.name={'x' * 300}", "the run's folder cannot be made"),
     ("run.resume=nowhere", "nowhere is not a whole checkpoint"),
     ("--json", "--json needs a file"),
+    ("--json pictures", "--json pictures: is not a file that can be written"),
+    ("--json a_file/result.json", "--json a_file/result.json: is not a file"),
 ]
 
 
@@ -228,6 +232,59 @@ def test_a_misconfiguration_is_one_line(words, message, tree, capsys):
     assert message in captured.err
     there = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if "__pycache__" not in path.parts}
     assert there == {*TREE, "pictures"}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "--mixed_precision bf16 has no effect here: use --mixed_precision no"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--dynamo_backend inductor has no effect here"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--gradient_accumulation_steps 4 has no effect here"),
+    ],
+)
+def test_options_of_accelerate_launch_without_effect_are_refused(variable, value, message, tree, monkeypatch, capsys):
+    monkeypatch.setenv(variable, value)
+    assert load_script("finetune").main([]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+SAMPLES = [
+    ("", "nothing to draw"),
+    ("nowhere --prompt x", "there is no run or LoRA nowhere"),
+    ("pictures --prompt x", "there is no LoRA at pictures"),
+    ("a_file pictures --prompt x", "expected one run or LoRA"),
+    ("pointer.safetensors --prompt x", "Git LFS"),
+    ("prompts.txt --prompt x", "prompts.txt"),
+    ("--prompt x --compare", "--compare and --strength need"),
+    ("--prompt x --strength 0.5", "--compare and --strength need"),
+    ("--prompt x --out picture", "--out picture: give the name of an image, as picture.png"),
+    ("--prompt x --out pictures", "--out pictures: give the name of an image"),
+    ("--prompt x --out a_file/x.png", "a_file is a file"),
+    ("--prompt x --folder a_file", "a_file is a file"),
+    ("--prompt x --device foo", "--device foo: "),
+    ("--prompt x --device cuda", "--device cuda: "),
+    ("--prompt x --seeds -1", "--seeds"),
+    ("--prompt x --batch 0", "--batch"),
+    ("--prompts nowhere.txt", "--prompts: there is no prompt file"),
+    ("--prompt x model.guidence=3", "Did you mean 'guidance'?"),
+    ("--prompt x train.lr=1", "train.lr=1 has no effect on drawing"),
+    ("--prompt x rewards.shapes.weight=1", "has no effect on drawing"),
+    ("--prompt x model.lora_alpha=4", "model.lora_alpha=4 has no effect here"),
+    ("--prompt x model.lora=x", "model.lora=x has no effect here"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), SAMPLES, ids=[words[:60] for words, _ in SAMPLES])
+def test_a_mistake_in_sampling_is_one_line(words, message, tree, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    script = load_script("sample")
+    code = exit_code(lambda: script.main(script.parse(words.split(" ") if words else [])))
+    captured = capsys.readouterr()
+    assert (code, captured.err.count("\n")) == (2, 1), captured.err
+    assert message in captured.err
+    assert {path.relative_to(tree).as_posix() for path in tree.rglob("*")} == {*TREE, "pictures"}
 
 
 def test_there_are_many():

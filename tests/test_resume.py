@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from chains import Recorded, trainer_of
-from helpers import ALGORITHMS, ROOT, toy_words
+from helpers import ALGORITHMS, ROOT, load_script, toy_words
 from safetensors import SafetensorError
 
 import condrl
@@ -334,6 +334,77 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is not a whole checkpoint"):
         find_checkpoint(load_config([*toy_words("ddpo", tmp_path), f"run.resume={tmp_path}/nowhere"]))
     assert find_checkpoint(load_config([*toy_words("ddpo", tmp_path / "new"), "run.resume=auto"])) is None
+
+
+def test_a_finished_run_is_made_longer(tmp_path, capsys):
+    """It ends like a run that was as long from the start, to the last bit."""
+    run = load_script("finetune").main
+    quick = ["train.lr_decay=none", "evaluate.images_per_prompt=20"]
+
+    def words(folder, epochs, *more):
+        return [*toy_words("dpok", tmp_path / folder), *quick, f"train.epochs={epochs}", *more]
+
+    assert run(words("whole", 6)) == 0
+    assert run(words("parts", 3)) == 0
+    assert run(words("parts", 6)) == 2  # neither told to replace it nor to go on
+    assert "holds a run already" in capsys.readouterr().err
+    assert run(words("parts", 6, "run.resume=auto")) == 0
+    for name in ("metrics.jsonl", "lora/network.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    results = [json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("whole", "parts")]
+    assert results[0]["heldout"] == results[1]["heldout"]
+    assert run(words("parts", 4, "run.resume=auto")) == 2
+    assert "has had 6 epochs already, more than train.epochs=4" in capsys.readouterr().err
+
+
+def test_replacing_a_run_leaves_the_users_files(tmp_path):
+    run = load_script("finetune").main
+    words = [*toy_words("dpok", tmp_path / "run"), "train.epochs=2", "evaluate.images_per_prompt=20"]
+    assert run(words) == 0
+    own = {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    mine = [tmp_path / "run" / name for name in ("notes.txt", "images/holiday.png", "lora/mine", "checkpoints/best/x")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("the user's")
+    assert run([*words, "run.overwrite=true", "run.seed=1"]) == 0
+    assert [path.read_text() for path in mine] == ["the user's"] * 4
+    assert {path for path in (tmp_path / "run").rglob("*") if path.is_file()} == own | set(mine)
+
+
+def test_checkpoints_keep_what_is_not_theirs(tmp_path):
+    for number in (1, 2, 3):
+        save_checkpoint(tmp_path, f"epoch_{number}", {"epoch": number}, keep=3)
+    for name in ("epoch_best/x", "epoch_1/notes.txt", "epoch_3_copy/tensors.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("the user's")
+    save_checkpoint(tmp_path, "epoch_4", {"epoch": 4}, keep=1)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
+        "epoch_1/notes.txt",
+        "epoch_3_copy/tensors.safetensors",
+        "epoch_4/manifest.json",
+        "epoch_4/state.json",
+        "epoch_4/tensors.safetensors",
+        "epoch_best/x",
+    ]
+    assert newest_checkpoint(tmp_path)[1] == {"epoch": 4}
+
+
+def test_a_checkpoint_tells_keys_apart_and_takes_any_number(tmp_path):
+    """Also keys that look alike when joined, numbers that JSON does not have, and integers as keys."""
+    state = {
+        "a.b": torch.ones(2),
+        "a": {"b": torch.zeros(3)},
+        "nan": float("nan"),
+        "inf": [-float("inf")],
+        "n": {3: None},
+    }
+    save_checkpoint(tmp_path, "epoch_1", state, keep=1)
+    found = read_checkpoint(tmp_path / "epoch_1")
+    assert torch.equal(found["a.b"], torch.ones(2))
+    assert torch.equal(found["a"]["b"], torch.zeros(3))
+    assert np.isnan(found["nan"])
+    assert (found["inf"], found["n"]) == ([-float("inf")], {3: None})
+    assert "NaN" not in (tmp_path / "epoch_1" / "state.json").read_text()
 
 
 def test_going_on_from_an_earlier_one_drops_the_later(tmp_path):

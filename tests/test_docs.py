@@ -1,0 +1,135 @@
+"""Every command and every snippet of README and docs, run as a reader would."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, load_script, run_python
+from PIL import Image
+
+from condrl.config import is_setting, load_config
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = [
+    "train.epochs=1", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8",
+    "train.updates_per_epoch=2", "evaluate.prompts=2", "evaluate.pictures=1",
+]  # fmt: skip
+FAR = ("sd15", "remote", "vlm_judge", "multi_gpu")  # need a hub, a server or several GPUs: read and checked only
+
+
+def commands() -> list[list[str]]:
+    """The indented commands of all pages, as words, without their comments."""
+    found = []
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).replace("\\\n", " ")
+        lines = re.findall(r"^ {4,}((?:accelerate launch|python|scripts/).*)$", text, re.MULTILINE)
+        lines += re.findall(r"`((?:accelerate launch|python|scripts/)[^`]*)`", text)
+        found += [shlex.split(line, comments=True) for line in lines]
+    return found
+
+
+def snippets() -> list[str]:
+    return [code for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+def of_script(name: str) -> list[list[str]]:
+    """The words that follow a script's name in the commands that run it."""
+    found = [words[words.index(name) + 1 :] for words in commands() if name in words]
+    return [words for i, words in enumerate(found) if words not in found[:i]]
+
+
+def reward_snippet() -> str:
+    return next(code for code in snippets() if "def redness" in code)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder in which a reader stands: the repository's, a reward of the README, prompts, a short run of the quickstart."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("condrl", "configs", "scripts", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "my_reward.py").write_text(reward_snippet())
+    for name in ("my_prompts.txt", "my_other_prompts.txt"):
+        (folder / name).write_text("a red star\n")
+    (folder / "my.yaml").write_text("rewards: {shapes: {}}\nprompts: {train: my_prompts.txt}\n")
+    done = run_python("scripts/finetune.py", "train.lr=0.01", *SHORT, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("words", of_script("scripts/finetune.py"), ids=" ".join)
+def test_a_finetune_command_is_a_run(words, checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
+    words = [word for word in words if word not in ("run.resume=auto", "...")]
+    if "--help" in words or any(far in word for word in words for far in FAR):
+        load_config([word for word in words if not word.startswith("--")], default=Path("configs/quickstart.yaml"))
+        return
+    few = SHORT if all(map(is_setting, words)) or "my.yaml" in words else []
+    code = load_script("finetune").main([*words, *few, "--dry-run"])
+    assert code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", of_script("scripts/sample.py"), ids=" ".join)
+def test_a_sample_command_draws(words, checkout):
+    done = run_python("scripts/sample.py", *words, cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    (path,) = re.findall(r"wrote (.*)", done.stdout)
+    assert Image.open(checkout / path).width > 190
+
+
+def test_commands_name_scripts_and_files_that_exist(checkout):
+    for words in commands():
+        for word in words:
+            if re.fullmatch(r"(scripts|configs|docs|tests)/[\w./-]+", word):
+                assert (ROOT / word).exists(), words
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+def test_every_script_has_help(script, tmp_path):
+    done = run_python(str(ROOT / "scripts" / script), "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"python scripts/{script}" in done.stdout or f"scripts/{script}" in done.stdout
+
+
+def test_benchmark_commands_are_accepted():
+    """Their words are parsed by the script's own parser; what they measure takes too long here."""
+    for words in of_script("scripts/benchmark.py"):
+        load_script("benchmark").parse(words)
+
+
+def test_the_plugins_command_lists_the_readers_own(checkout):
+    done = run_python("scripts/plugins.py", "my_reward.py", "redness", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert "reward redness" in done.stdout
+
+
+def test_the_diffusers_snippet_draws_what_sample_draws(checkout):
+    """With nothing of condrl's, from the snippet exactly as the README has it."""
+    code = next(code for code in snippets() if "load_lora_weights" in code)
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = next(words for words in of_script("scripts/sample.py") if "a red star left of a blue square" in words)
+    words = [word for word in words if word != "--compare"]
+    drawn = run_python("scripts/sample.py", *words, "--folder", "drawn", "--out", "drawn/sheet.png", cwd=checkout)
+    assert drawn.returncode == 0, drawn.stderr
+    theirs, ours = (np.asarray(Image.open(checkout / name), float) for name in ("star.png", "drawn/0000.png"))
+    assert np.abs(theirs - ours).max() <= 1
+
+
+@pytest.mark.parametrize("code", [c for c in snippets() if "load_lora_weights" not in c], ids=lambda code: code[:40])
+def test_every_other_snippet_runs(code, checkout, tmp_path):
+    (tmp_path / "snippet.py").write_text(code)
+    shutil.copy(checkout / "my_reward.py", tmp_path)
+    done = run_python("snippet.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_pages_have_snippets_and_commands():
+    assert len(snippets()) >= 2
+    assert len(of_script("scripts/finetune.py")) >= 8
+    assert len(of_script("scripts/sample.py")) >= 2

@@ -1,0 +1,151 @@
+"""What a run writes down, for files and for trackers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, load_script, toy_words
+
+from condrl.record import to_json, write_json
+
+
+def test_json_has_null_for_what_is_not_a_finite_number(tmp_path):
+    content = {"a": math.nan, "b": [math.inf, 1.5, (-math.inf, None)], "c": {"d": 2, "e": "NaN"}}
+    expected = {"a": None, "b": [None, 1.5, [None, None]], "c": {"d": 2, "e": "NaN"}}
+    assert json.loads(to_json(content), parse_constant=pytest.fail) == expected
+    write_json(tmp_path / "deep" / "x.json", content)
+    assert json.loads((tmp_path / "deep" / "x.json").read_text()) == expected
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory):
+    """The record of a short run of the embedded pipeline, and what TensorBoard reads of it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path_factory.mktemp("tracked") / "run"
+    few = ["train.epochs=2", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8"]
+    few += [
+        "train.updates_per_epoch=2",
+        "sampler.steps=2",
+        "evaluate.prompts=4",
+        "evaluate.pictures=2",
+        "evaluate.every=1",
+    ]
+    assert load_script("finetune").main([*few, f"run.dir={folder}", "run.trackers=[tensorboard]"]) == 0
+    found = EventAccumulator(str(folder / "condrl"), size_guidance={"images": 0, "scalars": 0}).Reload()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return folder, found, lines
+
+
+def test_trackers_have_each_number_once_per_step(events):
+    folder, found, lines = events
+    for name in ("reward/total", "grad_norm", "seconds/rollout", "network_calls", "lr"):
+        assert [event.step for event in found.Scalars(name)] == [1, 2], name
+    assert [event.value for event in found.Scalars("reward/total")] == pytest.approx([x["reward/total"] for x in lines])
+    heldout = {event.step: event.value for event in found.Scalars("heldout/shapes")}
+    assert heldout[1] == pytest.approx(lines[0]["heldout/shapes"])
+    result = json.loads((folder / "result.json").read_text())["heldout"]["shapes"]
+    assert heldout[0] == pytest.approx(result["base"]["mean"])
+    assert found.Scalars("result/shapes/difference")[0].value == pytest.approx(result["difference"]["mean"], abs=1e-6)
+
+
+def test_trackers_have_the_pictures(events):
+    from io import BytesIO
+
+    from PIL import Image
+
+    folder, found, _ = events
+    assert [event.step for event in found.Images("images")] == [1, 2]
+    (picture,) = found.Images("before_after")
+    shown = np.asarray(Image.open(BytesIO(picture.encoded_image_string)).convert("RGB"))
+    assert np.array_equal(shown, np.asarray(Image.open(folder / "images" / "before_after.png").convert("RGB")))
+
+
+def test_the_trackers_files_are_the_runs(events):
+    folder, _, _ = events
+    listed = set((folder / "condrl_files.txt").read_text().split("\n"))
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert there - listed == {"condrl_files.txt", "lock"}
+
+
+def test_the_result_is_the_paired_difference(tmp_path):
+    words = [*toy_words("dpok", tmp_path / "run"), "train.epochs=2", "evaluate.images_per_prompt=50"]
+    assert load_script("finetune").main(words) == 0
+    row = json.loads((tmp_path / "run" / "result.json").read_text())["heldout"]["quadratic"]
+    assert row["difference"]["mean"] == pytest.approx(row["tuned"]["mean"] - row["base"]["mean"], abs=1e-6)
+    low, high = row["difference"]["ci95"]
+    assert low <= row["difference"]["mean"] <= high
+    assert row["better"] + row["worse"] == 1
+    wide = row["base"]["ci95"][1] - row["base"]["ci95"][0]
+    assert high - low < wide / 2  # pairing takes away what differs from prompt to prompt
+
+
+def test_large_seeds_and_no_heldout_prompts(tmp_path, capsys):
+    words = [*toy_words("dpok", tmp_path / "run"), "train.epochs=1", f"run.seed={2**64 - 1}"]
+    assert load_script("finetune").main([*words, "evaluate.images_per_prompt=3"]) == 0
+    capsys.readouterr()
+    words = [*toy_words("dpok", tmp_path / "bare"), "train.epochs=1", "prompts.heldout=null"]
+    assert load_script("finetune").main(words) == 0
+    out = capsys.readouterr().out
+    assert "no held-out prompts" in out
+    assert "base" not in out
+
+
+def test_the_start_says_what_counts(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("a red star\na red star\na blue circle\n")
+    words = ["rewards.sharpness.weight=2", "rewards.shapes.weight=-1", f"prompts.train={tmp_path / 'mine.txt'}"]
+    few = [
+        "train.prompts_per_epoch=2",
+        "train.images_per_prompt=2",
+        "train.rollout_batch=4",
+        "train.updates_per_epoch=1",
+    ]
+    assert (
+        load_script("finetune").main([*words, *few, "sampler.steps=2", f"run.dir={tmp_path / 'run'}", "--dry-run"]) == 0
+    )
+    said = capsys.readouterr().err
+    assert "rewards: sharpness (weight 2), shapes (weight -1)" in said
+    assert f"prompts: {tmp_path / 'mine.txt'} (3)" in said
+    assert "prompts.train: 1 row says what an earlier one says" in said
+    assert "measured on asset:shapes/heldout.txt (512), base and tuned: shapes_exact, shapes, sharpness" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_long_names_do_not_run_into_the_numbers():
+    summary = load_script("finetune").summary
+    name = "a_reward_with_a_name_of_fifty_letters_and_then_some"
+    estimate = {"mean": 0.5, "ci95": (0.25, 0.75)}
+    row = {"base": estimate, "tuned": estimate, "difference": estimate, "better": 0.5, "worse": 0.5}
+    result = {"heldout": {name: row}, "seconds": 1.0, "peak_memory_gb": 1.0, "images": 8}
+    head, line, said, _ = summary(result, ROOT).splitlines()
+    assert line.split() == [name, *["0.500", "[0.250,", "0.750]"] * 3]
+    assert len(head) == len(line)
+    assert said == f"better: {name}"
+
+
+def test_adjoint_matching_takes_no_more_images_at_a_time_than_loss_batch(tmp_path, monkeypatch):
+    from condrl.config import load_config
+    from condrl.prompts import load_prompts
+    from condrl.run import make_trainer
+
+    words = [
+        str(ROOT / "configs/toy/p1.yaml"),
+        "algorithm.name=adjoint_matching",
+        f"run.dir={tmp_path}",
+        "sampler.steps=3",
+    ]
+    words += ["train.prompts_per_epoch=2", "train.images_per_prompt=8", "train.rollout_batch=16", "train.loss_batch=3"]
+    trainer = make_trainer(config := load_config(words), load_prompts(config.prompts.train, "prompts.train"))
+    sizes = []
+    score = trainer.policy.model.score
+
+    def counted(x, *rest):
+        if torch.is_grad_enabled() and x.requires_grad:
+            sizes.append(len(x))
+        return score(x, *rest)
+
+    monkeypatch.setattr(trainer.policy.model, "score", counted)
+    trainer.run_epoch(0)
+    assert max(sizes) == 3
