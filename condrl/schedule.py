@@ -19,6 +19,25 @@ from condrl.errors import UsageError
 
 DIFFUSERS_SPACINGS = ("leading", "linspace", "trailing")
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+VP_SCHEDULERS = (  # of diffusers, for networks trained on a table of variance-preserving noise levels
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 class Schedule(ABC):
@@ -270,8 +289,9 @@ class DiscreteSchedule(Schedule):
 def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
     """The schedule of a diffusers scheduler config (DDPM, DDIM, PNDM, Euler, DPM-Solver families).
 
-    Raises: UsageError on a prediction type, spacing or beta schedule that is not known.
+    Raises: UsageError on another process, and on a prediction type, spacing or beta schedule that is not known.
     """
+    check_process(config)
     prediction, spacing = config.get("prediction_type", "epsilon"), config.get("timestep_spacing", "leading")
     if prediction not in get_args(Prediction):
         raise UsageError(f"the model predicts {prediction!r}; known are {', '.join(get_args(Prediction))}")
@@ -284,6 +304,19 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
         alpha_bar = root.square()
     final_time = 0.0 if config.get("set_alpha_to_one", True) else 1 / len(alpha_bar)
     return DiscreteSchedule(alpha_bar, prediction, spacing, config.get("steps_offset", 0), final_time)
+
+
+def check_process(config: Mapping[str, Any]) -> None:
+    """Raises: UsageError when a scheduler is of another process, or changes what the network predicts."""
+    name = config.get("_class_name", VP_SCHEDULERS[0])
+    if name not in VP_SCHEDULERS:
+        raise UsageError(
+            f"the model's scheduler is a {name}; known are those with a table of noise levels, as "
+            f"{', '.join(VP_SCHEDULERS[1::3])}"
+        )
+    for key, usual in (("use_flow_sigmas", False), ("thresholding", False), ("timestep_type", "discrete")):
+        if config.get(key, usual) != usual:
+            raise UsageError(f"the model's {name} has {key}={config[key]}, which is not known here")
 
 
 def betas_of(config: Mapping[str, Any]) -> Tensor:
