@@ -53,7 +53,7 @@ class StableDiffusion:
             raise UsageError("config model.lora_targets: it is empty, so nothing would be trained; leave it out")
         pipe = load_pipeline(path, revision, single_file_config, getattr(torch, dtype), variant)
         self.guidance, self.guidance_gradient, self.decode_batch = guidance, guidance_gradient, decode_batch
-        self.schedule = schedule_from_diffusers(pipe.scheduler.config)
+        self.schedule = schedule_from_diffusers({**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__})
         self.device, self.path = device, path
         self.evaluations = 0
         self.sharded = False
