@@ -115,16 +115,19 @@ def monte_carlo_value(
     kappa: float,
     particles: int,
     generator: torch.Generator,
+    memory: Tensor | None = None,
 ) -> ValueEstimate:
     """V = kappa log E exp(r / kappa) at a state x (...) before step k, place = (x, k), for any model and reward.
 
-    By so many pretrained chains that go on from there (Feynman-Kac; THEORY 3.1).
+    By so many pretrained chains that go on from there (Feynman-Kac; THEORY 3.1); those of a multi-step sampler from
+    its memory (...) too.
     """
     (state, first), model = place, policy.model
     condition = model.encode([row.prompt] * particles)
     final = state.to(model.device).expand(particles, *state.shape)
+    carried = None if memory is None else memory.to(model.device).expand(particles, *memory.shape)
     with model.reference():
-        for x, _ in continued(policy, final, first, condition, generator):
+        for x, _ in continued(policy, final, first, condition, generator, carried):
             final = x
     return oracle.feynman_kac(score(rewards, model.decode(final), [row] * particles).total, kappa)
 

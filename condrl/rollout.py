@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from condrl.errors import UsageError
 from condrl.noise import Noise, Source, randn
 from condrl.policy import Policy
 from condrl.transition import Transition
@@ -41,10 +42,18 @@ def chain(policy: Policy, condition: Tensor, noise: Source) -> Iterator[tuple[Te
 
 
 def continued(
-    policy: Policy, x: Tensor, first: int, condition: Tensor, noise: Source
+    policy: Policy, x: Tensor, first: int, condition: Tensor, noise: Source, memory: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Transition]]:
-    """Yield the states after step `first` and later ones, from x (B, ...) before it, with their laws."""
-    memory = None
+    """Yield the states after step `first` and later ones, from x (B, ...) before it, with their laws.
+
+    A multi-step sampler goes on from what it carried into that step (B, ...), as a roll-out's `memories` has it.
+
+    Raises: UsageError when that is missing.
+    """
+    if first > 0 and memory is None and getattr(policy.sampler, "has_memory", False):
+        raise UsageError(
+            f"a chain of this sampler cannot be entered at step {first} without the memory of step {first - 1}"
+        )
     for k in range(first, policy.steps):
         law = policy.transition(x, torch.full((len(condition),), k), condition, memory)
         memory = law.memory

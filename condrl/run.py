@@ -31,12 +31,11 @@ from condrl.processes import Processes, asks_for_shards
 from condrl.prompts import Row, duplicate_note
 from condrl.registry import REGISTRIES
 from condrl.rewards import Reward, make_reward
-from condrl.schedule import OU, Schedule, schedule_from_diffusers
+from condrl.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
 from condrl.trainer import Trainer
-from condrl.transition import Coefficients, Sampler, trained_steps, windowed
+from condrl.transition import Coefficients, Sampler, trained_steps
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
-NOISE_OPTIONS = ("eta", "noise_level")  # what sampler plugins call the option that is 0 for a deterministic step
 UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
 TRACKED = "condrl"  # the trackers' folder in a run's, and their project
 
@@ -54,17 +53,44 @@ def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
     times, chosen = schedule.grid(section["steps"], section["spacing"]), section.get("noise_steps")
     sampler: Sampler = make("sampler", options, schedule, times)
     if not schedule.alpha(times[0]) > 0:
+        check_start(sampler, schedule, section["name"])
+    return sampler if chosen is None else quietened(sampler, chosen, section["name"])
+
+
+def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
+    """Check that a chain can start where there is no signal, at zero terminal SNR.
+
+    Raises: UsageError when the model's prediction or the sampler's coefficients say nothing there.
+    """
+    if isinstance(schedule, DiscreteSchedule) and schedule.prediction == "epsilon":
         raise UsageError(
-            "the sampler cannot start where the signal is zero (zero terminal SNR): use sampler.spacing=leading"
+            "the sampler starts where there is no signal (zero terminal SNR), and the noise that the model predicts "
+            "says nothing there: use sampler.spacing=leading"
         )
-    if chosen is None:
-        return sampler
-    if not set(options) & set(NOISE_OPTIONS):
-        raise UsageError(f"config sampler.noise_steps: {section['name']} has neither of the options {NOISE_OPTIONS}")
-    if not set(chosen) <= set(range(section["steps"])):
-        raise UsageError(f"config sampler.noise_steps: {chosen} are not all among the {section['steps']} steps")
-    quiet = {key: 0.0 if key in NOISE_OPTIONS else value for key, value in options.items()}
-    return windowed(sampler, make("sampler", quiet, schedule, times), chosen)
+    first = sampler.step(torch.zeros(1, dtype=torch.long), torch.ones(1, 1), lambda x, t: torch.zeros_like(x))
+    if not (first.mean.isfinite().all() and first.std.isfinite().all()):
+        raise UsageError(
+            f"the sampler {name} cannot start where there is no signal (zero terminal SNR): use sampler.name=ddim, or "
+            "sampler.spacing=leading"
+        )
+
+
+def quietened(sampler: Any, chosen: Sequence[int], name: str) -> Sampler:
+    """The sampler with noise at the chosen steps alone (THEORY 7.5, partial SDE).
+
+    Raises: UsageError when there are no such steps, or when the sampler cannot leave its noise out.
+    """
+    count = len(sampler.times) - 1
+    if not set(chosen) <= set(range(count)):
+        raise UsageError(f"config sampler.noise_steps: {chosen} are not all among the {count} steps")
+    if not hasattr(sampler, "with_noise"):
+        raise UsageError(
+            f"config sampler.noise_steps: the sampler {name} has no with_noise, which would leave noise out"
+        )
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[list(chosen)] = True
+    quiet: Sampler = sampler.with_noise(mask)
+    return quiet
 
 
 def make_rewards(config: Config) -> list[Reward]:
@@ -161,13 +187,18 @@ def make_trainer(
     algorithm: Algorithm = make("algorithm", config.algorithm)
     if "stochastic steps" in algorithm.needs:
         trained_steps(policy.sampler, config.train)  # now with the model's own schedule
+    if "affine steps" in algorithm.needs and not policy.model.schedule.alpha(policy.sampler.times[0]) > 0:
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} needs the score at every step, which says nothing where "
+            "there is no signal (zero terminal SNR): use sampler.spacing=leading"
+        )
     return Trainer(config, policy, algorithm, make_rewards(config), train, processes)
 
 
 def stand_in(sampler: Mapping[str, Any]) -> Schedule:
     """A schedule on which a sampler's section can be tried before any model is loaded."""
     discrete = schedule_from_diffusers({"num_train_timesteps": 1000, "set_alpha_to_one": False})
-    return discrete if sampler["steps"] <= 1000 else OU()
+    return discrete if sampler["steps"] <= 1000 or sampler["spacing"] in DIFFUSERS_SPACINGS else OU()
 
 
 def check_combination(config: Config) -> None:
@@ -209,9 +240,12 @@ def check_combination(config: Config) -> None:
             f"{config.sampler['name']} is not: use ddim, exponential or euler_maruyama"
         )
     if {"stochastic steps", "noise"} & set(algorithm.needs) and not sampler.stochastic.any():
+        advice = "set sampler.eta=1, or look at the sampler's own options"
+        if config.sampler["steps"] == 1:
+            advice = "its one step goes to the data, where no noise is added; raise sampler.steps"
         raise UsageError(
             f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler "
-            f"{config.sampler['name']} has none as configured: set sampler.eta=1, or look at the sampler's own options"
+            f"{config.sampler['name']} has none as configured: {advice}"
         )
     if "stochastic steps" not in algorithm.needs:
         if config.train.steps is not None or config.train.steps_per_image is not None:

@@ -2,6 +2,10 @@
 
 The forward process is X_t = alpha_t X_0 + sigma_t eps, the solution of dX = f(t) X dt + g(t) dB. Times are noise
 times: 0 is data, `end` is noise. All times and coefficients are float64; tensors are converted where they are used.
+
+The action of a policy is the score; where alpha_t = 0 (zero terminal SNR) the score is -x whatever the network says, so
+there, and only there, the action is the denoised prediction x0 itself: `Schedule.score` gives it, `x0_from_score` takes
+it, and `coefficients` has the A and B that go with it. All other statistics follow from A, B and S as ever.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +24,25 @@ from condrl.errors import UsageError
 
 DIFFUSERS_SPACINGS = ("leading", "linspace", "trailing")
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+VP_SCHEDULERS = (  # of diffusers, for networks trained on a table of variance-preserving noise levels
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 class Schedule(ABC):
@@ -75,6 +99,8 @@ class Schedule(ABC):
         ends = torch.tensor([self.end, self.final_time], dtype=torch.float64)
         if spacing != "log_snr":
             return torch.linspace(self.end, self.final_time, steps + 1, dtype=torch.float64)
+        if not self.alpha(ends[0]) > 0:
+            raise UsageError("config sampler.spacing: log_snr is infinite at zero terminal SNR: use trailing")
         last = self._least_time
         extra = int(last > self.final_time)  # lambda is infinite at 0, so one step goes there from the least time
         if steps == extra:
@@ -84,8 +110,12 @@ class Schedule(ABC):
         times[0], times[-1] = self.end, last
         return torch.cat([times, ends[1:]]) if extra else times
 
+    def targets(self, times: Tensor) -> Tensor:
+        """The times (K,) that DDIM's steps go to on a grid (K + 1,): the next ones."""
+        return times[1:]
+
     def score(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """What a network says at x (B, ...) and times t (B,), as a score: here it is one."""
+        """What a network says at x (B, ...) and times t (B,), as the action: here it is a score."""
         return prediction
 
     @property
@@ -244,34 +274,59 @@ class DiscreteSchedule(Schedule):
         if spacing not in DIFFUSERS_SPACINGS:
             return super().grid(steps, spacing)
         if not 1 <= steps <= count:
-            raise UsageError(f"config sampler.steps: must be between 1 and {count}, got {steps}")
-        k = torch.arange(steps, dtype=torch.float64)
-        index = {
-            "leading": (k * (count // steps)).flip(0) + self.steps_offset,
-            "linspace": torch.linspace(0, count - 1, steps, dtype=torch.float64).round().flip(0),
-            "trailing": (count - k * count / steps).round() - 1,
-        }[spacing]
+            raise UsageError(
+                f"config sampler.steps: must be between 1 and {count}, the training steps of the model's "
+                f"scheduler; got {steps}"
+            )
+        index = torch.from_numpy(self._indices(steps, spacing)).double()
         if index[0] >= count:
             raise UsageError(
                 f"config sampler.steps: {steps} steps with the scheduler's offset begin after its last time"
             )
+        if len(index) != steps:
+            raise UsageError(
+                f"config sampler.steps: diffusers' trailing spacing makes {len(index)} times of {steps} steps, by a "
+                "rounding error: use one step more or less"
+            )
         return torch.cat([(index + 1) / count, torch.tensor([self.final_time], dtype=torch.float64)])
 
+    def _indices(self, steps: int, spacing: Spacing) -> Any:
+        """The rows of the table by diffusers' own expressions: halves are rounded as theirs are."""
+        count = len(self.alpha_bar)
+        if spacing == "leading":
+            return np.arange(steps)[::-1] * (count // steps) + self.steps_offset
+        if spacing == "linspace":
+            return np.linspace(0, count - 1, steps).round()[::-1].copy()
+        return np.arange(count, 0, -count / steps).round() - 1
+
+    def targets(self, times: Tensor) -> Tensor:
+        """Where a grid is diffusers', the times to which its DDIM goes: T // K rows down the table, or `final_time`.
+
+        They are the next times of the grid unless it is linspace, or trailing with steps that do not divide the table.
+        """
+        count, row = len(self.alpha_bar), times[:-1] * len(self.alpha_bar) - 1
+        if not torch.allclose(row, row.round(), atol=1e-6, rtol=0):
+            return times[1:]
+        below = row.round() - count // len(row)
+        return ((below + 1) / count).where(below >= 0, times[-1])
+
     def score(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """A network's prediction (B, ...) at x (B, ...) and times t (B,), as a score."""
+        """A network's prediction (B, ...) at x (B, ...) and times t (B,), as the action."""
         alpha, sigma = (like(c, x) for c in (self.alpha(t), self.sigma(t)))
         if self.prediction == "epsilon":
             return score_from_epsilon(prediction, sigma)
         if self.prediction == "v_prediction":
-            return score_from_epsilon(epsilon_from_v(prediction, x, alpha, sigma), sigma)
-        return score_from_x0(prediction, x, alpha, sigma)
+            score = score_from_epsilon(epsilon_from_v(prediction, x, alpha, sigma), sigma)
+            return score.where(alpha > 0, -prediction)
+        return score_from_x0(prediction, x, alpha, sigma).where(alpha > 0, prediction)
 
 
 def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
     """The schedule of a diffusers scheduler config (DDPM, DDIM, PNDM, Euler, DPM-Solver families).
 
-    Raises: UsageError on a prediction type, spacing or beta schedule that is not known.
+    Raises: UsageError on another process, and on a prediction type, spacing or beta schedule that is not known.
     """
+    check_process(config)
     prediction, spacing = config.get("prediction_type", "epsilon"), config.get("timestep_spacing", "leading")
     if prediction not in get_args(Prediction):
         raise UsageError(f"the model predicts {prediction!r}; known are {', '.join(get_args(Prediction))}")
@@ -284,6 +339,19 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
         alpha_bar = root.square()
     final_time = 0.0 if config.get("set_alpha_to_one", True) else 1 / len(alpha_bar)
     return DiscreteSchedule(alpha_bar, prediction, spacing, config.get("steps_offset", 0), final_time)
+
+
+def check_process(config: Mapping[str, Any]) -> None:
+    """Raises: UsageError when a scheduler is of another process, or changes what the network predicts."""
+    name = config.get("_class_name", "scheduler")
+    if "_class_name" in config and name not in VP_SCHEDULERS:
+        raise UsageError(
+            f"the model's scheduler is a {name}; known are those with a table of noise levels, as "
+            f"{', '.join(VP_SCHEDULERS[1::3])}"
+        )
+    for key, usual in (("use_flow_sigmas", False), ("thresholding", False), ("timestep_type", "discrete")):
+        if config.get(key, usual) != usual:
+            raise UsageError(f"the model's {name} has {key}={config[key]}, which is not known here")
 
 
 def betas_of(config: Mapping[str, Any]) -> Tensor:
@@ -325,5 +393,16 @@ def epsilon_from_v(v: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
 
 
 def x0_from_score(score: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """E[X_0 | x], Tweedie's formula."""
-    return (x + sigma.square() * score) / alpha
+    """E[X_0 | x], Tweedie's formula; the action itself where alpha = 0."""
+    return ((x + sigma.square() * score) / alpha.where(alpha > 0, 1.0)).where(alpha > 0, score)
+
+
+def coefficients(alpha_t: Tensor, sigma_t: Tensor, alpha_u: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B (K,) of steps whose mean is alpha_u x0 + kept eps, x0 and eps being the network's word at (x, t).
+
+    A x + B action: the action is the score, or x0 where alpha_t = 0.
+    """
+    start = alpha_t == 0
+    ratio = alpha_u / alpha_t.where(~start, 1.0)
+    A = (kept / sigma_t).where(start, ratio)
+    return A, alpha_u.where(start, sigma_t * (ratio * sigma_t - kept))

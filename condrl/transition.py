@@ -1,16 +1,16 @@
 """The affine Gaussian step x' ~ N(A x + B a, S^2 I): its mean, sample, log-probability and KL divergence.
 
-An action `a` is a score. A sampler is the three numbers (A, B, S) of every step; whatever is learned, measured or
-differentiated follows from them.
+An action `a` is a score (condrl.schedule says what it is where there is no signal). A sampler is the three numbers
+(A, B, S) of every step; whatever is learned, measured or differentiated follows from them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from condrl.config import TrainConfig
 from condrl.errors import UsageError
 from condrl.schedule import Schedule, like
 
-Act = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> score
+Act = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> action
+Numbers = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # noise levels eta (K,) -> A, B, S (K,)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class Transition:
 
 
 class Sampler(Protocol):
-    """What a sampler plugin returns: times (K + 1,) and the law of each of its K steps."""
+    """What a sampler plugin returns: times (K + 1,) and the law of each of its K steps.
+
+    For `sampler.noise_steps` it has `with_noise(mask)` as well: itself with noise at the steps in a mask (K,) alone.
+    """
 
     @property
     def times(self) -> Tensor: ...
@@ -61,23 +65,42 @@ class Sampler(Protocol):
         ...
 
     def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
-        """The law of the state after step k (B,) from x (B, ...), calling `act` for scores."""
+        """The law of the state after step k (B,) from x (B, ...), calling `act` for actions."""
         ...
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """A one-stage sampler: x_{k+1} ~ N(A_k x_k + B_k a_k, S_k^2 I), a_k the score at (x_k, times[k])."""
+    """A one-stage sampler: x_{k+1} ~ N(A_k x_k + B_k a_k, S_k^2 I), a_k the action at (x_k, times[k])."""
 
     times: Tensor  # (K + 1,) float64
     A: Tensor  # (K,)
     B: Tensor  # (K,)
     S: Tensor  # (K,)
     eta: Tensor | None = None  # (K,) noise levels, 1 for the reverse SDE; None where that is not known
+    numbers: Numbers | None = None  # A, B and S at other noise levels
+
+    @classmethod
+    def at(cls, times: Tensor, eta: Tensor | float, numbers: Numbers) -> Coefficients:
+        """The coefficients at noise levels eta, one for all steps or (K,); other levels can be asked for later."""
+        level = torch.as_tensor(eta, dtype=times.dtype).expand(len(times) - 1)
+        return cls(times, *numbers(level), level, numbers)
 
     @property
     def stochastic(self) -> Tensor:
         return self.S > 0
+
+    def with_noise(self, mask: Tensor) -> Coefficients:
+        """The sampler with its noise at the steps in mask (K,) alone, the others being its deterministic ones.
+
+        Raises: UsageError when it was made for one noise level.
+        """
+        if self.numbers is None or self.eta is None:
+            raise UsageError(
+                "config sampler.noise_steps: this sampler says its coefficients at one noise level only; its plugin "
+                "has to make them with Coefficients.at"
+            )
+        return self.at(self.times, self.eta.where(mask, 0.0), self.numbers)
 
     def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
         action = act(x, self.times[k])
@@ -88,9 +111,12 @@ class Coefficients:
 def euler_maruyama(schedule: Schedule, times: Tensor, eta: Tensor | float) -> Coefficients:
     """S1: A = 1 - f D, B = (1 + eta^2) g^2 D / 2, S = eta g sqrt(D), for any noise level eta >= 0 (THEORY 1.3)."""
     t, step = times[:-1], times[:-1] - times[1:]
-    level = torch.as_tensor(eta, dtype=t.dtype).expand(len(t))
-    churn = level.square() * schedule.churn(times) * step
-    return Coefficients(times, 1 - schedule.f(t) * step, (schedule.g2(t) * step + churn) / 2, churn.sqrt(), level)
+
+    def numbers(level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        churn = level.square() * schedule.churn(times) * step
+        return 1 - schedule.f(t) * step, (schedule.g2(t) * step + churn) / 2, churn.sqrt()
+
+    return Coefficients.at(times, eta, numbers)
 
 
 @dataclass(frozen=True)
@@ -117,6 +143,9 @@ class Overshoot:
     def stochastic(self) -> Tensor:
         return self.aims < self.times[1:]
 
+    def with_noise(self, mask: Tensor) -> Overshoot:
+        return replace(self, eta=self.eta.where(mask, 0.0))
+
     def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
         t, u, w = self.times[k], self.times[k + 1], self.aims[k]
         alpha_u, alpha_w, sigma_u, sigma_w = (
@@ -125,22 +154,6 @@ class Overshoot:
         back = alpha_u / alpha_w
         std = (sigma_u.square() - (back * sigma_w).square()).clamp(min=0).sqrt()
         return Transition(back * self.solver(x, t, w, act), std)
-
-
-def windowed(noisy: Any, quiet: Any, steps: Sequence[int]) -> Any:
-    """A sampler that is `noisy` at the chosen steps and `quiet` at the others (THEORY 7.5, partial SDE).
-
-    Both are dataclasses of one plugin; whatever they hold per step, (K,), is taken from one or the other.
-    """
-    count = len(noisy.times) - 1
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[list(steps)] = True
-    chosen = {}
-    for field in fields(noisy):
-        first, second = getattr(noisy, field.name), getattr(quiet, field.name)
-        if isinstance(first, Tensor) and first.shape == (count,):
-            chosen[field.name] = first.where(mask, second)
-    return replace(noisy, **chosen)
 
 
 def trained_steps(sampler: Sampler, train: TrainConfig) -> Tensor:

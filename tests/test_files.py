@@ -98,5 +98,7 @@ def test_damaged_json(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"a": 1, ')
     assert "not valid JSON" in why_unreadable(path)
+    path.write_text("[1]")
+    assert "not a JSON object" in why_unreadable(path)
     path.write_text('{"a": 1}')
     assert why_unreadable(path) is None

@@ -1,9 +1,17 @@
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from condrl import UsageError
-from condrl.schedule import epsilon_from_v, schedule_from_diffusers, score_from_epsilon, score_from_x0, x0_from_score
+from condrl.schedule import (
+    VP_SCHEDULERS,
+    epsilon_from_v,
+    schedule_from_diffusers,
+    score_from_epsilon,
+    score_from_x0,
+    x0_from_score,
+)
 
 SD15 = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -76,6 +84,105 @@ def test_unknown_scheduler_settings_are_refused(change, word):
         schedule_from_diffusers({**SD15, **change})
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("to_one", [False, True])
+def test_noise_levels_of_ddims_steps_are_those_of_diffusers(spacing, offset, to_one):
+    """From the level at a time to the level that DDIMScheduler.step takes for the one before, for nearly every N."""
+    config = {**SD15, "timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": to_one}
+    scheduler, schedule = DDIMScheduler(**config), schedule_from_diffusers(config)
+    table = torch.cat([scheduler.final_alpha_cumprod[None], scheduler.alphas_cumprod]).double()
+    refused = []
+    for steps in [*range(1, 201), 333, 500, 501, 750, 999]:
+        scheduler.set_timesteps(steps)
+        try:
+            times = schedule.grid(steps)
+        except UsageError:
+            refused.append(steps)
+            continue
+        before = (scheduler.timesteps - 1000 // steps).clamp(min=-1)
+        for ours, theirs in ((times[:-1], scheduler.timesteps), (schedule.targets(times), before)):
+            torch.testing.assert_close(schedule.alpha(ours).square(), table[theirs + 1], atol=1e-6, rtol=0)
+        assert torch.equal(schedule.network_time(times[:-1]), scheduler.timesteps.float())
+    assert refused == ([61, 103, 121, 122] if spacing == "trailing" else [])  # diffusers makes a step too many of them
+    for steps in refused:
+        scheduler.set_timesteps(steps)
+        assert len(scheduler.timesteps) == steps + 1
+        with pytest.raises(UsageError, match=f"{steps + 1} times of {steps} steps.*one step more or less"):
+            schedule.grid(steps)
+
+
 def test_too_many_steps_are_refused():
-    with pytest.raises(UsageError, match="between 1 and 1000"):
+    with pytest.raises(UsageError, match=r"sampler\.steps: must be between 1 and 1000, the training steps .*got 1001"):
         schedule_from_diffusers(SD15).grid(1001)
+
+
+@pytest.mark.parametrize("name", VP_SCHEDULERS)
+def test_known_schedulers_have_this_table(name):
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    scheduler = getattr(diffusers, name)(**SD15)
+    theirs = torch.as_tensor(scheduler.alphas_cumprod).double()
+    torch.testing.assert_close(schedule_from_diffusers(scheduler.config).alpha_bar, theirs, atol=1e-6, rtol=0)
+
+
+OTHERS = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "CosineDPMSolverMultistepScheduler",
+    "CMStochasticIterativeScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "ScoreSdeVeScheduler",
+    "UnCLIPScheduler",
+    "VQDiffusionScheduler",
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_schedulers_of_other_processes_are_refused(name):
+    with pytest.raises(UsageError, match=f"the model's scheduler is a {name}"):
+        schedule_from_diffusers({**SD15, "_class_name": name})
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}),
+        ("DDIMScheduler", {"thresholding": True}),
+    ],
+)
+def test_schedulers_that_change_the_process_are_refused(name, change):
+    config = {**getattr(diffusers, name)(**SD15, **change).config, "_class_name": name}
+    with pytest.raises(UsageError, match=f"{name} has {next(iter(change))}="):
+        schedule_from_diffusers(config)
+
+
+# ---------------------------------------------------------------------------------------------- zero terminal SNR
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_action_where_there_is_no_signal_is_the_denoised_prediction(kind):
+    """v = alpha eps - sigma x0 says x0 where alpha = 0; rows of a batch before and after are scores as ever."""
+    schedule = schedule_from_diffusers({**SD15, "prediction_type": kind, "rescale_betas_zero_snr": True})
+    t = torch.tensor([1.0, 0.999, 0.5], dtype=torch.float64)
+    alpha, sigma = (c(t).float()[:, None] for c in (schedule.alpha, schedule.sigma))
+    assert alpha.flatten().gt(0).tolist() == [False, True, True]
+    x0, eps = torch.randn(2, 3, 4)
+    predicted = {"v_prediction": alpha * eps - sigma * x0, "sample": x0}[kind]
+    x = alpha * x0 + sigma * eps
+    action = schedule.score(predicted, x, t)
+    torch.testing.assert_close(action[0], x0[0])
+    torch.testing.assert_close(action[1:], (-eps / sigma)[1:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(x0_from_score(action, x, alpha, sigma), x0, atol=2e-2, rtol=1e-3)
+
+
+def test_log_snr_spacing_has_no_start_at_zero_terminal_snr():
+    schedule = schedule_from_diffusers({**SD15, "rescale_betas_zero_snr": True})
+    with pytest.raises(UsageError, match=r"sampler\.spacing: log_snr is infinite.*trailing"):
+        schedule.grid(10, "log_snr")
+    assert schedule.grid(10, "uniform").isfinite().all()

@@ -1,12 +1,17 @@
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from drawing import CPU, PROMPTS, SEEDS, diffusers_pictures, perturb, pictures
-from helpers import tiny_pipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from condrl import RunError, UsageError
-from condrl.models.stable_diffusion import StableDiffusion, load_pipeline
+from condrl.config import ASSETS
+from condrl.models.loading import load_pipeline
+from condrl.models.stable_diffusion import StableDiffusion
 from condrl.report import to_pil
 
 
@@ -141,12 +146,30 @@ def test_single_file_checkpoint(pipeline, tmp_path):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_bad_paths_and_targets_are_one_line(pipeline, tmp_path, monkeypatch):
+def test_bad_paths_and_options_are_one_line(pipeline, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UsageError, match=r"model.path.*nobody/nothing"):
-        StableDiffusion(CPU, path="nobody/nothing")
-    with pytest.raises(UsageError, match="to_qq"):
-        StableDiffusion(CPU, path=str(pipeline), lora_targets=("to_qq",))
+    for match, options in {
+        r"model\.path.*nobody/nothing.*no such file or folder": {"path": "nobody/nothing"},
+        "to_qq": {"lora_targets": ("to_qq",)},
+        r"model\.lora_targets: it is empty": {"lora_targets": ()},
+        r"model\.guidance.*at least 1.*got -3": {"guidance": -3.0},
+        r"model\.guidance.*got 0\.5": {"guidance": 0.5},
+        r"model\.guidance.*got nan": {"guidance": float("nan")},
+        r"model\.negative_prompt: 'blurry' has no effect": {"guidance": 1.0, "negative_prompt": "blurry"},
+        r"model\.lora_rank: must be at least 1": {"lora_rank": 0},
+    }.items():
+        with pytest.raises(UsageError, match=match) as found:
+            StableDiffusion(CPU, **{"path": str(pipeline), **options})
+        assert "\n" not in str(found.value)
+
+
+def test_negative_prompt_is_the_unconditional_branch(pipeline):
+    plain, negative = (StableDiffusion(CPU, path=str(pipeline), **o) for o in ({}, {"negative_prompt": "a blue star"}))
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = diffusers_pictures(pipe, PROMPTS, SEEDS, negative_prompt="a blue star")
+    assert (pictures(negative, PROMPTS, SEEDS) - theirs).abs().max() < 1 / 255
+    assert (pictures(plain, PROMPTS, SEEDS) - theirs).abs().max() > 2 / 255
 
 
 def test_written_png_is_the_image(model, tmp_path):
@@ -159,10 +182,249 @@ def test_written_png_is_the_image(model, tmp_path):
     assert (back - image).abs().max() <= 0.5 / 255 + 1e-6
 
 
-def test_pickled_weights_are_refused(tmp_path):
-    pipe = tiny_pipeline(tmp_path)
-    (weights,) = (pipe / "unet").glob("*.safetensors")
-    torch.save(load_file(weights), weights.with_suffix(".bin"))
-    weights.unlink()
-    with pytest.raises(UsageError, match=r"model\.path: cannot load"):
-        load_pipeline(str(pipe), None, None, torch.float32)
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+LONG = "a red star " * 30
+
+
+@pytest.mark.parametrize("limit", [True, False])
+def test_a_prompt_that_is_cut_is_told_and_cut_as_diffusers_cuts_it(limit, pipeline, tmp_path, capsys):
+    """Also for a tokenizer that does not say where to cut."""
+    folder = copied(pipeline, tmp_path)
+    if not limit:
+        settings = folder / "tokenizer" / "tokenizer_config.json"
+        settings.write_text(
+            json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "model_max_length"})
+        )
+    model = StableDiffusion(CPU, path=str(folder))
+    capsys.readouterr()
+    short = model.encode(["a red star"])
+    assert capsys.readouterr().err == ""
+    (row,) = model.encode([LONG])
+    assert capsys.readouterr().err == f"warning: the prompt {LONG!r} has 92 tokens; the model reads the first 24\n"
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline)
+    theirs = [pipe.encode_prompt(prompt, CPU, 1, False)[0][0] for prompt in (LONG, "a red star")]
+    torch.testing.assert_close(model._table[row], theirs[0])
+    torch.testing.assert_close(model._table[short[0]], theirs[1])
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def copied(pipeline, folder):
+    return shutil.copytree(pipeline, folder / "model")
+
+
+def weights(folder, part):
+    (file,) = (folder / part).glob("*.safetensors")
+    return file
+
+
+def load(folder, variant=None):
+    return load_pipeline(str(folder), None, None, torch.float32, variant)
+
+
+def rewrite(file, change):
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
+DAMAGE = {
+    "is a Git LFS pointer.*git lfs pull": lambda file: file.write_bytes(POINTER),
+    "is empty": lambda file: file.write_bytes(b""),
+    "is truncated": lambda file: file.write_bytes(file.read_bytes()[:-100]),
+    "has no weights": lambda file: file.unlink(),
+    "has pickled weights only": lambda file: (torch.save(load_file(file), file.with_suffix(".bin")), file.unlink()),
+    "has no weights of model.variant=null: set model.variant=fp16": lambda file: file.rename(
+        file.with_suffix(".fp16.safetensors")
+    ),
+    "lack 1 tensors, such as": lambda file: rewrite(file, lambda state: state.pop(min(state))),
+    "do not fit its config.json": lambda file: rewrite(
+        file, lambda state: state.update({min(state): torch.zeros(1, 1)})
+    ),
+    "not finite, in": lambda file: rewrite(file, lambda state: state[min(state)].fill_(torch.nan)),
+}
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("why", DAMAGE)
+def test_damaged_weights_are_named(why, part, pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    DAMAGE[why](weights(folder, part))
+    with pytest.raises(
+        UsageError, match=rf"^config model\.path: .*{part}.*{why}" if "finite" not in why else f"{why} {part}"
+    ) as found:
+        load(folder)
+    assert "\n" not in str(found.value)
+
+
+FILES = [
+    "model_index.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer.json",
+]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [(b'{"a": ', "not valid JSON"), (POINTER, "Git LFS pointer"), (b"", "is empty"), (b"[]", "not a JSON object")],
+)
+def test_damaged_configs_are_named(file, text, why, pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    (folder / file).write_bytes(text)
+    with pytest.raises(
+        UsageError, match=f"^config model.path: .*{file} (is|is a|is not a) ?{why}|{file} {why}"
+    ) as found:
+        load(folder)
+    assert "\n" not in str(found.value)
+
+
+def test_a_variant_is_loaded(pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    for part in ("unet", "vae", "text_encoder"):
+        weights(folder, part).rename(weights(folder, part).with_suffix(".fp16.safetensors"))
+    ours = pictures(StableDiffusion(CPU, path=str(folder), variant="fp16"), PROMPTS, SEEDS)
+    assert torch.equal(ours, pictures(StableDiffusion(CPU, path=str(pipeline)), PROMPTS, SEEDS))
+    with pytest.raises(UsageError, match="has no weights of model.variant=fp32: set model.variant=fp16"):
+        load(folder, "fp32")
+
+
+def test_weights_under_their_published_names_are_whole(pipeline, tmp_path):
+    """stable-diffusion-v1-5's text encoder and VAE have the names of their time."""
+    folder = copied(pipeline, tmp_path)
+    state = {f"text_model.{key}": value for key, value in load_file(weights(folder, "text_encoder")).items()}
+    save_file(state | {"text_model.embeddings.position_ids": torch.arange(24)[None]}, weights(folder, "text_encoder"))
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(weights(folder, "vae"))
+    for new, name in old.items():
+        state = {key.replace(f"attentions.0.{new}", f"attentions.0.{name}"): value for key, value in state.items()}
+    save_file(state, weights(folder, "vae"))
+    ours = pictures(StableDiffusion(CPU, path=str(folder)), PROMPTS, SEEDS)
+    assert torch.equal(ours, pictures(StableDiffusion(CPU, path=str(pipeline)), PROMPTS, SEEDS))
+
+
+def test_what_is_no_pipeline_is_told_where_it_belongs(model, pipeline, tmp_path):
+    model.save_adapter(tmp_path / "lora")
+    for path, message in {
+        tmp_path / "lora": "holds a LoRA: give it as model.lora=",
+        tmp_path / "lora" / "pytorch_lora_weights.safetensors": "is a LoRA: give it as model.lora=",
+        tmp_path / "lora" / "comfyui_lora.safetensors": "is a LoRA: give it as model.lora=",
+        pipeline / "unet": "is one network of a pipeline",
+        weights(pipeline, "unet"): "is a UNet alone",
+        weights(pipeline, "vae"): "is a VAE alone",
+        tmp_path: "is not a diffusers pipeline",
+    }.items():
+        with pytest.raises(UsageError, match=rf"^config model\.path: {path} {message}"):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda file: file.write_bytes(POINTER), "Git LFS pointer"),
+        (lambda file: file.write_bytes(b""), "is empty"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "is truncated"),
+        (lambda file: file.write_bytes(bytes(range(256))), "is not a safetensors file"),
+        (lambda file: rewrite(file, lambda s: [s.pop(k) for k in list(s) if k.startswith("first_stage")]), "no first_stage"),
+        (lambda file: rewrite(file, lambda s: s.pop("cond_stage_model.transformer.text_model.final_layer_norm.bias")), "lacks weights, such as text_encoder.final_layer_norm.bias"),
+        (lambda file: rewrite(file, lambda s: s.pop("model.diffusion_model.out.2.bias")), "lacks weights that the networks need"),
+        (lambda file: rewrite(file, lambda s: s.update({"conditioner.x": torch.zeros(1)}) or [s.pop(k) for k in list(s) if k.startswith("cond_stage")]), "Stable Diffusion XL"),
+    ],
+)  # fmt: skip
+def test_damaged_single_files_are_named(change, why, pipeline, tmp_path):
+    from single_file import write_single_file
+
+    file = write_single_file(pipeline, tmp_path / "model.safetensors")
+    change(file)
+    with pytest.raises(UsageError, match=rf"^config model\.path: .*model.safetensors.*{why}") as found:
+        load_pipeline(str(file), None, str(pipeline), torch.float32)
+    assert "\n" not in str(found.value)
+
+
+def test_a_pickled_checkpoint_is_read_as_weights_alone(pipeline, tmp_path):
+    from single_file import write_single_file
+
+    state = load_file(write_single_file(pipeline, tmp_path / "model.safetensors"))
+    file = tmp_path / "model.ckpt"
+    torch.save({"state_dict": state}, file)
+    ours = pictures(StableDiffusion(CPU, path=str(file), single_file_config=str(pipeline)), PROMPTS, SEEDS)
+    torch.testing.assert_close(
+        ours, pictures(StableDiffusion(CPU, path=str(pipeline)), PROMPTS, SEEDS), atol=1e-4, rtol=1e-4
+    )
+    torch.save({"state_dict": state, "more": Path("anything")}, file)
+    with pytest.raises(UsageError, match="model.ckpt is damaged, or holds more than weights"):
+        load(file)
+    file.write_bytes(POINTER)
+    with pytest.raises(UsageError, match="model.ckpt is a Git LFS pointer"):
+        load(file)
+
+
+# ---------------------------------------------------------------------------------------------- known good
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim=8"),
+        ({"num_class_embeds": 4}, "num_class_embeds=4"),
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
+        ({"addition_embed_type": "text"}, "addition_embed_type='text'"),
+        ({"encoder_hid_dim": 8, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim=8"),
+        ({"in_channels": 9}, "in_channels=9"),
+        ({"out_channels": 8}, "out_channels=8"),
+        ({"cross_attention_dim": 64}, "prompts of 64 features.* of 96"),
+    ],
+)
+def test_unets_that_want_something_else_are_refused(config, match, pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    before = UNet2DConditionModel.load_config(folder, subfolder="unet")
+    UNet2DConditionModel.from_config({**before, **config}).save_pretrained(folder / "unet")
+    with pytest.raises(UsageError, match=rf"^config model\.path: .*{match}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "match"),
+    [
+        ("_class_name", "StableDiffusionXLPipeline", ".* is a StableDiffusionXLPipeline"),
+        ("unet", ["diffusers", "UNet3DConditionModel"], "the unet of .* is UNet3DConditionModel"),
+        ("vae", ["diffusers", "AutoencoderTiny"], "the vae of .* is AutoencoderTiny"),
+        ("text_encoder", ["transformers", "T5EncoderModel"], "the text_encoder of .* is T5EncoderModel"),
+        ("tokenizer", [None, None], "the tokenizer of .* is None"),
+    ],
+)
+def test_pipelines_of_other_parts_are_refused(part, kind, match, pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, part: kind}))
+    with pytest.raises(UsageError, match=rf"^config model\.path: {match}"):
+        load(folder)
+
+
+def test_a_scheduler_of_another_process_is_refused(pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match="FlowMatchEulerDiscreteScheduler"):
+        StableDiffusion(CPU, path=str(folder))
+
+
+def test_the_asset_runs_as_it_is_in_diffusers():
+    """from_pretrained without a dtype, on a CPU; and it draws what we draw."""
+    folder = ASSETS / "shapes"
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()} == {torch.float32}
+    theirs = diffusers_pictures(pipe, PROMPTS[:2], SEEDS[:2])
+    ours = pictures(StableDiffusion(CPU), PROMPTS[:2], SEEDS[:2])
+    assert (ours - theirs).abs().max() < 1 / 255
+    assert json.loads((folder / "text_encoder" / "config.json").read_text())["dtype"] == "float32"

@@ -89,6 +89,103 @@ def test_log_probs_are_those_of_diffusers_step(eta, prediction, steps):
         torch.testing.assert_close(law.log_prob(theirs), reference, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("steps", [1, 3, 7, 16, 30, 50, 96])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("to_one", [False, True])
+def test_ddims_steps_are_diffusers_for_every_spacing(spacing, steps, offset, to_one):
+    """On one table in float64, so that nothing but the arithmetic is compared; eta = 0 and eta = 1."""
+    config = {**SD15, "steps_offset": offset, "set_alpha_to_one": to_one, "timestep_spacing": spacing}
+    scheduler = DDIMScheduler(**config)
+    scheduler.set_timesteps(steps)
+    schedule = schedule_from_diffusers(scheduler.config)
+    scheduler.alphas_cumprod = schedule.alpha_bar
+    scheduler.final_alpha_cumprod = torch.tensor(1.0) if to_one else schedule.alpha_bar[0]
+    x, predicted, noise = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for eta in (0.0, 1.0):
+        ours = ddim(schedule, schedule.grid(steps), eta=eta)
+        for k, timestep in enumerate(scheduler.timesteps):
+            law = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
+            theirs = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=noise if eta else None).prev_sample
+            torch.testing.assert_close(law.sample(noise), theirs, atol=1e-9, rtol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- zero terminal SNR
+
+
+def zero_snr(prediction="v_prediction", **changes):
+    config = {**SD15, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": prediction}
+    return schedule_from_diffusers({**config, **changes})
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+@pytest.mark.parametrize("steps", [4, 20])
+def test_a_chain_from_pure_noise_is_diffusers(eta, prediction, steps):
+    schedule = zero_snr(prediction)
+    config = {**SD15, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": prediction}
+    scheduler = DDIMScheduler(**config)
+    scheduler.set_timesteps(steps)
+    assert scheduler.alphas_cumprod[scheduler.timesteps[0]] == schedule.alpha(torch.tensor(1.0)) == 0
+    # in float32 diffusers' first step is off by the root of a rounding error at eta = 1, and nan for 50 steps
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), schedule.alpha_bar, atol=2e-6, rtol=0)
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = schedule.alpha_bar, schedule.alpha_bar[0]
+    ours = make_sampler({"name": "ddim", "steps": steps, "spacing": "trailing", "eta": eta}, schedule)
+    g = torch.Generator().manual_seed(0)
+    x, predicted, noise = torch.randn(3, 2, 4, generator=g, dtype=torch.float64)
+    for k, timestep in enumerate(scheduler.timesteps):
+        law = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
+        theirs = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=noise if eta else None).prev_sample
+        torch.testing.assert_close(law.sample(noise), theirs, atol=1e-5, rtol=1e-5)
+    first = ours.step(torch.zeros(2, dtype=torch.long), x, lambda y, t: schedule.score(predicted, y, t))
+    below = schedule.alpha(ours.times[1]), schedule.sigma(ours.times[1])
+    clean = -predicted if prediction == "v_prediction" else predicted
+    torch.testing.assert_close(first.mean, below[0] * clean + below[1] * (1 - eta**2) ** 0.5 * x)
+    torch.testing.assert_close(first.std.flatten(), (eta * below[1]).expand(2))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["exponential", "dpm_solver_pp"])
+def test_other_samplers_start_from_pure_noise_too(name, eta):
+    """alpha x0 + sigma e^{-eta^2 h} x with an infinite gain h: none of the noise is kept, but all of it by the ODE."""
+    schedule = zero_snr()
+    x, v = torch.randn(2, 1, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours = make_sampler({"name": name, "steps": 10, "spacing": "trailing", "eta": eta}, schedule)
+    law = ours.step(torch.zeros(1, dtype=torch.long), x, lambda y, t: schedule.score(v, y, t))
+    alpha, sigma = schedule.alpha(ours.times[1]), schedule.sigma(ours.times[1])
+    torch.testing.assert_close(law.mean, -alpha * v + (sigma * x if eta == 0 else 0))
+    assert law.std.item() == pytest.approx(0.0 if eta == 0 else sigma.item())
+    assert ours.stochastic[:-1].eq(eta > 0).all()
+
+
+def test_law_and_kl_from_pure_noise_are_those_of_torch_distributions():
+    schedule = zero_snr()
+    ours = make_sampler({"name": "ddim", "steps": 5, "spacing": "trailing", "eta": 1.0}, schedule)
+    g = torch.Generator().manual_seed(0)
+    x, v, other = torch.randn(3, 4, 3, 2, generator=g, dtype=torch.float64)
+    k = torch.zeros(4, dtype=torch.long)
+    p, q = (ours.step(k, x, lambda y, t, v=v: schedule.score(v, y, t)) for v in (v, other))
+    alpha, sigma = schedule.alpha(ours.times[1]), schedule.sigma(ours.times[1])
+    mine, theirs = (Independent(Normal(-alpha * v, sigma.expand_as(v)), 2) for v in (v, other))
+    y = p.sample(torch.randn(x.shape, generator=g, dtype=torch.float64))
+    torch.testing.assert_close(p.log_prob(y), mine.log_prob(y))
+    torch.testing.assert_close(p.kl(q), kl_divergence(mine, theirs))
+
+
+@pytest.mark.parametrize("name", ["euler_maruyama", "heun", "flow_sde", "dance_sde"])
+def test_samplers_that_cannot_start_from_pure_noise_are_refused(name):
+    section = {"name": name, "steps": 5, "spacing": "trailing"}
+    with pytest.raises(UsageError, match=rf"sampler {name} cannot start .*zero terminal SNR.*sampler\.spacing=leading"):
+        make_sampler(section, zero_snr())
+    make_sampler({**section, "spacing": "leading"}, zero_snr())
+
+
+def test_noise_predictions_from_pure_noise_are_refused():
+    with pytest.raises(UsageError, match=r"the noise that the model predicts.*sampler\.spacing=leading"):
+        make_sampler({"name": "ddim", "steps": 10, "spacing": "trailing"}, zero_snr("epsilon"))
+    make_sampler({"name": "ddim", "steps": 10, "spacing": "leading"}, zero_snr("epsilon"))
+
+
 def test_ddim_eta_zero_is_deterministic_and_last_step_to_data_too():
     schedule = schedule_from_diffusers({**SD15, "set_alpha_to_one": True})
     assert not ddim(schedule, schedule.grid(10), eta=0.0).stochastic.any()
@@ -96,9 +193,7 @@ def test_ddim_eta_zero_is_deterministic_and_last_step_to_data_too():
 
 
 def test_ddim_refuses_what_it_cannot_do():
-    schedule = schedule_from_diffusers({**SD15, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
-    with pytest.raises(UsageError, match=r"zero terminal SNR.*leading"):
-        make_sampler({"name": "ddim", "steps": 10, "spacing": "trailing"}, schedule)
+    schedule = schedule_from_diffusers(SD15)
     with pytest.raises(UsageError, match=r"eta.*1.5"):
         ddim(schedule, schedule.grid(10, "leading"), eta=1.5)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import condrl
 from condrl.config import locate
-from condrl.errors import RunError, UsageError
+from condrl.errors import RunError, UsageError, say
+from condrl.models.loading import load_pipeline
 from condrl.models.lora import load_lora, lora_layers, save_lora
 from condrl.schedule import schedule_from_diffusers
 
@@ -31,6 +32,7 @@ class StableDiffusion:
         *,
         path: str = "asset:shapes",  # hub id, diffusers folder, .safetensors / .ckpt file; asset:shapes is embedded
         revision: str | None = None,  # of a hub id: branch, tag or commit
+        variant: str | None = None,  # of the weights' files: fp16 for model.fp16.safetensors
         single_file_config: str | None = None,  # diffusers folder or hub id with the configs of a single file
         dtype: Dtype = "float32",  # of the frozen weights; the LoRA is always float32
         guidance: float = 5.0,  # classifier-free guidance scale; 1: none
@@ -46,15 +48,19 @@ class StableDiffusion:
         for name, value in (("lora_rank", lora_rank), ("lora_alpha", lora_alpha), ("decode_batch", decode_batch)):
             if value is not None and value < 1:
                 raise UsageError(f"config model.{name}: must be at least 1, got {value}")
-        pipe = load_pipeline(path, revision, single_file_config, getattr(torch, dtype))
+        check_guidance(guidance, negative_prompt)
+        if not lora_targets:
+            raise UsageError("config model.lora_targets: it is empty, so nothing would be trained; leave it out")
+        pipe = load_pipeline(path, revision, single_file_config, getattr(torch, dtype), variant)
         self.guidance, self.guidance_gradient, self.decode_batch = guidance, guidance_gradient, decode_batch
-        self.schedule = schedule_from_diffusers(pipe.scheduler.config)
+        self.schedule = schedule_from_diffusers({**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__})
         self.device, self.path = device, path
         self.evaluations = 0
         self.sharded = False
         self.vae = pipe.vae.requires_grad_(False).to(self.device)
         self.module: nn.Module = pipe.unet.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
         self._pipe: Any = pipe.to(self.device)
+        self._pipe.tokenizer.model_max_length = self.most_tokens
         self._rows: dict[str, int] = {}
         self._table = torch.empty(0)
         self.negative = self.encode([negative_prompt])
@@ -64,6 +70,12 @@ class StableDiffusion:
         if gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
             self.module.train()  # diffusers checkpoints in training mode only; Stable Diffusion UNets have no dropout
+
+    @property
+    def most_tokens(self) -> int:
+        """What the text encoder has positions for; a tokenizer without a limit of its own says 1e30."""
+        most: int = self._pipe.text_encoder.config.max_position_embeddings
+        return min(most, self._pipe.tokenizer.model_max_length)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -92,10 +104,9 @@ class StableDiffusion:
         return torch.tensor([self._rows[prompt] for prompt in prompts])
 
     def _check_length(self, prompt: str) -> None:
-        tokenizer = self._pipe.tokenizer
-        count, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
+        count, most = len(self._pipe.tokenizer(prompt).input_ids), self.most_tokens
         if count > most:
-            warnings.warn(f"the prompt {prompt!r} has {count} tokens; the model reads the first {most}", stacklevel=2)
+            say(f"warning: the prompt {prompt!r} has {count} tokens; the model reads the first {most}")
 
     def finish_encoding(self) -> None:
         """Release the text encoder and the rest of the pipeline."""
@@ -188,32 +199,14 @@ class StableDiffusion:
         load_lora(self.module, folder)
 
 
-def load_pipeline(path: str, revision: str | None, single_file_config: str | None, dtype: torch.dtype) -> Any:
-    """A StableDiffusionPipeline without its safety checker.
-
-    Raises: UsageError when the path is neither a file, a folder nor a hub id that can be loaded.
-    """
-    import diffusers.utils.logging
-    import transformers.utils.logging
-    from diffusers import StableDiffusionPipeline
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
-    source = locate(path)
-    options: dict[str, Any] = dict(dtype=dtype, safety_checker=None)
-    try:
-        if source.is_file():
-            pipe = StableDiffusionPipeline.from_single_file(str(source), config=single_file_config, **options)
-        else:
-            where = str(source) if source.is_dir() else path
-            options |= dict(revision=revision, feature_extractor=None, use_safetensors=True)  # never a pickle
-            pipe = StableDiffusionPipeline.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"config model.path: cannot load {path!r}: {str(error).splitlines()[0]}") from error
-    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels or pipe.unet.config.addition_embed_type:
-        raise UsageError(f"config model.path: {path!r} is not a text-to-image Stable Diffusion 1.x or 2.x model")
-    return pipe
+def check_guidance(guidance: float, negative_prompt: str) -> None:
+    """Raises: UsageError on a scale that guides away from the prompt, and on a negative prompt without effect."""
+    if not 1 <= guidance < math.inf:
+        raise UsageError(f"config model.guidance: must be at least 1, which is no guidance; got {guidance}")
+    if negative_prompt and guidance == 1:
+        raise UsageError(
+            f"config model.negative_prompt: {negative_prompt!r} has no effect with model.guidance=1; raise the guidance"
+        )
 
 
 def add_lora(unet: Any, rank: int, alpha: int, targets: Sequence[str]) -> None:

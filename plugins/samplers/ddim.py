@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.schedule import DiscreteSchedule
+from condrl.schedule import Schedule, coefficients
 from condrl.transition import Coefficients
 
 
 @condrl.sampler
 def ddim(
-    schedule: DiscreteSchedule,
+    schedule: Schedule,
     times: Tensor,
     *,
     eta: float = 1.0,  # noise level in [0, 1]
@@ -18,9 +18,12 @@ def ddim(
     """DDIM with noise level eta in [0, 1]; eta = 1 is DDPM (Song et al. 2021, eq. 12)."""
     if not 0 <= eta <= 1:
         raise condrl.UsageError(f"config sampler.eta: ddim needs a value in [0, 1], got {eta}")
-    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    alpha_t, alpha_u, sigma_t, sigma_u = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
+    t, u = times[:-1], schedule.targets(times)
+    alpha_t, alpha_u, sigma_t, sigma_u = schedule.alpha(t), schedule.alpha(u), schedule.sigma(t), schedule.sigma(u)
     fresh = 1 - (alpha_t * sigma_u / (alpha_u * sigma_t)).square()  # 1 - e^{-2h}, h the gain in log-SNR
-    A = alpha_u / alpha_t
-    B = sigma_t * (A * sigma_t - sigma_u * torch.sqrt(1 - eta**2 * fresh))
-    return Coefficients(times, A, B, eta * sigma_u * fresh.sqrt(), torch.full_like(A, eta))
+
+    def numbers(level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        A, B = coefficients(alpha_t, sigma_t, alpha_u, sigma_u * torch.sqrt(1 - level**2 * fresh))
+        return A, B, level * sigma_u * fresh.sqrt()
+
+    return Coefficients.at(times, eta, numbers)

@@ -1,6 +1,8 @@
 """DPM-Solver++ (2M), ODE and SDE (Lu et al. 2022)."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ class MultistepDPM:
     def stochastic(self) -> Tensor:
         return (self.eta > 0) & (self.schedule.sigma(self.times[1:]) > 0)
 
+    def with_noise(self, mask: Tensor) -> MultistepDPM:
+        return replace(self, eta=self.eta.where(mask, 0.0))
+
     def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
         t, u = self.times[k], self.times[k + 1]
         alpha_t, sigma_t, alpha_u, sigma_u = (
@@ -35,7 +40,6 @@ class MultistepDPM:
         denoised = x0_from_score(act(x, t), x, like(alpha_t, x), like(sigma_t, x))
         gain = (sigma_u * alpha_t) / (sigma_t * alpha_u)  # e^{-h}
         kept = gain ** self.eta[k].square()  # e^{-eta^2 h}
-        kept = torch.ones_like(kept).where(self.eta[k] == 0, kept)
         target = denoised
         if memory is not None:
             target = denoised + like(self._slope(k), x) * (denoised - memory)

@@ -1,10 +1,9 @@
 """The exponential integrator of the reverse SDE: DDIM at eta = 0, DDPM at eta = 1, and any noise level."""
 
-import torch
 from torch import Tensor
 
 import condrl
-from condrl.schedule import Schedule
+from condrl.schedule import Schedule, coefficients
 from condrl.transition import Coefficients
 
 
@@ -20,8 +19,10 @@ def exponential(
         raise condrl.UsageError(f"config sampler.eta: exponential needs a value of at least 0, got {eta}")
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     alpha_t, alpha_u, sigma_t, sigma_u = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
-    A = alpha_u / alpha_t
-    ratio = sigma_u / (sigma_t * A)  # e^{-h}, h the gain in log-SNR; 0 for a step to the data
-    kept = torch.ones_like(ratio) if eta == 0 else ratio ** (eta**2)
-    B = sigma_t * (A * sigma_t - sigma_u * kept)
-    return Coefficients(times, A, B, sigma_u * (1 - kept.square()).sqrt(), torch.full_like(A, eta))
+    ratio = alpha_t * sigma_u / (alpha_u * sigma_t)  # e^{-h}, h the gain in log-SNR; 0 to the data, or from pure noise
+
+    def numbers(level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kept = ratio ** level.square()
+        return *coefficients(alpha_t, sigma_t, alpha_u, sigma_u * kept), sigma_u * (1 - kept.square()).sqrt()
+
+    return Coefficients.at(times, eta, numbers)
