@@ -248,10 +248,10 @@ class Registry:
             import_plugin(f"entry point {point.name!r}", point.load)
 
     def _shipped(self) -> dict[str, str]:
-        """The shipped plugin files by name."""
+        """The shipped plugin files by name; other modules may lie beside them."""
         folders = [Path(folder) for folder in importlib.import_module(self.home).__path__]
         files = [file for folder in folders for file in folder.glob("*.py") if not file.stem.startswith("_")]
-        return {file.stem: str(file) for file in files}
+        return {file.stem: str(file) for file in files if f"\n@condrl.{self.kind}" in file.read_text("utf-8")}
 
     def _load(self, name: str) -> None:
         if name in self._shipped():
