@@ -60,7 +60,11 @@ class Plugin:
 
     @property
     def source(self) -> str:
-        return inspect.getsourcefile(inspect.unwrap(self.target)) or self.target.__module__
+        try:
+            file = inspect.getsourcefile(inspect.unwrap(self.target))
+        except (OSError, TypeError):  # typed at a prompt, or built in
+            file = None
+        return file or str(self.target.__module__)
 
     @property
     def description(self) -> str:
@@ -100,7 +104,7 @@ def comments(target: Any) -> dict[str, str]:
 def _own_comments(target: Any) -> dict[str, str]:
     try:
         source = inspect.getsource(target)
-    except OSError:  # typed at a prompt
+    except (OSError, TypeError):  # typed at a prompt
         return {}
     found = re.findall(r"^\s*(\w+)\s*:[^#\n]*#[ ]*(.+)$", source, re.MULTILINE)
     return dict(reversed(found))  # the first comment on a name wins

@@ -42,6 +42,27 @@ def test_a_module_beside_shipped_plugins_is_no_plugin(tmp_path, monkeypatch):
     assert "shared_part" not in condrl.reward._shipped()
 
 
+def test_what_is_typed_at_a_prompt_can_be_registered(tmp_path):
+    code = """
+        import sys
+        import condrl
+        del sys.modules["__main__"].__file__
+
+        @condrl.reward
+        class Typed:
+            def __init__(self, *, gain: float = 2.0): ...
+            def __call__(self, samples, prompts): ...
+
+        @condrl.reward
+        def typed_too(samples, prompts, *, gain: float = 3.0): ...
+
+        print([condrl.reward.find(name).options["gain"].default for name in ("typed", "typed_too")])
+    """
+    (tmp_path / "prompt.py").write_text(f"exec(compile({textwrap.dedent(code)!r}, '<stdin>', 'exec'))")
+    done = run_python(str(tmp_path / "prompt.py"), cwd=ROOT)
+    assert done.stdout.strip() == "[2.0, 3.0]", done.stderr
+
+
 def test_unknown_names_get_the_list_and_the_nearest():
     with pytest.raises(UsageError, match=r"unknown reward 'shape'\. Did you mean 'shapes'\? There are: .*jpeg_comp"):
         condrl.reward.find("shape")
