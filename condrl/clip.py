@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from condrl.config import locate
 from condrl.errors import UsageError
 from condrl.files import load_tensors, load_torch
-from condrl.hub import WEIGHTS, check_file, fetching
+from condrl.hub import WEIGHTS, check_file, fetching, folder_or_id
 from condrl.registry import suggestion
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -65,7 +65,7 @@ class Clip:
                 raise UsageError(
                     f"config rewards.*.model: {model} has weights of its own: give neither others nor a config"
                 )
-            self.name = model if model.startswith(HUB) else f"local-dir:{locate(model)}"
+            self.name = model if model.startswith(HUB) else f"local-dir:{folder_or_id(model, 'rewards.*.model')}"
             return
         if config:
             self.name = add_architecture(locate(config))

@@ -60,7 +60,11 @@ class Plugin:
 
     @property
     def source(self) -> str:
-        return inspect.getsourcefile(inspect.unwrap(self.target)) or self.target.__module__
+        try:
+            file = inspect.getsourcefile(inspect.unwrap(self.target))
+        except (OSError, TypeError):  # typed at a prompt, or built in
+            file = None
+        return file or str(self.target.__module__)
 
     @property
     def description(self) -> str:
@@ -100,7 +104,7 @@ def comments(target: Any) -> dict[str, str]:
 def _own_comments(target: Any) -> dict[str, str]:
     try:
         source = inspect.getsource(target)
-    except OSError:  # typed at a prompt
+    except (OSError, TypeError):  # typed at a prompt
         return {}
     found = re.findall(r"^\s*(\w+)\s*:[^#\n]*#[ ]*(.+)$", source, re.MULTILINE)
     return dict(reversed(found))  # the first comment on a name wins
@@ -248,10 +252,10 @@ class Registry:
             import_plugin(f"entry point {point.name!r}", point.load)
 
     def _shipped(self) -> dict[str, str]:
-        """The shipped plugin files by name."""
+        """The shipped plugin files by name; other modules may lie beside them."""
         folders = [Path(folder) for folder in importlib.import_module(self.home).__path__]
         files = [file for folder in folders for file in folder.glob("*.py") if not file.stem.startswith("_")]
-        return {file.stem: str(file) for file in files}
+        return {file.stem: str(file) for file in files if f"\n@condrl.{self.kind}" in file.read_text("utf-8")}
 
     def _load(self, name: str) -> None:
         if name in self._shipped():

@@ -2,6 +2,7 @@
 
 python scripts/plugins.py                     all of them
 python scripts/plugins.py ddpo my_reward.py   some; your own files are loaded first
+python scripts/plugins.py my_reward.py        all of them, with those of your file
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from condrl.config import GridConfig, WeightConfig
 from condrl.errors import UsageError, exit_code
-from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, type_hints
+from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
 
 COMMON = {"sampler": GridConfig, "reward": WeightConfig}
 
@@ -45,16 +46,19 @@ def type_name(kind: Any) -> str:
 
 
 def main(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
     for word in words:
         if word.endswith(".py"):
             load_file(word)
-    names = {word for word in words if not word.endswith(".py")}
+    names = [word for word in words if not word.endswith(".py")]
     plugins = [plugin for registry in REGISTRIES.values() for plugin in registry.all()]
-    unknown = names - {plugin.name for plugin in plugins}
-    if unknown:
-        raise UsageError(
-            f"no plugin is called {', '.join(sorted(unknown))}; there are: {', '.join(p.name for p in plugins)}"
-        )
+    known = [plugin.name for plugin in plugins]
+    for name in names:
+        if name not in known:
+            near = suggestion(name, known)
+            raise UsageError(f"no plugin is called {name!r}.{near} There are: {', '.join(known)}")
     print("\n\n".join(describe(plugin) for plugin in plugins if not names or plugin.name in names))
 
 

@@ -17,17 +17,17 @@ import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import OmegaConf
 
-from condrl.config import typed_options
-from condrl.errors import UsageError, exit_code
+from condrl.config import is_setting, typed_options
+from condrl.errors import UsageError, brief, exit_code
 from condrl.registry import load_file
 from condrl.registry import reward as registry
-from condrl.rewards import Reward, make_reward
-from condrl.wire import MOST_BYTES, unpack
+
+if TYPE_CHECKING:
+    from condrl.rewards import Reward
 
 TOKEN = "CONDRL_REWARD_TOKEN"
 
@@ -43,15 +43,19 @@ class Server(ThreadingHTTPServer):
 
     def answer(self, body: bytes) -> tuple[int, dict[str, Any]]:
         """The status and content for a request: scores, null where one failed; or what is wrong."""
+        import torch
+
+        from condrl.wire import unpack
+
         with self.busy, torch.no_grad():
             try:
                 samples, rows = unpack(body)
             except Exception as error:
-                return 400, {"error": f"{type(error).__name__}: {error}"}
+                return 400, {"error": brief(error)}
             try:
                 found = self.reward(samples.to(self.device), rows)
             except Exception as error:
-                return 500, {"error": f"{type(error).__name__}: {error}"}
+                return 500, {"error": brief(error)}
         return 200, {"scores": [value if value == value else None for value in found.tolist()]}
 
 
@@ -63,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"reward": self.server.reward.name})
 
     def do_POST(self) -> None:
+        from condrl.wire import MOST_BYTES
+
         given, size = self.headers.get("Authorization", ""), self.headers.get("Content-Length", "")
         if not size.isdigit() or int(size) > MOST_BYTES:
             return self.reply(413, {"error": f"a request needs a length of at most {MOST_BYTES} bytes"})
@@ -84,22 +90,59 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Serve until stopped."""
-    for path in args.plugin:
-        load_file(path)
-    plugin = registry.find(args.reward)
-    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.options))
-    reward = make_reward(args.reward, typed_options(plugin, given, args.reward))
+    """Serve until stopped.
+
+    Raises: UsageError when the reward cannot be made, the device is missing, or the address cannot be listened on.
+    """
     token = os.environ.get(TOKEN)
     if args.host not in ("127.0.0.1", "localhost") and not token:
         raise UsageError(f"--host {args.host} lets others in: set a token in the environment variable {TOKEN}")
+    device = usable_device(args.device)
+    reward = reward_of(args)
     try:
-        server = Server((args.host, args.port), reward, token, args.device)
-    except OSError as error:
-        raise UsageError(f"cannot listen on {args.host}:{args.port}: {error.strerror}") from error
+        server = Server((args.host, args.port), reward, token, device)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen on {args.host}:{args.port}: {reason}") from error
     print(f"{args.reward} on http://{args.host}:{server.server_address[1]}", flush=True)
     with server:
         server.serve_forever()
+
+
+def reward_of(args: argparse.Namespace) -> Reward:
+    """The reward that the command line asks for, its files loaded.
+
+    Raises: UsageError when it cannot be had.
+    """
+    from condrl.rewards import make_reward
+
+    for path in args.plugin:
+        load_file(path)
+    plugin = registry.find(args.reward)
+    if wrong := [word for word in args.options if not is_setting(word)]:
+        raise UsageError(f"{wrong[0]!r} is not an option of the reward: options are written key=value")
+    try:
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.options))
+    except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
+        raise UsageError(f"cannot read the options {' '.join(args.options)!r}: {brief(error)}") from error
+    reward = make_reward(args.reward, typed_options(plugin, given, args.reward))
+    reward.load()
+    return reward
+
+
+def usable_device(name: str | None) -> str:
+    """The device to score on: by default a GPU where there is one.
+
+    Raises: UsageError when there is no such device.
+    """
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name, none here, one without numbers
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
 
 
 def main() -> None:
@@ -109,7 +152,7 @@ def main() -> None:
     parser.add_argument("--plugin", action="append", default=[], help="a file with your own rewards; may be repeated")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8200, help="0: any that is free")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
     serve(parser.parse_args())
 
 

@@ -1,13 +1,18 @@
+import dataclasses
+import functools
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+import torch
 from helpers import ROOT, run_python
 
 import condrl
 from condrl import UsageError
-from condrl.registry import load_file, snake_case
+from condrl.config import GridConfig, WeightConfig, load_config
+from condrl.registry import COMMON, load_file, snake_case
 
 
 def write(path, text):
@@ -29,6 +34,33 @@ def test_every_shipped_plugin_has_a_description_and_comments():
             plugin = kind.find(name)
             assert plugin.description, name
             assert all(option.comment for option in plugin.options.values()), name
+
+
+def test_a_module_beside_shipped_plugins_is_no_plugin(tmp_path, monkeypatch):
+    write(tmp_path / "shared_part.py", "VALUE = 1\n")
+    monkeypatch.setattr(sys.modules["condrl.plugins.rewards"], "__path__", [str(tmp_path)])
+    assert "shared_part" not in condrl.reward._shipped()
+
+
+def test_what_is_typed_at_a_prompt_can_be_registered(tmp_path):
+    code = """
+        import sys
+        import condrl
+        del sys.modules["__main__"].__file__
+
+        @condrl.reward
+        class Typed:
+            def __init__(self, *, gain: float = 2.0): ...
+            def __call__(self, samples, prompts): ...
+
+        @condrl.reward
+        def typed_too(samples, prompts, *, gain: float = 3.0): ...
+
+        print([condrl.reward.find(name).options["gain"].default for name in ("typed", "typed_too")])
+    """
+    (tmp_path / "prompt.py").write_text(f"exec(compile({textwrap.dedent(code)!r}, '<stdin>', 'exec'))")
+    done = run_python(str(tmp_path / "prompt.py"), cwd=ROOT)
+    assert done.stdout.strip() == "[2.0, 3.0]", done.stderr
 
 
 def test_unknown_names_get_the_list_and_the_nearest():
@@ -66,6 +98,10 @@ def test_a_shipped_name_is_not_taken_over(tmp_path):
         ("def broken(:\n", r"line 1"),
         ("import surely_not_installed\n", r"surely_not_installed.*pip install"),
         ("1 / 0\n", r"ZeroDivisionError"),
+        ("import sys\nsys.exit('good bye')\n", r"failed while it was imported: SystemExit: good bye"),
+        ("raise BaseException('of\\nits own')\n", r"failed while it was imported: BaseException: of its own"),
+        ("x = 1\0\n", r"null bytes"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", r"line 1"),
     ],
 )
 def test_a_file_that_cannot_be_imported_is_one_line(tmp_path, body, message):
@@ -75,9 +111,170 @@ def test_a_file_that_cannot_be_imported_is_one_line(tmp_path, body, message):
     assert "\n" not in str(error.value)
 
 
-def test_missing_file():
+def test_what_is_no_plugin_file(tmp_path):
     with pytest.raises(UsageError, match="no file nowhere.py"):
         load_file("nowhere.py")
+    with pytest.raises(UsageError, match="is a folder: give the .py files in it"):
+        load_file(str(tmp_path))
+    with pytest.raises(UsageError, match=r"mine\.txt is not a \.py file"):
+        load_file(str(write(tmp_path / "mine.txt", "")))
+
+
+def test_files_whose_names_differ_in_a_sign_are_two_plugins(tmp_path):
+    (tmp_path / "a").mkdir()
+    for number, name in enumerate(("my-r.py", "my_r.py", "a/b.py", "a_b.py")):
+        body = f"import condrl\n@condrl.reward\ndef of_sign_{number}(samples, prompts):\n    return {number}\n"
+        load_file(str(write(tmp_path / name, body)))
+    assert [condrl.reward.find(f"of_sign_{n}").target(None, None) for n in range(4)] == [0, 1, 2, 3]
+
+
+WITH_HELPER = """
+import condrl
+import helper_beside
+from pack_beside.inner import factor
+
+@condrl.reward
+def {name}(samples, prompts):
+    import helper_beside as late
+    return late.VALUE * factor, helper_beside.VALUE
+"""
+
+
+def test_a_plugin_file_imports_the_files_beside_it_and_no_others(tmp_path):
+    """Two users have a helper.py each; and what is installed is not shadowed by a file beside a plugin."""
+    for folder, value in (("one", 1), ("two", 2)):
+        (tmp_path / folder / "pack_beside").mkdir(parents=True)
+        write(tmp_path / folder / "helper_beside.py", f"VALUE = {value}\n")
+        write(tmp_path / folder / "random.py", "raise RuntimeError('not the one of the standard library')\n")
+        write(tmp_path / folder / "pack_beside" / "__init__.py", "")
+        write(tmp_path / folder / "pack_beside" / "inner.py", f"factor = {10 * value}\n")
+        name = f"beside_{folder}"
+        load_file(str(write(tmp_path / folder / "mine.py", "import random\n" + WITH_HELPER.format(name=name))))
+    assert condrl.reward.find("beside_one").target(None, None)[1] == 1
+    assert condrl.reward.find("beside_two").target(None, None) == (2 * 20, 2)
+    assert not [entry for entry in sys.path if entry.startswith(str(tmp_path))]
+    helpers = [sys.modules[condrl.reward.find(f"beside_{n}").target.__module__].helper_beside for n in ("one", "two")]
+    assert [helper.VALUE for helper in helpers] == [1, 2]
+    again = write(tmp_path / "one" / "other.py", WITH_HELPER.format(name="beside_again"))
+    shared = load_file(str(again)).helper_beside
+    assert shared is helpers[0]  # one folder, one module
+    assert sys.modules["condrl.registry"].load_file is load_file  # and nothing of ours was imported anew
+
+
+def test_a_plugin_beside_condrl_itself_does_not_load_it_twice(tmp_path):
+    """As a user's file in the repository's own root: `condrl` lies beside it."""
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import condrl
+        from condrl.registry import importing_beside
+        from pathlib import Path
+        known = condrl.reward
+        with importing_beside(Path({str(ROOT)!r})):
+            import condrl.pixels
+        with importing_beside(Path({str(tmp_path)!r})):
+            import condrl.pixels as again
+        assert condrl.reward is known and again is condrl.pixels is sys.modules['condrl.pixels']
+        print('same')
+    """
+    done = run_python("-c", textwrap.dedent(code), cwd=tmp_path)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("signature", "message"),
+    [
+        ("samples", r"takes \(samples\) where a reward takes \(samples, prompts\[, metadata\]\[, \*, option"),
+        ("prompts, samples", r"takes \(prompts, samples\)"),
+        ("images, prompts", r"takes \(images, prompts\)"),
+        ("samples, metadata", r"takes \(samples, metadata\)"),
+        ("samples, prompts, gain=1.0", r"takes \(samples, prompts, gain\)"),
+        ("samples, prompts, metadata, extra", r"takes \(samples, prompts, metadata, extra\)"),
+        ("*args", r"takes \(\*args\)"),
+        ("samples, prompts, **options", r"takes \(samples, prompts, \*\*options\)"),
+        ("samples, prompts, *, weight: float = 1.0", r"an option 'weight', which means something else"),
+        ("samples, prompts, *, name: str = ''", r"an option 'name'"),
+    ],
+)
+def test_a_reward_that_cannot_be_called_is_refused_with_the_right_signature(tmp_path, signature, message):
+    body = f"import condrl\n@condrl.reward\ndef wrong_here({signature}):\n    return 0\n"
+    with pytest.raises(UsageError, match=f"the reward 'wrong_here'.*{message}") as error:
+        load_file(str(write(tmp_path / "wrong.py", body)))
+    assert "\n" not in str(error.value)
+    assert "wrong_here" not in condrl.reward.names()
+
+
+def test_rewards_that_are_classes_are_checked_likewise():
+    class Nothing:
+        pass
+
+    class Positional:
+        def __init__(self, gain=1.0):
+            self.gain = gain
+
+        def __call__(self, samples, prompts):
+            return samples
+
+    class Short:
+        def __call__(self, samples):
+            return samples
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+
+        def forward(self, samples, prompts):
+            return samples
+
+    for target, message in (
+        (Nothing, r"without a method __call__\(self, samples, prompts\)"),
+        (Positional, r"write a \* before gain"),
+        (Short, r"__call__ takes \(samples\) where a reward takes \(self, samples, prompts\[, metadata\]\)"),
+        (Module, r"__call__ takes \(\*args, \*\*kwargs\)"),
+        (
+            dataclasses.make_dataclass("Data", [("gain", float, 1.0)], namespace={"__call__": Positional.__call__}),
+            "gain",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            condrl.reward(target)
+    with pytest.raises(UsageError, match="is a partial: it should be a function or a class"):
+        condrl.reward(functools.partial(max), name="partly_max")
+
+
+def test_options_that_no_config_could_set_are_refused_for_every_kind():
+    for registry, target, message in (
+        (condrl.sampler, lambda schedule, times, eta=1.0: None, r"write a \* before eta"),
+        (condrl.sampler, lambda schedule, times, *, steps=3: None, "option 'steps'"),
+        (condrl.sampler, lambda schedule, times, *, spacing=None: None, "option 'spacing'"),
+        (condrl.sampler, lambda schedule, times, *, noise_steps=None: None, "option 'noise_steps'"),
+        (condrl.model, lambda device, path: None, r"write a \* before path"),
+        (condrl.model, lambda device, *, name: None, "option 'name'"),
+        (condrl.algorithm, lambda kappa=0.1: None, r"write a \* before kappa"),
+        (condrl.algorithm, lambda *, name="": None, "option 'name'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            registry(target, name="wrong_options")
+        assert "wrong_options" not in registry.names()
+
+
+def test_the_common_options_are_those_of_the_config():
+    assert {*COMMON["reward"]} == {"name", *(field.name for field in dataclasses.fields(WeightConfig))}
+    assert {*COMMON["sampler"]} == {"name", *(field.name for field in dataclasses.fields(GridConfig))}
+
+
+@pytest.mark.parametrize(
+    "name", ["total", "mine_std", "mine_ci95", "my.reward", "my reward", "", "1st", "a/b", "<lambda>"]
+)
+def test_names_that_a_config_or_a_record_cannot_hold(name):
+    with pytest.raises(UsageError, match="cannot be called|cannot name a reward") as error:
+        condrl.reward(lambda samples, prompts: samples, name=name or None)
+    assert "test_registry.py" in str(error.value)
+
+
+def test_names_with_a_hyphen_are_names():
+    condrl.reward(lambda samples, prompts: samples, name="my-own")
+    assert "my-own" in load_config(["rewards.my-own.weight=2"]).rewards
 
 
 def test_dotted_path(tmp_path, monkeypatch):
@@ -89,6 +286,36 @@ def test_dotted_path(tmp_path, monkeypatch):
     assert plugin.options["gain"].default == 2.0
     with pytest.raises(UsageError, match=r"no 'plane'. Did you mean 'plain'"):
         condrl.reward.find("elsewhere:plane")
+    assert (plugin.differentiable, plugin.cached) == (True, False)
+
+
+def test_a_dotted_path_keeps_the_flags_and_can_be_typed(tmp_path, monkeypatch):
+    (tmp_path / "flagged").mkdir()
+    body = """
+        import condrl
+
+        @condrl.reward(differentiable=False, cached=True)
+        def of_flags(samples, prompts, *, gain: float = 2.0):
+            return samples
+
+        def wrong(samples):
+            return samples
+
+        whole = 3
+        """
+    write(tmp_path / "flagged" / "__init__.py", "")
+    write(tmp_path / "flagged" / "part.py", body)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin = condrl.reward.find("flagged.part:of_flags")
+    assert (plugin.name, plugin.differentiable, plugin.cached) == ("flagged.part:of_flags", False, True)
+    config = load_config(["rewards[flagged.part:of_flags].weight=3", "rewards[flagged.part:of_flags].gain=4"])
+    assert config.rewards == {"flagged.part:of_flags": {"weight": 3.0, "gain": 4.0}}
+    with pytest.raises(UsageError, match=r"'rewards\[flagged\.module:object\]\.weight=1'"):
+        load_config(["rewards.flagged.part:of_flags.weight=1"])
+    with pytest.raises(UsageError, match=r"'flagged.part:wrong' takes \(samples\)"):
+        condrl.reward.find("flagged.part:wrong")
+    with pytest.raises(UsageError, match=r"unknown reward 'flagged.part:whole'"):
+        condrl.reward.find("flagged.part:whole")
 
 
 def third_party_package(site):
@@ -114,10 +341,11 @@ def test_entry_point_of_an_installed_package_from_outside_the_repository(tmp_pat
     site = tmp_path / "site"
     site.mkdir()
     third_party_package(site)
+    path = os.pathsep.join([str(site), str(ROOT)])
     code = "import condrl; p = condrl.reward.find('glow'); print(p.description, p.options['gamma'].default)"
-    done = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    done = run_python("-c", code, cwd=tmp_path, PYTHONPATH=path)
     assert done.stdout.strip() == "Mean glow. 1.0", done.stderr
-    listed = run_python(str(ROOT / "scripts" / "plugins.py"), "glow", cwd=tmp_path, PYTHONPATH=str(site))
+    listed = run_python(str(ROOT / "scripts" / "plugins.py"), "glow", cwd=tmp_path, PYTHONPATH=path)
     assert "reward glow: Mean glow." in listed.stdout, listed.stderr
 
 
@@ -140,4 +368,20 @@ def test_plugins_script_lists_everything():
         assert word in done.stdout
     wrong = run_python(str(ROOT / "scripts" / "plugins.py"), "dpo", cwd=ROOT)
     assert wrong.returncode == 2
-    assert "ddpo" in wrong.stderr
+    assert "no plugin is called 'dpo'. Did you mean 'dpok'? There are: aesthetic, box" in wrong.stderr
+
+
+def test_help_of_the_plugin_scripts_needs_no_torch():
+    for script in ("plugins", "reward_server"):
+        code = f"""
+            import runpy, sys
+            sys.argv = ["{script}", "--help"]
+            try:
+                runpy.run_path({str(ROOT / "scripts" / f"{script}.py")!r}, run_name="__main__")
+            finally:
+                print("torch" in sys.modules, file=sys.stderr)
+        """
+        done = run_python("-c", textwrap.dedent(code), cwd=ROOT)
+        assert done.returncode == 0
+        assert done.stderr.strip() == "False"
+        assert f"python scripts/{script}.py" in done.stdout

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 import condrl
-from condrl import RunError, scenes
+from condrl import RunError, UsageError, scenes
+from condrl.errors import RewardError, Stopped, exit_code
 from condrl.prompts import Row
 from condrl.rewards import make_reward, score
 
@@ -82,9 +83,202 @@ def test_failed_scores_are_missing_numbers_with_a_reason():
     assert score([good], images(), ROWS).failure is None
 
 
+# ---------------------------------------------------------------------------------------------- whatever goes wrong
+
+
+def of_body(body, name="at_fault", **flags):
+    """A reward whose function is given by its body."""
+    space = {}
+    lines = "".join(f"    {line}\n" for line in body.split("\n"))
+    exec(f"import sys, torch\ndef fault(samples, prompts, metadata):\n{lines}", space)
+    condrl.reward(name=name, **flags)(space["fault"])
+    return make_reward(name, {})
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return undefined", "NameError: name 'undefined' is not defined"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("raise RuntimeError", "RuntimeError"),
+        ("sys.exit(3)", "SystemExit: 3"),
+        ("return samples @ torch.zeros(3)", "RuntimeError: "),
+        ("return {}[7]", "KeyError: 7"),
+        ("return {}['colour']", "KeyError: 'colour'"),  # its own, not the metadata's
+    ],
+)
+def test_whatever_a_reward_raises_is_one_line(body, message):
+    reward = of_body(body)
+    with pytest.raises(RewardError) as error:
+        score([reward], images(), ROWS)
+    assert str(error.value).startswith(f"the reward 'at_fault' failed for the prompt 'a red star': {message}")
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, RunError)
+
+
+def test_a_missing_metadata_key_is_said_with_its_row():
+    reward = of_body("return torch.tensor([m['label'] for m in metadata])")
+    rows = [Row(3, "a red star", {"label": 1.0, "k": 2}), Row(7, "a dog", {"k": 1, "lable": 2}), Row(8, "a cat")]
+    with pytest.raises(RewardError) as error:
+        reward(images(3), rows)
+    said = "the reward 'at_fault' needs 'label' in each prompt's metadata, and row 8 of its prompts, 'a dog', has 'k', 'lable'"
+    assert str(error.value) == said
+    with pytest.raises(RewardError, match="row 9 of its prompts, 'a cat', has none"):
+        reward(images(2), rows[::2])
+    assert of_body("return torch.tensor([m.get('label', 5.0) for m in metadata])")(images(3), rows).tolist() == [
+        1,
+        5,
+        5,
+    ]
+
+
+def test_what_the_reward_or_the_user_says_itself_stays():
+    import builtins
+
+    builtins.errors_of_test = condrl, KeyboardInterrupt, Stopped
+    for body, kind, message in (
+        ("raise errors_of_test[0].UsageError('choose another prompt')", UsageError, "^choose another prompt$"),
+        ("raise errors_of_test[0].RunError('the server is gone')", RewardError, "^the server is gone$"),
+        ("raise errors_of_test[1]", KeyboardInterrupt, None),
+        ("raise errors_of_test[2](15)", Stopped, None),
+    ):
+        with pytest.raises(kind, match=message):
+            of_body(body)(images(), ROWS)
+
+
+@condrl.reward
+class FailsWhenMade:
+    def __init__(self, *, size: int = 0):
+        self.inverse = 1 / size
+
+    def __call__(self, samples, prompts):
+        return samples
+
+    def load(self):
+        raise OSError("no such disk")
+
+
+def test_what_fails_when_it_is_made_or_loaded_is_bad_input():
+    with pytest.raises(UsageError, match="^the reward 'fails_when_made' failed: ZeroDivisionError: division by zero$"):
+        make_reward("fails_when_made", {})
+    with pytest.raises(UsageError, match="^the reward 'fails_when_made' failed: OSError: no such disk$"):
+        make_reward("fails_when_made", {"size": 1}).load()
+    make_reward("red_mean", {}).load()  # nothing to load
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (UsageError("a\nb"), "error: a b", 2),
+        (RunError("c"), "stopped: c", 1),
+        (OSError(28, "No space left"), "stopped: [Errno 28] No space left", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (Stopped(15), "stopped by SIGTERM; the same command with run.resume=auto goes on", 143),
+    ],
+)
+def test_a_traceback_is_shown_when_asked_for(error, line, code, capsys, monkeypatch):
+    def work():
+        raise error from ValueError("the cause")
+
+    monkeypatch.delenv("CONDRL_DEBUG", raising=False)
+    assert exit_code(work) == code
+    assert capsys.readouterr().err == f"{line}\n"
+    monkeypatch.setenv("CONDRL_DEBUG", "1")
+    assert exit_code(work) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith("ValueError: the cause")
+    assert "Traceback (most recent call last)" in shown
+    assert shown.endswith(f"{line}\n")
+
+
+def test_an_error_that_no_line_explains_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda: 1 / 0)
+    with pytest.raises(ConnectionError):
+        exit_code(lambda: (_ for _ in ()).throw(ConnectionError("refused")))
+
+
+# ---------------------------------------------------------------------------------------------- its own copy
+
+
+def test_a_reward_that_works_in_place_changes_nothing_for_the_next():
+    spoil = of_body(
+        "samples.mul_(0)\nmetadata[0].clear()\nmetadata[1]['k'] = 9.0\nprompts[0] = ''\nreturn samples[:, 0, 0, 0]"
+    )
+    x, rows = images(), [Row(0, "a red star", {"k": 1.0}), Row(1, "a dog", {"k": 2.0})]
+    kept = x.clone()
+    scores = score([spoil, make_reward("red_mean", {}), make_reward("from_metadata", {})], x, rows)
+    assert torch.equal(x, kept)
+    assert scores.each["red_mean"].tolist() == kept[:, 0].mean((1, 2)).tolist()
+    assert scores.each["from_metadata"].tolist() == [1.0, 2.0]
+    assert rows[1].metadata == {"k": 2.0}
+
+
+def test_also_where_it_is_differentiated():
+    squares = of_body("samples.mul_(samples.clone())\nreturn samples.sum((1, 2, 3))", differentiable=True)
+    x = images().requires_grad_()
+    scores = score([squares, make_reward("red_mean", {})], x, ROWS)
+    gradient = torch.autograd.grad(scores.each["at_fault"].sum(), x)[0]
+    torch.testing.assert_close(gradient, 2 * x.detach())
+    torch.testing.assert_close(scores.each["red_mean"].detach(), x[:, 0].mean((1, 2)).detach())
+
+
+def test_nested_metadata_is_copied_too():
+    spoil = of_body("metadata[0]['list'].append(1)\nreturn samples[:, 0, 0, 0]")
+    row = Row(0, "p", {"list": [0]})
+    spoil(images(1), [row])
+    assert row.metadata == {"list": [0]}
+
+
+@condrl.reward
+class Counts:
+    """A reward that depends on how often it was called."""
+
+    def __init__(self):
+        self.calls = torch.zeros(())
+
+    def __call__(self, samples, prompts):
+        self.calls += 1
+        return self.calls.expand(len(samples)).clone()
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"].clone()
+
+
+def test_a_state_is_saved_and_goes_on():
+    first, second = make_reward("counts", {}), make_reward("counts", {})
+    for _ in range(3):
+        first(images(1), ROWS[:1])
+    second.load_state_dict(first.state_dict())
+    assert second(images(1), ROWS[:1]).tolist() == [4.0]
+    for stateless in ("red_mean", "remembers"):
+        reward = make_reward(stateless, {})
+        assert reward.state_dict() == {}
+        reward.load_state_dict({})
+
+
 def test_images_outside_the_unit_range_are_refused():
     with pytest.raises(RunError, match=r"\[0, 1\].*from -1"):
         score([make_reward("red_mean", {"weight": 1.0})], images() * 2 - 1.0001, ROWS)
+
+
+def test_the_default_quality_is_the_one_that_is_shown():
+    """95, as Black et al. 2024's: sizes at the library's own default are about half of it."""
+    x = images()
+    for name in ("jpeg_compressibility", "jpeg_incompressibility"):
+        assert torch.equal(make_reward(name, {})(x, ROWS), make_reward(name, {"quality": 95})(x, ROWS))
+    buffer = io.BytesIO()
+    Image.fromarray((x[0] * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
+    assert make_reward("jpeg_incompressibility", {})(x, ROWS)[0].item() == pytest.approx(len(buffer.getvalue()) / 1000)
+
+
+@pytest.mark.parametrize("quality", [0, 96, 100, -3])
+def test_a_quality_that_no_jpeg_has(quality):
+    with pytest.raises(UsageError, match=f"quality is from 1 to 95, not {quality}"):
+        make_reward("jpeg_compressibility", {"quality": quality})(images(), ROWS)
 
 
 @pytest.mark.parametrize("quality", [50, 95])
@@ -108,3 +302,52 @@ def test_shapes_rewards_read_the_image():
     graded = make_reward("shapes", {})(x, ROWS)
     assert graded.tolist() == pytest.approx([1.0, 0.5])
     assert make_reward("shapes_exact", {})(x, ROWS).tolist() == [1.0, 0.0]
+
+
+# ---------------------------------------------------------------------------------------------- points
+
+POINTS = torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
+
+
+def test_a_rows_own_coefficients_come_first():
+    rows = [Row(0, "a", {"linear": [1, 2], "curvature": 2}), Row(1, "b")]
+    found = make_reward("quadratic", {"linear": [3.0], "curvature": [1.0, 4.0], "constant": 5.0})(POINTS, rows)
+    assert found.tolist() == [1 * 1 + 2 * 2 - (2 * 1 + 2 * 4) / 2 + 5, 3 * -1 + 3 * 0.5 - (1 * 1 + 4 * 0.25) / 2 + 5]
+    rows = [Row(0, "a", {"low": [1, 2], "high": 2}), Row(1, "b")]
+    assert make_reward("box", {"low": [-1.0, 0.0], "high": [1.0]})(POINTS, rows).tolist() == [1, 1]
+    assert make_reward("box", {"low": [-0.9, 0.0], "high": [1.0]})(POINTS, rows).tolist() == [1, 0]
+    assert make_reward("box", {"low": [-1.0], "high": [1.0, 0.4]})(POINTS, rows).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "options", "message"),
+    [
+        (
+            "quadratic",
+            {"linear": [1, 2, 3]},
+            {},
+            "'linear' should be a number, or 2 .* for the prompt 'b' it is .1, 2, 3.",
+        ),
+        ("quadratic", {"curvature": "big"}, {}, "'curvature' should be a number, or 2 .* prompt 'b' it is 'big'"),
+        ("quadratic", {"linear": []}, {}, r"prompt 'b' it is \[\]"),
+        ("quadratic", {"linear": None}, {}, "prompt 'b' it is None"),
+        ("quadratic", {"linear": [[1, 2]]}, {}, r"prompt 'b' it is \[\[1, 2\]\]"),
+        ("quadratic", {"linear": True}, {}, "prompt 'b' it is True"),
+        ("quadratic", {}, {"linear": [1.0, 2.0, 3.0]}, "'linear' should be a number, or 2 .* prompt 'a'"),
+        ("box", {"low": [1, 2, 3]}, {}, "'low' should be a number, or 2 .* prompt 'b'"),
+        ("box", {"high": {"x": 1}}, {}, "'high' should be a number, or 2 .* prompt 'b'"),
+        ("box", {"low": 3}, {}, "'low' is above 'high' for the prompt 'b'"),
+        ("box", {}, {"low": [0.0, 2.0]}, "'low' is above 'high' for the prompt 'a'"),
+    ],
+)
+def test_coefficients_that_do_not_fit_name_the_prompt(name, metadata, options, message):
+    with pytest.raises(UsageError, match=message):
+        make_reward(name, options)(POINTS, [Row(0, "a"), Row(1, "b", metadata)])
+
+
+@pytest.mark.parametrize("name", ["quadratic", "box"])
+def test_rewards_of_points_say_so_of_images(name):
+    with pytest.raises(
+        UsageError, match=r"is for points \(B, d\), and the model makes samples of shape \(2, 3, 16, 16\)"
+    ):
+        make_reward(name, {})(images(), ROWS)

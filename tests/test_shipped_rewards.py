@@ -1,7 +1,12 @@
 """Every shipped reward by the kit that users have, and the models at small size in the published files' format."""
 
+import functools
 import json
+import pickle
 import random
+import shutil
+import urllib.request
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -9,6 +14,7 @@ import pytest
 import torch
 from helpers import DATA, load_script
 from PIL import Image
+from reward_files import SMALL, save_reward_files, small_blip
 from torch import nn
 
 import condrl
@@ -21,12 +27,6 @@ from condrl.report import to_pil
 from condrl.rewards import make_reward
 from condrl.testing import check_reward, smooth_images
 
-SMALL = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    "quick_gelu": True,
-}
 MODELS = ("clip", "aesthetic", "hps", "pickscore", "image_reward")
 OF_POINTS = ("box", "quadratic")
 RANGES = {
@@ -46,101 +46,7 @@ RANGES = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Weights as they are published: a state dict, a checkpoint with one, a transformers folder; and options for them."""
-    from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    (folder / "small.json").write_text(json.dumps(SMALL))
-    open_clip.add_model_config(folder / "small.json")
-    model = open_clip.create_model("small")
-    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
-    torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / "HPS_v2.1_compressed.pt")
-    layers = [nn.Linear(i, o) for i, o in ((24, 32), (32, 16), (16, 8), (8, 4), (4, 1))]
-    head = {
-        f"layers.{n}.{k}": v
-        for n, one in zip((0, 2, 4, 6, 7), layers, strict=True)
-        for k, v in one.state_dict().items()
-    }
-    torch.save(head, folder / "aesthetic-model.pth")
-    shared = {"layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
-    words = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        *(c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")),
-    ]
-    (folder / "pick").mkdir()
-    (folder / "pick" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "pick" / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer(str(folder / "pick" / "vocab.json"), str(folder / "pick" / "merges.txt")).save_pretrained(
-        folder / "pick"
-    )
-    text = {**shared, "vocab_size": len(words), "max_position_embeddings": 40, "eos_token_id": 1, "bos_token_id": 0}
-    config = CLIPConfig(
-        text_config=text, vision_config={**shared, "image_size": 32, "patch_size": 8}, projection_dim=24
-    )
-    CLIPModel(config).save_pretrained(folder / "pick")
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPImageProcessor(**size).save_pretrained(folder / "pick")
-    vision, text_model = small_blip()
-    torch.save(published(vision, text_model), folder / "ImageReward.pt")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "star", "cat", "two", "dog"]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(folder / "reference.png")
-    clip = {"config": str(folder / "small.json"), "weights": str(folder / "open_clip_pytorch_model.bin")}
-    return {
-        "clip": clip,
-        "aesthetic": {**clip, "head": str(folder / "aesthetic-model.pth")},
-        "hps": {"config": clip["config"], "weights": str(folder / "HPS_v2.1_compressed.pt")},
-        "pickscore": {"path": str(folder / "pick"), "processor": str(folder / "pick")},
-        "image_reward": {"weights": str(folder / "ImageReward.pt"), "tokenizer": str(folder / "bert")},
-        "similarity": {"images": str(folder / "reference.png")},
-    }
-
-
-def small_blip():
-    """transformers' own BLIP encoders, small, with random weights."""
-    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
-    torch.manual_seed(1)
-    sizes = {"num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 96}
-    vision = BlipVisionConfig(
-        hidden_size=128, image_size=32, patch_size=8, layer_norm_eps=1e-6, **{**sizes, "intermediate_size": 160}
-    )
-    text = BlipTextConfig(
-        hidden_size=128, encoder_hidden_size=128, vocab_size=30, max_position_embeddings=40, is_decoder=True, **sizes
-    )
-    models = BlipVisionModel(vision).eval(), BlipTextModel(text, add_pooling_layer=False).eval()
-    for model in models:
-        for name, parameter in model.named_parameters():
-            if "norm" not in name.lower():
-                nn.init.normal_(parameter, 0.0, 0.3)
-    return models
-
-
-def published(vision, text_model):
-    """Their weights under the names of ImageReward's file, with a head."""
-    renamed = {
-        "embeddings.class_embedding": "cls_token",
-        "embeddings.position_embedding": "pos_embed",
-        "embeddings.patch_embedding": "patch_embed.proj",
-        "encoder.layers": "blocks",
-        "self_attn.qkv": "attn.qkv",
-        "self_attn.projection": "attn.proj",
-        "post_layernorm": "norm",
-        "layer_norm": "norm",
-    }
-    state = {f"blip.text_encoder.{name}": value for name, value in text_model.state_dict().items()}
-    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
-    for name, value in vision.state_dict().items():
-        for theirs, ours in renamed.items():
-            name = name.replace(theirs, ours)
-        state[f"blip.visual_encoder.{name}"] = value
-    sizes = ((128, 32), (32, 16), (16, 8), (8, 4), (4, 1))
-    for number, (i, o) in zip((0, 2, 4, 6, 7), sizes, strict=True):
-        state |= {f"mlp.layers.{number}.{k}": v for k, v in nn.Linear(i, o).state_dict().items()}
-    return state
+    return save_reward_files(tmp_path_factory.mktemp("models"))
 
 
 SHIPPED = [p.name for p in registry.reward.all() if p.target.__module__.startswith("condrl.plugins")]
@@ -248,7 +154,9 @@ def test_the_embedded_clip_tells_an_image_from_its_altered_copy():
 def test_a_folder_without_weights_is_refused(tmp_path):
     for file in locate("asset:shapes_clip").glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UsageError, match="cannot load the weights"):
+    with pytest.raises(
+        UsageError, match="config rewards.clip.model: cannot load .*: RuntimeError: .* could not be loaded"
+    ):
         make_reward("clip", {"model": str(tmp_path)})(smooth_images(1), [Row(0, "a red star")])
 
 
@@ -286,7 +194,7 @@ def test_image_reward_names_the_weights_that_a_file_lacks(files, tmp_path):
         reward(smooth_images(1), [Row(0, "a")])
     (tmp_path / "text.pt").write_text("nothing")
     reward = make_reward("image_reward", {**files["image_reward"], "weights": str(tmp_path / "text.pt")})
-    with pytest.raises(UsageError, match="is no ImageReward file"):
+    with pytest.raises(UsageError, match="is not a file of torch.save"):
         reward(smooth_images(1), [Row(0, "a")])
 
 
@@ -322,8 +230,204 @@ def test_what_cannot_be_is_one_line(name, options, message):
 def test_another_file_than_the_one_meant_is_refused(files):
     with pytest.raises(UsageError, match=r"has sha256 [0-9a-f]{64}, not 00"):
         make_reward("clip", {**files["clip"], "sha256": "00"})
-    with pytest.raises(UsageError, match="is no aesthetic head"):
+    with pytest.raises(UsageError, match="is not a file of torch.save"):
         make_reward("aesthetic", {**files["aesthetic"], "head": files["clip"]["config"]})
+
+
+# ---------------------------------------------------------------------------------------------- damaged files
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1710671599\n"
+DAMAGE = {
+    "pointer": lambda content: POINTER,
+    "empty": lambda content: b"",
+    "text": lambda content: b"Repository not found",
+    "cut": lambda content: content[: len(content) // 2],
+    "pickle": lambda content: pickle.dumps({"weights": [1.0, 2.0]}, 4),
+}
+ALWAYS_SAID = {"pointer": "is a Git LFS pointer, not the file: run git lfs pull", "empty": "is empty"}
+FILES = [  # of which reward, of which option, of which of its folder's files
+    ("clip", "weights", None),
+    ("clip", "config", None),
+    ("clip", "model", "open_clip_config.json"),
+    ("clip", "model", "tokenizer.json"),
+    ("clip", "model", "open_clip_model.safetensors"),
+    ("aesthetic", "head", None),
+    ("aesthetic", "weights", None),
+    ("hps", "weights", None),
+    ("image_reward", "weights", None),
+    ("image_reward", "tokenizer", "tokenizer.json"),
+    ("image_reward", "tokenizer", "tokenizer_config.json"),
+    ("pickscore", "path", "config.json"),
+    ("pickscore", "path", "model.safetensors"),
+    ("pickscore", "processor", "tokenizer.json"),
+    ("pickscore", "processor", "preprocessor_config.json"),
+    ("similarity", "images", None),
+]
+
+
+def with_copy(files, name, option, inner, folder):
+    """A reward's options with a copy of what one option names, and the copy's path."""
+    options = {} if option == "model" else dict(files[name])
+    original = locate("asset:shapes_clip") if option == "model" else Path(options[option])
+    copy = folder / original.name
+    if inner is None:
+        shutil.copyfile(original, copy)
+    else:
+        shutil.copytree(original, copy, copy_function=shutil.copyfile)
+    return {**options, option: str(copy)}, copy / inner if inner else copy
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(("name", "option", "inner"), FILES)
+def test_a_damaged_file_is_one_line_that_names_it(name, option, inner, damage, files, tmp_path):
+    options, file = with_copy(files, name, option, inner, tmp_path)
+    make_reward(name, options).load()
+    content = file.read_bytes()
+    (tmp_path / "again").mkdir()  # models are shared by the path they were loaded from
+    options, file = with_copy(files, name, option, inner, tmp_path / "again")
+    file.write_bytes(DAMAGE[damage](content))
+    with pytest.raises(UsageError) as error:
+        make_reward(name, options).load()
+    said = str(error.value)
+    assert said.startswith(f"config rewards.{name}.{option}: ")
+    assert str(file) in said or str(file.parent) in said
+    assert ALWAYS_SAID.get(damage, "") in said
+    assert "\n" not in said
+    assert len(said) < 600
+
+
+def test_a_list_of_words_that_is_a_pointer_is_no_tokenizer(tmp_path):
+    """A BERT tokenizer would take its three lines for three words, and every prompt for unknown ones."""
+    (tmp_path / "vocab.txt").write_bytes(POINTER)
+    with pytest.raises(UsageError, match=r"config rewards\.image_reward\.tokenizer: .*vocab\.txt is a Git LFS pointer"):
+        make_reward("image_reward", {"weights": str(tmp_path), "tokenizer": str(tmp_path)} | {"weights": __file__})
+
+
+class Payload:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (exec, (f"open({str(self.path)!r}, 'w').close()",))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("name", "option"), [("clip", "weights"), ("aesthetic", "head"), ("hps", "weights"), ("image_reward", "weights")]
+)
+def test_no_code_in_a_file_of_weights_is_run(name, option, legacy, files, tmp_path):
+    state = torch.load(files[name][option], weights_only=True)
+    options, file = with_copy(files, name, option, None, tmp_path)
+    torch.save({**state, "payload": Payload(tmp_path / "it_ran")}, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UsageError, match=f"config rewards.{name}.{option}: .* holds more than weights"):
+        make_reward(name, options).load()
+    assert not (tmp_path / "it_ran").exists()
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "it_ran").exists()  # as it would have
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """A hub that refuses connections, and an empty cache; how often it was asked for."""
+    from huggingface_hub import constants
+
+    import condrl.hub
+
+    condrl.hub.reachable.cache_clear()
+    asked = []
+    connect = urllib.request.urlopen
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: asked.append(a) or connect(*a, **k))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(open_clip.pretrained, "hf_hub_download", functools.partial(_from_an_empty_cache, tmp_path))
+    yield asked
+    condrl.hub.reachable.cache_clear()
+
+
+def _from_an_empty_cache(folder, *args, **options):
+    from huggingface_hub import constants, hf_hub_download
+
+    assert constants.HF_HUB_OFFLINE  # else it would try again and again
+    return hf_hub_download(*args, **{**options, "cache_dir": folder / "cache"})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "option"),
+    [
+        ("clip", {}, "weights"),
+        ("clip", {"model": "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"}, "model"),
+        ("clip", {"model": "ViT-B-16-SigLIP", "weights": "webli"}, "weights"),
+        ("aesthetic", {}, "head"),
+        ("hps", {}, "weights"),
+        ("image_reward", {}, "weights"),
+        ("pickscore", {}, "path"),
+    ],
+)
+def test_without_a_network_one_line_names_the_option_at_once(name, options, option, no_network):
+    from huggingface_hub import constants
+
+    for _ in range(2):
+        with pytest.raises(UsageError) as error:
+            make_reward(name, options).load()
+        said = str(error.value)
+        assert said.startswith(f"config rewards.{name}.{option}: cannot load ")
+        assert said.endswith(
+            "it is not on this machine, and http://127.0.0.1:9 cannot be reached: give a file or folder"
+        )
+        assert "\n" not in said
+    assert len(no_network) == 1  # the hub was asked for once
+    assert not constants.HF_HUB_OFFLINE  # and others may ask again
+
+
+def test_local_files_ask_nobody(files, no_network):
+    for name in MODELS:
+        make_reward(name, files[name]).load()
+    assert no_network == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("hps", {"weights": "models/nowhere.pt"}, "there is no file models/nowhere.pt"),
+        ("aesthetic", {"head": "/no/where"}, "there is no file /no/where"),
+        ("pickscore", {"path": "./no/where"}, "there is no folder no/where"),
+        ("image_reward", {"weights": "./x.pt"}, "there is no file x.pt"),
+        ("clip", {"weights": "."}, "open_clip has no weights '.'"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_not_looked_for_in_the_hub(name, options, message, no_network):
+    with pytest.raises(UsageError, match=rf"config rewards\.{name}\.\w+: {message}"):
+        make_reward(name, options).load()
+    assert no_network == []
+
+
+def test_pickscore_without_some_weights_is_not_random(files, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    options, file = with_copy(files, "pickscore", "path", "model.safetensors", tmp_path)
+    state = load_file(file)
+    del state["visual_projection.weight"]
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(
+        UsageError, match=r"config rewards\.pickscore\.path: .* has no weights visual_projection\.weight"
+    ):
+        make_reward("pickscore", options).load()
+
+
+def test_architectures_of_one_name_are_two(files, tmp_path):
+    """open_clip knows them by the file's name alone."""
+    wider = {**SMALL, "embed_dim": 40}
+    (tmp_path / "small.json").write_text(json.dumps(wider))
+    first = make_reward("clip", {**files["clip"], "dtype": "bfloat16"})
+    (tmp_path / "x").mkdir()
+    open_clip.add_model_config(tmp_path / "small.json")
+    torch.save(open_clip.create_model("small").state_dict(), tmp_path / "w.pt")
+    second = make_reward("clip", {"config": str(tmp_path / "small.json"), "weights": str(tmp_path / "w.pt")})
+    first.call.clip.__dict__.pop("model", None)
+    assert first.call.clip.images(smooth_images(1)).shape == (1, 24)
+    assert second.call.clip.images(smooth_images(1)).shape == (1, 40)
 
 
 # ---------------------------------------------------------------------------------------------- pixels
@@ -365,13 +469,13 @@ def test_similarity_is_to_the_nearest_reference(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda x, p: x.mean((1, 2, 3)) + torch.rand(len(x)), "a second time"),
-        (lambda x, p: x.mean((1, 2, 3)) - x.mean(), "one by one"),
-        (lambda x, p: x.mean((1, 2, 3)) + torch.arange(len(x)), "one by one"),
-        (lambda x, p: x.detach().mean((1, 2, 3)), "has no gradient"),
-        (lambda x, p: x.detach().mean((1, 2, 3)) + 0 * x.sum((1, 2, 3)), "is wrong"),
-        (lambda x, p: x.mean((1, 2, 3)) * 100, "are not all in"),
-        (lambda x, p: x.mean((1, 2, 3)) * float("nan"), "finite number"),
+        (lambda samples, prompts: samples.mean((1, 2, 3)) + torch.rand(len(samples)), "a second time"),
+        (lambda samples, prompts: samples.mean((1, 2, 3)) - samples.mean(), "one by one"),
+        (lambda samples, prompts: samples.mean((1, 2, 3)) + torch.arange(len(samples)), "one by one"),
+        (lambda samples, prompts: samples.detach().mean((1, 2, 3)), "has no gradient"),
+        (lambda samples, prompts: samples.detach().mean((1, 2, 3)) + 0 * samples.sum((1, 2, 3)), "is wrong"),
+        (lambda samples, prompts: samples.mean((1, 2, 3)) * 100, "are not all in"),
+        (lambda samples, prompts: samples.mean((1, 2, 3)) * float("nan"), "finite number"),
     ],
 )
 def test_the_kit_finds_the_fault(fault, message):
@@ -381,7 +485,7 @@ def test_the_kit_finds_the_fault(fault, message):
 
 
 def test_the_kit_takes_what_is_right():
-    condrl.reward(lambda x, p: x.square().mean((1, 2, 3)), name="all_right")
+    condrl.reward(lambda samples, prompts: samples.square().mean((1, 2, 3)), name="all_right")
     check_reward("all_right", value_range=(0, 1))
     check_reward("quadratic", samples=torch.randn(4, 2), linear=[1.0, 2.0])
     check_reward("box", samples=torch.randn(4, 2), low=[-1.0, -1.0], high=[1.0, 1.0], value_range=(0, 1))
