@@ -1,20 +1,28 @@
 """Samplers against published formulas and the laws that they should reproduce (THEORY 8.6, rows 1 to 4)."""
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
+from helpers import ROOT
 from torch.distributions import Normal
 
 from condrl import UsageError, oracle
+from condrl.config import load_config
+from condrl.exact import monte_carlo_value
 from condrl.models.mixture import Mixture
 from condrl.noise import randn
 from condrl.oracle import Line
 from condrl.policy import Policy
-from condrl.rollout import rollout
-from condrl.run import make, make_sampler
+from condrl.prompts import Row
+from condrl.rewards import make_reward, score
+from condrl.rollout import continued, rollout
+from condrl.run import check_combination, make, make_sampler, quietened
 from condrl.schedule import OU, VP, RectifiedFlow, schedule_from_diffusers
+from condrl.transition import Coefficients, Transition
 
 LAWS = {"m1": {"weights": [0.3, 0.7], "means": [-2.0, 1.5], "variances": [0.4, 0.25]}}
 SCHEDULES = [VP(), OU(), RectifiedFlow(), schedule_from_diffusers({"num_train_timesteps": 1000, "steps_offset": 1})]
@@ -143,9 +151,9 @@ def on_a_line(line, schedule, name, steps, spacing, **options):
 )
 def test_first_order_convergence(name, options):
     """The mean of x^2 on M1 from the exact start, steps doubled twice (THEORY 1.4; 8.6, row 3)."""
-    line, schedule = Line(-9, 9, 1500), OU(end=3.0)
+    line, schedule = Line(-6, 6, 1000), OU(end=3.0)
     errors = []
-    for steps in (32, 64, 128):
+    for steps in (16, 32, 64):
         masses, exact = on_a_line(line, schedule, name, steps, "uniform", **options)
         errors.append(abs(((masses - exact) * line.x**2).sum().item()))
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
@@ -154,7 +162,7 @@ def test_first_order_convergence(name, options):
 
 @pytest.mark.parametrize("eta", [0.5, 1.0, 1.4])
 def test_every_noise_level_keeps_the_marginals(eta):
-    line = Line(-9, 9, 1200)
+    line = Line(-9, 9, 600)
     masses, exact = on_a_line(line, OU(end=3.0), "exponential", 64, "log_snr", eta=eta)
     assert (masses - exact).abs().sum().item() / 2 < 0.03
 
@@ -178,6 +186,148 @@ def test_second_order_convergence(name):
     truth = final("heun", 2000)
     errors = [(final(name, steps) - truth).abs().max().item() for steps in (40, 80, 160)]
     assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.4), errors
+
+
+def dpm_formula(schedule, times, k, eta, x, clean, earlier):
+    """Lu et al. 2022 with noise, THEORY 1.3: D = x0 + (x0 - x0_before) / (2 rho), rho = h_before / h."""
+    h = schedule.log_snr(times).diff()
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    target = clean if earlier is None else clean + (clean - earlier) * h[k] / (2 * h[k - 1])
+    mean = sigma[k + 1] / sigma[k] * math.exp(-(eta**2) * h[k]) * x
+    mean = mean + alpha[k + 1] * (1 - math.exp(-(1 + eta**2) * h[k])) * target
+    return mean, sigma[k + 1] * math.sqrt(1 - math.exp(-2 * eta**2 * h[k]))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0, 1.3])
+@pytest.mark.parametrize("spacing", ["uniform", "log_snr"])
+def test_dpm_solver_pp_is_its_formula_with_unequal_steps(eta, spacing):
+    schedule = OU()
+    ours = sampler(schedule, "dpm_solver_pp", 6, spacing, eta=eta)
+    h = schedule.log_snr(ours.times).diff()
+    assert (h.max() / h.min() > 1.5) == (spacing == "uniform")
+    x, clean, earlier = torch.randn(3, 1, 4, dtype=torch.float64)
+    for k in (0, 2, 5):
+        alpha, sigma = schedule.alpha(ours.times[k]), schedule.sigma(ours.times[k])
+        act = lambda y, t, a=alpha, s=sigma: (a * clean - y) / s**2  # noqa: E731
+        law = ours.step(torch.tensor([k]), x, act, earlier if k else None)
+        mean, std = dpm_formula(schedule, ours.times, k, eta, x, clean, earlier if k else None)
+        torch.testing.assert_close(law.mean, mean, atol=1e-9, rtol=1e-9)
+        assert law.std.item() == pytest.approx(std.item(), abs=1e-9)
+        torch.testing.assert_close(law.memory, clean, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("eta", "kind"), [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
+def test_dpm_solver_pp_is_diffusers(eta, kind):
+    """At diffusers' own times, whose steps are unequal."""
+    config = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    theirs = DPMSolverMultistepScheduler(**config, algorithm_type=kind, timestep_spacing="trailing")
+    theirs.set_timesteps(7)
+    schedule = schedule_from_diffusers({**config, "timestep_spacing": "trailing"})
+    ours = sampler(schedule, "dpm_solver_pp", 7, "trailing", eta=eta)
+    assert torch.equal(schedule.network_time(ours.times[:-1]).long(), theirs.timesteps)
+    g = torch.Generator().manual_seed(0)
+    x, memory = torch.randn(2, 4, generator=g), None
+    for k, timestep in enumerate(theirs.timesteps):
+        predicted, noise = torch.randn(2, 2, 4, generator=g)
+        act = lambda y, t, p=predicted: schedule.score(p, y, t)  # noqa: E731
+        law = ours.step(torch.full((2,), k), x, act, memory)
+        x = theirs.step(predicted, timestep, x, variance_noise=noise).prev_sample
+        torch.testing.assert_close(law.sample(noise), x, atol=1e-4, rtol=1e-4)
+        memory = law.memory
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("first", [1, 5])
+def test_a_chain_entered_on_its_way_is_the_whole_chain(name, first):
+    """With what a multi-step solver remembers; without it that is refused, not silently another chain."""
+    model = Mixture(torch.device("cpu"), laws=LAWS)
+    options = {"noise_level": 0.0} if name.endswith("_sde") else {"eta": 0.0}
+    policy = Policy(model, sampler(model.schedule, name, 8, **options))
+    whole = rollout(policy, torch.zeros(3, dtype=torch.long), torch.Generator().manual_seed(0), 3)
+    memory = None if whole.memories is None else whole.memories[first]
+    noise = torch.Generator().manual_seed(1)
+    entered = [x for x, _ in continued(policy, whole.states[first], first, whole.condition, noise, memory)]
+    assert torch.equal(torch.stack(entered), whole.states[first + 1 :])
+    if name == "dpm_solver_pp":
+        with pytest.raises(UsageError, match=f"cannot be entered at step {first} without the memory"):
+            next(continued(policy, whole.states[first], first, whole.condition, noise))
+        row, rewards = Row(0, "m1", {}), [make_reward("quadratic", {"weight": 1.0})]
+        place = whole.states[first, 0], first
+        value = monte_carlo_value(policy, place, row, rewards, 0.5, 4, noise, memory=memory[0])
+        expected = score(rewards, whole.samples[:1], [row]).total
+        assert value.value == pytest.approx(expected.item(), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- noise_steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_noise_at_chosen_steps_alone(name, schedule):
+    """A chosen step is the noisy sampler's and another the deterministic one's, in mean and in spread."""
+    option, k = "noise_level" if name.endswith("_sde") else "eta", torch.arange(6)
+    mixed, noisy, quiet = (
+        sampler(schedule, name, 6, **{option: level, "noise_steps": chosen})
+        for level, chosen in ((0.8, [1, 4]), (0.8, None), (0.0, None))
+    )
+    x, act = torch.randn(6, 3, dtype=torch.float64), lambda y, t: torch.sin(y) - y * t[:, None]
+    memory = torch.randn(6, 3, dtype=torch.float64) if name == "dpm_solver_pp" else None
+    found, high, low = (s.step(k, x, act, memory) for s in (mixed, noisy, quiet))
+    chosen = torch.tensor([False, True, False, False, True, False])[:, None]
+    torch.testing.assert_close(found.mean, high.mean.where(chosen, low.mean))
+    torch.testing.assert_close(found.std, high.std.where(chosen, torch.zeros(())))
+    assert mixed.stochastic.tolist() == chosen.flatten().tolist()
+    assert (high.mean - low.mean).abs()[chosen.flatten()].min() > 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Wobbly:
+    """A user's sampler with an option of another name."""
+
+    times: torch.Tensor
+    spread: torch.Tensor
+
+    @property
+    def stochastic(self):
+        return self.spread > 0
+
+    def step(self, k, x, act, memory=None):
+        return Transition(x + act(x, self.times[k]), self.spread[k, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Quietable(Wobbly):
+    def with_noise(self, mask):
+        return Quietable(self.times, self.spread.where(mask, 0.0))
+
+
+def test_noise_steps_of_a_users_sampler():
+    """By `with_noise`, whatever its options are called; one line where it has none."""
+    times, every = VP().grid(4), torch.ones(4, dtype=torch.float64)
+    assert quietened(Quietable(times, every), [0, 2], "mine").stochastic.tolist() == [True, False, True, False]
+    with pytest.raises(UsageError, match=r"config sampler\.noise_steps: the sampler mine has no with_noise"):
+        quietened(Wobbly(times, every), [0], "mine")
+    with pytest.raises(UsageError, match=r"config sampler\.noise_steps: .*Coefficients\.at"):
+        quietened(Coefficients(times, every, every, every), [0], "mine")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sampler.steps=2000"], r"sampler\.steps: must be between 1 and 1000, the training steps .* got 2000"),
+        (["sampler.steps=2000", "sampler.spacing=leading"], r"sampler\.steps: .* got 2000"),
+        (["sampler.steps=0"], r"sampler\.steps: must be between 1 .* got 0"),
+        (
+            ["sampler.steps=1", "sampler.spacing=leading", "algorithm.name=ddpo"],
+            r"goes to the data.*raise sampler\.steps",
+        ),
+        (["sampler.eta=0", "algorithm.name=ddpo"], r"set sampler\.eta=1"),
+    ],
+)
+def test_steps_that_cannot_be_are_told_before_a_model_is_loaded(words, message):
+    config = load_config([str(ROOT / "configs" / "quickstart.yaml"), *words])
+    with pytest.raises(UsageError, match=message):
+        check_combination(config)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,15 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from drawing import CPU, PROMPTS, SEEDS, diffusers_pictures, perturb, pictures
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from drawing import CPU, DDIM, PROMPTS, SEEDS, diffusers_pictures, perturb, pictures
+from helpers import ROOT
 from safetensors.torch import load_file, save_file
+from torch.distributions import Normal, kl_divergence
 
 from condrl import RunError, UsageError
-from condrl.config import ASSETS
+from condrl.algorithms import path_kl
+from condrl.config import ASSETS, load_config
 from condrl.models.loading import load_pipeline
 from condrl.models.stable_diffusion import StableDiffusion
+from condrl.noise import seeded
+from condrl.policy import Policy
+from condrl.prompts import Row
 from condrl.report import to_pil
+from condrl.rollout import rollout, sample
+from condrl.run import make_sampler, make_trainer
 
 
 @pytest.mark.parametrize("which", ["pipeline", "v_pipeline"])
@@ -147,9 +155,13 @@ def test_single_file_checkpoint(pipeline, tmp_path):
 
 
 def test_bad_paths_and_options_are_one_line(pipeline, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for match, options in {
         r"model\.path.*nobody/nothing.*no such file or folder": {"path": "nobody/nothing"},
+        r"model\.path: there is no file or folder models/my/sd15": {"path": "models/my/sd15"},
+        r"model\.path: there is no file or folder sd15\.safetensors": {"path": "sd15.safetensors"},
+        r"model\.path: there is no file or folder \./sd15": {"path": "./sd15"},
+        r"model\.path: there is no file or folder asset:circles": {"path": "asset:circles"},
         "to_qq": {"lora_targets": ("to_qq",)},
         r"model\.lora_targets: it is empty": {"lora_targets": ()},
         r"model\.guidance.*at least 1.*got -3": {"guidance": -3.0},
@@ -180,6 +192,92 @@ def test_written_png_is_the_image(model, tmp_path):
 
     back = torch.from_numpy(np.asarray(Image.open(tmp_path / "x.png")).copy()).permute(2, 0, 1) / 255
     assert (back - image).abs().max() <= 0.5 / 255 + 1e-6
+
+
+# ---------------------------------------------------------------------------------------------- zero terminal SNR
+
+
+@pytest.fixture(scope="session")
+def zero_snr(v_pipeline, tmp_path_factory):
+    """A pipeline as its authors publish it after Lin et al. 2023: v-prediction, trailing, no signal at the start."""
+    folder = shutil.copytree(v_pipeline, tmp_path_factory.mktemp("zero") / "model")
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(v_pipeline, subfolder="scheduler"), **options)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    return folder
+
+
+def zero_policy(folder, eta, steps=5):
+    model = StableDiffusion(CPU, path=str(folder), lora_rank=2)
+    section = {"name": "ddim", "steps": steps, "spacing": None, "eta": eta}
+    return Policy(model, make_sampler(section, model.schedule))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_rollout_from_pure_noise_is_diffusers(eta, zero_snr):
+    policy = zero_policy(zero_snr, eta)
+    assert policy.model.schedule.alpha(policy.sampler.times[0]) == 0
+    ours = sample(policy, policy.model.encode(PROMPTS), seeded(SEEDS), 8)
+    pipe = StableDiffusionPipeline.from_pretrained(zero_snr)
+    pipe.set_progress_bar_config(disable=True)
+    assert (pictures(policy.model, PROMPTS, SEEDS, {**DDIM, "eta": eta}) - policy.model.decode(ours)).abs().max() < 1e-6
+    table = policy.model.schedule.alpha_bar  # in float32 diffusers' first step is off by the root of a rounding error
+    torch.testing.assert_close(pipe.scheduler.alphas_cumprod.double(), table, atol=2e-6, rtol=0)
+    pipe.scheduler.alphas_cumprod, pipe.scheduler.final_alpha_cumprod = table, table[0]
+    theirs = [
+        pipe(prompt, generator=g, num_inference_steps=5, eta=eta, guidance_scale=5.0, output_type="latent").images[0]
+        for prompt, g in zip(PROMPTS, seeded(SEEDS), strict=True)
+    ]
+    torch.testing.assert_close(ours, torch.stack(theirs), atol=1e-5, rtol=1e-4)
+
+
+def test_ratios_and_kl_of_a_chain_from_pure_noise(zero_snr):
+    """Before an update every ratio is 1; after it, the KL of the first step is that of its two normal laws."""
+    policy = zero_policy(zero_snr, 1.0)
+    found = rollout(policy, policy.model.encode(PROMPTS), torch.Generator().manual_seed(0), 2)
+    for k in range(5):
+        law = policy.transition(found.states[k], torch.full((3,), k), found.condition)
+        torch.testing.assert_close(law.log_prob(found.states[k + 1]), found.log_probs[k], atol=2e-3, rtol=0)
+    perturb(policy.model, 0.01)
+    kl = path_kl(policy, found, 3).kl
+    alpha, sigma = (
+        c(policy.sampler.times[1]).float() for c in (policy.model.schedule.alpha, policy.model.schedule.sigma)
+    )
+
+    def clean():
+        """x0 = -v of the guided network, by its own forward pass."""
+        unet, table, x = policy.model.module, policy.model._table, found.states[0]
+        v = [
+            unet(x, torch.tensor(999), table[rows]).sample
+            for rows in (policy.model.negative.expand(3), found.condition)
+        ]
+        return -(v[0] + 5 * (v[1] - v[0]))
+
+    with torch.no_grad():
+        tuned = Normal(alpha * clean(), sigma)
+        with policy.model.reference():
+            base = Normal(alpha * clean(), sigma)
+    torch.testing.assert_close(kl[0], kl_divergence(tuned, base).flatten(1).sum(1), rtol=1e-3, atol=1e-6)
+    assert kl[0].min() > 1e-4
+    policy.transition(found.states[0], torch.zeros(3, dtype=torch.long), found.condition).mean.sum().backward()
+    assert all(p.grad.isfinite().all() for p in policy.model.module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("algorithm", ["ctrl"])
+def test_algorithms_that_need_a_score_there_are_refused(algorithm, zero_snr):
+    few = [
+        "train.prompts_per_epoch=1",
+        "train.images_per_prompt=2",
+        "train.rollout_batch=2",
+        "train.updates_per_epoch=1",
+    ]
+    words = [str(ROOT / "configs" / "quickstart.yaml"), f"model.path={zero_snr}", f"algorithm.name={algorithm}", *few]
+    config = load_config([*words, "sampler.steps=4"])
+    with pytest.raises(UsageError, match=rf"{algorithm} needs the score at every step.*sampler\.spacing=leading"):
+        make_trainer(config, [Row(0, "a red star")])
+    make_trainer(load_config([*words, "sampler.spacing=leading"]), [Row(0, "a red star")])
 
 
 # ---------------------------------------------------------------------------------------------- prompts

@@ -21,6 +21,7 @@ CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pt|bin)$)(\w[\w.-]*/)?\w[\w.-]*")
 UNUSUAL = (  # options of a UNet that make it want an input, or the prompt in a form, that it does not get here
     "addition_embed_type",
     "class_embed_type",
@@ -49,6 +50,8 @@ def load_pipeline(
     """
     be_quiet()
     source = locate(path)
+    if not source.exists() and not HUB_ID.fullmatch(path):
+        raise UsageError(f"config model.path: there is no file or folder {path}, and a hub id is OWNER/NAME")
     try:
         if source.is_file():
             pipe = from_file(source, single_file_config, dtype)
