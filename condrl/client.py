@@ -34,7 +34,7 @@ class Client:
     """Posts JSON to one address, with a bearer token if the environment variable `token` holds one.
 
     `errors` holds the reasons of the last requests that failed in the end.
-    Raises: UsageError naming `option` when the address is none.
+    Raises: UsageError naming `option` when the address is none, or what belongs to it cannot be.
     """
 
     def __init__(
@@ -42,6 +42,12 @@ class Client:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"config {option}: {url!r} is no address like http://127.0.0.1:8200")
+        section = option.rpartition(".")[0]
+        for name, value, least in (("retries", retries, 0), ("backoff", backoff, 0), ("concurrent", concurrent, 1)):
+            if not value >= least:
+                raise UsageError(f"config {section}.{name}: must be at least {least}, got {value}")
+        if not timeout > 0:
+            raise UsageError(f"config {section}.timeout: must be above 0 seconds, got {timeout}")
         self.url, self.token = url, token
         self.timeout, self.retries, self.backoff, self.concurrent = timeout, retries, backoff, concurrent
         self.errors: deque[str] = deque(maxlen=100)

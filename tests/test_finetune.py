@@ -151,7 +151,7 @@ def test_a_bad_reward_stops_with_its_name_and_the_prompt(body, message, tmp_path
     (tmp_path / "mine.py").write_text(f"import condrl\n@condrl.reward\ndef mine(samples, prompts):\n    {body}\n")
     words = ["plugins=[mine.py]", "rewards.mine.weight=1", *SMALL, "evaluate.prompts=1"]
     done = run_python(FINETUNE, *words, cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from helpers import ALGORITHMS, ROOT, run_python, toy_words
 
+import condrl
 import condrl.preflight as module
-from condrl import RunError
+from condrl import RunError, UsageError
 from condrl.config import load_config
-from condrl.preflight import attempt, preflight
-from condrl.prompts import load_prompts
+from condrl.preflight import attempt, preflight, typical
+from condrl.prompts import Row, load_prompts
+from condrl.rewards import make_reward
 from condrl.run import make_trainer
 from condrl.trainer import Trainer
 
@@ -113,3 +115,140 @@ def test_a_reward_that_fails_is_found_before_anything_is_written(tmp_path):
     assert "error: the reward 'broken' failed for the prompt" in done.stderr
     assert "(8 of the 8 images tried have no score)" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------- rewards
+
+
+@condrl.reward
+def of_a_label(samples, prompts, metadata):
+    return samples[:, 0] * torch.tensor([float(row["label"]) for row in metadata])
+
+
+@condrl.reward
+class Counted:
+    """What it was asked is remembered; it is its state, too."""
+
+    def __init__(self):
+        self.prompts, self.loads = [], 0
+
+    def __call__(self, samples, prompts):
+        self.prompts += prompts
+        return samples[:, 0] + len(self.prompts)
+
+    def load(self):
+        self.loads += 1
+
+    def state_dict(self):
+        return {"prompts": self.prompts}
+
+    def load_state_dict(self, state):
+        self.prompts = list(state["prompts"])
+
+
+def toy(folder, *words: str) -> Trainer:
+    return make(*toy_words("nft", folder), *words)
+
+
+def labelled_rows(count: int, lacking: int | None = None) -> list[Row]:
+    return [Row(i, f"prompt {i}", {} if i == lacking else {"label": 1}) for i in range(count)]
+
+
+@pytest.mark.parametrize("lacking", [0, 3, 70, 999])
+def test_a_heldout_row_without_what_a_measure_reads_is_found(tmp_path, lacking):
+    """Wherever it stands in the file: one row of each set of keys is tried."""
+    trainer, measure = toy(tmp_path), make_reward("of_a_label", {})
+    preflight(trainer, labelled_rows(1000), [measure])
+    with pytest.raises(UsageError) as error:
+        preflight(trainer, labelled_rows(1000, lacking), [measure])
+    place = f"row {lacking + 1} of its prompts, 'prompt {lacking}', has none"
+    assert str(error.value) == f"the reward 'of_a_label' needs 'label' in each prompt's metadata, and {place}"
+
+
+def test_a_row_of_the_training_prompts_without_it_is_found_too(tmp_path):
+    """Although the first epoch draws others."""
+    trainer = toy(tmp_path)
+    trainer.rewards = [make_reward("of_a_label", {"weight": 1.0})]
+    known = trainer.rows[0].prompt
+    trainer.rows = [Row(i, known, {"label": 1}) for i in range(500)]
+    preflight(trainer)
+    trainer.rows[499] = Row(499, known, {"k": 2})
+    with pytest.raises(UsageError, match=f"row 500 of its prompts, '{known}', has 'k'"):
+        preflight(trainer)
+
+
+def test_a_prompt_that_a_measure_cannot_read_is_found(tmp_path):
+    def reads_stars_only(samples, prompts):
+        if not all("star" in prompt for prompt in prompts):
+            raise ValueError("a prompt without a star")
+        return samples[:, 0]
+
+    condrl.reward(reads_stars_only)
+    rows = [Row(i, "a star") for i in range(50)]
+    preflight(toy(tmp_path), rows, [make_reward("reads_stars_only", {})])
+    rows[40] = Row(40, "a circle")
+    with pytest.raises(
+        UsageError, match="'reads_stars_only' failed for the prompt 'a star': ValueError: a prompt without"
+    ):
+        preflight(toy(tmp_path), rows, [make_reward("reads_stars_only", {})])
+
+
+def test_scores_that_fail_are_said_when_most_do(tmp_path):
+    failing = set()
+    condrl.reward(
+        lambda samples, prompts: torch.tensor([float("nan") if p in failing else 1.0 for p in prompts]),
+        name="fails_for",
+    )
+    rows, measure = labelled_rows(10), make_reward("fails_for", {})
+    failing |= {row.prompt for row in rows[:5]}
+    preflight(toy(tmp_path), rows, [measure])
+    failing.add(rows[5].prompt)
+    with pytest.raises(UsageError, match=r"'fails_for' failed for the prompt 'prompt 0': .* \(6 of the 10 rows tried"):
+        preflight(toy(tmp_path), rows, [measure])
+
+
+def test_a_reward_that_raises_is_bad_input_in_the_trial(tmp_path):
+    condrl.reward(lambda samples, prompts: samples @ torch.zeros(7), name="wrong_shape")
+    trainer = toy(tmp_path)
+    trainer.rewards = [make_reward("wrong_shape", {})]
+    with pytest.raises(UsageError, match="the reward 'wrong_shape' failed for the prompt .*: RuntimeError: "):
+        preflight(trainer)
+
+
+def test_the_trial_loads_rewards_and_leaves_their_state(tmp_path):
+    trainer, measure = toy(tmp_path), make_reward("counted", {})
+    trainer.rewards = [make_reward("counted", {"weight": 1.0})]
+    tried = trainer.rewards[0].call
+    tried.prompts = ["before"]
+    drawn = torch.get_rng_state()
+    preflight(trainer, labelled_rows(5), [measure])
+    assert (tried.loads, tried.prompts) == (1, ["before"])
+    assert (measure.call.loads, measure.call.prompts) == (1, [])
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_which_rows_are_tried():
+    rows = [Row(i, "p", {"a": 1} | ({"b": 1} if i % 2 else {}) | ({"c": 1} if i == 90 else {})) for i in range(100)]
+    assert [row.index for row in typical(rows, 4)] == [0, 1, 2, 90]
+    assert typical(rows, 100) == rows
+    assert typical([], 4) == []
+
+
+def test_a_dear_reward_is_asked_about_few_rows(tmp_path):
+    asked = []
+    condrl.reward(lambda samples, prompts: asked.extend(prompts) or torch.ones(len(prompts)), name="dear", cached=True)
+    preflight(toy(tmp_path), labelled_rows(30), [make_reward("dear", {})])
+    assert asked == ["prompt 0", "prompt 1"]
+
+
+def test_a_dry_run_with_a_file_that_cannot_be_read_is_bad_input(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+    config = ["rewards.clip.weight=1", "rewards.clip.model=ViT-B-32", f"rewards.clip.weights={tmp_path / 'w.pt'}"]
+    done = run_python(FINETUNE, *toy_words("nft", tmp_path / "run"), *config, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2
+    said = done.stderr.strip().splitlines()[-1]
+    assert (
+        said
+        == f"error: config rewards.clip.weights: {tmp_path / 'w.pt'} is a Git LFS pointer, not the file: run git lfs pull"
+    )
+    assert "Traceback" not in done.stderr

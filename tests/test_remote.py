@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import ROOT, answering, run_python, toy_words
+from helpers import ROOT, answering, load_script, run_python, toy_words
 
 from condrl import UsageError
+from condrl.errors import exit_code
 from condrl.prompts import Row
 from condrl.rewards import make_reward
 from condrl.testing import check_reward, smooth_images
@@ -202,18 +204,66 @@ def test_images_travel_without_loss():
         unpack(json.dumps(bomb).encode())
 
 
-def test_what_cannot_be_is_one_line(tmp_path):
+def test_what_cannot_be_is_one_line(tmp_path, capsys, monkeypatch):
+    server = load_script("reward_server")
     with pytest.raises(UsageError, match="no address like"):
         make_reward("remote", {"url": "127.0.0.1:8200"})
-    for words, said in (
-        (["nothing"], "unknown reward 'nothing'"),
-        (["brightness", "--host", "0.0.0.0"], "lets others in"),
-        (["box", "lwo=[1]"], "lwo"),
-    ):
-        done = run_python(SERVER, *words, cwd=tmp_path)
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert "Traceback" not in done.stderr
+    (tmp_path / "w.pt").write_bytes(b"")
+    taken = socket.create_server(("127.0.0.1", 0))
+    clip = ["clip", "model=ViT-B-32", f"weights={tmp_path / 'w.pt'}"]
+    with taken:
+        for words, said in (
+            (["nothing"], "error: unknown reward 'nothing'"),
+            (["brigthness"], "Did you mean 'brightness'?"),
+            (["brightness", "--host", "0.0.0.0"], "error: --host 0.0.0.0 lets others in"),
+            (["brightness", "--port", str(taken.getsockname()[1])], "Address already in use"),
+            (
+                ["brightness", "--port", "99999"],
+                "error: cannot listen on 127.0.0.1:99999: bind(): port must be 0-65535",
+            ),
+            (["brightness", "--device", "foo"], "error: --device foo cannot be used: "),
+            (["brightness", "--device", "meta"], "error: --device meta cannot be used: "),
+            (["brightness", "--device", "cuda:99"], "error: --device cuda:99 cannot be used: "),
+            (
+                ["brightness", "quality"],
+                "error: 'quality' is not an option of the reward: options are written key=value",
+            ),
+            (["brightness", "--plugin", "nowhere.py"], "error: plugins: there is no file nowhere.py"),
+            (["box", "lwo=[1]"], "error: config box.lwo: there is no such key"),
+            (["box", "low=[1"], "error: cannot read the options 'low=[1'"),
+            (["box", "weight=1"], "error: config box.weight: there is no such key"),
+            (["similarity"], "error: config similarity: similarity needs images"),
+            (clip, f"error: config rewards.clip.weights: {tmp_path / 'w.pt'} is empty"),
+        ):
+            monkeypatch.setattr(sys, "argv", [SERVER, *words])
+            assert exit_code(server.main) == 2
+            printed = capsys.readouterr()
+            assert said in printed.err
+            assert printed.err.count("\n") == 1
+            assert not printed.out
+    done = run_python(SERVER, "nothing", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown reward 'nothing'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_host_that_nobody_knows(capsys, monkeypatch):
+    monkeypatch.setenv("CONDRL_REWARD_TOKEN", "x")
+    monkeypatch.setattr(sys, "argv", [SERVER, "brightness", "--host", "nowhere.invalid"])
+    assert exit_code(load_script("reward_server").main) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot listen on nowhere.invalid:8200: ")
+    assert said.count("\n") == 1
+
+
+def test_a_reward_that_raises_there_says_so_here(tmp_path):
+    with served(tmp_path, "by_row") as (url, _):
+        reward = make_reward("remote", {"url": url, "retries": 0})
+        given = [Row(4, "a cat", {"l": 1})]
+        found = reward(torch.zeros(1, 2), given)
+    assert "answered 500: RewardError: the reward 'by_row' needs 'k' in each prompt's metadata" in reward.failure(
+        found, given
+    )
 
 
 def test_a_run_whose_server_dies_stops_and_says_why(tmp_path):

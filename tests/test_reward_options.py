@@ -338,6 +338,18 @@ def test_samples_in_a_request():
     assert sorted(len(json.loads(request.body)["rows"]) for request in asked) == [1, 2]
 
 
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("retries", -1), ("backoff", -0.5), ("concurrent", 0), ("timeout", 0.0), ("timeout", float("nan")), ("batch", 0)],
+)
+def test_numbers_that_cannot_be(name, option, value):
+    if option not in registry.reward.find(name).options:
+        return
+    with pytest.raises(UsageError, match=rf"config rewards\.{name}\.{option}: must be (at least|above) .*got {value}"):
+        make_reward(name, {"url": "http://127.0.0.1:9", **MORE[name], option: value})
+
+
 # ---------------------------------------------------------------------------------------------- none is left out
 
 TESTED = {

@@ -27,6 +27,8 @@ class Remote:
         batch: int = 16,  # samples in a request
         concurrent: int = 4,  # requests at a time
     ) -> None:
+        if batch < 1:
+            raise condrl.UsageError(f"config rewards.remote.batch: must be at least 1, got {batch}")
         self.batch = batch
         self.client = Client(url, "rewards.remote.url", "CONDRL_REWARD_TOKEN", timeout, retries, backoff, concurrent)
 
