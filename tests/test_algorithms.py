@@ -115,6 +115,7 @@ def test_gradient_of_the_reward(name, loo, factor, tmp_path):
     torch.testing.assert_close(expected[1], shift * trainer.policy.sampler.B, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reinforce", "ddpo", "dpok", "grpo"])
 def test_gradient_with_the_kl(name, tmp_path):
     """Away from the pretrained model the gradient is that of E r - kappa KL; without the KL-to-go it is not."""
@@ -137,6 +138,7 @@ def test_gradient_with_the_kl(name, tmp_path):
         assert z_scores(gradients(trainer, 16), expected).abs().max() > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [1e9, 0.5])
 def test_gradient_of_ctrl(memory, tmp_path):
     """With all of the return kept, the gradient is that of E r - kappa KL whatever the value network says."""
@@ -154,6 +156,7 @@ def test_gradient_of_ctrl(memory, tmp_path):
     assert z < 5 if memory == 1e9 else z > 8  # an untrained value network is no baseline to bootstrap from
 
 
+@pytest.mark.slow
 def test_the_truncated_chain_of_draft_is_biased(tmp_path):
     """Back through all steps the gradient is exact; through the last three it does not see the earlier steps."""
     reward = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]", "algorithm.kappa=0.3"]
@@ -170,6 +173,7 @@ def test_the_truncated_chain_of_draft_is_biased(tmp_path):
     assert found[:, :, 3:].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["draft", "adjoint_matching"])
 def test_reward_gradients_reach_riccatis_optimum(name, tmp_path):
     """THEORY 8.6, row 10."""
@@ -206,6 +210,7 @@ def test_without_a_kl_the_reward_and_the_kl_keep_growing(name, tmp_path):
         assert after.kl > 1.5 * before.kl
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_algorithm_closes_the_gap(name, tmp_path):
     words = ["train.epochs=150", "train.images_per_prompt=256", "train.rollout_batch=256", "train.lr=3e-2"]
@@ -220,6 +225,7 @@ def test_every_algorithm_closes_the_gap(name, tmp_path):
     assert audits[0].kl > 0.01
 
 
+@pytest.mark.slow
 def test_riccati_is_where_they_go(tmp_path):
     words = ["train.epochs=300", "train.lr=3e-2", "algorithm.name=dpok"]
     trainer = trainer_of("g1", tmp_path, *small(12, *words))
@@ -232,6 +238,7 @@ def test_riccati_is_where_they_go(tmp_path):
             torch.testing.assert_close(means.double(), found.gain[k] * x.double() + found.offset[k], atol=0.06, rtol=0)
 
 
+@pytest.mark.slow
 def test_ctrl_on_an_ode_finds_the_deterministic_optimum(tmp_path):
     """With eta = 0 the action's noise is the only randomness; the best mean is Riccati's with S^2 = B^2 / (g^2 D)."""
     words = ["algorithm.name=ctrl", "algorithm.kappa=0.5", "sampler.eta=0", "train.epochs=300", "train.lr=3e-2"]
@@ -337,6 +344,7 @@ def test_every_algorithm_tunes_stable_diffusion(name, pipeline, tmp_path):
     assert all(p.isfinite().all() for p in trainer.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.6, 1.0])
 def test_the_path_kl_bounds_the_terminal_one(eta, tmp_path):
     """THEORY 2.2; for the best policy of a memoryless chain the two are equal (8.3)."""
@@ -360,6 +368,7 @@ def test_the_path_kl_bounds_the_terminal_one(eta, tmp_path):
     assert 0.001 < oracle.kl_of_masses(audit.masses, case.pretrained.masses) <= audit.kl
 
 
+@pytest.mark.slow
 def test_clipping_without_the_min_misses_the_optimum(tmp_path, monkeypatch):
     """THEORY 4.2: without the min a ratio that has gone the wrong way loses its gradient too."""
     import condrl.algorithms as module
@@ -404,6 +413,7 @@ def test_nft_noises_over_the_whole_of_the_schedules_time(tmp_path):
     assert 0.1 * 6 <= first.min() <= first.max() <= (0.1 + 0.87 / 4) * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "words", "keys"),
     [

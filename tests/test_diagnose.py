@@ -96,6 +96,7 @@ def test_many_of_them_stop_the_run(tmp_path):
     assert not any(p.any() for p in trainer.weights)  # it starts at zero
 
 
+@pytest.mark.slow
 def test_a_value_network_that_explains_nothing(tmp_path):
     words = ["algorithm.name=ctrl", "algorithm.kappa=0.5", "train.epochs=30", "train.images_per_prompt=256"]
     words += ["sampler.steps=24", "model.knots=24"]
@@ -120,6 +121,7 @@ def test_a_run_ends_when_its_kl_budget_is_spent(tmp_path):
     assert lines(tmp_path) == record  # nothing is added to a run that has ended
 
 
+@pytest.mark.slow
 def test_kappa_adapts_to_the_budget(tmp_path):
     words = ["algorithm.name=reinforce", "algorithm.kappa=0.05", "train.lr=2e-2", "train.epochs=80"]
     g1(tmp_path / "free", *words, "train.kl_budget=100").fit()

@@ -54,6 +54,7 @@ def test_an_affine_correction_is_its_table_at_the_knots():
     torch.testing.assert_close(half, (found[:1] + found[1:2]) / 2, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_network_learns_the_score():
     m = model(pretrained="network", pretrain_steps=3000, schedule="ou")
     x = torch.linspace(-2.5, 2.5, 50)[:, None]
@@ -121,6 +122,7 @@ def test_tuning_at_one_noise_level_and_evaluating_at_another_warns():
         load_config([toy, "evaluate.sampler.etta=0"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["g1", "m1", "p1", "plane"])
 def test_toy_runs_write_their_plots(problem, tmp_path, capsys):
     words = [str(ROOT / f"configs/toy/{problem}.yaml"), f"run.dir={tmp_path / 'run'}", "train.epochs=2"]

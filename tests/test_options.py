@@ -31,7 +31,7 @@ OPTIONS = {
         "balance_steps": True,
     },
     "dpok": {**CLIPPED, "advantage_clip": (0.3, {"normalise": True}), "truncated": (True, {"kappa": 0.5})},
-    "grpo": CLIPPED,
+    "grpo": {**CLIPPED, "global_std": False},
     "ctrl": {
         "kappa": 0.5,
         "exploration": 1.0,

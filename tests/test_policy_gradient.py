@@ -8,7 +8,7 @@ from torch.distributions import kl_divergence
 from condrl.algorithms import clipped
 from condrl.trainer import Clock
 
-NAMES = ["reinforce", "ddpo", "dpok", "grpo"]
+NAMES = ["reinforce", "ddpo", "dpok", "grpo"]  # grpo has a scale and a clip of its own
 PLAIN = {"kappa": 0.0, "normalise": False, "leave_one_out": False, "advantage_clip": 5.0}
 CASES = [
     {},
@@ -30,6 +30,11 @@ def laws(trainer, r, k, score=None):
     return step_of(trainer, k, x, own), step_of(trainer, k, x, base)
 
 
+def spread(rewards, group, options):
+    """The standard deviation that an image's objective is divided by: of its prompt, or of the epoch."""
+    return rewards.std(correction=0) if options.get("global_std") else rewards[group].std(correction=0)
+
+
 def credit(rewards, groups, kl, options):
     """Advantages (K, B), one at a time, and what a prompt's objective is multiplied by, (B,)."""
     count, kappa = len(rewards), options["kappa"]
@@ -37,7 +42,7 @@ def credit(rewards, groups, kl, options):
     for i in range(count):
         group = [j for j in range(count) if groups[j] == groups[i]]
         if options["normalise"]:
-            scales[i] = 1 / (rewards[group].std(correction=0) + 1e-4)
+            scales[i] = 1 / (spread(rewards, group, options) + 1e-4)
         others = [j for j in group if j != i] if options["leave_one_out"] else group
         for k in range(len(kl)):
             later = slice(len(kl), None) if options.get("truncated") else slice(k + 1, None)
@@ -58,10 +63,13 @@ def expected_loss(trainer, experience, options, clip_range):
     for k in range(5):
         now, base = laws(trainer, r, k)
         log_ratio = (now.log_prob(r.states[k + 1]) - r.log_probs[k]).float()
-        loss, ratio = -advantages[k] * log_ratio, log_ratio.exp()
+        loss = -advantages[k] * log_ratio
         if clip_range is not None:
-            bound = clip_range * (50 * (times[k] - times[k + 1]) / times[0]).sqrt().float()
-            loss = -torch.minimum(ratio * advantages[k], ratio.clamp(1 - bound, 1 + bound) * advantages[k])
+            each = base.event_shape.numel() if "global_std" in options else 1  # grpo's ratios are per dimension
+            ratio, bound = (log_ratio / each).exp(), clip_range
+            if "global_std" not in options:
+                bound = clip_range * (50 * (times[k] - times[k + 1]) / times[0]).sqrt().float()
+            loss = -each * torch.minimum(ratio * advantages[k], ratio.clamp(1 - bound, 1 + bound) * advantages[k])
         rows.append(loss + options["kappa"] * scales * kl_divergence(now, base))
     return torch.stack(rows), advantages
 
@@ -78,8 +86,8 @@ def remember(trainer):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_loss_is_the_formulas(case, name, shape, tmp_path):
     """-min(w A, clip(w) A) + kappa KL with w, KL and its sum over later steps from torch.distributions (THEORY 4.4)."""
-    options = {**PLAIN, **case}
-    clip_range = None if name == "reinforce" else 0.15
+    options = {**PLAIN, **case} | ({"global_std": False} if name == "grpo" else {})
+    clip_range = {"reinforce": None, "grpo": 0.03}.get(name, 0.15)
     more = {} if clip_range is None else {"clip_range": clip_range}
     trainer = trainer_of(tmp_path, shape, algorithm={"name": name, **options, **more})
     move(trainer)
@@ -98,6 +106,22 @@ def test_the_loss_is_the_formulas(case, name, shape, tmp_path):
         assert 0.1 < (advantages.abs() >= options["advantage_clip"]).float().mean() < 1
     if clip_range is not None:
         assert 0.05 < metrics["clip_fraction"] < 0.95
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kappa", [0.0, 0.7])
+def test_grpo_divides_by_the_spread_of_the_epoch(kappa, shape, tmp_path):
+    """Of all prompts' rewards, and the KL with them, so that kappa keeps its meaning."""
+    options = {**PLAIN, "kappa": kappa, "normalise": True, "global_std": True, "advantage_clip": 1e9}
+    trainer = trainer_of(tmp_path, shape, algorithm={"name": "grpo", **options, "clip_range": 0.03})
+    move(trainer)
+    remember(trainer)
+    experience, examples, batch = an_epoch(trainer)
+    move(trainer, 0.1, seed=1)
+    expected, advantages = expected_loss(trainer, experience, options, 0.03)
+    torch.testing.assert_close(examples.advantages.expand_as(advantages), advantages, rtol=1e-3, atol=1e-3)
+    loss, _ = trainer.algorithm.loss(trainer.policy, batch)
+    torch.testing.assert_close(loss.view(5, 16), expected, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

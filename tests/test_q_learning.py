@@ -129,6 +129,7 @@ BATCH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "epochs", "tolerance"), [("loss", 500, 0.015), ("martingale", 250, 0.02)])
 def test_the_fixed_point_is_riccatis(rule, epochs, tolerance, tmp_path, monkeypatch):
     """THEORY 8.6, row 12."""
@@ -140,6 +141,7 @@ def test_the_fixed_point_is_riccatis(rule, epochs, tolerance, tmp_path, monkeypa
     assert of_value < 3 * tolerance
 
 
+@pytest.mark.slow
 def test_the_full_gradient_misses_it(tmp_path, monkeypatch):
     from condrl.plugins.algorithms.q_learning import QLearning
 
@@ -258,6 +260,7 @@ def roll_trainer(folder: Path, *words: str) -> Trainer:
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["samples", "paired"])
 def test_from_data_alone_it_learns_the_law(score, tmp_path):
     """beta = 0 is score matching."""
@@ -416,6 +419,7 @@ def test_mistakes_are_said_in_a_line(words, message, tmp_path):
         roll_trainer(tmp_path, *words)
 
 
+@pytest.mark.slow
 def test_an_untrained_value_leads_a_good_policy_away_less_without_the_normaliser(tmp_path, monkeypatch):
     from condrl.plugins.algorithms.q_learning import QLearning
 
@@ -492,6 +496,7 @@ def test_a_preconditioned_network_is_told_the_prompt(tmp_path):
     assert not torch.allclose(upright, turned)
 
 
+@pytest.mark.slow
 def test_the_paired_config_learns_the_law_soon(tmp_path):
     script = load_script("reproduce_q_learning")
     words = (f"run.dir={tmp_path}", "sampler.steps=20", "train.epochs=400")
@@ -540,6 +545,7 @@ def test_a_cell_is_trained_once_and_measured(tmp_path, monkeypatch):
     assert script.spec_of(script.Cell("ours", "q_learning", "ours", 0.8), 1, args).start == law
 
 
+@pytest.mark.slow
 def test_tables_and_figures_of_few_episodes(tmp_path, monkeypatch):
     script = load_script("reproduce_q_learning")
     monkeypatch.setattr(script, "BATCHES", 2)

@@ -169,6 +169,7 @@ def shapes(folder: Path) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / "finetune.py"), *few, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "kills", "adapter"),
     [
@@ -221,6 +222,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_epoch_and_saves(number, code, tmp_path):
     command = finetune(tmp_path / "run", "train.epochs=100000", "run.checkpoint_seconds=1e9")
@@ -489,6 +491,7 @@ def test_a_run_whose_reward_fails_goes_on_from_that_epoch(tmp_path, monkeypatch)
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_going_on_elsewhere_leaves_the_other_runs_checkpoints(tmp_path):
     trainer = make("dpok", tmp_path / "a")
     for epoch in range(2):
@@ -528,6 +531,7 @@ def test_a_full_disk_under_the_record_is_one_line(tmp_path, monkeypatch, capsys)
     assert "stopped: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_end_of_accelerate_launch_stops_the_run(tmp_path):
     long = ["train.epochs=100000", "run.checkpoint_seconds=1e9"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *finetune(tmp_path / "run", *long)[1:]]

@@ -120,6 +120,8 @@ def copied() -> Iterator[Path]:
             if (ROOT / name).is_file():
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, copy / name)
+        # else an installation for development would take the plugins of the checkout that it points to
+        (copy / "condrl" / "plugins").symlink_to(Path("..") / "plugins")
         yield copy
 
 
