@@ -23,7 +23,7 @@ def why_unreadable(path: Path) -> str | None:
     """What is wrong with a file of weights or JSON, as the end of a sentence; None when nothing shows.
 
     Told apart are missing and empty files, folders, Git LFS pointers, web pages and, by the suffix, safetensors files
-    that are truncated or something else, pickles that are something else, and JSON that is damaged.
+    that are truncated or something else, and JSON that is damaged or no object.
     """
     if not path.is_file():
         return "is a folder, not a file" if path.is_dir() else "does not exist"
@@ -61,10 +61,10 @@ def _why_no_safetensors(path: Path, start: bytes) -> str | None:
 
 def _why_no_json(path: Path) -> str | None:
     try:
-        json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except ValueError as error:
         return f"is not valid JSON: {error}"
-    return None
+    return None if isinstance(value, dict) else "is not a JSON object"
 
 
 def load_tensors(path: Path, what: str) -> dict[str, Tensor]:
