@@ -170,7 +170,7 @@ def test_image_reward_is_transformers_own_blip_with_the_head(files):
 
     vision, text_model = small_blip()
     state = torch.load(files["image_reward"]["weights"], weights_only=True)
-    x, prompts = smooth_images(3, 3, 48, 64), ["a red star", "two cat dog", "a"]
+    x, prompts = smooth_images(4, 3, 48, 64), ["a red star", "two cat dog", "a", "red cat " * 20]
     tokenizer = BertTokenizer.from_pretrained(files["image_reward"]["tokenizer"])
     tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
     with torch.no_grad():
