@@ -102,11 +102,13 @@ def trainer_of(
     """Two prompts, eight images of each, five uneven steps; `sections` change the config, `own` is its algorithm."""
     few = {"prompts_per_epoch": 2, "images_per_prompt": 8, "rollout_batch": 8, "loss_batch": 1000, "epochs": 1}
     tree: dict[str, Any] = {
-        "sampler": {"name": "exponential", "steps": 5, "spacing": "log_snr", "eta": 0.8},
+        "sampler": {"steps": 5, "spacing": "log_snr"},
         "rewards": {"bowl": {}},
         "train": {**few, "updates_per_epoch": 1, "max_grad_norm": 1e9},
         "run": {"dir": str(folder)},
     }
+    if "name" not in sections.get("sampler", {}):
+        tree["sampler"] |= {"name": "exponential", "eta": 0.8}
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
     config, model = build_config(tree), model or Shaped(shape)

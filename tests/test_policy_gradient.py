@@ -5,7 +5,7 @@ import torch
 from chains import SHAPES, an_epoch, at, move, step_of, trainer_of
 from torch.distributions import kl_divergence
 
-from condrl.algorithms import clipped
+from condrl.algorithms import clipped, every_pair, recomputed
 from condrl.trainer import Clock
 
 NAMES = ["reinforce", "ddpo", "dpok", "grpo"]  # grpo has a scale and a clip of its own
@@ -222,3 +222,40 @@ def test_those_advantages_are_bounded_too(tmp_path):
     _, _, bounded = advantages_of_epochs(tmp_path, advantage_clip=0.5)
     torch.testing.assert_close(bounded, free.clamp(-0.5, 0.5))
     assert free.abs().max() > 1
+
+
+# ---------------------------------------------------------------------------------------------- ratios
+
+SAMPLERS = ["ddim", "euler_maruyama", "exponential", "heun", "dpm_solver_pp", "flow_sde", "dance_sde"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_ratio_is_one_at_the_start_with_every_sampler(name, shape, tmp_path):
+    """Also where a step depends on what an earlier one remembered, and where only some steps have noise."""
+    level = {"noise_level": 0.5} if name.endswith("_sde") else {"eta": 0.7}
+    for noisy in (None, [1, 3]):
+        options = {"name": name, "noise_steps": noisy, **level}
+        trainer = trainer_of(tmp_path, shape, algorithm={"name": "ddpo"}, sampler=options)
+        move(trainer)
+        _, examples, batch = an_epoch(trainer)
+        assert examples.columns.tolist() == (noisy or list(range(5)))
+        with torch.no_grad():
+            torch.testing.assert_close(batch.log_prob(trainer.policy), batch.old_log_prob, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddpo", "ctrl"])
+def test_log_probabilities_can_be_made_anew(name, tmp_path):
+    """As is done in half precision: of the policy as it is now, and nothing else changes."""
+    trainer = trainer_of(tmp_path, algorithm={"name": name}, sampler={"noise_steps": [1, 3]})
+    _, examples, batch = an_epoch(trainer)
+    move(trainer)
+    again = recomputed(examples, trainer.policy, batch=7)
+    pairs = every_pair(again)
+    assert torch.equal(pairs, every_pair(examples))
+    new = again.minibatch(*pairs.unbind(1))
+    with torch.no_grad():
+        torch.testing.assert_close(new.old_log_prob, batch.log_prob(trainer.policy), rtol=1e-6, atol=1e-6)
+    assert (new.old_log_prob - batch.old_log_prob).abs().max() > 0.1
+    assert torch.equal(new.x, batch.x)
+    assert torch.equal(new.advantage, batch.advantage)

@@ -218,6 +218,36 @@ def test_a_run_stops_when_more_than_that_share_of_scores_failed(count, most, sto
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["failed_scores"] == count
 
 
+FAILING = [
+    {"name": "ddpo"},
+    {"name": "dpok", "kappa": 0.5, "normalise": True},
+    {"name": "ctrl", "kappa": 0.5},
+    {"name": "nft"},
+    {"name": "draft", "kappa": 0.5},
+    {"name": "adjoint_matching"},
+    {"name": "q_learning", "score": "pretrained"},
+]
+
+
+@pytest.mark.parametrize("algorithm", FAILING, ids=lambda options: options["name"])
+def test_images_without_a_score_teach_nothing(algorithm, tmp_path):
+    """Neither what they look like nor what they are called counts; the mean is over the others."""
+    rewards, gradients = {"bowl": {"weight": 0.0}, "some_fail": {"count": 2}}, []
+    for change in (0.0, 0.7):
+        trainer = trainer_of(tmp_path, algorithm=algorithm, rewards=rewards, train={"max_failed": 0.2})
+        move(trainer)
+        trainer.optimizer.step = lambda t=trainer: gradients.append([p.grad.clone() for p in t.parameters])
+        experience = trainer.collect(0, Clock())
+        assert (~experience.good).nonzero().flatten().tolist() == [0, 1]
+        experience.rollout.states[1:, :2] += change
+        examples = trainer.examples(experience, 0)
+        trainer.update(examples, experience, 0)
+    for a, b in zip(*gradients, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert max(g.abs().max() for g in gradients[0]) > 1e-3
+
+
 def kl_by_hand(trainer, r):
     """E sum_k KL of the first images of a roll-out, of the policy as it is."""
     total = torch.zeros(r.states.shape[1])
