@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,21 @@ def load_torch(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UsageError(f"{what}: {path} holds a {type(state).__name__} instead of named weights")
     return state
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, the same bytes for the same content.
+
+    The library writes the texts in the header in an order that differs from file to file: here it is theirs.
+    """
+    from safetensors.torch import save
+
+    content = save(dict(tensors), metadata=dict(metadata))
+    length = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:length]) | {"__metadata__": dict(metadata)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[length:])
 
 
 def _check(path: Path, what: str) -> None:

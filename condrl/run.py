@@ -110,10 +110,14 @@ def make_measures(config: Config) -> list[Reward]:
     return measures + [r for r in make_rewards(config) if r.name not in config.evaluate.measures]
 
 
+def weights_in_words(config: Config) -> str:
+    """The rewards with their weights."""
+    return ", ".join(f"{name} (weight {options['weight']:g})" for name, options in config.rewards.items())
+
+
 def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -> list[str]:
     """What counts in a run, in lines to print before it."""
-    weights = ", ".join(f"{name} (weight {options['weight']:g})" for name, options in config.rewards.items())
-    lines = [f"rewards: {weights}", f"prompts: {config.prompts.train} ({len(train)})"]
+    lines = [f"rewards: {weights_in_words(config)}", f"prompts: {config.prompts.train} ({len(train)})"]
     for name, rows in (("train", train), ("heldout", heldout)):
         if note := duplicate_note(rows):
             lines.append(f"prompts.{name}: {note}")

@@ -219,9 +219,11 @@ def tune(trainer: Trainer) -> None:
 
 
 def save_lora(trainer: Trainer) -> None:
+    from condrl.run import weights_in_words
+
     if trainer.processes.first:
         with trainer.folder.replacing("lora") as folder:
-            trainer.policy.model.save_adapter(folder)
+            trainer.policy.model.save_adapter(folder, {"rewards": weights_in_words(trainer.config)})
 
 
 def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation | None) -> Path | None:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from condrl import UsageError
-from condrl.files import load_metadata, load_tensors, load_torch, why_unreadable
+from condrl.files import load_metadata, load_tensors, load_torch, save_tensors, why_unreadable
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
 WEIGHTS = {"a": torch.arange(300.0), "b": torch.ones(2, 3)}
@@ -102,3 +103,16 @@ def test_damaged_json(tmp_path):
     assert "not a JSON object" in why_unreadable(path)
     path.write_text('{"a": 1}')
     assert why_unreadable(path) is None
+
+
+def test_a_file_is_the_same_bytes_for_the_same_content(tmp_path):
+    """As safetensors itself writes it, but for the order of the texts in the header."""
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(5, dtype=torch.int8), "ä": torch.zeros(0)}
+    metadata = {f"key {i}": f"value {i} ä" for i in range(20)}
+    for i in range(5):
+        save_tensors(tmp_path / f"{i}.safetensors", tensors, metadata)
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(5)}) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert set(file.keys()) == set(tensors)
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in tensors.items())

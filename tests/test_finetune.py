@@ -188,8 +188,7 @@ def test_help_lists_the_config():
     ("words", "message"),
     [
         ([], "nothing to draw"),
-        (["nowhere", "--prompt", "x"], "nowhere holds neither"),
-        (["--prompt", "x", "--compare"], "--compare needs"),
+        (["nowhere", "--prompt", "x"], "there is no run or LoRA nowhere"),
         (["--prompt", "x", "model.guidence=3"], "Did you mean 'guidance'"),
     ],
 )

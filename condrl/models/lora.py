@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from condrl.errors import UsageError, say
-from condrl.files import load_metadata, load_tensors
+from condrl.files import load_metadata, load_tensors, save_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 KOHYA_FILE = "comfyui_lora.safetensors"
@@ -109,14 +109,12 @@ def save_lora(unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, s
 
     Both files say the base model, rank and alpha, and what `metadata` adds, such as the rewards.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     state, common = lora_state(unet), dict(metadata or {})
     rank = str(max((len(value) for key, value in state.items() if key.endswith("down.weight")), default=0))
     common |= {"format": "pt", "base_model": base, "rank": rank, "alpha": rank}
-    save_file(diffusers_names(state), folder / LORA_FILE, metadata=common)
-    save_file(kohya_names(state), folder / KOHYA_FILE, metadata=common | kohya_metadata(unet, base, rank))
+    save_tensors(folder / LORA_FILE, diffusers_names(state), common)
+    save_tensors(folder / KOHYA_FILE, kohya_names(state), common | kohya_metadata(unet, base, rank))
     rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
     card = dict(base=json.dumps(base), name=base, lora=LORA_FILE, kohya=KOHYA_FILE, rank=rank, rewards=rewards)
     (folder / "README.md").write_text(CARD.format(**card))  # a JSON string is a YAML string whatever is in it
