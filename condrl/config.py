@@ -178,11 +178,17 @@ def load_for_drawing(file: Path | None, words: Sequence[str]) -> Config:
         if setting_keys(word)[:2] in (["model", "lora"], ["model", "lora_alpha"]):
             raise UsageError(f"{word} has no effect here: the LoRA is given as a folder, and its scale is --strength")
     part = _read(str(file)) if file else Part("", {}, {})
-    model = {key: value for key, value in _at(part.values, "model").items() if key not in ("lora", "lora_alpha")}
-    sampler, changes = _at(part.values, "sampler"), _at(part.values, "evaluate.sampler")
+    part = replace(part, values=_drawing(part.values), texts=_drawing(part.texts))
+    return _config([part, *map(_read, words)])
+
+
+def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The model of a config, but for the LoRA that it starts from, and the sampler that it deploys."""
+    model = {key: value for key, value in _at(tree, "model").items() if key not in ("lora", "lora_alpha")}
+    sampler, changes = _at(tree, "sampler"), _at(tree, "evaluate.sampler")
     if changes.get("name", sampler.get("name")) != sampler.get("name"):
         sampler = {}
-    return _config([replace(part, values={"model": model, "sampler": {**sampler, **changes}}), *map(_read, words)])
+    return {"model": model, "sampler": {**sampler, **changes}}
 
 
 def _config(parts: Sequence[Part]) -> Config:

@@ -1,0 +1,129 @@
+"""Drawing with a run's LoRA: what the run deployed, without anything that only tuning needs."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from helpers import ROOT, load_script
+from PIL import Image
+
+from condrl import UsageError
+from condrl.checkpoint import MODULE_FILE
+from condrl.config import load_config, to_yaml
+from condrl.errors import exit_code
+from condrl.models.lora import LORA_FILE
+from condrl.models.stable_diffusion import StableDiffusion
+
+PROMPT = "a red star"
+REWARD = """
+import condrl, pathlib
+pathlib.Path(__file__).with_name("ran").touch()
+
+@condrl.reward
+def {name}(samples, prompts):
+    return samples.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def run(pipeline, tmp_path, request):
+    """A finished run that was tuned with 10 steps of eta = 1, from another LoRA, and deployed with 3 of eta = 0."""
+    mine, folder = tmp_path / "mine.py", tmp_path / "run"
+    name = f"mine_{abs(hash(str(tmp_path)))}"
+    mine.write_text(REWARD.format(name=name))
+    model = StableDiffusion(torch.device("cpu"), path=str(pipeline), lora_rank=2)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for weight in (p for p in model.module.parameters() if p.requires_grad):
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    for place in (folder / "lora", tmp_path / "before"):
+        model.save_adapter(place)
+    words = [str(ROOT / "configs" / "quickstart.yaml"), f"model.path={pipeline}", "model.lora_rank=2"]
+    words += ["model.lora_targets=[to_q,to_k,to_v,to_out.0]", f"model.lora={tmp_path / 'before'}", f"plugins=[{mine}]"]
+    words += [f"rewards.{name}.weight=1", "evaluate.sampler={steps: 3, eta: 0, spacing: leading}"]
+    (folder / "config.yaml").write_text(to_yaml(load_config(words)))
+    (tmp_path / "ran").unlink()
+    return folder
+
+
+def sample(*words: str) -> int:
+    script = load_script("sample")
+    return exit_code(lambda: script.main(script.parse([*words, "--prompt", PROMPT])))
+
+
+def drawn(folder) -> np.ndarray:
+    return np.asarray(Image.open(folder / "0000.png"), float)
+
+
+def theirs(pipeline, lora, scale: float = 1.0) -> np.ndarray:
+    """What diffusers draws with 3 steps of DDIM, eta = 0."""
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.load_lora_weights(lora, weight_name=LORA_FILE)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(PROMPT, num_inference_steps=3, guidance_scale=1.0, eta=0.0, output_type="pil",
+                 generator=torch.Generator().manual_seed(0), cross_attention_kwargs={"scale": scale}).images[0]  # fmt: skip
+    return np.asarray(image, float)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+def test_what_is_drawn_is_what_was_deployed(strength, run, pipeline, tmp_path):
+    """Not with the sampler that tuned; and at any strength of the LoRA."""
+    out = tmp_path / "drawn"
+    assert sample(str(run), "--folder", str(out), "--out", str(out / "sheet.png"), "--strength", str(strength)) == 0
+    assert np.abs(drawn(out) - theirs(pipeline, run / "lora", strength)).max() <= 1
+    if strength < 1:
+        assert np.abs(drawn(out) - theirs(pipeline, run / "lora")).max() > 3
+
+
+def test_drawing_needs_neither_the_rewards_nor_the_lora_before(run, tmp_path):
+    (tmp_path / "mine.py").unlink()
+    for path in (tmp_path / "before").iterdir():
+        path.unlink()
+    assert sample(str(run), "--out", str(tmp_path / "x.png")) == 0
+
+
+@pytest.mark.parametrize("what", ["run", "lora", "file"])
+def test_what_a_found_config_names_does_not_run(what, run, tmp_path):
+    place = {"run": run, "lora": run / "lora", "file": run / "lora" / LORA_FILE}[what]
+    assert sample(str(place), "--out", str(tmp_path / "x.png")) == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pictures_go_to_the_runs_samples_and_replace_none(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert sample(str(run)) == 0
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["0000.png", "0001.png"]
+    assert not (tmp_path / "samples.png").exists()
+
+
+def test_a_lora_without_a_run_gets_its_own_rank(run, pipeline, tmp_path):
+    lora = tmp_path / "elsewhere" / "there" / "it" / "is"
+    lora.parent.mkdir(parents=True)
+    (run / "lora").rename(lora)
+    few = ["model.guidance=1", "sampler.steps=3", "sampler.eta=0"]
+    assert (
+        sample(str(lora), f"model.path={pipeline}", *few, "--folder", str(lora), "--out", str(tmp_path / "x.png")) == 0
+    )
+    assert np.abs(drawn(lora) - theirs(pipeline, lora)).max() <= 1
+
+
+def test_without_a_folder_the_quickstarts_base_model_draws(tmp_path):
+    config, lora, _ = load_script("sample").read_words(["model.guidance=2"])
+    quickstart = load_config([str(ROOT / "configs" / "quickstart.yaml")])
+    assert config.sampler == quickstart.sampler
+    assert config.model == {**quickstart.model, "guidance": 2.0}
+    assert lora is None
+
+
+def test_a_run_of_points_is_told_from_a_folder_that_is_none(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / MODULE_FILE).touch()
+    (tmp_path / "config.yaml").write_text((ROOT / "configs" / "toy" / "g1.yaml").read_text())
+    with pytest.raises(UsageError, match="is a run on points, not images"):
+        load_script("sample").read_words([str(tmp_path)])
+    (tmp_path / "lora" / MODULE_FILE).unlink()
+    (tmp_path / "lora").rmdir()
+    with pytest.raises(UsageError, match="is not finished: it has no lora/ yet"):
+        load_script("sample").read_words([str(tmp_path)])
