@@ -50,14 +50,14 @@ def brief(error: BaseException) -> str:
 def exit_code(work: Callable[[], object]) -> int:
     """Do the work of a script; its errors become one line and an exit code, 130 after Ctrl+C.
 
-    With CONDRL_DEBUG=1 in the environment their traceback is shown as well.
+    With CONDRL_DEBUG=1 in the environment their traceback is shown as well, by each process.
     """
     try:
         work()
     except (UsageError, RunError, Stopped, OSError, KeyboardInterrupt) as error:
         line, code = last_words(error)
         if os.environ.get("CONDRL_DEBUG", "") not in ("", "0"):
-            say(traceback.format_exc().rstrip())
+            traceback.print_exc()
         say(line)
         return code
     return 0

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from condrl.algorithms import Examples, Experience, RatioExamples, every_pair
 from condrl.errors import RewardError, RunError
 from condrl.noise import rng_state, set_rng_state
+from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards import Reward, usage_errors
 from condrl.trainer import Clock, Trainer
@@ -47,8 +48,8 @@ def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[
     """
     with usage_errors(), untouched([*trainer.rewards, *measures]):
         trial = attempt(trainer)
-        try_rows(trainer.rewards, trial.image, trainer.rows)
-        try_rows(measures, trial.image, heldout)
+        try_rows(trainer.rewards, trial.image, trainer.rows, trainer.processes)
+        try_rows(measures, trial.image, heldout, trainer.processes)
     train = trainer.config.train
     lines = [arithmetic(trainer, trial), memory(trainer, trial)]
     shown = ", ".join(f"{value:.4g}" for value in trial.rewards[:2])
@@ -168,18 +169,21 @@ def check_scores(trainer: Trainer, experience: Experience) -> None:
         raise RewardError(f"{said} ({failed} of the {experience.total} images tried have no score)")
 
 
-def try_rows(rewards: Sequence[Reward], image: Tensor, rows: Sequence[Row]) -> None:
-    """Score one image (1, ...) as if it had been made for each of many rows.
+def try_rows(rewards: Sequence[Reward], image: Tensor, rows: Sequence[Row], processes: Processes) -> None:
+    """Score one image (1, ...) as if it had been made for each of many rows, each process its share of them.
 
     Raises: RewardError when a reward cannot score most of them, UsageError when it says so of a prompt.
     """
     for reward in rewards:
         some = typical(rows, ROWS if reward.known is None else DEAR_ROWS)
+        own = [some[i] for i in processes.share(len(some))]
         with torch.no_grad():
-            scores = reward(image.expand(len(some), *image.shape[1:]), some) if some else image.new_zeros(0)
+            scores = reward(image.expand(len(own), *image.shape[1:]), own) if own else image.new_zeros(0)
         reward.rest()
-        if (failed := int(scores.isnan().sum())) > MOST_FAILED * len(some):
-            raise RewardError(f"{reward.failure(scores, some)} ({failed} of the {len(some)} rows tried have no score)")
+        failed = int(processes.sum(scores.isnan().sum().float()))
+        if failed > MOST_FAILED * len(some):
+            said = next(text for text in processes.gather_objects(reward.failure(scores, own)) if text)
+            raise RewardError(f"{said} ({failed} of the {len(some)} rows tried have no score)")
 
 
 def typical(rows: Sequence[Row], most: int) -> list[Row]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from condrl.errors import SIGNALS, RunError, Stopped
+from condrl.errors import SIGNALS, RunError, Stopped, UsageError
 
 T = TypeVar("T")
 
@@ -60,7 +60,8 @@ class Processes:
     def meet(self, failure: Exception | None = None) -> None:
         """Wait for the others.
 
-        Raises: RunError when one of them failed; Stopped when one was asked to stop and `heeding` allows it.
+        Raises: RunError when one of them failed, UsageError when it did with that; Stopped when one was asked to stop
+        and `heeding` allows it.
         """
         if self.count == 1:
             return
@@ -68,9 +69,9 @@ class Processes:
         failed, *asking = self._add(torch.tensor([float(failure is not None), *asked])).tolist()
         if failed:
             self.failed = True
-            reasons = self._objects(None if failure is None else f"{type(failure).__name__}: {failure}")
-            rank, reason = next((i, r) for i, r in enumerate(reasons) if r is not None)
-            raise failure or RunError(f"process {rank} failed: {reason}")
+            own = None if failure is None else (isinstance(failure, UsageError), f"{type(failure).__name__}: {failure}")
+            rank, (usage, reason) = next((i, r) for i, r in enumerate(self._objects(own)) if r is not None)
+            raise failure or (UsageError if usage else RunError)(f"process {rank} failed: {reason}")
         for number, count in zip(SIGNALS, asking, strict=True):
             if count:
                 raise Stopped(number)

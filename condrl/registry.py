@@ -228,15 +228,8 @@ class Registry:
                 load(name)
         if name not in self.plugins:
             known = self.names()
-            hint = suggestion(name, known) + self._dotted(name)
-            raise UsageError(f"unknown {self.kind} {name!r}.{hint} There are: {', '.join(known)}")
+            raise UsageError(f"unknown {self.kind} {name!r}.{suggestion(name, known)} There are: {', '.join(known)}")
         return self.plugins[name]
-
-    def _dotted(self, name: str) -> str:
-        """What to say where a dotted name was typed and its first part arrived."""
-        if self.kind != "reward" or not name.isidentifier() or importlib.util.find_spec(name) is None:
-            return ""
-        return f" An object of the package {name} is written in brackets: 'rewards[{name}.module:object].weight=1'."
 
     def names(self) -> list[str]:
         """Registered and shipped plugins."""

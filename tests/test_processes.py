@@ -62,10 +62,12 @@ def test_an_error_in_one_process_ends_all_with_it(tmp_path):
     more = [f"plugins=[{tmp_path / 'faulty.py'}]", "rewards.quadratic.weight=0", "rewards.faulty.weight=1"]
     words = [*toy_words("ddpo", tmp_path / "run"), *SMALL, *more, "prompts.heldout=null"]
     begun = time.monotonic()
-    done = run_python(*TORCHRUN, FINETUNE, *words, cwd=tmp_path, **CPU)
+    done = run_python(*TORCHRUN, FINETUNE, *words, cwd=tmp_path, CONDRL_DEBUG="1", **CPU)
     assert done.returncode != 0
-    assert "process 1 failed: ValueError: no license found" in done.stderr  # said by process 0
+    said = "error: process 1 failed: UsageError: the reward 'faulty' failed for the prompt"
+    assert any(line.startswith(said) and line.endswith("no license found") for line in done.stderr.splitlines())
     assert 'raise ValueError("no license found")' in done.stderr  # the traceback of process 1
+    assert not (tmp_path / "run").exists()
     assert time.monotonic() - begun < 120
 
 

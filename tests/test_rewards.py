@@ -86,7 +86,7 @@ def test_failed_scores_are_missing_numbers_with_a_reason():
 # ---------------------------------------------------------------------------------------------- whatever goes wrong
 
 
-def of_body(body, name="at_fault", **flags):
+def of_body(body, name="raising", **flags):
     """A reward whose function is given by its body."""
     space = {}
     lines = "".join(f"    {line}\n" for line in body.split("\n"))
@@ -111,7 +111,7 @@ def test_whatever_a_reward_raises_is_one_line(body, message):
     reward = of_body(body)
     with pytest.raises(RewardError) as error:
         score([reward], images(), ROWS)
-    assert str(error.value).startswith(f"the reward 'at_fault' failed for the prompt 'a red star': {message}")
+    assert str(error.value).startswith(f"the reward 'raising' failed for the prompt 'a red star': {message}")
     assert "\n" not in str(error.value)
     assert isinstance(error.value, RunError)
 
@@ -121,7 +121,7 @@ def test_a_missing_metadata_key_is_said_with_its_row():
     rows = [Row(3, "a red star", {"label": 1.0, "k": 2}), Row(7, "a dog", {"k": 1, "lable": 2}), Row(8, "a cat")]
     with pytest.raises(RewardError) as error:
         reward(images(3), rows)
-    said = "the reward 'at_fault' needs 'label' in each prompt's metadata, and row 8 of its prompts, 'a dog', has 'k', 'lable'"
+    said = "the reward 'raising' needs 'label' in each prompt's metadata, and row 8 of its prompts, 'a dog', has 'k', 'lable'"
     assert str(error.value) == said
     with pytest.raises(RewardError, match="row 9 of its prompts, 'a cat', has none"):
         reward(images(2), rows[::2])
@@ -218,7 +218,7 @@ def test_also_where_it_is_differentiated():
     squares = of_body("samples.mul_(samples.clone())\nreturn samples.sum((1, 2, 3))", differentiable=True)
     x = images().requires_grad_()
     scores = score([squares, make_reward("red_mean", {})], x, ROWS)
-    gradient = torch.autograd.grad(scores.each["at_fault"].sum(), x)[0]
+    gradient = torch.autograd.grad(scores.each["raising"].sum(), x)[0]
     torch.testing.assert_close(gradient, 2 * x.detach())
     torch.testing.assert_close(scores.each["red_mean"].detach(), x[:, 0].mean((1, 2)).detach())
 
