@@ -321,7 +321,7 @@ def _read(word: str) -> Part:
     texts: dict[str, Any] = {last: text}
     for key in reversed(parents):
         values, texts = {key: values}, {key: texts}
-    return Part(word, values, texts, [*parents, last], broken)
+    return Part(word, *_sections(values, texts), [*parents, last], broken)
 
 
 def _yaml(text: str) -> Any:
@@ -332,7 +332,7 @@ def _yaml(text: str) -> Any:
 
 def _read_file(word: str) -> Part:
     path = Path(word)
-    if not path.is_file():
+    if not exists(path) or not path.is_file():
         raise UsageError(f"there is no config file {word}; settings are written key=value")
     try:
         text = path.read_text("utf-8")
@@ -343,7 +343,15 @@ def _read_file(word: str) -> Part:
     values: Any = OmegaConf.to_container(loaded, resolve=False)
     if not isinstance(values, dict) or not isinstance(texts, dict):
         raise UsageError(f"{word} is not a config: it should hold keys such as model, sampler, rewards, train")
-    return Part(word, values, texts)
+    return Part(word, *_sections(values, texts))
+
+
+def _sections(values: dict[str, Any], texts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same with `algorithm: nft` written as `algorithm: {name: nft}`, so that options can join it."""
+    for kind in set(DEFAULT_PLUGINS) & set(values):
+        if not isinstance(values[kind], dict) and values[kind] is not None:
+            values, texts = {**values, kind: {"name": values[kind]}}, {**texts, kind: {"name": texts[kind]}}
+    return values, texts
 
 
 # ---------------------------------------------------------------------------------------------- text is text
@@ -442,7 +450,11 @@ def _section(values: Any, where: str) -> dict[str, Any]:
 def _typed(schema: Any, values: Mapping[str, Any], where: str) -> Any:
     """Check `values` against a dataclass."""
     _check_lists(values, schema, where)
-    merged = _merge(OmegaConf.structured(schema), dict(values), where)
+    try:
+        structure = OmegaConf.structured(schema)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"config {where}: an option of this plugin cannot be one: {_one_line(error)}") from error
+    merged = _merge(structure, dict(values), where)
     _check_numbers(merged, where)
     return OmegaConf.to_object(merged)
 

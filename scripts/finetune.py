@@ -60,6 +60,7 @@ def finetune(words: list[str]) -> None:
         check_folder,
         check_launcher,
         find_checkpoint,
+        make_measures,
         make_rewards,
         transfer_warning,
     )
@@ -72,7 +73,8 @@ def finetune(words: list[str]) -> None:
     if not dry:
         check_folder(config)
         find_checkpoint(config)  # for its complaints, before the model is loaded
-    make_rewards(config)
+    for reward in [*make_rewards(config), *make_measures(config)]:
+        reward.load()
     if warning := transfer_warning(config):
         say(f"warning: {warning}")
     result = run(config, train, heldout[: config.evaluate.prompts], begun, dry)

@@ -194,6 +194,16 @@ def test_a_resolved_config_loads_from_any_folder(tmp_path, monkeypatch):
     assert to_yaml(config) == text
 
 
+def test_a_plugin_named_in_a_word_takes_options_from_others(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("algorithm: dpok\nsampler: {name: ddim, steps: 7}\n")
+    config = load_config([str(file), "algorithm.kappa=0.3", "sampler=exponential", "sampler.eta=0.5"])
+    assert (config.algorithm["name"], config.algorithm["kappa"]) == ("dpok", 0.3)
+    assert (config.sampler["name"], config.sampler["steps"], config.sampler["eta"]) == ("exponential", 7, 0.5)
+    config = load_config(["algorithm=dpok", "algorithm.kappa=0.3", "evaluate.sampler={name: exponential}"])
+    assert (config.algorithm["name"], config.algorithm["kappa"]) == ("dpok", 0.3)
+
+
 def test_a_long_text_is_no_path():
     question = "why? " * 100
     words = ["rewards.vlm_judge.url=http://x", "rewards.vlm_judge.model=m", f"rewards.vlm_judge.question={question}"]

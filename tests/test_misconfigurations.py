@@ -35,6 +35,7 @@ TREE = {
     "total.py": "import condrl\n@condrl.reward\ndef total(samples, prompts): return samples.mean((1, 2, 3))\n",
     "unprompted.py": "import condrl\n@condrl.reward\ndef mine(samples): return samples.mean((1, 2, 3))\n",
     "steps.py": "import condrl\n@condrl.sampler\ndef mine(schedule, times, *, steps: int = 1): return None\n",
+    "tensor.py": "import condrl, torch\n@condrl.reward\ndef mine(samples, prompts, *, gain: torch.Tensor = 1): return samples\n",
     "good.py": "import condrl\n@condrl.reward\ndef mine(samples, prompts, *, level: float): return samples.mean((1, 2, 3))\n",
     "a_file": "",
     "pictures/holiday.png": "mine",
@@ -79,6 +80,10 @@ CASES = [
     ("model.path=${nowhere}", "nowhere"),
     # files
     ("nowhere.yaml", "there is no config file nowhere.yaml"),
+    ("a" * 5000, "there is no config file"),
+    ("algorithm=nft algorithm.kappa=1", "algorithm.kappa: there is no such key. There are: temperature"),
+    ("algorithm=7", "unknown algorithm '7'"),
+    ("plugins=[tensor.py] rewards.mine.weight=1", "rewards.mine: an option of this plugin cannot be one"),
     ("broken.yaml", "cannot read broken.yaml"),
     ("list.yaml", "list.yaml is not a config"),
     ("text.yaml", "text.yaml is not a config"),
