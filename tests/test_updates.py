@@ -139,7 +139,7 @@ def test_batches_of_memory_do_not_change_the_run(name, shape, tmp_path):
         pytest.skip("it is of points")
     options = {"name": name, **({"score": "pretrained"} if name == "q_learning" else {})}
     found = []
-    for batches in ({}, {"loss_batch": 7}, {"rollout_batch": 16}, {"loss_batch": 1, "rollout_batch": 1}):
+    for batches in ({}, {"loss_batch": 7}, {"loss_batch": 16, "rollout_batch": 2}):
         train = {"epochs": 2, "updates_per_epoch": 2, "lr": 0.05, **batches}
         trainer = trainer_of(tmp_path / str(len(found)), shape, algorithm=options, train=train)
         trainer.fit()
