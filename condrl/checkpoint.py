@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from condrl.errors import RunError, UsageError, say
-from condrl.files import load_tensors
+from condrl.files import load_tensors, save_tensors
 from condrl.models.lora import LORA_FILE as LORA_FILE  # where scripts and tests still look for them
 from condrl.models.lora import lora_layers as lora_layers
 
@@ -27,11 +27,9 @@ TENSORS, PLAIN, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 def save_module(module: nn.Module, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a small network's weights to `folder`, with texts for the file's header."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in module.state_dict().items()}
-    save_file(weights, folder / MODULE_FILE, metadata=dict(metadata or {}))
+    save_tensors(weights, folder / MODULE_FILE, metadata or {})
 
 
 def load_module(module: nn.Module, folder: Path) -> None:

@@ -1,8 +1,9 @@
-"""Reading files of weights, whatever a user put there: it ends in tensors, or in one line that says what is wrong."""
+"""Files of weights. Reading one ends in tensors, or in a line that says what is wrong, whatever a user put there."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,18 @@ def load_metadata(path: Path, what: str) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{what}: {path} cannot be read: {_first_line(error)}") from error
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, the same bytes for the same content: the library writes `metadata` in random order."""
+    from safetensors.torch import save
+
+    data = save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    text = json.dumps({**header, "__metadata__": dict(sorted(metadata.items()))}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
 
 
 def load_torch(path: Path, what: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from condrl import UsageError
-from condrl.files import load_metadata, load_tensors, load_torch, why_unreadable
+from condrl.files import load_metadata, load_tensors, load_torch, save_tensors, why_unreadable
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
 WEIGHTS = {"a": torch.arange(300.0), "b": torch.ones(2, 3)}
@@ -92,6 +92,20 @@ def test_truncated_and_strange_pickles(tmp_path):
     assert "holds more than weights" in one_line(load_torch, path)
     torch.save(torch.zeros(3), path)
     assert "holds a Tensor" in one_line(load_torch, path)
+
+
+def test_written_files_are_the_same_bytes_for_the_same_content(tmp_path):
+    metadata = {f"key {i}": str(i) for i in range(20)}
+    written = []
+    for i, order in enumerate((1, -1)):
+        path = tmp_path / f"{i}.safetensors"
+        save_tensors(WEIGHTS, path, dict(list(metadata.items())[::order]))
+        written.append(path.read_bytes())
+        assert int.from_bytes(written[-1][:8], "little") % 8 == 0
+    assert written[0] == written[1]
+    assert load_metadata(path, "x") == metadata
+    assert all(torch.equal(value, WEIGHTS[name]) for name, value in load_tensors(path, "x").items())
+    assert why_unreadable(path) is None
 
 
 def test_damaged_json(tmp_path):
