@@ -28,7 +28,7 @@ def save_module(module: nn.Module, folder: Path, metadata: Mapping[str, str] | N
     """Write a small network's weights to `folder`, with texts for the file's header."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in module.state_dict().items()}
-    save_tensors(folder / MODULE_FILE, weights, metadata or {})
+    save_tensors(weights, folder / MODULE_FILE, metadata or {})
 
 
 def load_module(module: nn.Module, folder: Path) -> None:

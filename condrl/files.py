@@ -1,4 +1,4 @@
-"""Reading files of weights, whatever a user put there: it ends in tensors, or in one line that says what is wrong."""
+"""Files of weights. Reading one ends in tensors, or in a line that says what is wrong, whatever a user put there."""
 
 from __future__ import annotations
 
@@ -98,6 +98,18 @@ def load_metadata(path: Path, what: str) -> dict[str, str]:
         raise UsageError(f"{what}: {path} cannot be read: {_first_line(error)}") from error
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, the same bytes for the same content: the library writes `metadata` in random order."""
+    from safetensors.torch import save
+
+    data = save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    text = json.dumps({**header, "__metadata__": dict(sorted(metadata.items()))}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+
+
 def load_torch(path: Path, what: str) -> dict[str, Any]:
     """The state dict in a file of `torch.save`, on the CPU; nothing in it is run (`weights_only=True`).
 
@@ -117,21 +129,6 @@ def load_torch(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UsageError(f"{what}: {path} holds a {type(state).__name__} instead of named weights")
     return state
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, the same bytes for the same content.
-
-    The library writes the texts in the header in an order that differs from file to file: here it is theirs.
-    """
-    from safetensors.torch import save
-
-    content = save(dict(tensors), metadata=dict(metadata))
-    length = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:length]) | {"__metadata__": dict(metadata)}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[length:])
 
 
 def _check(path: Path, what: str) -> None:

@@ -100,6 +100,7 @@ def test_header_and_card_say_what_it_is(model, tmp_path):
     )
     _, front, text = (tmp_path / "README.md").read_text().split("---\n")
     assert yaml.safe_load(front)["base_model"] == model.path
+    assert "ss_base_model_version" not in metadata(tmp_path / KOHYA_FILE)  # neither 1.x nor 2.x
     for words in (LORA_FILE, KOHYA_FILE, "ComfyUI and A1111", "diffusers", "shapes: 1.0, aesthetic: 0.1"):
         assert words in text
 

@@ -113,8 +113,8 @@ def save_lora(unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, s
     state, common = lora_state(unet), dict(metadata or {})
     rank = str(max((len(value) for key, value in state.items() if key.endswith("down.weight")), default=0))
     common |= {"format": "pt", "base_model": base, "rank": rank, "alpha": rank}
-    save_tensors(folder / LORA_FILE, diffusers_names(state), common)
-    save_tensors(folder / KOHYA_FILE, kohya_names(state), common | kohya_metadata(unet, base, rank))
+    save_tensors(diffusers_names(state), folder / LORA_FILE, common)
+    save_tensors(kohya_names(state), folder / KOHYA_FILE, common | kohya_metadata(unet, base, rank))
     rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
     card = dict(base=json.dumps(base), name=base, lora=LORA_FILE, kohya=KOHYA_FILE, rank=rank, rewards=rewards)
     (folder / "README.md").write_text(CARD.format(**card))  # a JSON string is a YAML string whatever is in it
@@ -122,15 +122,11 @@ def save_lora(unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, s
 
 def kohya_metadata(unet: Any, base: str, rank: str) -> dict[str, str]:
     """The entries by which A1111 shows a LoRA and tells which models it is for, as kohya's trainer writes them."""
-    second = unet.config.cross_attention_dim == 1024
-    return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,
-        "ss_sd_model_name": base,
-        "ss_v2": str(second),
-        "ss_base_model_version": "sd_v2" if second else "sd_v1",
-    }
+    network = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+    versions = {768: "sd_v1", 1024: "sd_v2"}  # by the width of the prompts' embeddings
+    version = versions.get(unet.config.cross_attention_dim)
+    known = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}
+    return {**network, "ss_sd_model_name": base, **known}
 
 
 # ---------------------------------------------------------------------------------------------- in
