@@ -194,6 +194,21 @@ def test_a_resolved_config_loads_from_any_folder(tmp_path, monkeypatch):
     assert to_yaml(config) == text
 
 
+def test_a_reward_may_be_named_by_module_and_object(tmp_path, monkeypatch):
+    (tmp_path / "dotted_pack").mkdir()
+    (tmp_path / "dotted_pack" / "inner.py").write_text(
+        "import condrl\n@condrl.reward(differentiable=False)\ndef dotted(samples, prompts, *, level: float = 0.5): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "dotted_pack.inner:dotted"
+    words = [f"rewards.{name}.weight=2", f"rewards.{name}.level=0.25", f"evaluate.measures.{name}={{}}"]
+    config = load_config([QUICKSTART, *words])
+    assert config.rewards[name] == {"weight": 2.0, "level": 0.25}
+    assert config.evaluate.measures[name] == {"level": 0.5}
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config([str(tmp_path / "config.yaml")]) == config
+
+
 def test_a_plugin_named_in_a_word_takes_options_from_others(tmp_path):
     file = tmp_path / "some.yaml"
     file.write_text("algorithm: dpok\nsampler: {name: ddim, steps: 7}\n")

@@ -133,6 +133,15 @@ def test_every_other_snippet_runs(code, checkout, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_every_test_that_the_pages_name_exists():
+    code = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in code, f"{page.name}: {name}"
+        for name in re.findall(r"`(tests/\w+\.py)`", page.read_text()):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
 def test_the_pages_have_snippets_and_commands():
     assert len(snippets()) >= 2
     assert len(of_script("scripts/finetune.py")) >= 8
