@@ -11,20 +11,18 @@ import dataclasses
 import inspect
 import json
 import math
-import re
-import types as types_module
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from condrl.errors import UsageError
 from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
+from condrl.words import Part, exists, mapping, merged, one_line, read_word, retyped, section_at, setting_keys
 
 Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
 ASSETS = Path(__file__).parent / "assets"
@@ -139,21 +137,6 @@ DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": 
 # ---------------------------------------------------------------------------------------------- loading
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a word of a command line sets: a file, or `key=value`."""
-
-    word: str
-    values: dict[str, Any]  # as YAML reads it
-    texts: dict[str, Any]  # the same with every scalar as it was typed
-    keys: list[str] | None = None  # of `key=value`
-    broken: str | None = None  # why its value is no YAML; it may still be text
-
-    @property
-    def is_file(self) -> bool:
-        return self.keys is None
-
-
 def load_config(words: Sequence[str], default: Path | None = None) -> Config:
     """Merge YAML files and `key=value` words, look up the plugins they name, and check everything.
 
@@ -161,7 +144,7 @@ def load_config(words: Sequence[str], default: Path | None = None) -> Config:
 
     Raises: UsageError, in one line, on an unknown key, a wrong type, a missing file or an unknown plugin.
     """
-    parts = [_read(word) for word in words]
+    parts = [read_word(word) for word in words]
     if default and not any(part.is_file for part in parts):
         parts = [_default(default, parts), *parts]
     return _config(parts)
@@ -177,93 +160,42 @@ def load_for_drawing(file: Path | None, words: Sequence[str]) -> Config:
             raise UsageError(f"{word} has no effect on drawing: settings of model.* and sampler.*, and plugins=, have")
         if setting_keys(word)[:2] in (["model", "lora"], ["model", "lora_alpha"]):
             raise UsageError(f"{word} has no effect here: the LoRA is given as a folder, and its scale is --strength")
-    part = _read(str(file)) if file else Part("", {}, {})
+    part = read_word(str(file)) if file else Part("", {}, {})
     part = replace(part, values=_drawing(part.values), texts=_drawing(part.texts))
-    return _config([part, *map(_read, words)])
+    return _config([part, *map(read_word, words)])
 
 
 def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The model of a config, but for the LoRA that it starts from, and the sampler that it deploys."""
-    model = {key: value for key, value in _at(tree, "model").items() if key not in ("lora", "lora_alpha")}
-    sampler, changes = _at(tree, "sampler"), _at(tree, "evaluate.sampler")
+    model = {key: value for key, value in section_at(tree, "model").items() if key not in ("lora", "lora_alpha")}
+    sampler, changes = section_at(tree, "sampler"), section_at(tree, "evaluate.sampler")
     if changes.get("name", sampler.get("name")) != sampler.get("name"):
         sampler = {}
     return {"model": model, "sampler": {**sampler, **changes}}
 
 
 def _config(parts: Sequence[Part]) -> Config:
-    rough = _merged(parts)
+    rough = merged(parts)
     _check_list(rough.get("plugins"), list[str], "plugins")
     for path in rough.get("plugins") or ():
         load_file(str(path))
     types = option_types(rough)
-    parts = [_retyped(part, types) for part in parts]
-    merged = _merged(_without_replaced_plugins(parts, rough))
+    parts = [retyped(part, types) for part in parts]
+    final = merged(_without_replaced_plugins(parts, rough))
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+        tree: Any = OmegaConf.to_container(OmegaConf.create(final), resolve=True)
     except OmegaConfBaseException as error:  # a ${reference} that leads nowhere
-        raise UsageError(f"config: {_one_line(error)}") from error
+        raise UsageError(f"config: {one_line(error)}") from error
     return build_config(tree)
 
 
 def _default(file: Path, parts: Sequence[Part]) -> Part:
-    part = _read(str(file))
-    named = {name: options for other in parts for name, options in _mapping(other.values.get("rewards")).items()}
+    part = read_word(str(file))
+    named = {name: options for other in parts for name, options in mapping(other.values.get("rewards")).items()}
     if all(options is None for options in named.values()):
         return part
     taken_away: dict[str, Any] = {name: {} for name, options in named.items() if options is None}
     return replace(part, values={**part.values, "rewards": taken_away})
-
-
-def _merged(parts: Sequence[Part]) -> dict[str, Any]:
-    """The parts' values, later ones over earlier ones; null takes a reward or a measure away.
-
-    Raises: UsageError where it takes away what no earlier one has.
-    """
-    merged: dict[str, Any] = {}
-    for part in parts:
-        before, merged = merged, _over(merged, part.values)
-        for where in ("rewards", "evaluate.measures"):
-            known, own, section = (_at(tree, where) for tree in (before, part.values, merged))
-            for name in [name for name, options in own.items() if options is None]:
-                if name not in known:
-                    raise UsageError(
-                        f"config {where}.{name}: null takes away what was there, and there was none; for its defaults "
-                        f"write {where}.{name}={{}}"
-                    )
-                del section[name]
-    return merged
-
-
-def _at(tree: Any, where: str) -> dict[str, Any]:
-    """The section of a tree at some dotted keys; empty where there is none."""
-    for key in where.split("."):
-        tree = _mapping(tree).get(key)
-    return _mapping(tree)
-
-
-def _retyped(part: Part, types: Mapping[str, Any]) -> Part:
-    """The part with the text that was typed where the options are text.
-
-    Raises: UsageError on a word that is not YAML where it has to be.
-    """
-    kind: Any = types
-    for key in part.keys or ():
-        kind = _mapping(kind).get(key)
-    if part.broken and not is_text(kind):
-        raise UsageError(f"cannot read {part.word!r}: {part.broken}")
-    return replace(part, values=as_typed(part.values, part.texts, types))
-
-
-def _over(old: Any, new: Any) -> Any:
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return copy.deepcopy(new)
-    both = {key: _over(old[key], value) if key in old else copy.deepcopy(value) for key, value in new.items()}
-    return {**old, **both}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _without_replaced_plugins(parts: Sequence[Part], merged: Mapping[str, Any]) -> list[Part]:
@@ -275,7 +207,7 @@ def _without_replaced_plugins(parts: Sequence[Part], merged: Mapping[str, Any]) 
             name = _plugin_name(values.get(kind))
             if name and name != _plugin_name(merged.get(kind)):
                 common = [f.name for f in dataclasses.fields(GridConfig)] if kind == "sampler" else []
-                values[kind] = {key: values[kind][key] for key in common if key in _mapping(values[kind])}
+                values[kind] = {key: values[kind][key] for key in common if key in mapping(values[kind])}
         kept.append(replace(part, values=values))
     return kept
 
@@ -284,91 +216,18 @@ def _plugin_name(section: Any) -> Any:
     return section.get("name") if isinstance(section, dict) else section
 
 
-# ---------------------------------------------------------------------------------------------- reading words
-
-SETTING = re.compile(r"(?P<key>[\w.:-]+)=(?P<value>.*)", re.DOTALL)
-DOTTED_REWARD = re.compile(r"(?P<section>rewards|evaluate\.measures)\.(?P<name>[\w.]+:\w+)(?:\.(?P<option>\w+))?")
-
-
-def is_setting(word: str) -> bool:
-    """Whether a word of a command line is `key=value` rather than a file."""
-    return bool(SETTING.fullmatch(word)) and not exists(Path(word))
-
-
-def setting_keys(word: str) -> list[str]:
-    """The keys of a `key=value` word, `["train", "lr"]`; a reward may be named `rewards.module:object.weight=1`."""
-    found = SETTING.fullmatch(word)
-    assert found
-    dotted = DOTTED_REWARD.fullmatch(found["key"])
-    if dotted:
-        return [*dotted["section"].split("."), *filter(None, (dotted["name"], dotted["option"]))]
-    return found["key"].split(".")
-
-
-def _read(word: str) -> Part:
-    if not is_setting(word):
-        return _read_file(word)
-    *parents, last = setting_keys(word)
-    text = word.partition("=")[2]
-    if not all([*parents, last]):
-        raise UsageError(f"cannot read {word!r}: a setting is section.key=value")
-    value, broken = text, None
-    try:
-        value = _yaml(text)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        broken = _one_line(error)
-    values: dict[str, Any] = {last: value}
-    texts: dict[str, Any] = {last: text}
-    for key in reversed(parents):
-        values, texts = {key: values}, {key: texts}
-    return Part(word, *_sections(values, texts), [*parents, last], broken)
-
-
-def _yaml(text: str) -> Any:
-    """A value as OmegaConf reads it from YAML, where 1e-5 is a number."""
-    loaded: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    return loaded["value"]
-
-
-def _read_file(word: str) -> Part:
-    path = Path(word)
-    if not exists(path) or not path.is_file():
-        raise UsageError(f"there is no config file {word}; settings are written key=value")
-    try:
-        text = path.read_text("utf-8")
-        loaded = OmegaConf.create(text)
-        texts = yaml.load(text, yaml.BaseLoader)  # every scalar stays text
-    except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
-        raise UsageError(f"cannot read {word}: {_one_line(error)}") from error
-    values: Any = OmegaConf.to_container(loaded, resolve=False)
-    if not isinstance(values, dict) or not isinstance(texts, dict):
-        raise UsageError(f"{word} is not a config: it should hold keys such as model, sampler, rewards, train")
-    return Part(word, *_sections(values, texts))
-
-
-def _sections(values: dict[str, Any], texts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same with `algorithm: nft` written as `algorithm: {name: nft}`, so that options can join it."""
-    for kind in set(DEFAULT_PLUGINS) & set(values):
-        if not isinstance(values[kind], dict) and values[kind] is not None:
-            values, texts = {**values, kind: {"name": values[kind]}}, {**texts, kind: {"name": texts[kind]}}
-    return values, texts
-
-
-# ---------------------------------------------------------------------------------------------- text is text
-
-
 def option_types(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The type of each key of a config, nested like it, for the plugins that it names."""
     types: dict[str, Any] = {name: type_hints(schema) for name, schema in SECTIONS.items()}
     for kind, default in DEFAULT_PLUGINS.items():
         types[kind] = _plugin_types(kind, _plugin_name(tree.get(kind)) or default)
-    evaluation = _mapping(tree.get("evaluate"))
+    evaluation = mapping(tree.get("evaluate"))
     sampler = _plugin_name(tree.get("sampler")) or DEFAULT_PLUGINS["sampler"]
     types["evaluate"]["sampler"] = _plugin_types("sampler", _plugin_name(evaluation.get("sampler")) or sampler)
     types["evaluate"]["measures"] = {
-        name: _plugin_types("reward", name) for name in _mapping(evaluation.get("measures"))
+        name: _plugin_types("reward", name) for name in mapping(evaluation.get("measures"))
     }
-    types["rewards"] = {name: _plugin_types("reward", name) for name in _mapping(tree.get("rewards"))}
+    types["rewards"] = {name: _plugin_types("reward", name) for name in mapping(tree.get("rewards"))}
     return {**types, "plugins": list[str]}
 
 
@@ -376,41 +235,6 @@ def _plugin_types(kind: str, name: Any) -> dict[str, Any]:
     plugin = REGISTRIES[kind].find(str(name))
     common = type_hints(GridConfig) if kind == "sampler" else {}
     return {"name": str, **common, **{option.name: option.type for option in plugin.options.values()}}
-
-
-def as_typed(values: Any, texts: Any, types: Any) -> Any:
-    """`values` with the text that was typed, wherever `types` asks for text: `no` is then not False, nor `007` 7."""
-    if isinstance(types, dict) and isinstance(values, dict):
-        texts = yaml.load(texts, yaml.BaseLoader) if isinstance(texts, str) else texts
-        return {key: as_typed(value, texts.get(str(key)), types.get(key)) for key, value in values.items()}
-    if is_text(types) and isinstance(texts, str) and not (values is None and _allows_null(types)):
-        return texts
-    if isinstance(values, list) and isinstance(texts, str):
-        texts = yaml.load(texts, yaml.BaseLoader)
-    if isinstance(values, list) and isinstance(texts, list) and is_text(_item_type(types)):
-        return [as_typed(value, text, _item_type(types)) for value, text in zip(values, texts, strict=True)]
-    return values
-
-
-def is_text(kind: Any) -> bool:
-    """Whether an annotation allows text and, but for null, nothing else."""
-    if typing.get_origin(kind) is Literal:
-        return all(isinstance(value, str) for value in typing.get_args(kind))
-    if typing.get_origin(kind) in (typing.Union, types_module.UnionType):
-        return all(is_text(part) for part in typing.get_args(kind) if part is not type(None))
-    return kind is str
-
-
-def _allows_null(kind: Any) -> bool:
-    return type(None) in typing.get_args(kind)
-
-
-def _item_type(kind: Any) -> Any:
-    """Of the items of a list[...] or tuple[..., ...], also one that may be null."""
-    for part in (kind, *typing.get_args(kind)):
-        if typing.get_origin(part) in (list, tuple):
-            return typing.get_args(part)[0]
-    return None
 
 
 # ---------------------------------------------------------------------------------------------- building
@@ -453,7 +277,7 @@ def _typed(schema: Any, values: Mapping[str, Any], where: str) -> Any:
     try:
         structure = OmegaConf.structured(schema)
     except OmegaConfBaseException as error:
-        raise UsageError(f"config {where}: an option of this plugin cannot be one: {_one_line(error)}") from error
+        raise UsageError(f"config {where}: an option of this plugin cannot be one: {one_line(error)}") from error
     merged = _merge(structure, dict(values), where)
     _check_numbers(merged, where)
     return OmegaConf.to_object(merged)
@@ -472,9 +296,9 @@ def _merge(schema: Any, values: Any, where: str) -> Any:
         raise UsageError(f"config {at}: there is no such key.{near}") from error
     except OmegaConfBaseException as error:
         key = ".".join(part for part in (where, getattr(error, "full_key", None) or "") if part)
-        raise UsageError(f"config {key}: {_one_line(error)}") from error
+        raise UsageError(f"config {key}: {one_line(error)}") from error
     except (TypeError, ValueError) as error:  # OmegaConf's own, where a list or value meets a section
-        raise UsageError(f"config {where}: {_one_line(error)}") from error
+        raise UsageError(f"config {where}: {one_line(error)}") from error
 
 
 def _check_numbers(value: Any, where: str) -> None:
@@ -508,10 +332,6 @@ def _check_list(value: Any, kind: Any, where: str) -> None:
     items = typing.get_args(kinds[0])
     if typing.get_origin(kinds[0]) is tuple and ... not in items and len(value) != len(items):
         raise UsageError(f"config {where}: expected {len(items)} values, got {list(value)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split("full_key:")[0].split()) or type(error).__name__
 
 
 def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
@@ -604,14 +424,6 @@ def check_arithmetic(config: Config) -> None:
         )
     if images % train.rollout_batch and images > train.rollout_batch:
         raise UsageError(f"config train.rollout_batch: {sentence}, not divisible by batches of {train.rollout_batch}")
-
-
-def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; not for a text that is too long for a path, or holds a NUL."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
 
 
 def locate(path: str) -> Path:

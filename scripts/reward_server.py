@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from condrl.config import is_setting, typed_options
+from condrl.config import typed_options
 from condrl.errors import UsageError, brief, exit_code
 from condrl.registry import load_file
 from condrl.registry import reward as registry
+from condrl.words import is_setting
 
 if TYPE_CHECKING:
     from condrl.rewards import Reward

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from condrl.config import Config, is_setting, load_for_drawing, setting_keys
+from condrl.config import Config, load_for_drawing
 from condrl.errors import UsageError, exit_code
+from condrl.words import is_setting, setting_keys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,9 +101,8 @@ def find(path: Path) -> tuple[Path, Path | None]:
 
     Raises: UsageError when there is none.
     """
-    from condrl.models.lora import find_lora
-
     from condrl.checkpoint import MODULE_FILE
+    from condrl.models.lora import find_lora
 
     if not path.exists():
         raise UsageError(f"there is no run or LoRA {path}; settings are written key=value")
@@ -139,7 +139,6 @@ def unused(folder: Path) -> Path:
 def draw(args: argparse.Namespace, config: Config, lora: Path | None, prompts: Sequence[str]) -> None:
     """Draw each prompt from each seed, and write the images."""
     from condrl.models.lora import scale_lora
-
     from condrl.report import save_comparison, save_grid, to_pil
     from condrl.run import make_policy
 

@@ -12,7 +12,8 @@ import pytest
 from helpers import ROOT, load_script, run_python
 from PIL import Image
 
-from condrl.config import is_setting, load_config
+from condrl.config import load_config
+from condrl.words import is_setting
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = [
