@@ -65,34 +65,47 @@ def check_file(path: Path, option: str) -> None:
 def fetching(option: str, what: str, local: bool = False) -> Iterator[None]:
     """Within it, what hinders a library from loading `what`, from a folder or the hub, becomes one line.
 
-    Where the hub cannot be reached, its cache alone is asked: its library would try again for 23 seconds a file. With
-    `local`, or a folder as `what`, nobody is asked.
-
     Raises: UsageError naming the config's option.
+    """
+    with offline_if_unreachable(local or Path(what).is_dir()):
+        try:
+            yield
+        except UsageError:
+            raise
+        except Exception as error:  # open_clip, transformers and the hub's client pass on whatever their parts raise
+            raise UsageError(f"config {option}: cannot load {what}: {_reason(Path(what), error)}") from error
+
+
+@contextmanager
+def offline_if_unreachable(local: bool) -> Iterator[None]:
+    """Within it, the hub's cache alone is asked where the hub cannot be reached.
+
+    Its library would try again for 23 seconds a file. With `local` files nobody is asked.
     """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not (local or Path(what).is_dir() or reachable(constants.ENDPOINT))
+    constants.HF_HUB_OFFLINE = before or not (local or reachable(constants.ENDPOINT))
     try:
         yield
-    except UsageError:
-        raise
-    except Exception as error:  # open_clip, transformers and the hub's client pass on whatever their parts raise
-        raise UsageError(f"config {option}: cannot load {what}: {_reason(Path(what), error)}") from error
     finally:
         constants.HF_HUB_OFFLINE = before
 
 
-def _reason(place: Path, error: Exception) -> str:
+def unreachable_reason() -> str | None:
+    """What to say of something that is not in the cache, where the hub cannot be reached; None where it can."""
     from huggingface_hub import constants
 
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    return f"it is not on this machine, and {constants.ENDPOINT} cannot be reached: give a file or folder"
+
+
+def _reason(place: Path, error: Exception) -> str:
     for file in sorted(place.iterdir()) if place.is_dir() else [place] if place.exists() else []:
         if file.is_file() and (why := why_unreadable(file)):
             return f"{file} {why}"
-    if place.exists() or not constants.HF_HUB_OFFLINE:
-        return brief(error)
-    return f"it is not on this machine, and {constants.ENDPOINT} cannot be reached: give a file or folder"
+    return (None if place.exists() else unreachable_reason()) or brief(error)
 
 
 @functools.cache

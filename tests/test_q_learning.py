@@ -340,9 +340,10 @@ def paired_trainer(folder: Path, *words: str) -> Trainer:
     first.policy.model.save_adapter(folder / "network")
     words = ("algorithm.beta=2", "algorithm.score=paired", f"model.weights={folder / 'network'}", *words)
     trainer = roll_trainer(folder, *words)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.weights:
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return trainer
 
 

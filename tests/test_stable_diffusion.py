@@ -1,5 +1,6 @@
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 from condrl import RunError, UsageError
 from condrl.algorithms import path_kl
 from condrl.config import ASSETS, load_config
-from condrl.models.loading import load_pipeline
+from condrl.models.loading import WHOLE, load_pipeline
 from condrl.models.stable_diffusion import StableDiffusion
 from condrl.noise import seeded
 from condrl.policy import Policy
@@ -526,3 +527,22 @@ def test_the_asset_runs_as_it_is_in_diffusers():
     ours = pictures(StableDiffusion(CPU), PROMPTS[:2], SEEDS[:2])
     assert (ours - theirs).abs().max() < 1 / 255
     assert json.loads((folder / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("words", [{"path": "nobody/nothing"}, {"path": "{single}"}])
+def test_without_a_network_the_hub_is_not_asked_again_and_again(words, tmp_path, monkeypatch):
+    """Its library tries for 23 seconds a file; a single file needs configs from there."""
+
+    import condrl.hub
+
+    def asked(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(condrl.hub, "reachable", lambda _: False)
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    single = tmp_path / "single.safetensors"
+    save_file({f"{start}x": torch.ones(1) for start in WHOLE}, single)
+    path = words["path"].format(single=single)
+    with pytest.raises(UsageError, match="config model.path: .*(not on this machine|single_file_config)") as error:
+        StableDiffusion(torch.device("cpu"), path=path)
+    assert "\n" not in str(error.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ import torch
 from condrl.config import locate
 from condrl.errors import UsageError
 from condrl.files import load_torch, why_unreadable
+from condrl.hub import offline_if_unreachable, unreachable_reason
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of the same networks
 CLASSES = {
@@ -52,16 +54,17 @@ def load_pipeline(
     source = locate(path)
     if not source.exists() and not HUB_ID.fullmatch(path):
         raise UsageError(f"config model.path: there is no file or folder {path}, and a hub id is OWNER/NAME")
-    try:
-        if source.is_file():
-            pipe = from_file(source, single_file_config, dtype)
-        else:
-            where = str(source) if source.is_dir() else path
-            pipe = from_folder(where, dict(revision=revision, variant=variant, dtype=dtype, use_safetensors=True))
-    except UsageError as error:
-        raise UsageError(f"config model.path: {error}") from error
-    except Exception as error:  # diffusers, transformers, tokenizers and safetensors raise what they like at a bad file
-        raise UsageError(f"config model.path: cannot load {path!r}: {explained(error, source, variant)}") from error
+    with offline_if_unreachable(local=source.is_dir() or single_file_config is not None):
+        try:
+            if source.is_file():
+                pipe = from_file(source, single_file_config, dtype)
+            else:
+                where = str(source) if source.is_dir() else path
+                pipe = from_folder(where, dict(revision=revision, variant=variant, dtype=dtype, use_safetensors=True))
+        except UsageError as error:
+            raise UsageError(f"config model.path: {error}") from error
+        except Exception as error:  # diffusers, transformers and safetensors raise what they like at a bad file
+            raise UsageError(f"config model.path: cannot load {path!r}: {explained(error, source, variant)}") from error
     check(pipe, path)
     return pipe
 
@@ -71,6 +74,7 @@ def be_quiet() -> None:
     import diffusers.utils.logging
     import transformers.utils.logging
 
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # which diffusers passes to the hub
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity(logging.CRITICAL)  # what they raise is said here
@@ -172,7 +176,8 @@ def explained(error: Exception, source: Path, variant: str | None) -> str:
     if not source.is_dir():
         missing = "no file named" in lines[0] and not variant
         hint = "; if it has them in half precision only: model.variant=fp16" if missing else ""
-        return ("" if source.exists() else "there is no such file or folder, and on the hub: ") + lines[0] + hint
+        elsewhere = unreachable_reason() or f"there is no such file or folder, and on the hub: {lines[0]}"
+        return (lines[0] if source.exists() else elsewhere) + hint
     damaged = (f"{file} {why}" for file in files_of(source, variant) if (why := why_unreadable(file)))
     return next(damaged, None) or missing_weights(source, variant) or lines[0]
 
