@@ -193,6 +193,16 @@ def test_held_out_measures_are_taken_after_so_many_epochs(every, when, tmp_path)
         assert tuned != result["heldout"]["quadratic"]["base"]["mean"]
 
 
+def test_the_difference_is_of_the_tuned_from_the_base(tmp_path):
+    result, _ = toy(tmp_path, MEASURE, "train.lr=1e-2", "evaluate.images_per_prompt=3")
+    moved, same = result["heldout"]["quadratic"], result["heldout"]["number_of_row"]
+    expected = moved["tuned"]["mean"] - moved["base"]["mean"]
+    assert abs(expected) > 1e-3
+    assert moved["difference"]["mean"] == pytest.approx(expected, abs=1e-6)
+    assert moved["better"] + moved["worse"] == pytest.approx(1)
+    assert (same["difference"]["mean"], same["better"], same["worse"]) == (0, 0, 0)
+
+
 def test_measures_are_reported_beside_the_rewards_with_their_options(tmp_path):
     result, lines = toy(tmp_path, "evaluate.measures.second_moment.factor=-3", "evaluate.images_per_prompt=4")
     assert set(result["heldout"]) == {"quadratic", "second_moment"}

@@ -310,15 +310,22 @@ def test_the_total_is_the_weighted_sum(tmp_path):
 
 
 def test_seeds_and_epochs_draw_other_noise(tmp_path):
-    def samples(seed, epoch):
-        trainer = trainer_of(tmp_path, algorithm={"name": "ddpo"}, run={"seed": seed})
-        return trainer.collect(epoch, Clock()).rollout.samples
+    def drawn(seed, epoch):
+        """(K + 1, B, 2): where a roll-out starts, and the noise of each step."""
+        trainer = trainer_of(tmp_path, run={"seed": seed})
+        r, S = trainer.collect(epoch, Clock()).rollout, trainer.policy.sampler.S
+        noise = [r.states[0]]
+        for k in range(5):
+            mean = trainer.policy.transition(r.states[k], torch.full((16,), k), r.condition).mean.detach()
+            noise.append((r.states[k + 1] - mean) / S[k])
+        return torch.stack(noise)
 
-    found = [samples(0, 0), samples(1, 0), samples(0, 1)]
-    assert torch.equal(found[0], samples(0, 0))
+    found = [drawn(0, 0), drawn(1, 0), drawn(0, 1)]
+    assert torch.equal(found[0], drawn(0, 0))
     for other in found[1:]:
-        assert (found[0] - other).abs().min() > 0
-    assert len({tuple(x.tolist()) for x in found[0].flatten(1)}) == 16  # no two images alike
+        assert (found[0] - other).abs().min() > 1e-5
+    assert len(set(found[0].flatten().tolist())) == 6 * 16 * 2  # neither two images nor two steps alike
+    assert found[0].std().item() == pytest.approx(1, abs=0.2)
 
 
 def test_rows_are_what_the_rewards_are_asked_about(tmp_path):
