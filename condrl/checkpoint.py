@@ -77,7 +77,12 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -
         for path in (*part.iterdir(), part):
             _to_disk(path)
         _remove(folder / name)
-        part.rename(folder / name)
+        if (folder / name).exists():  # what somebody else put there stays
+            for file in FILES:
+                (part / file).replace(folder / name / file)
+            part.rmdir()
+        else:
+            part.rename(folder / name)
         _to_disk(folder)
     except (OSError, SafetensorError) as error:
         _remove(part)

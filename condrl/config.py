@@ -131,6 +131,7 @@ COUNTS = (
     "loss_batch",
     "max_bad_updates",
 )
+PATHS = ("path", "lora", "single_file_config", "images")  # options that name a file or folder, if there is one
 DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": "ddpo"}
 
 
@@ -158,7 +159,7 @@ def load_for_drawing(file: Path | None, words: Sequence[str]) -> Config:
     for word in words:
         if setting_keys(word)[0] not in ("model", "sampler", "plugins"):
             raise UsageError(f"{word} has no effect on drawing: settings of model.* and sampler.*, and plugins=, have")
-        if setting_keys(word)[:2] in (["model", "lora"], ["model", "lora_alpha"]):
+        if {"lora", "lora_alpha"} & section_at(read_word(word).values, "model").keys():
             raise UsageError(f"{word} has no effect here: the LoRA is given as a folder, and its scale is --strength")
     part = read_word(str(file)) if file else Part("", {}, {})
     part = replace(part, values=_drawing(part.values), texts=_drawing(part.texts))
@@ -175,18 +176,22 @@ def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(parts: Sequence[Part]) -> Config:
-    rough = merged(parts)
+    rough = _resolved(merged(parts))
     _check_list(rough.get("plugins"), list[str], "plugins")
     for path in rough.get("plugins") or ():
         load_file(str(path))
     types = option_types(rough)
     parts = [retyped(part, types) for part in parts]
-    final = merged(_without_replaced_plugins(parts, rough))
+    return build_config(_resolved(merged(_without_replaced_plugins(parts, rough))))
+
+
+def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """With the values that ${references} lead to."""
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.create(final), resolve=True)
+        found: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:  # a ${reference} that leads nowhere
         raise UsageError(f"config: {one_line(error)}") from error
-    return build_config(tree)
+    return found
 
 
 def _default(file: Path, parts: Sequence[Part]) -> Part:
@@ -194,7 +199,8 @@ def _default(file: Path, parts: Sequence[Part]) -> Part:
     named = {name: options for other in parts for name, options in mapping(other.values.get("rewards")).items()}
     if all(options is None for options in named.values()):
         return part
-    taken_away: dict[str, Any] = {name: {} for name, options in named.items() if options is None}
+    own = section_at(part.values, "rewards")
+    taken_away: dict[str, Any] = {name: {} for name, options in named.items() if options is None and name in own}
     return replace(part, values={**part.values, "rewards": taken_away})
 
 
@@ -205,7 +211,7 @@ def _without_replaced_plugins(parts: Sequence[Part], merged: Mapping[str, Any]) 
         values = dict(part.values)
         for kind in DEFAULT_PLUGINS if part.is_file else ():
             name = _plugin_name(values.get(kind))
-            if name and name != _plugin_name(merged.get(kind)):
+            if name and "${" not in str(name) and name != _plugin_name(merged.get(kind)):
                 common = [f.name for f in dataclasses.fields(GridConfig)] if kind == "sampler" else []
                 values[kind] = {key: values[kind][key] for key in common if key in mapping(values[kind])}
         kept.append(replace(part, values=values))
@@ -274,6 +280,9 @@ def _section(values: Any, where: str) -> dict[str, Any]:
 def _typed(schema: Any, values: Mapping[str, Any], where: str) -> Any:
     """Check `values` against a dataclass."""
     _check_lists(values, schema, where)
+    for name, value in values.items():
+        if value == MISSING:
+            raise UsageError(f"config {where}.{name}: ??? stands for a value that has to be given")
     try:
         structure = OmegaConf.structured(schema)
     except OmegaConfBaseException as error:
@@ -335,6 +344,8 @@ def _check_list(value: Any, kind: Any, where: str) -> None:
 
 
 def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
+    if section is None:
+        raise UsageError(f"config {kind}: is null; leave it out for {DEFAULT_PLUGINS[kind]}, or give a name")
     options = {"name": section} if isinstance(section, str) else _section(section, kind)
     name = str(options.pop("name", DEFAULT_PLUGINS[kind]))
     common = GridConfig if kind == "sampler" else None
@@ -440,18 +451,25 @@ def to_yaml(config: Config) -> str:
     tree["plugins"] = [str(Path(path).expanduser().resolve()) for path in config.plugins]
     tree["prompts"] = {name: from_anywhere(path) for name, path in tree["prompts"].items()}
     tree["run"]["dir"] = config.run.dir and str(Path(config.run.dir).absolute())
-    options = [tree["model"], *tree["rewards"].values(), *tree["evaluate"]["measures"].values()]
-    for section in options:
-        for name, value in section.items():
-            section[name] = from_anywhere(value) if name != "name" else value
+    rewards = [*tree["rewards"].values(), *tree["evaluate"]["measures"].values()]
+    for section in [tree["model"], tree["sampler"], tree["algorithm"], *rewards]:
+        for name in section.keys() - {"name"}:
+            section[name] = from_anywhere(section[name], name in PATHS)
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
-def from_anywhere(value: Any) -> Any:
-    """The absolute path of a text that names an existing file or folder; anything else as it is."""
+def from_anywhere(value: Any, is_path: bool = True) -> Any:
+    """The absolute path of a text that names an existing file or folder, also of such texts in a list.
+
+    Where the option need not be a path, only of one that looks like it: with a separator, an ending, or configs in it.
+    """
+    if isinstance(value, list | tuple):
+        return [from_anywhere(item, is_path) for item in value]
     if not isinstance(value, str) or not value or value.startswith("asset:") or not exists(locate(value)):
         return value
-    return str(locate(value).resolve())
+    path = locate(value)
+    looks = "/" in value or "\\" in value or path.suffix or any(path.glob("*.json"))
+    return str(path.resolve()) if is_path or looks else value
 
 
 def config_help() -> str:

@@ -18,6 +18,10 @@ from condrl.rewards import Reward, score
 from condrl.rollout import sample
 
 RESAMPLES = 4000  # of the prompts, for a bootstrap
+STUDENT_T = (  # the 97.5 % quantiles of Student's t, for 1, 2, ... degrees of freedom
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def prompt_means(scores: Tensor, images_per_prompt: int) -> Tensor:
 def estimate(scores: Tensor, images_per_prompt: int) -> Estimate:
     """Mean and interval of scores (P * images_per_prompt,); nan are left out.
 
-    Shares of yes and no have Wilson's interval, other means a normal one within the range of the prompts' means.
+    Shares of yes and no have Wilson's interval, others Student's, within [0, 1] where all means are.
     """
     means = prompt_means(scores, images_per_prompt)
     means, failed = means[means.isfinite()], int(scores.isnan().sum())
@@ -61,8 +65,16 @@ def estimate(scores: Tensor, images_per_prompt: int) -> Estimate:
         return Estimate(mean, None, failed)
     if ((means == 0) | (means == 1)).all():
         return Estimate(mean, wilson(mean, count), failed)
-    half = 1.96 * means.std().item() / count**0.5
-    return Estimate(mean, (max(means.min().item(), mean - half), min(means.max().item(), mean + half)), failed)
+    low, high = student(means)
+    share = means.min() >= 0 and means.max() <= 1
+    return Estimate(mean, (max(0.0, low), min(1.0, high)) if share else (low, high), failed)
+
+
+def student(values: Tensor) -> tuple[float, float]:
+    """The 95 % interval of the mean of values (n,), n > 1, by Student's t (a normal one beyond 30)."""
+    t = STUDENT_T[len(values) - 2] if len(values) - 2 < len(STUDENT_T) else 1.96
+    mean, half = values.mean().item(), t * values.std().item() / len(values) ** 0.5
+    return mean - half, mean + half
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -74,11 +86,16 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def paired_difference(base: Tensor, tuned: Tensor) -> Estimate:
-    """The mean of tuned - base (P,) over prompts that have both, with a percentile bootstrap over prompts."""
+    """The mean of tuned - base (P,) over prompts that have both, with a percentile bootstrap over prompts.
+
+    Of few prompts a bootstrap's intervals are too narrow: then it is Student's.
+    """
     differences = (tuned - base).double()
     differences = differences[differences.isfinite()]
     if len(differences) <= 1:
         return Estimate(differences.mean().item(), None)
+    if len(differences) <= len(STUDENT_T):
+        return Estimate(differences.mean().item(), student(differences))
     generator = torch.Generator().manual_seed(0)
     means = torch.stack(
         [

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import shutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from condrl.errors import RunError, UsageError
+from condrl.errors import RunError, UsageError, say
 
 MANIFEST = "condrl_files.txt"  # the list: a path per line
 LOCK = "lock"
+OWN = (  # what every run writes, or many do
+    *("config.yaml", "metrics.jsonl", "timings.jsonl", "result.json"),
+    *("images/epoch_[0-9]*.png", "images/before_after.png", "images/density.png", "images/plane.png"),
+    *("images/objective.png", "lora/pytorch_lora_weights.safetensors", "lora/comfyui_lora.safetensors"),
+    *("lora/network.safetensors", "lora/README.md"),
+)
 LONGEST_NAME = 255  # bytes, of the usual file systems
 
 
@@ -65,27 +73,42 @@ class RunFolder:
         foreign = [p.name for p in self.path.iterdir() if p.name != LOCK] if there and not self.is_a_runs else []
         if foreign:
             raise UsageError(
-                f"{self.path} holds {min(foreign)}, which no run wrote: choose another run.name= or run.dir=, a folder "
-                "that is empty or does not exist yet"
+                f"{self.path} holds {min(foreign)}, which no run wrote (there is no {MANIFEST}): choose another "
+                "run.name= or run.dir=, a folder that is empty or does not exist yet"
             )
+        taken = [n for n in self.files_in("") - self.listed if any(fnmatch.fnmatch(n, known) for known in OWN)]
+        if there and taken:
+            raise UsageError(f"{self.path / min(taken)} is in the way, and no run wrote it: move it elsewhere")
 
     # ------------------------------------------------------------------------------------------ writing
 
     def claim(self, name: str) -> Path:
         """Where to write the file of that relative path, which is on the list from now on.
 
-        Raises: RunError where a link would lead out of the folder.
+        Raises: RunError where a link would lead out of the folder, or where a file is in the way that no run wrote.
         """
         path = self.path
         for part in PurePosixPath(name).parts:
             path = path / part
             if path.is_symlink():
                 raise RunError(f"{path} is a link, and a run does not write through links: remove it")
-        if name not in self.listed:
-            with (self.path / MANIFEST).open("a", encoding="utf-8") as manifest:
-                manifest.write(name + "\n")
-            self.listed.add(name)
+        if name not in self.listed and path.exists():
+            raise RunError(f"{path} is in the way, and no run wrote it: move it elsewhere")
+        self.adopt([name])
         return path
+
+    def claim_all(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.claim(name)
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """List files that are there already, written by a library."""
+        new = sorted(set(names) - self.listed)
+        if new:
+            torn = self._read_manifest()[-1:] not in ("", "\n")  # a line that was cut short stands alone
+            with (self.path / MANIFEST).open("a", encoding="utf-8") as manifest:
+                manifest.write("\n" * torn + "".join(f"{name}\n" for name in new))
+            self.listed.update(new)
 
     def file(self, name: str) -> Path:
         """As `claim`, and the folder of the file exists."""
@@ -100,12 +123,12 @@ class RunFolder:
         Raises: RunError where a file is in the way that no run wrote; the new ones are then in the folder yielded.
         """
         part = f".{name}.part"
-        self._remove(self.files_in(part))  # left by a process that was killed
-        (self.path / part).mkdir(exist_ok=True)
+        self.adopt([f"{part}/"])
+        self._remove([f"{part}/"])  # left by a process that was killed
+        (self.path / part).mkdir()
         yield self.path / part
         moves = {each: name + each.removeprefix(part) for each in sorted(self.files_in(part))}
-        for each, target in moves.items():
-            self.claim(each)
+        for target in moves.values():
             if target not in self.listed and (self.path / target).exists():
                 raise RunError(
                     f"{self.path / target} is in the way, and no run wrote it; see {self.path / part} instead"
@@ -116,8 +139,9 @@ class RunFolder:
         _remove_empty(self.path / part, self.path)
 
     def files_in(self, name: str) -> set[str]:
-        """The relative paths of all files in one of its folders."""
-        return {p.relative_to(self.path).as_posix() for p in (self.path / name).rglob("*") if p.is_file()}
+        """The relative paths of all files in one of its folders, but for links."""
+        paths = (self.path / name).rglob("*")
+        return {p.relative_to(self.path).as_posix() for p in paths if p.is_file() and not p.is_symlink()}
 
     # ------------------------------------------------------------------------------------------ removing
 
@@ -134,9 +158,13 @@ class RunFolder:
     def _remove(self, names: Collection[str]) -> None:
         for name in sorted(names):
             path = self.path / name
-            if path.parent.resolve().is_relative_to(self.path.resolve()):  # not through a link that leads elsewhere
+            if not path.parent.resolve().is_relative_to(self.path.resolve()):
+                continue  # through a link that leads elsewhere
+            if name.endswith("/") and not path.is_symlink():  # a folder with all that is in it
+                shutil.rmtree(path, ignore_errors=True)
+            elif not path.is_dir() or path.is_symlink():
                 path.unlink(missing_ok=True)
-                _remove_empty(path.parent, self.path)
+            _remove_empty(path.parent, self.path)
 
     # ------------------------------------------------------------------------------------------ one run at a time
 
@@ -159,6 +187,8 @@ class RunFolder:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise UsageError(f"another process is tuning in {self.path}: choose another run.name=") from None
+                except OSError as error:  # some network file systems have no locks
+                    say(f"warning: {self.path} cannot be locked ({error}): see that no other run uses it")
             yield
 
 

@@ -113,14 +113,17 @@ class Reward:
         try:
             yield
         except UsageError as error:  # what rewards share cannot know for whom it works
-            raise UsageError(str(error).replace("rewards.*", f"rewards.{self.name}")) from error
+            raise UsageError(self._named(str(error).replace("rewards.*", f"rewards.{self.name}"))) from error
         except RunError as error:
-            raise RewardError(str(error)) from error
+            raise RewardError(self._named(str(error))) from error
         except MissingKey as error:
             raise RewardError(f"the reward {self.name!r} needs {error}") from error
         except (Exception, SystemExit) as error:  # user code
             place = f" for the prompt {rows[0].prompt!r}" if rows else ""
             raise RewardError(f"the reward {self.name!r} failed{place}: {brief(error)}") from error
+
+    def _named(self, text: str) -> str:
+        return text if self.name in text else f"the reward {self.name!r}: {text}"
 
     def load(self) -> None:
         """Let it open its files now.

@@ -122,19 +122,25 @@ def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -
         if note := duplicate_note(rows):
             lines.append(f"prompts.{name}: {note}")
     if heldout:
-        names = ", ".join(dict.fromkeys([*config.evaluate.measures, *config.rewards]))
+        rewards = [name for name, options in config.rewards.items() if options["weight"] != 0]
+        names = ", ".join(dict.fromkeys([*config.evaluate.measures, *rewards]))
         lines.append(f"measured on {config.prompts.heldout} ({len(heldout)}), base and tuned: {names}")
     elif config.evaluate.measures or config.evaluate.every or config.evaluate.sampler:
         lines.append("evaluate.* has no effect without prompts.heldout: nothing will be measured")
     return lines
 
 
-def find_device(name: str) -> torch.device:
-    """Raises: UsageError when there is no such device here."""
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU where there is one.
+
+    Raises: UsageError when there is no such device here, or none that computes.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        torch.zeros(1, device=name).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name, none here, one without numbers
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
 
 
 def make_policy(config: Config, device: torch.device) -> Policy:
@@ -332,7 +338,7 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         return None
     if config.run.resume == "auto":
         found = newest_checkpoint(config.folder / "checkpoints")
-        lost = found is None and (config.folder / "result.json").exists()
+        lost = found is None and any((config.folder / name).exists() for name in ("result.json", "lora"))
     else:
         path = Path(config.run.resume).expanduser().resolve()
         found = path, read_checkpoint(path)
@@ -417,14 +423,15 @@ def keep_freed_memory() -> None:
             set_option(option, size)
 
 
-def start_trackers(config: Config, accelerator: Any, folder: RunFolder) -> set[str]:
-    """Start what `run.trackers` names, with the config beside the metrics; returns what was in their folder before."""
+def start_trackers(config: Config, processes: Processes, folder: RunFolder) -> None:
+    """Start what `run.trackers` names, with the config beside the metrics."""
+    if processes.first and config.run.trackers:
+        (folder.path / TRACKED).mkdir(exist_ok=True)
     before = folder.files_in(TRACKED)
-    if config.run.trackers:
-        folder.file(f"{TRACKED}/run")  # makes the folder
     here = {"wandb": {"dir": str(folder.path / TRACKED)}} if "wandb" in config.run.trackers else {}
-    accelerator.init_trackers(TRACKED, config=flatten(dataclasses.asdict(config)), init_kwargs=here)
-    return before
+    processes.accelerator.init_trackers(TRACKED, config=flatten(dataclasses.asdict(config)), init_kwargs=here)
+    if processes.first:
+        folder.adopt(folder.files_in(TRACKED) - before)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

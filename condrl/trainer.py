@@ -309,8 +309,7 @@ class Trainer:
         failure = None
         try:
             if self.processes.first:
-                for file in checkpoint_files(name):
-                    self.folder.claim(f"checkpoints/{file}")
+                self.folder.claim_all(f"checkpoints/{file}" for file in checkpoint_files(name))
                 save_checkpoint(self.folder.path / "checkpoints", name, state, self.config.run.keep_checkpoints)
         except (RunError, OSError) as error:
             failure = str(error)
@@ -332,7 +331,7 @@ class Trainer:
             "spent": self.spent,
             "kappa": getattr(self.algorithm, "kappa", None),
             "evaluations": self.processes.add_up({"calls": self.policy.model.evaluations})["calls"],
-            "rewards": {reward.name: reward.state_dict() for reward in self.rewards},
+            "rewards": self.processes.gather_objects({reward.name: reward.state_dict() for reward in self.rewards}),
             "weights": list(self.weights),
             "modules": {name: module.state_dict() for name, (module, _) in self.algorithm.modules().items()},
             "optimizer": self.optimizer.state_dict(),
@@ -356,8 +355,9 @@ class Trainer:
             module.load_state_dict(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.algorithm.load_state_dict(state["algorithm"])
+        own = state["rewards"][self.processes.rank % len(state["rewards"])]
         for reward in self.rewards:
-            reward.load_state_dict(state["rewards"][reward.name])
+            reward.load_state_dict(own[reward.name])
         set_rng_state(state["rng"][self.processes.rank % len(state["rng"])])
         recorded = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
         if self.processes.first and recorded > state["metrics_bytes"]:

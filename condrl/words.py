@@ -38,6 +38,12 @@ class Part:
         return self.keys is None
 
 
+class TextLoader(yaml.SafeLoader):
+    """Every scalar stays text; keys are merged by << as usual."""
+
+    yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
+
+
 SETTING = re.compile(r"(?P<key>[\w.:-]+)=(?P<value>.*)", re.DOTALL)
 DOTTED_REWARD = re.compile(r"(?P<section>rewards|evaluate\.measures)\.(?P<name>[\w.]+:\w+)(?:\.(?P<option>\w+))?")
 
@@ -89,7 +95,7 @@ def _read_file(word: str) -> Part:
     try:
         text = path.read_text("utf-8")
         loaded = OmegaConf.create(text)
-        texts = yaml.load(text, yaml.BaseLoader)  # every scalar stays text
+        texts = yaml.load(text, TextLoader)
     except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
         raise UsageError(f"cannot read {word}: {one_line(error)}") from error
     values: Any = OmegaConf.to_container(loaded, resolve=False)
@@ -122,8 +128,8 @@ def merged(parts: Sequence[Part]) -> dict[str, Any]:
             for name in [name for name, options in own.items() if options is None]:
                 if name not in known:
                     raise UsageError(
-                        f"config {where}.{name}: null takes away what was there, and there was none; for its defaults "
-                        f"write {where}.{name}={{}}"
+                        f"config {where}.{name}: there is no {name} that null could remove; for its defaults write "
+                        f"{where}.{name}={{}}"
                     )
                 del section[name]
     return merged
@@ -166,12 +172,12 @@ def retyped(part: Part, types: Mapping[str, Any]) -> Part:
 def as_typed(values: Any, texts: Any, types: Any) -> Any:
     """`values` with the text that was typed, wherever `types` asks for text: `no` is then not False, nor `007` 7."""
     if isinstance(types, dict) and isinstance(values, dict):
-        texts = yaml.load(texts, yaml.BaseLoader) if isinstance(texts, str) else texts
+        texts = mapping(yaml.load(texts, TextLoader) if isinstance(texts, str) else texts)
         return {key: as_typed(value, texts.get(str(key)), types.get(key)) for key, value in values.items()}
     if is_text(types) and isinstance(texts, str) and not (values is None and _allows_null(types)):
         return texts
     if isinstance(values, list) and isinstance(texts, str):
-        texts = yaml.load(texts, yaml.BaseLoader)
+        texts = yaml.load(texts, TextLoader)
     if isinstance(values, list) and isinstance(texts, list) and is_text(_item_type(types)):
         return [as_typed(value, text, _item_type(types)) for value, text in zip(values, texts, strict=True)]
     return values

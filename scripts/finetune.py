@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condrl.config import config_help, load_config, to_yaml
-from condrl.errors import SIGNALS, Stopped, UsageError, exit_code, say
+from condrl.errors import SIGNALS, RunError, Stopped, UsageError, exit_code, say
 
 if TYPE_CHECKING:
     from condrl.config import Config
@@ -78,7 +78,7 @@ def finetune(words: list[str]) -> None:
     if warning := transfer_warning(config):
         say(f"warning: {warning}")
     result = run(config, train, heldout[: config.evaluate.prompts], begun, dry)
-    if copy and result:
+    if copy and result and os.environ.get("RANK", "0") == "0":
         write_json(copy, result)
 
 
@@ -156,7 +156,8 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
         if processes.first:
             prepare(trainer, checkpoint)
         processes.meet()
-        before = start_trackers(config, processes.accelerator, folder)
+        start_trackers(config, processes, folder)
+        before = folder.files_in(TRACKED)
         base = heldout_evaluation(trainer, heldout, "base")
         trainer.first = flat(base)
         processes.accelerator.log(trainer.first, step=0)
@@ -183,8 +184,7 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
             processes.accelerator.log(tracked_result(result), step=trainer.epoch)
             if picture:
                 log_picture(processes.accelerator, "before_after", picture, trainer.epoch)
-            for name in folder.files_in(TRACKED) - before:
-                folder.claim(name)
+            folder.adopt(folder.files_in(TRACKED) - before)
             print(summary(result, config.folder))
     return result
 
@@ -214,7 +214,7 @@ def tune(trainer: Trainer) -> None:
     except Stopped:
         try:
             save_lora(trainer)
-        except OSError as error:
+        except (OSError, RunError) as error:
             say(f"warning: the LoRA cannot be written: {error}")
         raise
     save_lora(trainer)
@@ -299,11 +299,10 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     from condrl.evaluate import verdict
 
     comparison = result["heldout"]
-    width = max(map(len, ("held-out", *comparison))) + 2
     whos = ("base", "tuned", "difference")
-    lines = ["held-out".ljust(width) + "".join(f"{who:>26}" for who in whos)]
-    for name, row in comparison.items():
-        lines.append(name.ljust(width) + "".join(f"{interval(row[who]):>26}" for who in whos))
+    rows = [("held-out", *whos), *((name, *(interval(row[who]) for who in whos)) for name, row in comparison.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(verdict(comparison))
     if not comparison:
         lines = ["no held-out prompts (prompts.heldout): nothing says whether the model is better"]

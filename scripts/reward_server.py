@@ -19,13 +19,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from condrl.config import typed_options
 from condrl.errors import UsageError, brief, exit_code
 from condrl.registry import load_file
 from condrl.registry import reward as registry
-from condrl.words import is_setting
+from condrl.words import is_setting, merged, read_word, retyped
 
 if TYPE_CHECKING:
     from condrl.rewards import Reward
@@ -38,7 +36,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], reward: Reward, token: str | None, device: str) -> None:
+    def __init__(self, address: tuple[str, int], reward: Reward, token: str | None, device: Any) -> None:
         super().__init__(address, Handler)
         self.reward, self.token, self.device, self.busy = reward, token, device, threading.Lock()
 
@@ -95,10 +93,12 @@ def serve(args: argparse.Namespace) -> None:
 
     Raises: UsageError when the reward cannot be made, the device is missing, or the address cannot be listened on.
     """
+    from condrl.run import find_device
+
     token = os.environ.get(TOKEN)
     if args.host not in ("127.0.0.1", "localhost") and not token:
         raise UsageError(f"--host {args.host} lets others in: set a token in the environment variable {TOKEN}")
-    device = usable_device(args.device)
+    device = find_device(args.device)
     reward = reward_of(args)
     try:
         server = Server((args.host, args.port), reward, token, device)
@@ -122,28 +122,11 @@ def reward_of(args: argparse.Namespace) -> Reward:
     plugin = registry.find(args.reward)
     if wrong := [word for word in args.options if not is_setting(word)]:
         raise UsageError(f"{wrong[0]!r} is not an option of the reward: options are written key=value")
-    try:
-        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.options))
-    except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
-        raise UsageError(f"cannot read the options {' '.join(args.options)!r}: {brief(error)}") from error
+    types = {option.name: option.type for option in plugin.options.values()}
+    given = merged([retyped(read_word(word), types) for word in args.options])
     reward = make_reward(args.reward, typed_options(plugin, given, args.reward))
     reward.load()
     return reward
-
-
-def usable_device(name: str | None) -> str:
-    """The device to score on: by default a GPU where there is one.
-
-    Raises: UsageError when there is no such device.
-    """
-    import torch
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name, none here, one without numbers
-        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,20 +61,16 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError('nothing to draw: give --prompt "a red star" or --prompts FILE')
     if lora is None and (args.compare or args.strength != 1):
         raise UsageError("--compare and --strength need a run or LoRA folder beside the base model")
+    if not math.isfinite(args.strength):
+        raise UsageError(f"--strength has to be a finite number, got {args.strength}")
     if args.batch < 1 or not all(0 <= seed < 2**63 for seed in args.seeds):
         raise UsageError("--batch has to be at least 1, and --seeds at least 0 and below 2^63")
     args.out = args.out or unused(home / "samples")
     for path in filter(None, (args.out.parent, args.folder)):
         check_folder(path)
     check_suffix(args.out)
-    args.device = find_device(args.device or ("cuda" if has_cuda() else "cpu"))
+    args.device = find_device(args.device)
     draw(args, config, lora, prompts)
-
-
-def has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def read_words(words: Sequence[str]) -> tuple[Config, Path | None, Path]:
@@ -102,11 +99,13 @@ def find(path: Path) -> tuple[Path, Path | None]:
     Raises: UsageError when there is none.
     """
     from condrl.checkpoint import MODULE_FILE
+    from condrl.folder import RunFolder
     from condrl.models.lora import find_lora
 
     if not path.exists():
         raise UsageError(f"there is no run or LoRA {path}; settings are written key=value")
-    run = next((f for f in (path, *path.resolve().parents[:2]) if (f / "config.yaml").is_file()), None)
+    folders = (path, *(f for f in path.resolve().parents[:2] if RunFolder(f).is_a_runs))
+    run = next((f for f in folders if (f / "config.yaml").is_file()), None)
     lora = path / "lora" if run == path else path
     if (lora / MODULE_FILE).is_file():
         raise UsageError(f"{run or lora} is a run on points, not images: see the plots in its images/")

@@ -194,6 +194,35 @@ def test_a_resolved_config_loads_from_any_folder(tmp_path, monkeypatch):
     assert to_yaml(config) == text
 
 
+def test_a_text_that_is_no_path_is_not_made_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("docs", "openai", "quickstart"):
+        (tmp_path / name).mkdir()
+    words = ["model.negative_prompt=docs", "model.guidance=3", "rewards.clip.weights=openai", "run.name=quickstart"]
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(words)))
+    config = load_config(["config.yaml"])
+    assert config.model["negative_prompt"] == "docs"
+    assert config.rewards["clip"]["weights"] == "openai"
+    assert config.run.name == "quickstart"
+
+
+def test_references_lead_to_plugins_too(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text(
+        "run: {name: dpok}\nalgorithm: ${run.name}\nevaluate: {sampler: '${sampler}'}\nsampler: {eta: 0.5}\n"
+    )
+    config = load_config([str(file)])
+    assert config.algorithm["name"] == "dpok"
+    assert config.evaluate.sampler["eta"] == 0.5
+
+
+def test_merged_keys_of_yaml_are_text_too(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("run: {<<: {name: 007}, seed: 3}\n")
+    config = load_config([str(file)])
+    assert (config.run.name, config.run.seed) == ("007", 3)
+
+
 def test_a_reward_may_be_named_by_module_and_object(tmp_path, monkeypatch):
     (tmp_path / "dotted_pack").mkdir()
     (tmp_path / "dotted_pack" / "inner.py").write_text(

@@ -27,7 +27,7 @@ def test_estimate_takes_prompts_as_the_unit():
     scores = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0])  # five prompts, two images each
     found = estimate(scores, 2)
     means = torch.tensor([0.5, 1.0, 0.0, 0.5, 0.5]).double()
-    half = 1.96 * means.std().item() / 5**0.5
+    half = 2.776 * means.std().item() / 5**0.5  # Student's t, four degrees of freedom
     assert found.mean == 0.5
     assert found.ci95 == pytest.approx((0.5 - half, 0.5 + half))
 

@@ -122,6 +122,7 @@ def test_replacing_a_folder_keeps_the_users_files(folder, tmp_path):
 
 
 def test_what_a_killed_process_left_half_written_is_replaced(folder, tmp_path):
+    folder.adopt([".lora.part/"])
     (tmp_path / ".lora.part").mkdir()
     (tmp_path / ".lora.part" / "half").write_text("hal")
     with folder.replacing("lora") as part:
@@ -135,3 +136,39 @@ def test_one_process_at_a_time(tmp_path):
         pass
     with RunFolder(tmp_path).locked():
         pass
+
+
+def test_a_file_of_the_users_under_a_name_of_ours_is_not_replaced(folder, tmp_path):
+    (tmp_path / "result.json").write_text("the user's")
+    with pytest.raises(UsageError, match=r"result\.json is in the way"):  # before any work
+        RunFolder(tmp_path).check()
+    with pytest.raises(RunError, match=r"result\.json is in the way"):
+        folder.file("result.json")
+    assert (tmp_path / "result.json").read_text() == "the user's"
+
+
+def test_a_torn_line_does_not_join_the_next(tmp_path):
+    (tmp_path / MANIFEST).write_text("config.yaml\nmetri")
+    write(RunFolder(tmp_path), "metrics.jsonl")
+    assert RunFolder(tmp_path).listed == {"config.yaml", "metri", "metrics.jsonl"}
+
+
+def test_a_half_written_folder_goes_with_the_run(folder, tmp_path):
+    with pytest.raises(FileNotFoundError), folder.replacing("lora") as part:
+        (part / "half").rename(part / "weights" if (part / "half").write_text("hal") > 3 else part / "no" / "folder")
+    assert part.exists()
+    RunFolder(tmp_path).clear()
+    assert names(tmp_path) == MINE
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    import errno
+    import fcntl
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with RunFolder(tmp_path).locked():
+        pass
+    assert "cannot be locked" in capsys.readouterr().err

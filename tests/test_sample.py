@@ -11,6 +11,7 @@ from condrl import UsageError
 from condrl.checkpoint import MODULE_FILE
 from condrl.config import load_config, to_yaml
 from condrl.errors import exit_code
+from condrl.folder import RunFolder
 from condrl.models.lora import LORA_FILE
 from condrl.models.stable_diffusion import StableDiffusion
 
@@ -43,6 +44,7 @@ def run(pipeline, tmp_path, request):
     words += [f"rewards.{name}.weight=1", "evaluate.sampler={steps: 3, eta: 0, spacing: leading}"]
     (folder / "config.yaml").write_text(to_yaml(load_config(words)))
     (tmp_path / "ran").unlink()
+    RunFolder(folder).adopt({"config.yaml"})
     return folder
 
 

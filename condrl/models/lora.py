@@ -199,8 +199,8 @@ def _by_module(unet: nn.Module, path: Path, state: Mapping[str, Tensor]) -> dict
         parts = found.setdefault(_module(match[1], modules, path), [None, None, None])
         if parts[part] is not None:
             _refuse(path, f"has the same weights under two names: see {key}")
-        if not value.isfinite().all():
-            _refuse(path, f"holds values that are not finite, in {key}")
+        if not value.is_floating_point() or not value.float().isfinite().all():
+            _refuse(path, f"holds values that are not finite numbers of floating point, in {key}")
         parts[part] = value
     return found
 
@@ -291,7 +291,8 @@ def rank_of(path: Path) -> int:
     """The largest rank of a module in a LoRA file."""
     state = load_tensors(path, "LoRA")
     _check_kind(path, state)
-    return max(len(value) for key, value in state.items() if DOWN.fullmatch(key))
+    ranks = [len(value) for key, value in state.items() if DOWN.fullmatch(key) and value.dim() >= 2]
+    return max(ranks) if ranks else _refuse(path, "is not whole: it has no down weights")
 
 
 def _rank(layer: Any) -> int:
