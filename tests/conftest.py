@@ -1,12 +1,29 @@
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_pipeline
+from helpers import ROOT, tiny_pipeline
 
 from condrl.models.stable_diffusion import StableDiffusion
+from condrl.registry import REGISTRIES
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def forget_plugins_of_other_folders():
+    """What a test registered from files outside the repository is forgotten after it."""
+    yield
+    for registry in REGISTRIES.values():
+        for name, plugin in list(registry.plugins.items()):
+            source = Path(plugin.source)
+            if source.suffix == ".py" and ROOT not in source.resolve().parents and "site-packages" not in source.parts:
+                del registry.plugins[name]
+                for module in [
+                    m for m, loaded in sys.modules.items() if getattr(loaded, "__file__", None) == str(source)
+                ]:
+                    del sys.modules[module]
 
 
 @pytest.fixture(scope="session")

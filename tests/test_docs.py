@@ -15,6 +15,8 @@ from PIL import Image
 from condrl.config import load_config
 from condrl.words import is_setting
 
+pytestmark = pytest.mark.slow
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = [
     "train.epochs=1", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8",

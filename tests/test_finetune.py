@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from condrl.config import load_config
 from condrl.models.lora import LORA_FILE
 
+pytestmark = pytest.mark.slow
+
 FINETUNE = str(ROOT / "scripts" / "finetune.py")
 SAMPLE = str(ROOT / "scripts" / "sample.py")
 SMALL = [

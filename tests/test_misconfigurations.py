@@ -1,14 +1,11 @@
 """What users get wrong: exit code 2, one line that says what to change, before any model is loaded or file written."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import load_script
 
 import condrl.run
 from condrl.errors import exit_code
-from condrl.registry import REGISTRIES
 
 TREE = {
     "prompts.txt": "a red star\ntwo blue circles\n",
@@ -222,10 +219,7 @@ def tree(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for registry in REGISTRIES.values():
-        for name in [name for name, plugin in registry.plugins.items() if tmp_path in Path(plugin.source).parents]:
-            del registry.plugins[name]
+    return tmp_path
 
 
 @pytest.mark.parametrize(("words", "message"), CASES, ids=[words[:60] for words, _ in CASES])

@@ -20,6 +20,8 @@ from condrl.noise import Noise
 from condrl.processes import Processes
 from condrl.run import check_equal_calls, make_accelerator
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FINETUNE = str(ROOT / "scripts" / "finetune.py")
 CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -230,7 +230,7 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, monkeypatch):
             ),
             (["brightness", "--plugin", "nowhere.py"], "error: plugins: there is no file nowhere.py"),
             (["box", "lwo=[1]"], "error: config box.lwo: there is no such key"),
-            (["box", "low=[1"], "error: cannot read the options 'low=[1'"),
+            (["box", "low=[1"], "error: cannot read 'low=[1'"),
             (["box", "weight=1"], "error: config box.weight: there is no such key"),
             (["similarity"], "error: config similarity: similarity needs images"),
             (clip, f"error: config rewards.clip.weights: {tmp_path / 'w.pt'} is empty"),
@@ -281,4 +281,4 @@ def test_a_run_whose_server_dies_stops_and_says_why(tmp_path):
         said = run.communicate(timeout=60)[1]
     assert run.returncode == 1
     assert "stopped: the reward 'remote' failed for the prompt" in said
-    assert "100% of an epoch's scores failed" in said
+    assert "100% of the scores failed" in said
