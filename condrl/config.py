@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
@@ -22,7 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from condrl.errors import UsageError
 from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
-from condrl.words import Part, exists, mapping, merged, one_line, read_word, retyped, section_at, setting_keys
+from condrl.words import Part, escaped, exists, mapping, merged, one_line, read_word, retyped, section_at, setting_keys
 
 Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
 ASSETS = Path(__file__).parent / "assets"
@@ -108,7 +109,7 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        return Path(self.run.dir or f"runs/{self.run.name}")
+        return Path(self.run.dir or f"runs/{self.run.name}").expanduser()
 
     @property
     def images_per_epoch(self) -> int:
@@ -176,7 +177,7 @@ def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(parts: Sequence[Part]) -> Config:
-    rough = _resolved(merged(parts))
+    rough = _resolved(merged([replace(part, values=part.texts) if part.refers else part for part in parts]))
     _check_list(rough.get("plugins"), list[str], "plugins")
     for path in rough.get("plugins") or ():
         load_file(str(path))
@@ -186,12 +187,27 @@ def _config(parts: Sequence[Part]) -> Config:
 
 
 def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
-    """With the values that ${references} lead to."""
+    """With the values that ${references} lead to.
+
+    Raises: UsageError on one that leads nowhere, or that asks for something else than a key, as the environment.
+    """
+    _check_references(tree, "")
     try:
         found: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:  # a ${reference} that leads nowhere
         raise UsageError(f"config: {one_line(error)}") from error
     return found
+
+
+def _check_references(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_references(item, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            _check_references(item, where)
+    elif isinstance(value, str) and re.search(r"(?<!\\)\$\{[^{}]*:", value):
+        raise UsageError(f"config {where}: {value!r} asks for more than a key of the config, as in ${{run.name}}")
 
 
 def _default(file: Path, parts: Sequence[Part]) -> Part:
@@ -287,7 +303,7 @@ def _typed(schema: Any, values: Mapping[str, Any], where: str) -> Any:
         structure = OmegaConf.structured(schema)
     except OmegaConfBaseException as error:
         raise UsageError(f"config {where}: an option of this plugin cannot be one: {one_line(error)}") from error
-    merged = _merge(structure, dict(values), where)
+    merged = _merge(structure, _escaped(dict(values)), where)  # references were resolved before
     _check_numbers(merged, where)
     return OmegaConf.to_object(merged)
 
@@ -450,12 +466,21 @@ def to_yaml(config: Config) -> str:
     tree = dataclasses.asdict(config)
     tree["plugins"] = [str(Path(path).expanduser().resolve()) for path in config.plugins]
     tree["prompts"] = {name: from_anywhere(path) for name, path in tree["prompts"].items()}
-    tree["run"]["dir"] = config.run.dir and str(Path(config.run.dir).absolute())
+    tree["run"]["dir"] = config.run.dir and str(config.folder.absolute())
     rewards = [*tree["rewards"].values(), *tree["evaluate"]["measures"].values()]
     for section in [tree["model"], tree["sampler"], tree["algorithm"], *rewards]:
         for name in section.keys() - {"name"}:
             section[name] = from_anywhere(section[name], name in PATHS)
-    return OmegaConf.to_yaml(OmegaConf.create(tree))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(tree)))
+
+
+def _escaped(value: Any) -> Any:
+    """With all text such that it is read again as it is."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(item) for item in value]
+    return escaped(value) if isinstance(value, str) else value
 
 
 def from_anywhere(value: Any, is_path: bool = True) -> Any:

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from condrl.errors import RunError, UsageError, say
@@ -57,8 +57,11 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------------------ checking
 
-    def check(self) -> None:
-        """Raises: UsageError when a run cannot write here, or when the folder belongs to somebody else."""
+    def check(self, is_locked: bool = False) -> None:
+        """See that a run can write here; `is_locked` if this process has locked the folder.
+
+        Raises: UsageError when it cannot, or when the folder belongs to somebody else.
+        """
         try:
             there = self.path.exists()
             existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
@@ -76,9 +79,23 @@ class RunFolder:
                 f"{self.path} holds {min(foreign)}, which no run wrote (there is no {MANIFEST}): choose another "
                 "run.name= or run.dir=, a folder that is empty or does not exist yet"
             )
+        if not is_locked:
+            self._check_lock()
         taken = [n for n in self.files_in("") - self.listed if any(fnmatch.fnmatch(n, known) for known in OWN)]
         if there and taken:
             raise UsageError(f"{self.path / min(taken)} is in the way, and no run wrote it: move it elsewhere")
+
+    def _check_lock(self) -> None:
+        """Raises: UsageError when another process is tuning in the folder."""
+        path = self.path / LOCK
+        if path.is_file() and not path.is_symlink() and sys.platform != "win32":
+            import fcntl
+
+            with path.open("r+") as file, suppress(OSError):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UsageError(f"another process is tuning in {self.path}: choose another run.name=") from None
 
     # ------------------------------------------------------------------------------------------ writing
 

@@ -39,6 +39,8 @@ class Trial:
     spread: float  # standard deviation of the reward within prompts, root mean square
     kl_gradient: float | None  # its norm a small step away from the base; None without a KL
     image: Tensor  # (1, ...), one of them
+    failed: int  # how many have no score
+    failure: str | None  # what to say of the first of them
 
 
 def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[Reward] = ()) -> list[str]:
@@ -54,6 +56,8 @@ def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[
     lines = [arithmetic(trainer, trial), memory(trainer, trial)]
     shown = ", ".join(f"{value:.4g}" for value in trial.rewards[:2])
     lines.append(f"reward of two images of the base model: {shown}; spread within a prompt: {trial.spread:.3g}")
+    if trial.failed:
+        lines.append(f"warning: {trial.failed} of the images tried have no score: {trial.failure}")
     if trial.spread == 0 and train.images_per_prompt > 1:
         lines.append(f"warning: the reward is the same for the {trial.images} images tried of each prompt")
     if trial.kl_gradient == 0:
@@ -143,6 +147,8 @@ def attempt(trainer: Trainer) -> Trial:
         spread=(groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
         kl_gradient=kl_gradient(twin, experience.rollout.states[0], experience.rollout.condition),
         image=experience.shown[:1].to(model.device),
+        failed=int((~experience.good).sum()),
+        failure=experience.scores.failure,
     )
     model.evaluations = before
     set_rng_state(drawn)

@@ -139,6 +139,8 @@ def check_plugin(plugin: Plugin) -> None:
         check_reward_class(what, target)
     else:
         check_signature(what, given, "(samples, prompts[, metadata][, *, option: type = default, ...])")
+    if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(vars(target).get("__call__")):
+        raise UsageError(f"{what} is async: write def instead of async def")
 
 
 def name_of(parameter: inspect.Parameter) -> str:

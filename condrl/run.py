@@ -121,6 +121,8 @@ def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -
     for name, rows in (("train", train), ("heldout", heldout)):
         if note := duplicate_note(rows):
             lines.append(f"prompts.{name}: {note}")
+    if both := {row.prompt for row in train} & {row.prompt for row in heldout}:
+        lines.append(f"warning: {len(both)} of the held-out prompts are trained on too, such as {min(both)!r}")
     if heldout:
         rewards = [name for name, options in config.rewards.items() if options["weight"] != 0]
         names = ", ".join(dict.fromkeys([*config.evaluate.measures, *rewards]))
@@ -300,10 +302,10 @@ def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None
         raise UsageError("config train.over_budget: adapt changes algorithm.kappa, which is to be above 0 for that")
 
 
-def check_folder(config: Config) -> None:
+def check_folder(config: Config, is_locked: bool = False) -> None:
     """Raises: UsageError when a run cannot write to its folder, or would replace another without being told to."""
     folder = RunFolder(config.folder)
-    folder.check()
+    folder.check(is_locked)
     if folder.holds_run and not config.run.overwrite and config.run.resume == "never":
         raise UsageError(
             f"{config.folder} holds a run already: choose another run.name=, or run.overwrite=true to replace it, or "

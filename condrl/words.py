@@ -37,6 +37,11 @@ class Part:
     def is_file(self) -> bool:
         return self.keys is None
 
+    @property
+    def refers(self) -> bool:
+        """Whether it is `key=value` with a ${reference} in the value, or the like of one in a text."""
+        return not self.is_file and "${" in self.word
+
 
 class TextLoader(yaml.SafeLoader):
     """Every scalar stays text; keys are merged by << as usual."""
@@ -66,20 +71,28 @@ def setting_keys(word: str) -> list[str]:
 def read_word(word: str) -> Part:
     if not is_setting(word):
         return _read_file(word)
+    if word.startswith("-"):
+        raise UsageError(f"cannot read {word!r}: settings are written without dashes")
     *parents, last = setting_keys(word)
     text = word.partition("=")[2]
     if not all([*parents, last]):
         raise UsageError(f"cannot read {word!r}: a setting is section.key=value")
     value, broken = text, None
+    literal = escaped(text)  # where it is text, ${...} is too
     try:
         value = _yaml(text)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         broken = one_line(error)
     values: dict[str, Any] = {last: value}
-    texts: dict[str, Any] = {last: text}
+    texts: dict[str, Any] = {last: literal}
     for key in reversed(parents):
         values, texts = {key: values}, {key: texts}
     return Part(word, *_sections(values, texts), [*parents, last], broken)
+
+
+def escaped(text: str) -> str:
+    """Text in which OmegaConf sees no references."""
+    return text.replace("${", "\\${")
 
 
 def _yaml(text: str) -> Any:
@@ -91,7 +104,8 @@ def _yaml(text: str) -> Any:
 def _read_file(word: str) -> Part:
     path = Path(word)
     if not exists(path) or not path.is_file():
-        raise UsageError(f"there is no config file {word}; settings are written key=value")
+        what = f"{word!r} is a folder" if word and exists(path) else f"there is no config file {word!r}"
+        raise UsageError(f"{what}; settings are written key=value, without spaces and dashes")
     try:
         text = path.read_text("utf-8")
         loaded = OmegaConf.create(text)
@@ -208,7 +222,8 @@ def _item_type(kind: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split("full_key:")[0].split()) or type(error).__name__
+    text = str(error).split("full_key:")[0].replace('in "<unicode string>", ', "")
+    return " ".join(text.split()) or type(error).__name__
 
 
 def exists(path: Path) -> bool:

@@ -147,7 +147,7 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
     origin = provenance()
     with folder.locked() if processes.first else nullcontext():
         if processes.first:
-            check_folder(config)  # again: another process may have tuned in it meanwhile
+            check_folder(config, is_locked=True)  # again: another process may have tuned in it meanwhile
         processes.meet()
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:

@@ -53,7 +53,7 @@ def test_resolved_config_loads_again_to_itself(tmp_path):
         ("algorithm.name=ppo", r"unknown algorithm 'ppo'.*ddpo"),
         ("sampler.name=ddmi", r"unknown sampler 'ddmi'. Did you mean 'ddim'"),
         ("model.name=sd", r"unknown model 'sd'.*stable_diffusion"),
-        ("nowhere.yaml", r"no config file nowhere\.yaml"),
+        ("nowhere.yaml", r"no config file .nowhere\.yaml"),
         ("plugins=[nowhere.py]", r"no file nowhere\.py"),
         (
             "train.updates_per_epoch=3",
@@ -127,6 +127,8 @@ def test_a_files_options_go_with_the_plugin_they_were_written_for(tmp_path):
         ("model.negative_prompt='quoted'", "'quoted'"),
         ("model.negative_prompt=a=b", "a=b"),
         ("model.path=007", "007"),
+        ("model.negative_prompt=price ${oc.env:HOME} ${run.name} $5", "price ${oc.env:HOME} ${run.name} $5"),
+        ("run.name=${train.lr}", "${train.lr}"),
         ("model.lora=null", None),
         ("model.lora=0123", "0123"),
         ("train.lr_decay=none", "none"),
@@ -138,7 +140,7 @@ def test_a_files_options_go_with_the_plugin_they_were_written_for(tmp_path):
         ("train.normalise_rewards=yes", True),
     ],
 )
-def test_text_is_text(word, value):
+def test_text_is_text(word, value, tmp_path):
     """Where the schema says text, the word typed is the text; elsewhere it is YAML."""
     more = ["model.guidance=2"] if "negative_prompt" in word else []
     config = load_config([QUICKSTART, word, *more])
@@ -149,6 +151,8 @@ def test_text_is_text(word, value):
         found = {name: found[name] for name in value}
     assert (list(found) if isinstance(found, tuple) else found) == value
     assert type(found) is type(value) or isinstance(value, list)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert to_yaml(load_config([str(tmp_path / "config.yaml")])) == to_yaml(config)  # and is read again as it is
 
 
 def test_text_in_a_file_is_text(tmp_path):

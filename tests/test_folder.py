@@ -134,6 +134,8 @@ def test_one_process_at_a_time(tmp_path):
     refused = pytest.raises(UsageError, match="another process is tuning")
     with RunFolder(tmp_path).locked(), refused, RunFolder(tmp_path).locked():
         pass
+    with RunFolder(tmp_path).locked(), pytest.raises(UsageError, match="another process is tuning"):
+        RunFolder(tmp_path).check()  # before any work
     with RunFolder(tmp_path).locked():
         pass
 

@@ -113,6 +113,12 @@ def test_the_start_says_what_counts(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_held_out_prompts_that_are_trained_on_are_told(tmp_path, capsys):
+    words = [*toy_words("dpok", tmp_path / "run"), "--dry-run"]  # whose toy has one list for both
+    assert load_script("finetune").main(words) == 0
+    assert "warning: 4 of the held-out prompts are trained on too" in capsys.readouterr().err
+
+
 def test_long_names_do_not_run_into_the_numbers():
     summary = load_script("finetune").summary
     name = "a_reward_with_a_name_of_fifty_letters_and_then_some"
