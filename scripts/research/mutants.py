@@ -6,9 +6,9 @@
     python scripts/research/mutants.py --all-tests              the whole quick suite for each, not the tests it names
 
 A mutant is a text of a file that becomes another; they are in mutants.txt. The work is done on a temporary copy of the
-repository, so nothing of yours is touched. Slow tests are left out. The tests have to pass before anything is broken. A text
-that is not found exactly once is refused: the code has moved on, and the mutant has to follow. The exit code is 1 when
-one survives.
+repository, so nothing of yours is touched. Slow tests are left out, and the others have to pass before anything is
+broken. A text that is not found exactly once is refused: the code has moved on, and the mutant has to follow. The exit
+code is 1 when one survives.
 """
 
 from __future__ import annotations
