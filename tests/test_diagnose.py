@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from chains import SHAPES, trainer_of
 from helpers import ROOT
 
 import condrl
 from condrl import RunError, UsageError
 from condrl.config import load_config
+from condrl.diagnose import diagnose, spread_metrics
 from condrl.prompts import load_prompts
 from condrl.run import check_combination, make_trainer
-from condrl.trainer import Trainer
+from condrl.trainer import Clock, Trainer
 
 SMALL = ["train.images_per_prompt=64", "train.rollout_batch=64", "sampler.steps=8", "model.knots=8"]
 
@@ -161,3 +163,44 @@ def test_a_reward_that_is_exploited(tmp_path, capsys):
     hacked = [line["epoch"] for line in lines(tmp_path) if "reward_hacking" in line["diagnosis"]]
     assert hacked == [20, 30]
     assert "(other from 1 to 0.8)" in capsys.readouterr().err
+
+
+@condrl.reward(name="flat_for_one_prompt")
+def flat_for_one_prompt(samples, prompts):
+    return samples.flatten(1).sum(1) * torch.tensor([float(prompt == "0") for prompt in prompts])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_how_the_images_of_a_prompt_differ(shape, tmp_path):
+    """The root mean square deviation from the prompt's mean image, and the share of prompts with one reward."""
+    rewards = {"bowl": {"weight": 0.0}, "flat_for_one_prompt": {}}
+    trainer = trainer_of(tmp_path, shape, rewards=rewards)
+    experience = trainer.collect(0, Clock())
+    squares = []
+    for row in (0, 1):
+        own = experience.rollout.samples[experience.groups == row]
+        squares += [(x - own.mean(0)).square().mean().item() for x in own]
+    found = spread_metrics(experience)
+    assert found["diversity"] == pytest.approx((sum(squares) / len(squares)) ** 0.5, rel=1e-4)
+    assert found["flat_groups"] == 0.5
+
+
+FINE = {"updates": 100, "reward/total": 1.0, "reward/total_std": 1.0, "images": 100, "diversity": 1.0}
+BOUNDS = [  # what is said at the second value and not at the first
+    ("flat_groups", "flat_groups", 0.89, 0.9),
+    ("clipping", "clip_fraction", 0.49, 0.5),
+    ("ratios", "approx_kl", 0.99, 1.0),
+    ("no_gradient", "grad_norm", 1e-9, 0.0),
+    ("collapse", "diversity", 0.11, 0.09),
+    ("value_network", "value_explains", 0.021, 0.019),
+    ("kl_budget", "base_kl", 1.0, 1.01),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "fine", "bad"), BOUNDS)
+def test_what_is_said_and_what_is_not(name, key, fine, bad):
+    line = {**FINE, "kl_budget": 1.0}
+    assert diagnose(FINE, {**line, key: fine}) == {}
+    assert list(diagnose(FINE, {**line, key: bad})) == [name]
+    if name == "value_network":
+        assert diagnose(FINE, {**line, key: bad, "updates": 49}) == {}

@@ -1,15 +1,17 @@
 """What the loop does with `train`'s options, against a hand-written AdamW loop and plain counting."""
 
 import json
+import math
 
 import pytest
 import torch
-from chains import SHAPES, SIDES, Recorded, an_epoch, at, move, step_of, trainer_of
+from chains import SHAPES, SIDES, Recorded, Shaped, an_epoch, at, move, step_of, trainer_of
 from torch.distributions import kl_divergence
 
 import condrl
 from condrl import RunError
 from condrl.prompts import Row
+from condrl.schedule import OU
 from condrl.trainer import Clock
 
 
@@ -326,6 +328,16 @@ def test_seeds_and_epochs_draw_other_noise(tmp_path):
         assert (found[0] - other).abs().min() > 1e-5
     assert len(set(found[0].flatten().tolist())) == 6 * 16 * 2  # neither two images nor two steps alike
     assert found[0].std().item() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("name", ["ddpo", "ctrl"])
+def test_a_roll_out_begins_as_wide_as_its_schedule(name, tmp_path):
+    model = Shaped((2,))
+    model.schedule = OU(noise=3.0)
+    many = {"images_per_prompt": 2000, "rollout_batch": 4000}
+    trainer = trainer_of(tmp_path, model=model, algorithm={"name": name}, train=many)
+    start = trainer.collect(0, Clock()).rollout.states[0]
+    assert start.std().item() == pytest.approx(3 * (1 - math.exp(-6)) ** 0.5, rel=0.03)
 
 
 def test_rows_are_what_the_rewards_are_asked_about(tmp_path):

@@ -6,8 +6,9 @@
     python scripts/research/mutants.py --all-tests              the whole quick suite for each, not the tests it names
 
 A mutant is a text of a file that becomes another; they are in mutants.txt. The work is done on a temporary copy of the
-repository, so nothing of yours is touched. The tests have to pass before anything is broken. A text that is not found
-exactly once is refused: the code has moved on, and the mutant has to follow. The exit code is 1 when one survives.
+repository, so nothing of yours is touched. Slow tests are left out, and the others have to pass before anything is
+broken. A text that is not found exactly once is refused: the code has moved on, and the mutant has to follow. The exit
+code is 1 when one survives.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of a mutant's file, text or tests")
     found.add_argument("--list", action="store_true", help="say what they are")
-    found.add_argument("--all-tests", action="store_true", help='run `pytest -m "not slow"` for each')
+    found.add_argument("--all-tests", action="store_true", help="run the whole quick suite for each")
     return found
 
 
@@ -135,7 +136,7 @@ def verdicts(mutants: Iterable[Mutant], copy: Path, everything: bool) -> Iterato
     """Each mutant with what became of it, and seconds; each line is printed as it is known."""
     sound: dict[tuple[str, ...], str] = {}
     for mutant in mutants:
-        tests = ("-m", "not slow") if everything else mutant.tests
+        tests = ("tests",) if everything else mutant.tests
         if tests not in sound:
             sound[tests] = tested(copy, tests)
         began = time.monotonic()
@@ -176,7 +177,7 @@ def run_tests(copy: Path, tests: Sequence[str]) -> None:
     os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(copy))
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]))
 
 
 def report(found: Sequence[tuple[Mutant, str, float]]) -> int:
