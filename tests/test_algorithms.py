@@ -215,6 +215,7 @@ def test_without_a_kl_the_reward_and_the_kl_keep_growing(name, tmp_path):
 def test_every_algorithm_closes_the_gap(name, tmp_path):
     words = ["train.epochs=150", "train.images_per_prompt=256", "train.rollout_batch=256", "train.lr=3e-2"]
     words += ["algorithm.kappa=0.5"]
+    words += ["algorithm.clip_range=0.2"] if name == "grpo" else []  # its own is for thousands of dimensions
     trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(12, *words))
     solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
     assert solved.gap_closed(solved.audit(trainer.policy)) == pytest.approx(0, abs=1e-6)
