@@ -93,6 +93,7 @@ def z_scores(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (estimates.mean(0) - expected) / (estimates.std(0) / len(estimates) ** 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "loo", "factor"),
     [("reinforce", False, 7 / 8), ("reinforce", True, 1.0), ("ddpo", True, 1.0), ("grpo", True, 1.0)],
@@ -194,6 +195,7 @@ def moments(solved: Problem, audit: oracle.Audit) -> tuple[float, float]:
     return mean.item(), (masses * (x - mean).square()).sum().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reinforce", "ddpo", "grpo"])
 def test_without_a_kl_the_reward_and_the_kl_keep_growing(name, tmp_path):
     """THEORY 8.6, row 21: there is no fixed point."""
