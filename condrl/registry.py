@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -94,6 +95,7 @@ def type_hints(target: Any) -> dict[str, Any]:
     return typing.get_type_hints(target)
 
 
+@functools.cache
 def comments(target: Any) -> dict[str, str]:
     """`name: type = default  # comment` lines in the source of a class, its bases, or a function, by name."""
     bases = target.__mro__[1:-1] if inspect.isclass(target) else ()

@@ -5,6 +5,8 @@ import zipfile
 import pytest
 from helpers import ROOT, run_python
 
+pytestmark = pytest.mark.slow
+
 PROBE = """
 import condrl, condrl.config
 print(condrl.__file__, condrl.sampler.find("ddim").source, condrl.reward.names())

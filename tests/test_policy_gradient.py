@@ -6,6 +6,7 @@ from chains import SHAPES, an_epoch, at, move, step_of, trainer_of
 from torch.distributions import kl_divergence
 
 from condrl.algorithms import clipped, every_pair, recomputed
+from condrl.run import make
 from condrl.trainer import Clock
 
 NAMES = ["reinforce", "ddpo", "dpok", "grpo"]  # grpo has a scale and a clip of its own
@@ -259,3 +260,13 @@ def test_log_probabilities_can_be_made_anew(name, tmp_path):
     assert (new.old_log_prob - batch.old_log_prob).abs().max() > 0.1
     assert torch.equal(new.x, batch.x)
     assert torch.equal(new.advantage, batch.advantage)
+
+
+def test_grpo_gives_an_epoch_without_spread_no_weight():
+    """Not the reward's, and not the KL's: dividing by nothing would blow it up."""
+    algorithm = make("algorithm", {"name": "grpo", "kappa": 0.5})
+    same, groups = torch.full((6,), 0.25), torch.tensor([0, 0, 0, 1, 1, 1])
+    assert torch.equal(algorithm.scale(same, groups), torch.zeros(6))
+    assert torch.equal(algorithm.advantages(same, groups), torch.zeros(6))
+    rewards = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    assert torch.allclose(algorithm.scale(rewards, groups), torch.full((6,), 1 / (0.5 + 1e-4)))

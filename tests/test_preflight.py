@@ -98,6 +98,7 @@ def test_a_flat_reward_is_pointed_out(tmp_path):
     assert "warning: the reward is the same for the 4 images tried of each prompt" in preflight(trainer)
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(tmp_path):
     done = run_python(FINETUNE, *toy_words("nft", tmp_path / "run"), "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -105,6 +106,7 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_is_found_before_anything_is_written(tmp_path):
     (tmp_path / "nan.py").write_text(
         "import condrl\n\n\n@condrl.reward\ndef broken(samples, prompts):\n    return samples[:, 0] * float('nan')\n"
@@ -241,6 +243,7 @@ def test_a_dear_reward_is_asked_about_few_rows(tmp_path):
     assert asked == ["prompt 0", "prompt 1"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_with_a_file_that_cannot_be_read_is_bad_input(tmp_path):
     (tmp_path / "w.pt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
     config = ["rewards.clip.weight=1", "rewards.clip.model=ViT-B-32", f"rewards.clip.weights={tmp_path / 'w.pt'}"]

@@ -39,6 +39,7 @@ def events(tmp_path_factory):
     return folder, found, lines
 
 
+@pytest.mark.slow
 def test_trackers_have_each_number_once_per_step(events):
     folder, found, lines = events
     for name in ("reward/total", "grad_norm", "seconds/rollout", "network_calls", "lr"):
@@ -51,6 +52,7 @@ def test_trackers_have_each_number_once_per_step(events):
     assert found.Scalars("result/shapes/difference")[0].value == pytest.approx(result["difference"]["mean"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_trackers_have_the_pictures(events):
     from io import BytesIO
 
@@ -63,6 +65,7 @@ def test_trackers_have_the_pictures(events):
     assert np.array_equal(shown, np.asarray(Image.open(folder / "images" / "before_after.png").convert("RGB")))
 
 
+@pytest.mark.slow
 def test_the_trackers_files_are_the_runs(events):
     folder, _, _ = events
     listed = set((folder / "condrl_files.txt").read_text().split("\n"))

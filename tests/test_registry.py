@@ -161,6 +161,7 @@ def test_a_plugin_file_imports_the_files_beside_it_and_no_others(tmp_path):
     assert sys.modules["condrl.registry"].load_file is load_file  # and nothing of ours was imported anew
 
 
+@pytest.mark.slow
 def test_a_plugin_beside_condrl_itself_does_not_load_it_twice(tmp_path):
     """As a user's file in the repository's own root: `condrl` lies beside it."""
     code = f"""
@@ -335,6 +336,7 @@ def third_party_package(site):
     write(info / "entry_points.txt", "[condrl.plugins]\nglow = bright_pack\n")
 
 
+@pytest.mark.slow
 def test_entry_point_of_an_installed_package_from_outside_the_repository(tmp_path):
     site = tmp_path / "site"
     site.mkdir()
@@ -353,6 +355,7 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_plugins_script_lists_everything():
     done = run_python(str(ROOT / "scripts" / "plugins.py"), cwd=ROOT)
     for word in (
@@ -369,6 +372,7 @@ def test_plugins_script_lists_everything():
     assert "no plugin is called 'dpo'. Did you mean 'dpok'? There are: aesthetic, box" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_help_of_the_plugin_scripts_needs_no_torch():
     for script in ("plugins", "reward_server"):
         code = f"""

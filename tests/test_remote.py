@@ -204,6 +204,7 @@ def test_images_travel_without_loss():
         unpack(json.dumps(bomb).encode())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_one_line(tmp_path, capsys, monkeypatch):
     server = load_script("reward_server")
     with pytest.raises(UsageError, match="no address like"):
@@ -266,6 +267,7 @@ def test_a_reward_that_raises_there_says_so_here(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_dies_stops_and_says_why(tmp_path):
     """It has been scored there for some epochs; then nobody answers."""
     more = ["rewards.quadratic.weight=0", "rewards.remote.weight=1", "rewards.remote.retries=0", "prompts.heldout=null"]

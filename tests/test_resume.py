@@ -338,6 +338,7 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
     assert find_checkpoint(load_config([*toy_words("ddpo", tmp_path / "new"), "run.resume=auto"])) is None
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_made_longer(tmp_path, capsys):
     """It ends like a run that was as long from the start, to the last bit."""
     run = load_script("finetune").main
@@ -359,6 +360,7 @@ def test_a_finished_run_is_made_longer(tmp_path, capsys):
     assert "has had 6 epochs already, more than train.epochs=4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_replacing_a_run_leaves_the_users_files(tmp_path):
     run = load_script("finetune").main
     words = [*toy_words("dpok", tmp_path / "run"), "train.epochs=2", "evaluate.images_per_prompt=20"]

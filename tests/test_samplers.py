@@ -138,6 +138,7 @@ def on_a_line(line, schedule, name, steps, spacing, **options):
     return masses, line.masses(at(schedule.final_time).log_prob(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -517,6 +517,7 @@ def test_a_scheduler_of_another_process_is_refused(pipeline, tmp_path):
         StableDiffusion(CPU, path=str(folder))
 
 
+@pytest.mark.slow
 def test_the_asset_runs_as_it_is_in_diffusers():
     """from_pretrained without a dtype, on a CPU; and it draws what we draw."""
     folder = ASSETS / "shapes"

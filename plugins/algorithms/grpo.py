@@ -30,7 +30,8 @@ class GRPO(ClippedPolicyGradient):
     def scale(self, rewards: Tensor, groups: Tensor) -> Tensor:
         if not self.global_std:
             return super().scale(rewards, groups)
-        return torch.full_like(rewards, 1 / (rewards.std(correction=0).item() + 1e-4))
+        std = rewards.std(correction=0)
+        return torch.zeros_like(rewards).where(std < 1e-6, 1 / (std + 1e-4))
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         if not self.normalise:
