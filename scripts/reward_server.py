@@ -123,7 +123,8 @@ def reward_of(args: argparse.Namespace) -> Reward:
     if wrong := [word for word in args.options if not is_setting(word)]:
         raise UsageError(f"{wrong[0]!r} is not an option of the reward: options are written key=value")
     types = {option.name: option.type for option in plugin.options.values()}
-    given = merged([retyped(read_word(word), types) for word in args.options])
+    parts = [retyped(read_word(f"options.{word}"), {"options": types}) for word in args.options]
+    given = merged(parts).get("options", {})
     reward = make_reward(args.reward, typed_options(plugin, given, args.reward))
     reward.load()
     return reward

@@ -231,7 +231,7 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, monkeypatch):
             ),
             (["brightness", "--plugin", "nowhere.py"], "error: plugins: there is no file nowhere.py"),
             (["box", "lwo=[1]"], "error: config box.lwo: there is no such key"),
-            (["box", "low=[1"], "error: cannot read 'low=[1'"),
+            (["box", "low=[1"], "low=[1': while parsing"),
             (["box", "weight=1"], "error: config box.weight: there is no such key"),
             (["similarity"], "error: config similarity: similarity needs images"),
             (clip, f"error: config rewards.clip.weights: {tmp_path / 'w.pt'} is empty"),

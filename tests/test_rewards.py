@@ -137,8 +137,16 @@ def test_what_the_reward_or_the_user_says_itself_stays():
 
     builtins.errors_of_test = condrl, KeyboardInterrupt, Stopped
     for body, kind, message in (
-        ("raise errors_of_test[0].UsageError('choose another prompt')", UsageError, "^choose another prompt$"),
-        ("raise errors_of_test[0].RunError('the server is gone')", RewardError, "^the server is gone$"),
+        (
+            "raise errors_of_test[0].UsageError('choose another prompt')",
+            UsageError,
+            "^the reward 'raising': choose another prompt$",
+        ),
+        (
+            "raise errors_of_test[0].RunError('the server is gone')",
+            RewardError,
+            "^the reward 'raising': the server is gone$",
+        ),
         ("raise errors_of_test[1]", KeyboardInterrupt, None),
         ("raise errors_of_test[2](15)", Stopped, None),
     ):

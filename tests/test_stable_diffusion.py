@@ -158,7 +158,7 @@ def test_single_file_checkpoint(pipeline, tmp_path):
 def test_bad_paths_and_options_are_one_line(pipeline, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for match, options in {
-        r"model\.path.*nobody/nothing.*no such file or folder": {"path": "nobody/nothing"},
+        r"model\.path.*nobody/nothing.*(no such file or folder|not on this machine)": {"path": "nobody/nothing"},
         r"model\.path: there is no file or folder models/my/sd15": {"path": "models/my/sd15"},
         r"model\.path: there is no file or folder sd15\.safetensors": {"path": "sd15.safetensors"},
         r"model\.path: there is no file or folder \./sd15": {"path": "./sd15"},
