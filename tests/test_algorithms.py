@@ -292,6 +292,7 @@ def test_combinations_that_cannot_work(words, message):
         check_combination(load_config([str(TOYS / "g1.yaml"), *words]))
 
 
+@pytest.mark.slow
 def test_monte_carlo_value_is_the_dynamic_programs(tmp_path):
     """Of the unrestricted optimum: kappa log E exp(r / kappa), by quadrature through the base chain."""
     trainer = trainer_of("m1", tmp_path, "sampler.steps=16")
@@ -330,6 +331,7 @@ def brightness_of_test(samples, prompts):
     return samples.mean((1, 2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FAMILY, "nft", "draft", "adjoint_matching"])
 def test_every_algorithm_tunes_stable_diffusion(name, pipeline, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")

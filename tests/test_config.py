@@ -105,6 +105,7 @@ def test_a_files_options_go_with_the_plugin_they_were_written_for(tmp_path):
         load_config([str(file), "algorithm.draws=3", "algorithm.name=ddpo"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "value"),
     [

@@ -104,6 +104,7 @@ class Formulas:
         return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.8, 0.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)

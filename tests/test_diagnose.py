@@ -50,6 +50,7 @@ PROVOKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROVOKED)
 def test_what_goes_wrong_is_said_with_what_to_try(name, tmp_path, capsys):
     g1(tmp_path, *PROVOKED[name]).fit()
@@ -60,6 +61,7 @@ def test_what_goes_wrong_is_said_with_what_to_try(name, tmp_path, capsys):
     assert said.count("warning, epoch") == len({name for names in found for name in names})  # each is said once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpok", "ctrl", "nft", "draft", "adjoint_matching"])
 def test_a_healthy_run_is_left_in_peace(name, tmp_path, capsys):
     words = ["train.epochs=30", f"algorithm.name={name}"] + (["algorithm.kappa=0.5"] if name != "nft" else [])

@@ -153,6 +153,7 @@ def toy(folder, *words, problem="p1", rows=None):
     return json.loads((folder / "run" / "result.json").read_text()), [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_the_held_out_prompts_are_measured_and_not_the_training_prompts(tmp_path):
     """E x of the held-out prompt's own law, .9 (-2) + .1 (1.5), with the reward of its own row."""
     many = ["evaluate.images_per_prompt=2000", "train.rollout_batch=2000"]
@@ -165,6 +166,7 @@ def test_the_held_out_prompts_are_measured_and_not_the_training_prompts(tmp_path
 MEASURE = "evaluate.measures.number_of_row={}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompts", "mean"), [("null", 37.0), ("2", 5.5)])
 def test_the_first_so_many_prompts_are_measured(prompts, mean, tmp_path):
     result, _ = toy(tmp_path, MEASURE, f"evaluate.prompts={prompts}")
@@ -172,6 +174,7 @@ def test_the_first_so_many_prompts_are_measured(prompts, mean, tmp_path):
     assert (found["base"]["mean"], found["tuned"]["mean"]) == pytest.approx((mean, mean))
 
 
+@pytest.mark.slow
 def test_so_many_images_of_each_held_out_prompt_all_different(tmp_path):
     asked = {}
     for each in (1, 3):
@@ -183,6 +186,7 @@ def test_so_many_images_of_each_held_out_prompt_all_different(tmp_path):
     assert [many - few for many, few in zip(asked[3], asked[1], strict=True)] == [4, 4, 4]  # two more, base and tuned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "when"), [("null", []), ("2", [2, 4]), ("5", [5])])
 def test_held_out_measures_are_taken_after_so_many_epochs(every, when, tmp_path):
     result, lines = toy(tmp_path, "train.lr=1e-2", f"evaluate.every={every}")
@@ -245,6 +249,7 @@ def test_another_sampler_may_be_evaluated(tmp_path):
     assert found == pytest.approx(both[0], abs=0.1)
 
 
+@pytest.mark.slow
 def test_base_and_tuned_start_from_the_same_noise_and_seeds_from_other(tmp_path):
     found = []
     for seed in (0, 1):

@@ -73,6 +73,7 @@ def test_kohya_scale_is_one_by_comfyui_arithmetic(model, tmp_path):
         torch.testing.assert_close(change.view(layer.get_base_layer().weight.shape), layer.get_delta_weight("default"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [LORA_FILE, KOHYA_FILE, None])
 @pytest.mark.parametrize("targets", [ATTENTION, QUICKSTART])
 def test_diffusers_draws_the_same_from_either_file(file, targets, pipeline, tmp_path):
@@ -184,6 +185,7 @@ FLAVOURS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("rank", [4, 6])
 def test_a_file_draws_as_diffusers_draws_it(flavour, rank, pipeline, tmp_path):
@@ -199,6 +201,7 @@ def test_a_file_draws_as_diffusers_draws_it(flavour, rank, pipeline, tmp_path):
     assert {p.dtype for n, p in model.module.named_parameters() if "lora" in n} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["base_model.model.", "base_model.model.unet."])
 def test_a_folder_of_peft_draws_as_peft_draws_it(prefix, pipeline, tmp_path):
     """peft has alpha in adapter_config.json, which diffusers does not read."""

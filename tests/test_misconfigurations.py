@@ -229,6 +229,7 @@ def tree(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "message"), CASES, ids=[words[:60] for words, _ in CASES])
 def test_a_misconfiguration_is_one_line(words, message, tree, capsys):
     code = load_script("finetune").main(words.split(" "))

@@ -95,6 +95,7 @@ def test_every_option_has_a_case(name):
     assert set(OPTIONS[name]) == set(registry.algorithm.find(name).options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_no_option_is_ignored(name, option, usual, tmp_path):
     given = OPTIONS[name][option]

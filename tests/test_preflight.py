@@ -25,6 +25,7 @@ def make(*words: str) -> Trainer:
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_trial_leaves_no_trace_and_counts_what_an_epoch_calls(name, tmp_path):
     words = [*toy_words(name, tmp_path / "run"), "train.epochs=2"]

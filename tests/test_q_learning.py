@@ -153,6 +153,7 @@ def test_the_full_gradient_misses_it(tmp_path, monkeypatch):
     assert of_value > 0.15
 
 
+@pytest.mark.slow
 def test_at_the_fixed_point_the_error_is_a_martingale_difference(tmp_path, monkeypatch):
     """THEORY 8.6, row 13: exp(q / temperature) is a density, and E[G given the state] = 0."""
     trainer = lq_trainer(tmp_path, monkeypatch, "train.images_per_prompt=100000", "train.rollout_batch=100000")

@@ -85,6 +85,7 @@ def test_the_result_is_the_paired_difference(tmp_path):
     assert high - low < wide / 2  # pairing takes away what differs from prompt to prompt
 
 
+@pytest.mark.slow
 def test_large_seeds_and_no_heldout_prompts(tmp_path, capsys):
     words = [*toy_words("dpok", tmp_path / "run"), "train.epochs=1", f"run.seed={2**64 - 1}"]
     assert load_script("finetune").main([*words, "evaluate.images_per_prompt=3"]) == 0
@@ -96,6 +97,7 @@ def test_large_seeds_and_no_heldout_prompts(tmp_path, capsys):
     assert "base" not in out
 
 
+@pytest.mark.slow
 def test_the_start_says_what_counts(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("a red star\na red star\na blue circle\n")
     words = ["rewards.sharpness.weight=2", "rewards.shapes.weight=-1", f"prompts.train={tmp_path / 'mine.txt'}"]

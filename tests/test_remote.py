@@ -83,6 +83,7 @@ def test_scores_are_those_of_the_reward_here(tmp_path):
     torch.testing.assert_close(far, make_reward("brightness", {})(x, rows(10)))
 
 
+@pytest.mark.slow
 def test_prompts_metadata_points_and_options_arrive(tmp_path):
     with served(tmp_path, "by_row") as (url, _):
         found = make_reward("remote", {"url": url, "batch": 2})(torch.randn(5, 2), rows(5))
@@ -100,6 +101,7 @@ def test_a_score_that_failed_there_is_missing_here(tmp_path):
     assert found.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.slow
 def test_a_slow_server_is_waited_for_and_then_given_up(tmp_path):
     with served(tmp_path, "slow", "seconds=5") as (url, _):
         reward = make_reward("remote", {"url": url, "timeout": 0.3, **QUICK})
@@ -140,6 +142,7 @@ def test_a_server_that_comes_back_is_asked_again(tmp_path):
         assert f"{url} answered 503: busy" in reward.failure(torch.tensor([float("nan")]), rows(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

@@ -50,6 +50,7 @@ def make(name: str, folder: Path, *more: str) -> Trainer:
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_going_on_is_not_having_stopped(name, tmp_path):
     """Weights, value networks and every recorded number, to the last bit, for each algorithm there is."""
@@ -90,6 +91,7 @@ REMEMBERED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REMEMBERED)
 def test_what_a_run_remembers_goes_on(what, tmp_path):
     """Whatever epochs to come depend on: each of these runs ends otherwise if it is forgotten."""
@@ -427,6 +429,7 @@ def test_a_finished_run_without_checkpoints_is_not_replaced_by_resuming(tmp_path
 # ---------------------------------------------------------------------------------------------- faults
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "phase", "number"),
     [
@@ -515,6 +518,7 @@ def test_global_generators_go_on_where_they_were():
     assert [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(2)] == draws
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     done = subprocess.run(finetune(tmp_path / "file" / "run", "run.resume=never"), capture_output=True, text=True)

@@ -292,6 +292,7 @@ def test_retries_and_backoff(name, monkeypatch):
     assert slept == [0.25, 0.5, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 @pytest.mark.parametrize("most", [1, 3])
 def test_so_many_requests_at_a_time(name, most):

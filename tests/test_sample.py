@@ -68,6 +68,7 @@ def theirs(pipeline, lora, scale: float = 1.0) -> np.ndarray:
     return np.asarray(image, float)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
 def test_what_is_drawn_is_what_was_deployed(strength, run, pipeline, tmp_path):
     """Not with the sampler that tuned; and at any strength of the LoRA."""

@@ -168,6 +168,7 @@ def test_every_noise_level_keeps_the_marginals(eta):
     assert (masses - exact).abs().sum().item() / 2 < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpm_solver_pp", "heun"])
 def test_second_order_convergence(name):
     """The probability-flow map of a few points, steps doubled."""
@@ -352,6 +353,7 @@ def test_logged_probabilities_are_the_gaussians(name):
             torch.testing.assert_close(found.states[k + 1], law.mean, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("schedule", ["ou", "rectified_flow"])
 def test_every_sampler_draws_the_pretrained_mixture(name, schedule):

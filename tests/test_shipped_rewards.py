@@ -277,6 +277,7 @@ def with_copy(files, name, option, inner, folder):
     return {**options, option: str(copy)}, copy / inner if inner else copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(("name", "option", "inner"), FILES)
 def test_a_damaged_file_is_one_line_that_names_it(name, option, inner, damage, files, tmp_path):

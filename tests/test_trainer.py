@@ -224,6 +224,7 @@ def test_a_changed_policy_is_caught_before_the_first_update(tmp_path):
         trainer.check_ratios(examples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ratios_are_one_on_stable_diffusion(dtype, pipeline, tmp_path):
     """With a LoRA that matters, mixed steps, gradients on, and roll-out batches unlike the update's."""

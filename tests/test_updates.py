@@ -133,6 +133,7 @@ def test_steps_are_drawn_anew_for_each_image_and_pass(count, tmp_path):
     assert (seen.sum(0) / seen.sum() - 0.25).abs().max() < 0.06
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpo", "dpok", "ctrl", "nft", "adjoint_matching", "draft", "q_learning"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_batches_of_memory_do_not_change_the_run(name, shape, tmp_path):

@@ -75,6 +75,7 @@ def test_it_keeps_the_rules_of_rewards():
         check_reward("vlm_judge", value_range=(0, 1), url=url, **QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "score"),
     [
@@ -121,6 +122,7 @@ def test_the_question_is_the_users():
     assert seen(json.loads(requests[0].body))[1] == "a {high} cat? 1-5"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     [
