@@ -36,7 +36,7 @@ ASSET = Path(__file__).resolve().parents[1] / "condrl" / "assets" / "shapes"
 CLIP_ASSET = ASSET.with_name("shapes_clip")
 TOKENS = 24
 TEXT_LAYERS = 6
-OBJECTS = (2, 5, 3)  # weights of scenes with one, two and three objects
+OBJECTS = (1, 7, 2)  # weights of scenes with one, two and three objects
 RELATE = 0.85  # share of the captions of two objects that name their relation
 HISTORY = "training.json"  # what an exported pipeline was trained on so far
 SCHEDULER: dict[str, Any] = dict(
@@ -232,7 +232,7 @@ def cached_latents(args: argparse.Namespace, vae: Any) -> tuple[list[list[scenes
     """Scenes, and their latents (n, 4, 8, 8) scaled as the pipeline scales them."""
     rng = random.Random(1)
     drawn = [scenes.random_scene(rng, weights=OBJECTS) for _ in range(args.scenes)]
-    path = args.work / f"latents_{args.scenes}.pt"
+    path = args.work / f"latents_{args.scenes}_{'_'.join(map(str, OBJECTS))}.pt"
     if not path.exists():
         batches = [drawn[i : i + 128] for i in range(0, len(drawn), 128)]
         latents = torch.cat([vae.encode(draw_batch(b)).latent_dist.mean.half() for b in tqdm(batches, desc="latents")])
