@@ -220,14 +220,14 @@ def _default(file: Path, parts: Sequence[Part]) -> Part:
     return replace(part, values={**part.values, "rewards": taken_away})
 
 
-def _without_replaced_plugins(parts: Sequence[Part], merged: Mapping[str, Any]) -> list[Part]:
+def _without_replaced_plugins(parts: Sequence[Part], whole: Mapping[str, Any]) -> list[Part]:
     """The parts, without a file's options for a plugin whose place a later word gives to another plugin."""
     kept = []
     for part in parts:
         values = dict(part.values)
         for kind in DEFAULT_PLUGINS if part.is_file else ():
             name = _plugin_name(values.get(kind))
-            if name and "${" not in str(name) and name != _plugin_name(merged.get(kind)):
+            if name and "${" not in str(name) and name != _plugin_name(whole.get(kind)):
                 common = [f.name for f in dataclasses.fields(GridConfig)] if kind == "sampler" else []
                 values[kind] = {key: values[kind][key] for key in common if key in mapping(values[kind])}
         kept.append(replace(part, values=values))

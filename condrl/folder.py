@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator
@@ -20,6 +21,7 @@ OWN = (  # what every run writes, or many do
     *("images/objective.png", "lora/pytorch_lora_weights.safetensors", "lora/comfyui_lora.safetensors"),
     *("lora/network.safetensors", "lora/README.md"),
 )
+PART = re.compile(r"\.\w+\.part/")  # a folder that is still being written
 LONGEST_NAME = 255  # bytes, of the usual file systems
 
 
@@ -177,7 +179,7 @@ class RunFolder:
             path = self.path / name
             if not path.parent.resolve().is_relative_to(self.path.resolve()):
                 continue  # through a link that leads elsewhere
-            if name.endswith("/") and not path.is_symlink():  # a folder with all that is in it
+            if PART.fullmatch(name) and not path.is_symlink():  # the only folders that are a run's with all in them
                 shutil.rmtree(path, ignore_errors=True)
             elif not path.is_dir() or path.is_symlink():
                 path.unlink(missing_ok=True)

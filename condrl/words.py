@@ -134,11 +134,11 @@ def merged(parts: Sequence[Part]) -> dict[str, Any]:
 
     Raises: UsageError where it takes away what no earlier one has.
     """
-    merged: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
     for part in parts:
-        before, merged = merged, _over(merged, part.values)
+        before, whole = whole, _over(whole, part.values)
         for where in ("rewards", "evaluate.measures"):
-            known, own, section = (section_at(tree, where) for tree in (before, part.values, merged))
+            known, own, section = (section_at(tree, where) for tree in (before, part.values, whole))
             for name in [name for name, options in own.items() if options is None]:
                 if name not in known:
                     raise UsageError(
@@ -146,7 +146,7 @@ def merged(parts: Sequence[Part]) -> dict[str, Any]:
                         f"{where}.{name}={{}}"
                     )
                 del section[name]
-    return merged
+    return whole
 
 
 def _over(old: Any, new: Any) -> Any:

@@ -60,6 +60,15 @@ def test_a_list_cannot_name_files_elsewhere(line, tmp_path):
     assert (tmp_path / "elsewhere" / "inside.txt").exists()
 
 
+@pytest.mark.parametrize("line", ["images/", "./", "/", ".lora.part/../images/", "images"])
+def test_a_list_cannot_name_whole_folders(line, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "holiday.png").write_text("the user's")
+    (tmp_path / MANIFEST).write_text(line + "\n")
+    RunFolder(tmp_path).clear()
+    assert (tmp_path / "images" / "holiday.png").exists()
+
+
 def test_a_line_that_was_cut_short_does_not_count(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "epoch").write_text("the user's")
