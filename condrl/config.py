@@ -189,9 +189,10 @@ def _config(parts: Sequence[Part]) -> Config:
 def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
     """With the values that ${references} lead to.
 
-    Raises: UsageError on one that leads nowhere, or that asks for something else than a key, as the environment.
+    Raises: UsageError on one that leads nowhere, or that asks for something else than a key, as the environment; and
+    on a password.
     """
-    _check_references(tree, "")
+    _check_texts(tree, "")
     try:
         found: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:  # a ${reference} that leads nowhere
@@ -199,13 +200,17 @@ def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_references(value: Any, where: str) -> None:
+def _check_texts(value: Any, where: str) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_references(item, f"{where}.{key}".lstrip("."))
+            _check_texts(item, f"{where}.{key}".lstrip("."))
     elif isinstance(value, list):
         for item in value:
-            _check_references(item, where)
+            _check_texts(item, where)
+    elif isinstance(value, str) and re.search(r"://[^/\s]*@", value):
+        raise UsageError(
+            f"config {where}: an address with a user or password in it is not taken: it would be written down"
+        )
     elif isinstance(value, str) and re.search(r"(?<!\\)\$\{[^{}]*:", value):
         raise UsageError(f"config {where}: {value!r} asks for more than a key of the config, as in ${{run.name}}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import math
 import random
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from condrl.config import locate
 from condrl.errors import UsageError, brief
+from condrl.record import from_json
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def _text_row(index: int, line: str, where: str) -> Row:
 
 def _json_row(index: int, line: str, where: str) -> Row:
     try:
-        row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+        row = from_json(line)
+    except ValueError as error:
         raise UsageError(f"{where}: not JSON that can be used: {getattr(error, 'msg', error)}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UsageError(f'{where}: expected an object with a "prompt" that is text')
@@ -106,26 +106,6 @@ def _usable(prompt: str, where: str) -> str:
     if re.search("[\ud800-\udfff]", prompt):
         raise UsageError(f"{where}: the prompt has half of a surrogate pair, which is no character")
     return prompt
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises: ValueError on a key that comes twice."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"the key {twice[0]!r} comes twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number in JSON")
-
-
-def _finite(text: str) -> float:
-    """Raises: ValueError on a number beyond the range of floats."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is too large for a number")
-    return value
 
 
 def epoch_rows(rows: Sequence[Row], seed: int, epoch: int, count: int) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Records as JSON that every reader takes: what is not a finite number is null."""
+"""JSON that every reader takes: without NaN, infinities and keys that come twice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,38 @@ from typing import Any
 def to_json(content: Any, indent: int | None = None) -> str:
     """Dicts and lists as JSON text, with null for NaN and infinities."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def from_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises: ValueError on anything else, also NaN, numbers beyond floats, keys that come twice, and very deep nesting.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_in_range)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises: ValueError on a key that comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _in_range(text: str) -> float:
+    """Raises: ValueError on a number beyond the range of floats."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large for a number")
+    return value
 
 
 def write_json(path: Path, content: Any) -> None:

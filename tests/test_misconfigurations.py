@@ -145,6 +145,19 @@ CASES = [
     ("model.negative_prompt=??? model.guidance=3", "model.negative_prompt: ??? stands for a value"),
     ("rewards.remote.weight=1", "rewards.remote: remote needs url"),
     ("rewards.remote.url=localhost:8200", "rewards.remote.url"),
+    (
+        "rewards.remote.url=http://me:sk-1@h",
+        "rewards.remote.url: an address with a user or password in it is not taken",
+    ),
+    ("model.path=https://me:sk-1@h/m", "model.path: an address with a user or password in it is not taken"),
+    (
+        "rewards.vlm_judge.url=http://h rewards.vlm_judge.model=m rewards.vlm_judge.key=NO_SUCH_KEY",
+        "NO_SUCH_KEY is not set",
+    ),
+    (
+        "rewards.vlm_judge.url=http://h rewards.vlm_judge.model=m rewards.vlm_judge.key=sk-1",
+        "by the name of an environment",
+    ),
     ("rewards.hps.version=v3", "rewards.hps.version"),
     ("rewards.similarity.images=nowhere.png", "nowhere.png"),
     ("rewards.clip.model=ViT-L-41", "ViT-L-41"),

@@ -1,21 +1,24 @@
 """Rewards over HTTP, against real servers on this machine: right, slow, broken and killed ones."""
 
 import base64
+import email.utils
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
 from helpers import ROOT, answering, load_script, run_python, toy_words
 
 from condrl import UsageError
+from condrl.client import Client, seconds_in
 from condrl.errors import exit_code
 from condrl.prompts import Row
 from condrl.rewards import make_reward
@@ -53,6 +56,7 @@ def stumbling(samples, prompts):
 def partly(samples, prompts):
     return torch.tensor([float("nan") if "bad" in prompt else 1.0 for prompt in prompts])
 """
+JSON = {"Content-Type": "application/json"}
 QUICK = {"retries": 1, "backoff": 0.01}
 
 
@@ -109,7 +113,7 @@ def test_a_slow_server_is_waited_for_and_then_given_up(tmp_path):
         found = reward(torch.zeros(2, 2), rows(2))
         assert time.monotonic() - begun < 4
     assert found.isnan().all()
-    assert reward.failure(found, rows(2)).endswith(f"{url} did not answer: timed out")
+    assert reward.failure(found, rows(2)).endswith(f"{url} did not answer: nothing whole within 0.3 s")
 
 
 def test_a_server_that_was_killed(tmp_path):
@@ -151,6 +155,11 @@ def test_a_server_that_comes_back_is_asked_again(tmp_path):
         b"{}",
         b'{"scores": [1]}',
         b'{"scores": [1, "x"]}',
+        b'{"scores": ["0.7", "0.8"]}',
+        b'{"scores": [true, false]}',
+        b'{"scores": [1, Infinity]}',
+        b'{"scores": [1, 1e999]}',
+        b"[" * 200_000,
         b'{"scores": [1, [2]]}',
         b'{"scores": [1, 1%s]}' % (b"0" * 400),
         b"\xff\xfe",
@@ -165,14 +174,159 @@ def test_garbage_is_no_score(body):
     assert "gave an answer that is none" in reward.failure(found, rows(2))
 
 
+@contextmanager
+def talking(*parts, pause=0.0):
+    """A server that answers each connection with these parts of bytes, one after the other; yields address and times."""
+    server, asked = socket.create_server(("127.0.0.1", 0)), []
+
+    def talk(connection):
+        with connection, suppress(OSError):
+            connection.recv(2**20)
+            for part in parts:
+                time.sleep(pause)
+                connection.sendall(part)
+
+    def listen():
+        with suppress(OSError):
+            while True:
+                connection = server.accept()[0]
+                asked.append(time.monotonic())
+                threading.Thread(target=talk, args=[connection], daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", asked
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+GOOD = b"HTTP/1.0 200 OK\r\n\r\n" + json.dumps({"scores": [0.5]}).encode()
+
+
+@pytest.mark.parametrize("start", [b"HTTP/1.0 200 OK\r\nX: ", b"HTTP/1.0 200 OK\r\n\r\n", b""])
+def test_a_server_that_drips_is_given_up_at_the_deadline(start):
+    with talking(start, *[b" "] * 100, pause=0.1) as (url, _):
+        reward = make_reward("remote", {"url": url, "timeout": 0.5, "retries": 0})
+        begun = time.monotonic()
+        found = reward(torch.zeros(1, 2), rows(1))
+        assert time.monotonic() - begun < 1.5
+    assert reward.failure(found, rows(1)).endswith("did not answer: nothing whole within 0.5 s")
+
+
+def test_a_slow_answer_within_the_deadline_counts():
+    with talking(*[GOOD[i : i + 1] for i in range(len(GOOD))], pause=0.01) as (url, _):
+        assert make_reward("remote", {"url": url, "timeout": 10.0})(torch.zeros(1, 2), rows(1)).tolist() == [0.5]
+
+
+def test_an_error_that_is_cut_off_is_tried_again():
+    with talking(b"HTTP/1.1 500 Oops\r\nContent-Length: 100\r\n\r\nabc") as (url, asked):
+        reward = make_reward("remote", {"url": url, **QUICK})
+        found = reward(torch.zeros(1, 2), rows(1))
+    assert len(asked) == 2
+    assert "answered 500: Internal Server Error" in reward.failure(found, rows(1))
+
+
+def test_a_server_that_asks_for_a_pause_gets_it():
+    busy = b"HTTP/1.0 503 Busy\r\nRetry-After: %s\r\n\r\n"
+    with talking(busy % b"1") as (url, asked):
+        make_reward("remote", {"url": url, **QUICK})(torch.zeros(1, 2), rows(1))
+        assert asked[1] - asked[0] >= 1
+    with talking(busy % b"3600") as (url, asked):  # is given up, not asked again too early
+        reward = make_reward("remote", {"url": url, **QUICK})
+        found = reward(torch.zeros(1, 2), rows(1))
+        assert len(asked) == 1
+    assert "answered 503: Service Unavailable (and asks to wait 3600 s)" in reward.failure(found, rows(1))
+
+
+def test_the_pause_that_a_server_asks_for_is_seconds_or_a_date():
+    assert seconds_in("7") == 7
+    assert 50 < seconds_in(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
+    assert [seconds_in(text) for text in (None, "", "soon", "-1", "9" * 40, "Mon, 01 Jan 1990 00:00:00 GMT")] == [0] * 6
+
+
+def test_what_a_server_says_cannot_steer_the_terminal():
+    with answering(b'{"error": "\\u001b[2Jgone\\r\\nerror: fake"}', 400) as (url, _):
+        reward = make_reward("remote", {"url": url, **QUICK})
+        said = reward.failure(reward(torch.zeros(1, 2), rows(1)), rows(1))
+    assert said.endswith("answered 400:  [2Jgone  error: fake")
+
+
+def test_nobody_waits_for_a_server_after_ctrl_c():
+    """The first request's reader is interrupted, the second one's server is silent."""
+
+    def read(body):
+        raise KeyboardInterrupt
+
+    with talking(GOOD) as (url, _), talking(pause=60) as (silent, _):
+        client = Client(url, "rewards.remote.url", None, 60.0, 3, 60.0, 2)
+        other = Client(silent, "rewards.remote.url", None, 60.0, 3, 60.0, 2)
+        client._post = lambda body, own=client._post: other._post(body) if body == b"silent" else own(body)
+        client.open = other.open
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            client.ask([b"good", b"silent"], [read, read])
+        while other.open and time.monotonic() - begun < 20:
+            time.sleep(0.01)
+    assert not other.open
+    assert time.monotonic() - begun < 10
+
+
+SECRET = "sk-123secret"
+
+
+@pytest.mark.parametrize("value", [f"{SECRET}\rX: y", f"{SECRET}\x1b[2J", f"{SECRET} 2", "ключ" + SECRET, " "])
+def test_a_secret_that_cannot_be_sent_is_not_shown(value, monkeypatch):
+    monkeypatch.setenv("CONDRL_REWARD_TOKEN", value)
+    with pytest.raises(UsageError, match="the environment variable CONDRL_REWARD_TOKEN ") as raised:
+        make_reward("remote", {"url": "http://127.0.0.1:1"})
+    assert SECRET not in str(raised.value)
+
+
+def test_where_a_secret_goes_is_said_once(monkeypatch, capsys):
+    monkeypatch.setenv("CONDRL_REWARD_TOKEN", SECRET)
+    for _ in range(2):
+        make_reward("remote", {"url": "http://rewards.example:8200"})
+    line = "rewards.remote sends what is in CONDRL_REWARD_TOKEN to rewards.example:8200, not encrypted\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8200",
+        "ftp://h",
+        "http://",
+        "http://h:99999",
+        "http://h:x",
+        "http://[::1",
+        "http://h/a b",
+        "http://h/\x1b",
+        "http://h/?key=1",
+        "http://h/#a",
+        "file:///etc/passwd",
+        "",
+    ],
+)
+def test_what_is_no_address_is_one_line(url):
+    with pytest.raises(UsageError, match="^config rewards.remote.url: .* is no address like http://127.0.0.1:8200$"):
+        make_reward("remote", {"url": url})
+
+
+def test_a_password_in_an_address_is_neither_taken_nor_shown():
+    with pytest.raises(UsageError, match="config rewards.remote.url: an address with a user, password") as raised:
+        make_reward("remote", {"url": f"http://me:{SECRET}@127.0.0.1:8200"})
+    assert SECRET not in str(raised.value)
+
+
 def test_a_token_is_asked_for(tmp_path, monkeypatch):
     with served(tmp_path, "slow", CONDRL_REWARD_TOKEN="secret") as (url, _):
         reward = make_reward("remote", {"url": url, **QUICK})
         found = reward(torch.ones(1, 2), rows(1))
         assert found.isnan().all()
         assert f"{url} answered 401: the token is missing or another one" in reward.failure(found, rows(1))
-        monkeypatch.setenv("CONDRL_REWARD_TOKEN", "secret")
-        assert reward(torch.ones(1, 2), rows(1)).tolist() == [1.0]
+        monkeypatch.setenv("CONDRL_REWARD_TOKEN", " secret\r\n")  # as `set` of Windows and an editor leave it
+        assert make_reward("remote", {"url": url, **QUICK})(torch.ones(1, 2), rows(1)).tolist() == [1.0]
 
 
 UNREADABLE = (
@@ -188,9 +342,9 @@ def test_the_server_refuses_what_it_cannot_read(tmp_path):
     with served(tmp_path, "slow") as (url, _):
         for body in UNREADABLE:
             with pytest.raises(urllib.error.HTTPError) as raised:
-                urllib.request.urlopen(urllib.request.Request(url, body), timeout=20)
+                urllib.request.urlopen(urllib.request.Request(url, body, JSON), timeout=20)
             assert raised.value.code == 400
-        huge = urllib.request.Request(url, b"x", {"Content-Length": str(10**12)})
+        huge = urllib.request.Request(url, b"x", {"Content-Length": str(10**12), **JSON})
         with pytest.raises(urllib.error.HTTPError) as raised:
             urllib.request.urlopen(huge, timeout=20)
         assert raised.value.code == 413

@@ -10,7 +10,7 @@ from torch import Tensor
 import condrl
 from condrl.client import Client
 from condrl.prompts import Row
-from condrl.wire import answer_of, pack
+from condrl.wire import MOST_PIXELS, TOKEN, answer_of, pack
 
 
 @condrl.reward(differentiable=False)
@@ -24,13 +24,13 @@ class Remote:
         timeout: float = 60.0,  # seconds for an answer
         retries: int = 3,  # further attempts, after 1, 2, 4, ... times `backoff`
         backoff: float = 1.0,  # seconds
-        batch: int = 16,  # samples in a request
+        batch: int = 16,  # samples in a request, at most
         concurrent: int = 4,  # requests at a time
     ) -> None:
         if batch < 1:
             raise condrl.UsageError(f"config rewards.remote.batch: must be at least 1, got {batch}")
         self.batch = batch
-        self.client = Client(url, "rewards.remote.url", "CONDRL_REWARD_TOKEN", timeout, retries, backoff, concurrent)
+        self.client = Client(url, "rewards.remote.url", TOKEN, timeout, retries, backoff, concurrent)
 
     @property
     def errors(self) -> Sequence[str]:
@@ -38,7 +38,9 @@ class Remote:
 
     def __call__(self, samples: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         rows = [Row(i, prompt, extra) for i, (prompt, extra) in enumerate(zip(prompts, metadata, strict=True))]
-        parts = [slice(start, start + self.batch) for start in range(0, len(rows), self.batch)]
+        fitting = MOST_PIXELS // samples[0, 0].numel() if samples.dim() == 4 else len(rows)
+        batch = max(1, min(self.batch, fitting))
+        parts = [slice(start, start + batch) for start in range(0, len(rows), batch)]
         counts = [len(rows[part]) for part in parts]
         bodies = [pack(samples[part], rows[part]) for part in parts]
         found = self.client.ask(bodies, [partial(answer_of, count=count) for count in counts])

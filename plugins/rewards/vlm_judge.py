@@ -12,7 +12,8 @@ from torch import Tensor
 
 import condrl
 from condrl.client import Client
-from condrl.wire import to_png
+from condrl.record import from_json
+from condrl.wire import number, read_secret, to_png
 
 QUESTIONS = {
     "yes": 'Does this image show "{prompt}"? Answer yes or no.',
@@ -41,6 +42,8 @@ class VLMJudge:
     ) -> None:
         if not low < high:
             raise condrl.UsageError(f"config rewards.vlm_judge.low: {low:g} is not below high, {high:g}")
+        if key is not None and read_secret(key) is None:
+            raise condrl.UsageError(f"config rewards.vlm_judge.key: the environment variable {key} is not set")
         self.model, self.answer, self.low, self.high = model, answer, low, high
         self.question = (question or QUESTIONS[answer]).replace("{low}", f"{low:g}").replace("{high}", f"{high:g}")
         address = url.rstrip("/") + "/chat/completions"
@@ -73,7 +76,7 @@ class VLMJudge:
 
     def _score(self, body: bytes) -> float:
         """Raises: ValueError, TypeError or LookupError when the answer does not say."""
-        choice = dict(json.loads(body)["choices"][0])
+        choice = dict(from_json(body)["choices"][0])
         if self.answer == "number" and choice.get("finish_reason") == "length":
             raise ValueError("the reply is longer than 16 tokens")
         if self.answer == "yes":
@@ -90,7 +93,7 @@ def share_of_yes(first: Sequence[dict[str, Any]]) -> float:
     for token in first:
         word = str(token["token"]).strip(" \"'*.\n").lower()
         if word in chance:
-            chance[word] += math.exp(token["logprob"])
+            chance[word] += math.exp(number(token["logprob"]))
     if not sum(chance.values()):
         raise ValueError(f"neither yes nor no is among {[token['token'] for token in first[:5]]}")
     return chance["yes"] / sum(chance.values())
