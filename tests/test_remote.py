@@ -245,6 +245,23 @@ def test_the_pause_that_a_server_asks_for_is_seconds_or_a_date():
     assert [seconds_in(text) for text in (None, "", "soon", "-1", "9" * 40, "Mon, 01 Jan 1990 00:00:00 GMT")] == [0] * 6
 
 
+def test_nobody_is_followed_elsewhere():
+    with talking(GOOD) as (elsewhere, asked):
+        with talking(f"HTTP/1.0 307 Go\r\nLocation: {elsewhere}/\r\n\r\n".encode()) as (url, _):
+            reward = make_reward("remote", {"url": url, **QUICK})
+            found = reward(torch.zeros(1, 2), rows(1))
+        assert not asked
+    assert "answered 307: Temporary Redirect" in reward.failure(found, rows(1))
+
+
+def test_an_answer_without_end_is_not_kept(monkeypatch):
+    monkeypatch.setattr("condrl.client.MOST_BYTES", 1000)
+    with talking(GOOD, b" " * 2000) as (url, _):
+        reward = make_reward("remote", {"url": url, **QUICK})
+        found = reward(torch.zeros(1, 2), rows(1))
+    assert "did not answer: its answer is longer than 1000 bytes" in reward.failure(found, rows(1))
+
+
 def test_what_a_server_says_cannot_steer_the_terminal():
     with answering(b'{"error": "\\u001b[2Jgone\\r\\nerror: fake"}', 400) as (url, _):
         reward = make_reward("remote", {"url": url, **QUICK})

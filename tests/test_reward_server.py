@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import load_script
+from helpers import ROOT, load_script
 from PIL import Image
 
 from condrl.client import Client
@@ -245,3 +247,14 @@ def test_what_is_no_number_is_null():
     body = pack(torch.zeros(3, 2), [ROW] * 3)
     with serving(odd) as (port, _):
         assert exchange(port, head(len(body)) + body) == (200, b'{"scores": [null, null, 1.0]}')
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_protocol_is_as_documented(tmp_path):
+    page = (ROOT / "docs" / "rewards.md").read_text("utf-8")
+    command = page[page.index("    printf") : page.index("## A judge")]
+    Image.new("RGB", (512, 512), "white").save(tmp_path / "image.png")
+    with serving(lambda samples, prompts: samples.flatten(1).mean(1)) as (port, _):
+        words = ["bash", "-c", command.replace("8200", str(port))]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert json.loads(done.stdout) == {"scores": [1.0]}
