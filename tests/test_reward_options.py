@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -284,12 +285,18 @@ MORE = {"remote": {}, "vlm_judge": {"model": "m", "answer": "number"}}
 @pytest.mark.parametrize("name", ANSWERS)
 def test_retries_and_backoff(name, monkeypatch):
     slept = []
-    monkeypatch.setattr(time, "sleep", slept.append)
+
+    class Impatient(threading.Event):
+        def wait(self, timeout=None):
+            slept.append(timeout)
+            return False
+
+    monkeypatch.setattr("condrl.client.threading", SimpleNamespace(Event=Impatient, Timer=threading.Timer))
     with answering(b"busy", 503) as (url, asked):
         options = {"url": url, "concurrent": 1, "retries": 3, "backoff": 0.25, **MORE[name]}
         assert make_reward(name, options)(PIXELS[:1], ROWS[:1]).isnan().all()
     assert len(asked) == 4
-    assert slept == [0.25, 0.5, 1.0]
+    assert slept == [0.0, 0.25, 0.5, 1.0]
 
 
 @pytest.mark.slow
