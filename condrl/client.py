@@ -59,6 +59,7 @@ class Client:
             announce(section, secret, self.address)
         self.timeout, self.retries, self.backoff, self.concurrent = timeout, retries, backoff, concurrent
         self.open: set[socket.socket] = set()
+        self.ended = threading.Event()
         self.errors: deque[str] = deque(maxlen=100)
 
     def ask(self, bodies: Sequence[bytes], readers: Sequence[Callable[[bytes], T]]) -> list[T | None]:
@@ -67,20 +68,20 @@ class Client:
         A reader raises ValueError, TypeError, LookupError or ArithmeticError on what it cannot read.
         """
         self.errors.clear()
-        ended = threading.Event()
+        self.ended.clear()
         pool = ThreadPoolExecutor(self.concurrent)
         try:
-            return list(pool.map(functools.partial(self._score, ended=ended), bodies, readers))
+            return list(pool.map(self._score, bodies, readers))
         finally:
-            ended.set()  # after Ctrl+C nobody waits for an answer, or for the next attempt
+            self.ended.set()  # after Ctrl+C nobody waits for an answer, or for the next attempt
             pool.shutdown(wait=False, cancel_futures=True)
             for line in list(self.open):
                 hang_up(line)
 
-    def _score(self, body: bytes, read: Callable[[bytes], T], ended: threading.Event) -> T | None:
+    def _score(self, body: bytes, read: Callable[[bytes], T]) -> T | None:
         pause, reason = 0.0, ""
         for attempt in range(self.retries + 1):
-            if ended.wait(pause):
+            if self.ended.wait(pause):
                 break
             pause = self.backoff * 2**attempt
             try:
@@ -141,6 +142,8 @@ class Client:
         timer.daemon = True
         timer.start()
         self.open.add(line)
+        if self.ended.is_set():
+            hang_up(line)
         try:
             yield
         finally:

@@ -279,7 +279,7 @@ def test_nobody_waits_for_a_server_after_ctrl_c():
         client = Client(url, "rewards.remote.url", None, 60.0, 3, 60.0, 2)
         other = Client(silent, "rewards.remote.url", None, 60.0, 3, 60.0, 2)
         client._post = lambda body, own=client._post: other._post(body) if body == b"silent" else own(body)
-        client.open = other.open
+        client.open, client.ended = other.open, other.ended
         begun = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             client.ask([b"good", b"silent"], [read, read])
