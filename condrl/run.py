@@ -189,11 +189,10 @@ def transfer_warning(config: Config) -> str | None:
 def make_trainer(
     config: Config, train: Sequence[Row], heldout: Sequence[Row] = (), processes: Processes | None = None
 ) -> Trainer:
-    """The model with its prompts encoded and its text encoder released, and what tunes it."""
+    """The model that knows the prompts, and what tunes it."""
     processes = processes or Processes(make_accelerator(config))
     policy = make_policy(config, processes.accelerator.device)
     policy.model.encode([row.prompt for row in [*train, *heldout]])
-    policy.model.finish_encoding()
     if processes.sharded:
         policy.model.shard()  # type: ignore[attr-defined]
     algorithm: Algorithm = make("algorithm", config.algorithm)
