@@ -244,7 +244,7 @@ def add_architecture(path: Path) -> str:
     import open_clip
 
     check_file(path, "rewards.*.config")
-    content = json.loads(path.read_text()) if path.suffix == ".json" else None
+    content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else None
     if not isinstance(content, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= content.keys():
         raise UsageError(
             f"config rewards.*.config: {path} is no architecture of open_clip: embed_dim, vision_cfg, text_cfg"

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 from condrl.config import typed_options
-from condrl.errors import UsageError, brief, exit_code
+from condrl.errors import UsageError, brief, exit_code, say
 from condrl.registry import load_file
 from condrl.registry import reward as registry
 from condrl.words import is_setting, merged, read_word, retyped
@@ -39,6 +39,11 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], reward: Reward, token: str | None, device: Any) -> None:
         super().__init__(address, Handler)
         self.reward, self.token, self.device, self.busy = reward, token, device, threading.Lock()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away, say, is a line."""
+        error = sys.exception()
+        say(f"warning: no answer to {client_address[0]}: {brief(error) if error else ''}")
 
     def answer(self, body: bytes) -> tuple[int, dict[str, Any]]:
         """The status and content for a request: scores, null where one failed; or what is wrong."""
