@@ -136,7 +136,11 @@ def check_suffix(path: Path) -> None:
     from PIL import Image
 
     Image.init()
-    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE or path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise UsageError(f"--out: {error.strerror}: {path}") from error
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE or is_folder:
         raise UsageError(f"--out {path}: give the name of an image, as {path.stem or 'samples'}.png")
 
 
