@@ -4,8 +4,10 @@ import base64
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -287,3 +289,30 @@ def test_a_run_whose_server_dies_stops_and_says_why(tmp_path):
     assert run.returncode == 1
     assert "stopped: the reward 'remote' failed for the prompt" in said
     assert "100% of the scores failed" in said
+
+
+def test_a_client_that_goes_away_is_a_line(capsys):
+    """It does not wait for its scores: the server says so, and serves the next one."""
+    came, leave = threading.Event(), threading.Event()
+
+    def awaited(samples, rows):
+        came.set()
+        leave.wait(10)
+        return samples[:, 0]
+
+    server = load_script("reward_server").Server(("127.0.0.1", 0), awaited, None, torch.device("cpu"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    body = pack(torch.zeros(1, 2), [Row(0, "a cat")])
+    client = socket.create_connection(server.server_address)
+    client.sendall(b"POST / HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    came.wait(10)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+    client.close()
+    leave.set()
+    scores = make_reward("remote", {"url": f"http://127.0.0.1:{server.server_port}", **QUICK})
+    assert scores(torch.ones(1, 2), [Row(0, "a cat")]).tolist() == [1.0]
+    server.shutdown()
+    server.server_close()
+    said = capsys.readouterr().err
+    assert said.startswith("warning: no answer to 127.0.0.1: ")
+    assert said.count("\n") == 1

@@ -300,10 +300,20 @@ def test_a_prompt_that_is_cut_is_told_and_cut_as_diffusers_cuts_it(limit, pipeli
     torch.testing.assert_close(model.embeddings(torch.stack([row, short])), torch.stack(theirs))
 
 
-def test_many_prompts_that_are_cut_are_one_warning(model, capsys):
-    model.encode(["a red star", *(f"{LONG}{i}" for i in range(2500))])
-    said = f"warning: the prompt '{LONG}0', the first of 2500 that are too long, has 93 tokens; the model reads the first 24\n"
+def test_all_prompts_that_are_cut_are_one_warning(pipeline, tmp_path, capsys):
+    """Of a run, those that it trains on and the held-out ones, before its first epoch."""
+    words = [
+        str(ROOT / "configs" / "quickstart.yaml"),
+        f"model.path={pipeline}",
+        f"run.dir={tmp_path}",
+        "model.lora_targets=[to_q]",
+    ]
+    train = [Row(i, prompt) for i, prompt in enumerate(["a red star", *(f"{LONG}{i}" for i in range(2500))])]
+    trainer = make_trainer(load_config(words), train, [Row(0, f"{LONG}{7777}"), Row(1, "a blue star")])
+    said = f"warning: the prompt '{LONG}0', the first of 2501 that are too long, has 93 tokens; the model reads the first 24\n"
     assert capsys.readouterr().err == said
+    trainer.policy.model.encode([row.prompt for row in train])
+    assert capsys.readouterr().err == ""
 
 
 def counted(model):
@@ -320,9 +330,12 @@ def test_prompts_are_encoded_alone_and_when_they_are_needed(model):
     condition = model.encode([f"a red star {i}" for i in range(1000)])
     assert calls == []
     x, t = torch.randn(3, 4, 8, 8), torch.full((3,), 0.5)
-    for _ in range(2):  # steps of a roll-out
-        model.score(x, t, condition[[4, 4, 7]])
+    model.score(x, t, condition[[4, 4, 7]])
     assert calls == [1, 1, 1]  # the negative prompt and two others
+    table = model._table
+    model.score(x, t, condition[[4, 4, 7]])  # the next step of a roll-out
+    model.score(x, t, condition[[7, 4, 7]])  # a minibatch
+    assert model._table is table
     model.features(condition[:70])
     assert calls == [1] * 71
     assert torch.equal(model.features(condition[:70]).to(x), model.features(condition[:1000])[:70])
