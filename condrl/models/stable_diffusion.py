@@ -63,10 +63,11 @@ class StableDiffusion:
         self.module: nn.Module = pipe.unet.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
         self._pipe: Any = pipe  # its text encoder is on the host when it is not used
         self._pipe.tokenizer.model_max_length = self.most_tokens
-        self._rows: dict[str, int] = {}  # the number of each prompt, in the order of the numbers
-        self._prompts: list[str] = []
+        self._rows: dict[str, int] = {}  # the number of each prompt
+        self._prompts: list[str] = []  # by their numbers
         self._host_embeddings = Embeddings(self._encoded)
-        self._table, self._places = torch.empty(0), dict[int, int]()  # on the device: the prompts asked for last
+        self._table = torch.empty(0)  # on the device, of the prompts that were asked for last
+        self._places: dict[int, int] = {}  # of prompts, by their numbers, in that table
         self.negative = self.encode([negative_prompt])
         add_lora(self.module, lora_rank, lora_alpha or lora_rank, lora_targets)
         if lora:
