@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -21,7 +22,7 @@ class Surviving:
 
     def write(self, text: str) -> int:
         try:
-            return int(self._stream.write(text))
+            return self._stream.write(text)
         except OSError as error:
             self._discard(error)
             return len(text)
@@ -48,7 +49,7 @@ class Surviving:
 def surviving_streams() -> Iterator[None]:
     """Within it, printing does not fail; a letter that the terminal does not have is printed as an escape."""
     before = sys.stdout, sys.stderr
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         for stream in before:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
