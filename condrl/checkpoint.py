@@ -72,8 +72,9 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -
             _remove(left)
         part.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part / TENSORS)
-        (part / PLAIN).write_text(json.dumps(plain, allow_nan=False))
-        (part / MANIFEST).write_text(json.dumps({file: _sha256(part / file) for file in (TENSORS, PLAIN)}))
+        (part / PLAIN).write_text(json.dumps(plain, allow_nan=False), "utf-8")
+        digests = {file: _sha256(part / file) for file in (TENSORS, PLAIN)}
+        (part / MANIFEST).write_text(json.dumps(digests), "utf-8")
         for path in (*part.iterdir(), part):
             _to_disk(path)
         _remove(folder / name)
@@ -141,13 +142,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         damaged = [file for file in (TENSORS, PLAIN) if _sha256(path / file) != manifest[file]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
     if damaged:
         raise UsageError(f"the checkpoint {path} is damaged: {damaged[0]} is not what was written")
-    state: dict[str, Any] = _join(json.loads((path / PLAIN).read_text()), load_file(path / TENSORS))
+    state: dict[str, Any] = _join(json.loads((path / PLAIN).read_text("utf-8")), load_file(path / TENSORS))
     return state
 
 

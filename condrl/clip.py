@@ -1,4 +1,4 @@
-"""CLIP models for rewards: images to embeddings with gradients, prompts to embeddings once each."""
+"""CLIP models for rewards: images to embeddings with gradients, prompts to embeddings that are remembered."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from condrl.config import locate
+from condrl.embeddings import Embeddings
 from condrl.errors import UsageError
 from condrl.files import load_tensors, load_torch
 from condrl.hub import WEIGHTS, check_file, fetching, folder_or_id
@@ -58,7 +59,7 @@ class Clip:
         import open_clip
 
         self.dtype = dtype
-        self.prompts: dict[str, Tensor] = {}
+        self._texts = Embeddings(self._encoded)
         self.name, self.weights, self.config = model, None, config  # weights: None when `name` brings them
         if whole_model(model):
             if (weights, config, sha256) != (OPENAI, None, None):
@@ -156,13 +157,17 @@ class Clip:
         x = fitted(samples, size, settings["mean"], settings["std"])
         return nn.functional.normalize(model.encode_image(x.to(getattr(torch, self.dtype))).float(), dim=-1)
 
-    @torch.no_grad()
     def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        """Unit embeddings (B, F) float32 of prompts; each is computed once."""
-        model = self.model.to(device)
-        return remembered(self.prompts, prompts, lambda new: model.encode_text(self.tokenizer(new).to(device))).to(
-            device
-        )
+        """Unit embeddings (B, F) float32 of prompts."""
+        self.model.to(device)
+        return self._texts(prompts).to(device)
+
+    @torch.no_grad()
+    def _encoded(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        device = next(self.model.parameters()).device
+        for prompt in prompts:
+            (embedding,) = self.model.encode_text(self.tokenizer([prompt]).to(device))
+            yield nn.functional.normalize(embedding.float(), dim=-1)
 
     def cosine(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         """Of the embeddings of images (B, 3, H, W) and their prompts, (B,); differentiable."""
@@ -193,14 +198,6 @@ class ClipReward:
 def check_weights(path: Path) -> None:
     """Raises: UsageError when a file does not hold named weights."""
     (load_tensors if path.suffix == ".safetensors" else load_torch)(path, "config rewards.*.weights")
-
-
-def remembered(known: dict[str, Tensor], prompts: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
-    """Unit embeddings (B, F) float32 of prompts, on the CPU; those that are not `known` are encoded and added to it."""
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-    if new:
-        known |= dict(zip(new, nn.functional.normalize(encode(new).float(), dim=-1).cpu(), strict=True))
-    return torch.stack([known[prompt] for prompt in prompts])
 
 
 def affine(layers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -247,7 +244,7 @@ def add_architecture(path: Path) -> str:
     import open_clip
 
     check_file(path, "rewards.*.config")
-    content = json.loads(path.read_text()) if path.suffix == ".json" else None
+    content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else None
     if not isinstance(content, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= content.keys():
         raise UsageError(
             f"config rewards.*.config: {path} is no architecture of open_clip: embed_dim, vision_cfg, text_cfg"

@@ -23,7 +23,19 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from condrl.errors import UsageError
 from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
-from condrl.words import Part, escaped, exists, mapping, merged, one_line, read_word, retyped, section_at, setting_keys
+from condrl.words import (
+    Part,
+    escaped,
+    exists,
+    expanded,
+    mapping,
+    merged,
+    one_line,
+    read_word,
+    retyped,
+    section_at,
+    setting_keys,
+)
 
 Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
 ASSETS = Path(__file__).parent / "assets"
@@ -109,7 +121,7 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        return Path(self.run.dir or f"runs/{self.run.name}").expanduser()
+        return expanded(self.run.dir or f"runs/{self.run.name}")
 
     @property
     def images_per_epoch(self) -> int:
@@ -441,6 +453,8 @@ def check_arithmetic(config: Config) -> None:
             raise UsageError(f"config train.{name}: must be above 0, got {getattr(train, name)}")
     if not config.run.dir and (Path(config.run.name).name != config.run.name or config.run.name in ("", "..")):
         raise UsageError(f"config run.name: {config.run.name!r} is not the name of a folder; a path goes into run.dir")
+    if (config.run.dir or "").startswith("~") and str(config.folder).startswith("~"):
+        raise UsageError(f"config run.dir: {config.run.dir}: there is no user of that name")
     if train.kl_budget is not None and train.kl_budget <= 0:
         raise UsageError(f"config train.kl_budget: must be above 0, got {train.kl_budget}")
     if train.kl_budget is None and train.over_budget != "stop":
@@ -460,7 +474,7 @@ def check_arithmetic(config: Config) -> None:
 
 def locate(path: str) -> Path:
     """A path as the user wrote it; `asset:NAME` lies in the package's own assets."""
-    return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else Path(path).expanduser()
+    return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else expanded(path)
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -469,7 +483,7 @@ def locate(path: str) -> Path:
 def to_yaml(config: Config) -> str:
     """The resolved config, loadable again from any folder."""
     tree = dataclasses.asdict(config)
-    tree["plugins"] = [str(Path(path).expanduser().resolve()) for path in config.plugins]
+    tree["plugins"] = [str(expanded(path).resolve()) for path in config.plugins]
     tree["prompts"] = {name: from_anywhere(path) for name, path in tree["prompts"].items()}
     tree["run"]["dir"] = config.run.dir and str(config.folder.absolute())
     rewards = [*tree["rewards"].values(), *tree["evaluate"]["measures"].values()]

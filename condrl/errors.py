@@ -7,9 +7,18 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
+from condrl.streams import surviving_streams
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
+NO_MEMORY = (  # what torch, CUDA, the system, C++, the loader of libraries and Python say
+    *("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "failed to map segment"),
+    "can't start new thread",
+)
+LESS = "lower train.loss_batch, train.rollout_batch or model.decode_batch, or --batch of sample.py"
 LENGTH = 300  # characters that are quoted of another program's or plugin's error
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask a run to stop
 
@@ -47,20 +56,47 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, on the host or on a GPU."""
+    kinds = (RuntimeError, OSError, ImportError)
+    return isinstance(error, MemoryError) or (isinstance(error, kinds) and any(t in str(error) for t in NO_MEMORY))
+
+
+def warn_of_address_limit() -> None:
+    """Say that there is a limit (ulimit -v): libraries that meet it abort the process without a word of ours."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        say(f"warning: ulimit -v leaves this process {limit / 1e9:.1f} GB of addresses: if it aborts, raise that first")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it, an OSError that does not say which file it is about names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def exit_code(work: Callable[[], object]) -> int:
     """Do the work of a script; its errors become one line and an exit code, 130 after Ctrl+C.
 
     With CONDRL_DEBUG=1 in the environment their traceback is shown as well, by each process.
     """
-    try:
-        work()
-    except (UsageError, RunError, Stopped, OSError, KeyboardInterrupt) as error:
-        line, code = last_words(error)
-        if os.environ.get("CONDRL_DEBUG", "") not in ("", "0"):
-            traceback.print_exc()
-        say(line)
-        return code
-    return 0
+    with surviving_streams():
+        try:
+            work()
+        except (Exception, Stopped, KeyboardInterrupt) as error:
+            line, code = last_words(error)
+            if os.environ.get("CONDRL_DEBUG", "") not in ("", "0"):
+                traceback.print_exc()
+            say(line)
+            return code
+        return 0
 
 
 def last_words(error: BaseException) -> tuple[str, int]:
@@ -77,6 +113,8 @@ def last_words(error: BaseException) -> tuple[str, int]:
             return f"stopped by {error}; the same command with run.resume=auto goes on", 128 + error.number
         case KeyboardInterrupt():
             return "interrupted", 130
+        case _ if out_of_memory(error):
+            return f"stopped: out of memory: {LESS} ({brief(error)})", 1
         case OSError() if error.errno in DISK:
             return f"stopped: {error}", 1
     raise error

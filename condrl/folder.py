@@ -11,13 +11,14 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from condrl.errors import RunError, UsageError, say
+from condrl.errors import RunError, UsageError, naming, say
 
 MANIFEST = "condrl_files.txt"  # the list: a path per line
 LOCK = "lock"
 OWN = (  # what every run writes, or many do
     *("config.yaml", "metrics.jsonl", "timings.jsonl", "result.json"),
-    *("images/epoch_[0-9]*.png", "images/before_after.png", "images/density.png", "images/plane.png"),
+    *("images/epoch_[0-9]*.png", "images/before_after.png", "images/before_after_[0-9]*.png"),
+    *("images/density.png", "images/plane.png"),
     *("images/objective.png", "lora/pytorch_lora_weights.safetensors", "lora/comfyui_lora.safetensors"),
     *("lora/network.safetensors", "lora/README.md"),
 )
@@ -64,8 +65,10 @@ class RunFolder:
 
         Raises: UsageError when it cannot, or when the folder belongs to somebody else.
         """
+        if "\0" in str(self.path):
+            raise UsageError("the run's folder cannot be made: there is a NUL character in its name")
         try:
-            there = self.path.exists()
+            there, _ = self.path.exists(), os.fsencode(self.path)
             existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         except (OSError, ValueError) as error:
             raise UsageError(f"the run's folder cannot be made: {error}") from error
@@ -93,7 +96,7 @@ class RunFolder:
         if path.is_file() and not path.is_symlink() and sys.platform != "win32":
             import fcntl
 
-            with path.open("r+") as file, suppress(OSError):
+            with path.open("rb+") as file, suppress(OSError):
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -125,7 +128,8 @@ class RunFolder:
         new = sorted(set(names) - self.listed)
         if new:
             torn = self._read_manifest()[-1:] not in ("", "\n")  # a line that was cut short stands alone
-            with (self.path / MANIFEST).open("a", encoding="utf-8") as manifest:
+            path = self.path / MANIFEST
+            with naming(path), path.open("a", encoding="utf-8") as manifest:
                 manifest.write("\n" * torn + "".join(f"{name}\n" for name in new))
             self.listed.update(new)
 
@@ -145,7 +149,8 @@ class RunFolder:
         self.adopt([f"{part}/"])
         self._remove([f"{part}/"])  # left by a process that was killed
         (self.path / part).mkdir()
-        yield self.path / part
+        with naming(self.path / part):
+            yield self.path / part
         moves = {each: name + each.removeprefix(part) for each in sorted(self.files_in(part))}
         for target in moves.values():
             if target not in self.listed and (self.path / target).exists():
@@ -198,7 +203,7 @@ class RunFolder:
             handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         except OSError as error:
             raise UsageError(f"cannot write to the run's folder: {error}") from error
-        with os.fdopen(handle, "r+") as file:
+        with os.fdopen(handle, "rb+") as file:
             if sys.platform != "win32":
                 import fcntl
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from condrl.config import locate
-from condrl.errors import UsageError, brief
+from condrl.errors import UsageError, brief, out_of_memory
 from condrl.files import why_unreadable
 
 REPOSITORY = r"[\w-][\w.-]*(/[\w.-]+)?(@.+)?"  # OWNER/NAME, or NAME of an old one
@@ -73,6 +73,8 @@ def fetching(option: str, what: str, local: bool = False) -> Iterator[None]:
         except UsageError:
             raise
         except Exception as error:  # open_clip, transformers and the hub's client pass on whatever their parts raise
+            if out_of_memory(error):
+                raise
             raise UsageError(f"config {option}: cannot load {what}: {_reason(Path(what), error)}") from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from condrl.errors import naming
 from condrl.exact import Problem, solve
 from condrl.models.mixture import Mixture
 from condrl.policy import Policy
@@ -28,7 +29,8 @@ def save_plots(trainer: Trainer) -> None:
         plot_densities(problem, trainer.policy, trainer.folder.file("images/density.png"))
     if model.state_shape == (2,):
         plot_plane(trainer, trainer.folder.file("images/plane.png"))
-    plot_objective(trainer.config.folder / "metrics.jsonl", problem, trainer.folder.file("images/objective.png"))
+    if trainer.metrics_file.exists():  # not where a finished run was resumed in another folder
+        plot_objective(trainer.metrics_file, problem, trainer.folder.file("images/objective.png"))
 
 
 def axes_of(rows: int, columns: int, size: float = 3.2) -> tuple[Any, Any]:
@@ -39,6 +41,11 @@ def axes_of(rows: int, columns: int, size: float = 3.2) -> tuple[Any, Any]:
     figure = Figure(figsize=(size * 1.3 * columns, size * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save(figure: Any, path: Path) -> None:
+    with naming(path):
+        figure.savefig(path, dpi=110)
 
 
 def plot_densities(problem: Problem, policy: Policy, path: Path) -> None:
@@ -53,7 +60,7 @@ def plot_densities(problem: Problem, policy: Policy, path: Path) -> None:
         axis.set(title=row.prompt, xlabel="x", xlim=(-5, 5))
     axes[0][0].set_ylabel("density")
     axes[0][0].legend()
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 @torch.no_grad()
@@ -80,12 +87,12 @@ def plot_plane(trainer: Trainer, path: Path, points: int = 600) -> None:
             change = change - model.score(*place)
         right.quiver(*lattice.cpu().T, *change.cpu().T, angles="xy")
         right.set(title=f"change of the score at t = {middle:.2f}", aspect="equal")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def plot_objective(metrics: Path, problem: Problem | None, path: Path) -> None:
     """Objective (or reward, where there is no KL) against reward queries, with the optimum as a line."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     name = "objective" if lines and "objective" in lines[0] else "reward/total"
     figure, axes = axes_of(1, 1)
     axis = axes[0][0]
@@ -95,4 +102,4 @@ def plot_objective(metrics: Path, problem: Problem | None, path: Path) -> None:
         axis.axhline(problem.pretrained, color="grey", linestyle="--", label=f"pretrained, {problem.pretrained:.4f}")
     axis.set(xlabel="reward queries", ylabel="E r - kappa KL" if name == "objective" else "reward")
     axis.legend()
-    figure.savefig(path, dpi=110)
+    save(figure, path)

@@ -15,7 +15,7 @@ from condrl.transition import Sampler, Transition
 
 
 class Model(Protocol):
-    """What a model plugin provides. A condition is a (B,) tensor of rows in the model's table of encoded prompts."""
+    """What a model plugin provides. A condition is a (B,) tensor of the numbers that `encode` gave prompts."""
 
     schedule: Schedule
     module: nn.Module  # the network that holds every trained weight
@@ -28,11 +28,7 @@ class Model(Protocol):
     def state_shape(self) -> tuple[int, ...]: ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Conditions (B,) of prompts; encoded once each."""
-        ...
-
-    def finish_encoding(self) -> None:
-        """Release what only `encode` needs."""
+        """Conditions (B,) of prompts; cheap, also for very many."""
         ...
 
     def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -112,13 +113,16 @@ def here(parameter: Tensor) -> Tensor:
 
 
 def free_gb(device: torch.device) -> float | None:
-    """Free memory of a device, or of the machine for a CPU; None where it is not known."""
+    """Free memory of a device, or of the machine for a CPU, within its limit; None where it is not known."""
     if device.type == "cuda":  # what torch has in reserve is free for it
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + reserve) / 1e9
     if device.type == "cpu" and sys.platform == "linux":
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable"))
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        free = next(float(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable"))
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v
+        taken = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
+        return free if limit == resource.RLIM_INFINITY else min(free, (limit - taken) / 1e9)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import random
 import re
@@ -115,5 +116,10 @@ def epoch_rows(rows: Sequence[Row], seed: int, epoch: int, count: int) -> list[R
     """
     positions, total = range(epoch * count, (epoch + 1) * count), len(rows)
     laps = {position // total for position in positions}
-    orders = {lap: random.Random(f"{seed}-{lap}").sample(range(total), total) for lap in laps}
+    orders = {lap: _order(seed, lap, total) for lap in laps}
     return [rows[orders[position // total][position % total]] for position in positions]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, lap: int, total: int) -> list[int]:
+    return random.Random(f"{seed}-{lap}").sample(range(total), total)

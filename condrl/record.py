@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from condrl.errors import naming
+
 
 def to_json(content: Any, indent: int | None = None) -> str:
     """Dicts and lists as JSON text, with null for NaN and infinities."""
@@ -48,7 +50,8 @@ def _in_range(text: str) -> float:
 def write_json(path: Path, content: Any) -> None:
     """Write it to a file whose folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(content, indent=2) + "\n", "utf-8")
+    with naming(path):
+        path.write_text(to_json(content, indent=2) + "\n", "utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -26,7 +26,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, overload
 
-from condrl.errors import Stopped, UsageError, brief
+from condrl.errors import Stopped, UsageError, brief, out_of_memory
+from condrl.words import expanded
 
 T = TypeVar("T", bound=Callable[..., Any])
 GROUP = "condrl.plugins"
@@ -305,6 +306,8 @@ def import_plugin(what: str, load: Callable[[], Any]) -> Any:
             f"{what} needs the module {error.name!r}, which is neither installed nor beside the file: pip install it"
         ) from error
     except BaseException as error:  # user code: anything may go wrong in it, and it may call sys.exit
+        if out_of_memory(error):
+            raise
         raise UsageError(f"{what} failed while it was imported: {brief(error)}") from error
 
 
@@ -313,7 +316,7 @@ def load_file(path: str) -> ModuleType:
 
     Raises: UsageError when the file is missing or cannot be imported.
     """
-    file = Path(path).expanduser().resolve()
+    file = expanded(path).resolve()
     if not file.is_file() or file.suffix != ".py":
         why = "is a folder: give the .py files in it" if file.is_dir() else "is not a .py file"
         raise UsageError(f"plugins: {path} {why}" if file.exists() else f"plugins: there is no file {path}")

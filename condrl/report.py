@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from condrl.errors import naming
+
+COLUMNS, TILES = 4, 32  # of a page
 LABEL_HEIGHT = 40
 MIN_SIDE = 192  # pixels: smaller images are enlarged so that their labels can be read
 
@@ -63,19 +67,38 @@ def grid(images: Sequence[Any], columns: int, margin: int = 6) -> Any:
     return sheet
 
 
-def save_grid(path: Path, images: Sequence[Tensor], labels: Sequence[str], columns: int = 4) -> None:
-    """Write labelled images (3, H, W) in [0, 1] as one PNG; nothing when there are none."""
-    if not images:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid([labelled(to_pil(i), label) for i, label in zip(images, labels, strict=True)], columns).save(path)
+def pages(path: Path, images: int) -> list[Path]:
+    """The files for so many images: x.png, x_2.png, x_3.png, ..."""
+    others = range(2, -(-images // TILES) + 1)
+    return [path, *(path.with_stem(f"{path.stem}_{number}") for number in others)] if images else []
 
 
-def save_comparison(path: Path, base: Sequence[Tensor], tuned: Sequence[Tensor], labels: Sequence[str]) -> None:
-    """Write `base | tuned` pairs drawn from the same noise as one PNG, two pairs a row."""
+def save_grid(path: Path, images: Sequence[Tensor], labels: Sequence[str]) -> list[Path]:
+    """Write labelled images (3, H, W) in [0, 1], four a row, to as many pages as it takes; returns these."""
+    written = pages(path, len(images))
+    for start, page in zip(range(0, len(images), TILES), written, strict=True):
+        part = slice(start, start + TILES)
+        tiles = [labelled(to_pil(i), label) for i, label in zip(images[part], labels[part], strict=True)]
+        save_image(grid(tiles, COLUMNS), page)
+    return written
+
+
+def save_comparison(path: Path, base: Sequence[Tensor], tuned: Sequence[Tensor], labels: Sequence[str]) -> list[Path]:
+    """Write `base | tuned` pairs drawn from the same noise, two pairs a row, to pages; returns these."""
     pairs = zip(base, tuned, labels, strict=True)
     tiles = [(image, f"{who}: {label}") for b, t, label in pairs for image, who in ((b, "base"), (t, "tuned"))]
-    save_grid(path, [image for image, _ in tiles], [label for _, label in tiles])
+    return save_grid(path, [image for image, _ in tiles], [label for _, label in tiles])
+
+
+def save_image(image: Any, path: Path) -> None:
+    """Write a PIL image in the format of the path's ending; the folder is made if need be."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()  # Pillow does not say why a file cannot be written
+    image.save(content, Image.registered_extensions()[path.suffix.lower()])
+    with naming(path):
+        path.write_bytes(content.getvalue())
 
 
 def log_picture(accelerator: Any, name: str, path: Path, step: int) -> None:

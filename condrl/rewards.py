@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condrl.errors import RewardError, RunError, UsageError, brief
+from condrl.errors import LESS, RewardError, RunError, UsageError, brief, out_of_memory
 from condrl.prompts import Row
 from condrl.registry import reward as registry
 
@@ -119,6 +119,8 @@ class Reward:
         except MissingKey as error:
             raise RewardError(f"the reward {self.name!r} needs {error}") from error
         except (Exception, SystemExit) as error:  # user code
+            if out_of_memory(error):
+                raise RunError(f"the reward {self.name!r} ran out of memory: {LESS} ({brief(error)})") from error
             place = f" for the prompt {rows[0].prompt!r}" if rows else ""
             raise RewardError(f"the reward {self.name!r} failed{place}: {brief(error)}") from error
 

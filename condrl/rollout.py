@@ -20,7 +20,7 @@ class Rollout:
 
     states: Tensor  # (K + 1, B, ...) float32: x_0 is noise, x_K the sample
     log_probs: Tensor  # (K, B) float64, nats; nan where the step is deterministic
-    condition: Tensor  # (B,) rows of the model's prompt table
+    condition: Tensor  # (B,) the prompts' numbers, as the model counts them
     memories: Tensor | None = None  # (K, B, ...) what a multi-step sampler carried into each step
 
     @property

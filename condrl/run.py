@@ -34,6 +34,7 @@ from condrl.rewards import Reward, make_reward
 from condrl.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
 from condrl.trainer import Trainer
 from condrl.transition import Coefficients, Sampler, trained_steps
+from condrl.words import expanded
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
@@ -189,11 +190,10 @@ def transfer_warning(config: Config) -> str | None:
 def make_trainer(
     config: Config, train: Sequence[Row], heldout: Sequence[Row] = (), processes: Processes | None = None
 ) -> Trainer:
-    """The model with its prompts encoded and its text encoder released, and what tunes it."""
+    """The model that knows the prompts, and what tunes it."""
     processes = processes or Processes(make_accelerator(config))
     policy = make_policy(config, processes.accelerator.device)
     policy.model.encode([row.prompt for row in [*train, *heldout]])
-    policy.model.finish_encoding()
     if processes.sharded:
         policy.model.shard()  # type: ignore[attr-defined]
     algorithm: Algorithm = make("algorithm", config.algorithm)
@@ -342,7 +342,7 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
         found = newest_checkpoint(config.folder / "checkpoints")
         lost = found is None and any((config.folder / name).exists() for name in ("result.json", "lora"))
     else:
-        path = Path(config.run.resume).expanduser().resolve()
+        path = expanded(config.run.resume).resolve()
         found = path, read_checkpoint(path)
         lost = not continues(config, path) and RunFolder(config.folder).holds_run
     if lost and not config.run.overwrite:
@@ -351,6 +351,8 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
             "replace it"
         )
     if found is not None:
+        if continues(config, found[0]):
+            check_record(config.folder / "metrics.jsonl", *found)
         check_same_settings(config, found[0].resolve().parents[1] / "config.yaml")
         if found[1]["epoch"] > config.train.epochs:
             raise UsageError(
@@ -365,11 +367,22 @@ def continues(config: Config, checkpoint: Path) -> bool:
     return checkpoint.resolve().parent == (config.folder / "checkpoints").resolve()
 
 
+def check_record(record: Path, checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Raises: UsageError when a run's record lacks epochs from before the checkpoint."""
+    there, needed = record.stat().st_size if record.exists() else 0, state["metrics_bytes"]
+    if there < needed:
+        what = f"has {there:,} of the {needed:,} bytes" if record.exists() else "is missing: it had lines"
+        raise UsageError(
+            f"run.resume: {record} {what} that were written before {checkpoint.name}: put it back, or go on in another "
+            f"folder with run.name=... run.resume={checkpoint}"
+        )
+
+
 def check_same_settings(config: Config, saved: Path) -> None:
     """Raises: UsageError naming the first setting, of those that training depends on, that a run did not have."""
     if not saved.exists():
         return
-    texts = saved.read_text(), to_yaml(config)
+    texts = saved.read_text("utf-8"), to_yaml(config)
     then, now = (flatten(dict(OmegaConf.to_container(OmegaConf.create(text)))) for text in texts)  # type: ignore[arg-type]
     free = {"train.epochs"} if config.train.lr_decay == "none" else set()
     for key in sorted({*then, *now} - free):

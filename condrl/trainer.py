@@ -19,7 +19,7 @@ from condrl.algorithms import Algorithm, Examples, Experience, Metrics, RatioExa
 from condrl.checkpoint import checkpoint_files, save_checkpoint
 from condrl.config import Config
 from condrl.diagnose import diagnose, spread_metrics
-from condrl.errors import RunError, Stopped, say
+from condrl.errors import RunError, Stopped, naming, say
 from condrl.folder import RunFolder
 from condrl.noise import Noise, rng_state, seeded_by, set_rng_state
 from condrl.policy import Policy
@@ -434,7 +434,8 @@ class Trainer:
         self.said |= found.keys()
         timing = {"epoch": self.epoch, **{f"seconds/{name}": round(s, 4) for name, s in clock.seconds.items()}}
         for name, content in (("metrics", line | {"diagnosis": sorted(found)}), ("timings", timing)):
-            with self.folder.file(f"{name}.jsonl").open("a") as record:
+            path = self.folder.file(f"{name}.jsonl")
+            with naming(path), path.open("a", encoding="utf-8") as record:
                 record.write(to_json(content) + "\n")
         self.processes.accelerator.log(line | timing, step=self.epoch)
 

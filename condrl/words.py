@@ -226,6 +226,14 @@ def one_line(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def expanded(path: str) -> Path:
+    """The path with ~ for a home folder; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def exists(path: Path) -> bool:
     """Whether there is such a file or folder; not for a text that is too long for a path, or holds a NUL."""
     try:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condrl.config import config_help, load_config, to_yaml
-from condrl.errors import SIGNALS, RunError, Stopped, UsageError, exit_code, say
+from condrl.errors import SIGNALS, RunError, Stopped, UsageError, exit_code, naming, say, warn_of_address_limit
 
 if TYPE_CHECKING:
     from condrl.config import Config
@@ -40,14 +40,14 @@ def main(words: list[str]) -> int:
     """Exit code: 0, 1 for a run that had to stop, 2 for bad input, 130 or 143 when asked to stop."""
     end_with_launcher()
     if {"-h", "--help"} & set(words):
-        print(__doc__, config_help(), sep="\n")
-        return 0
+        return exit_code(lambda: print(__doc__, config_help(), sep="\n"))
     return exit_code(lambda: finetune(words))
 
 
 def finetune(words: list[str]) -> None:
     """Check everything that can be checked without the model, then tune."""
     begun = time.monotonic()
+    warn_of_address_limit()
     words, copy = split_json(words)
     dry = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
@@ -101,7 +101,11 @@ def split_json(words: list[str]) -> tuple[list[str], Path | None]:
     if place + 1 == len(words):
         raise UsageError("--json needs a file: --json result.json")
     path = Path(words[place + 1])
-    if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
+    try:
+        usable = not path.is_dir() and (path.parent.is_dir() or not path.parent.exists())
+    except OSError:  # a name that is too long
+        usable = False
+    if not usable:
         raise UsageError(f"--json {path}: is not a file that can be written")
     return words[:place] + words[place + 2 :], path
 
@@ -180,10 +184,10 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
         }
         if processes.first:
             write_json(folder.file("result.json"), result)
-            picture = save_pictures(trainer, base, tuned)
+            pictures = save_pictures(trainer, base, tuned)
             processes.accelerator.log(tracked_result(result), step=trainer.epoch)
-            if picture:
-                log_picture(processes.accelerator, "before_after", picture, trainer.epoch)
+            for picture in pictures:
+                log_picture(processes.accelerator, picture.stem, picture, trainer.epoch)
             folder.adopt(folder.files_in(TRACKED) - before)
             print(summary(result, config.folder))
     return result
@@ -198,7 +202,9 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.folder.clear()
     else:
         drop_later(checkpoint[0])
-    trainer.folder.file("config.yaml").write_text(to_yaml(trainer.config))
+    path = trainer.folder.file("config.yaml")
+    with naming(path):
+        path.write_text(to_yaml(trainer.config), "utf-8")
 
 
 def tracked_result(result: dict[str, Any]) -> dict[str, float]:
@@ -228,21 +234,21 @@ def save_lora(trainer: Trainer) -> None:
             trainer.policy.model.save_adapter(folder, {"rewards": weights_in_words(trainer.config)})
 
 
-def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation | None) -> Path | None:
-    """Write before | after, or a toy's plots; returns where the first is."""
+def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation | None) -> list[Path]:
+    """Write the pages of before | after, or a toy's plots; returns the former."""
     from condrl.plots import save_plots
-    from condrl.report import save_comparison
+    from condrl.report import pages, save_comparison
 
     if base and tuned and base.pictures and base.pictures[0].dim() == 3:
-        path = trainer.folder.file("images/before_after.png")
-        save_comparison(path, base.pictures, tuned.pictures, base.labels)
-        return path
+        path = trainer.config.folder / "images" / "before_after.png"
+        trainer.folder.claim_all(f"images/{page.name}" for page in pages(path, 2 * len(base.pictures)))
+        return save_comparison(path, base.pictures, tuned.pictures, base.labels)
     if len(trainer.policy.model.state_shape) == 1:
         try:
             save_plots(trainer)
         except UsageError as error:  # of a policy so far off that exact answers do not reach it
             say(f"warning: no pictures: {error}")
-    return None
+    return []
 
 
 @contextmanager

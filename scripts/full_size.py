@@ -101,7 +101,7 @@ def image_reward(folder: Path) -> dict[str, Any]:
     state |= {f"blip.visual_encoder.{k}": v for k, v in vision_transformer(1024, 24).items()}
     torch.save(state | head_weights((768, 1024, 128, 64, 16, 1), "mlp."), folder / "ImageReward.pt")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
     return {"weights": str(folder / "ImageReward.pt"), "tokenizer": str(folder / "bert")}
 

@@ -130,8 +130,8 @@ def make_tokenizer(folder: Path) -> Any:
     tokens = letters + [c + "</w>" for c in letters] + ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
 
 
@@ -409,10 +409,11 @@ def export_clip(args: argparse.Namespace, clip: Any, progress: Progress) -> None
     save_file(state, folder / "open_clip_model.safetensors")
     model = {**CLIP_MODEL, "text_cfg": {**CLIP_MODEL["text_cfg"], "vocab_size": len(tokenizer)}}
     (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": model, "preprocess_cfg": {"size": scenes.SIDE, "mode": "RGB", **PIXELS}}, indent=2)
+        json.dumps({"model_cfg": model, "preprocess_cfg": {"size": scenes.SIDE, "mode": "RGB", **PIXELS}}, indent=2),
+        "utf-8",
     )
     measures = clip_measures(clip, tokenizer) | clip_agreement(folder)
-    (folder / "README.md").write_text(clip_card(clip, measures, progress))
+    (folder / "README.md").write_text(clip_card(clip, measures, progress), "utf-8")
 
 
 @torch.no_grad()
@@ -506,7 +507,7 @@ def export(args: argparse.Namespace) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    history = json.loads((args.start / HISTORY).read_text()) if args.start else vae_history(args)
+    history = json.loads((args.start / HISTORY).read_text("utf-8")) if args.start else vae_history(args)
     before = history.get("unet", {"samples": 0, "hours": 0.0})
     samples, hours = progress.step * (args.batch or 64), progress.seconds / 3600
     history["unet"] = {
@@ -519,11 +520,11 @@ def export(args: argparse.Namespace) -> None:
     keep_text_model_prefix(args.out / "text_encoder" / "model.safetensors")
     load_in_float32(args.out / "text_encoder" / "config.json")
     write_prompts(args.out)
-    (args.out / HISTORY).write_text(json.dumps(history, indent=2) + "\n")
+    (args.out / HISTORY).write_text(json.dumps(history, indent=2) + "\n", "utf-8")
     weights = {
         name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("vae", "unet", "text_encoder")
     }
-    (args.out / "README.md").write_text(model_card(args, weights, history, pipeline_measures(args.out)))
+    (args.out / "README.md").write_text(model_card(args, weights, history, pipeline_measures(args.out)), "utf-8")
 
 
 def vae_history(args: argparse.Namespace) -> dict[str, Any]:
@@ -533,7 +534,7 @@ def vae_history(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_in_float32(path: Path) -> None:
     """Let transformers load a text encoder as diffusers loads the other parts, whatever precision its file has."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"dtype": "float32"}, indent=2) + "\n", "utf-8")
 
 
 @torch.no_grad()
@@ -591,7 +592,7 @@ def write_prompts(folder: Path, each: int = 512) -> None:
         prompts.setdefault(scenes.meaning(request), str(request))
     lists = {"heldout": lines[:each], "train": lines[each:], "validation": list(prompts.values())[2 * each :]}
     for name, some in lists.items():
-        (folder / f"{name}.txt").write_text("\n".join(some) + "\n")
+        (folder / f"{name}.txt").write_text("\n".join(some) + "\n", "utf-8")
 
 
 def model_card(

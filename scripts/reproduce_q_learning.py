@@ -191,7 +191,7 @@ def trained(spec: Spec, work: Path) -> Trainer:
     if spec.start:
         trained(spec.start, work)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return loaded_or_trained(spec, folder, work)
 
@@ -365,7 +365,7 @@ def tables(names: Sequence[str], args: argparse.Namespace) -> None:
 
 
 def rows_of(results: Path) -> list[Row]:
-    rows: list[Row] = json.loads(results.read_text()) if results.exists() else []
+    rows: list[Row] = json.loads(results.read_text("utf-8")) if results.exists() else []
     return rows
 
 
@@ -559,7 +559,7 @@ def main() -> None:
         figures(args)
     if args.what in ("report", "all"):
         page = PAGE if args.json == RESULTS else args.json.with_suffix(".md")
-        page.write_text(report(rows_of(args.json)))
+        page.write_text(report(rows_of(args.json)), "utf-8")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 from condrl.config import typed_options
-from condrl.errors import UsageError, brief, exit_code
+from condrl.errors import UsageError, brief, exit_code, say
 from condrl.record import to_json
 from condrl.registry import load_file
 from condrl.registry import reward as registry
@@ -73,8 +73,9 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a client that has gone, or of one that waits while the server ends."""
-        if not isinstance(sys.exception(), OSError | CancelledError):
-            super().handle_error(request, client_address)
+        error = sys.exception()
+        if error and not isinstance(error, OSError | CancelledError):
+            say(f"warning: no answer to {client_address[0]}: {brief(error)}")
 
     def server_close(self) -> None:
         super().server_close()

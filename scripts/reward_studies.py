@@ -43,8 +43,8 @@ def tuned(folder: Path, words: Sequence[str]) -> tuple[Row, list[Row]]:
     if not (folder / "result.json").exists():
         command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *words]
         subprocess.run([*command, f"run.dir={folder}", "run.resume=auto"], check=True)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return json.loads((folder / "result.json").read_text()), [json.loads(line) for line in lines]
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return json.loads((folder / "result.json").read_text("utf-8")), [json.loads(line) for line in lines]
 
 
 def clip(args: argparse.Namespace) -> list[Row]:
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "reward_studies", help="where runs are kept")
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_intermixed_args()
-    known = json.loads(args.json.read_text()) if args.json.exists() else {}
+    known = json.loads(args.json.read_text("utf-8")) if args.json.exists() else {}
     for name, study in studies.items():
         if args.what in (name, "all"):
             args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from condrl.config import Config, load_for_drawing
-from condrl.errors import UsageError, exit_code
-from condrl.words import is_setting, setting_keys
+from condrl.errors import UsageError, exit_code, warn_of_address_limit
+from condrl.words import exists, is_setting, setting_keys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--compare", action="store_true", help="base | tuned, from the same noise")
     parser.add_argument(
-        "--out", type=Path, help="one labelled image; by default samples/0000.png, 0001.png, ... in the run"
+        "--out",
+        type=Path,
+        help="the labelled images, 32 a page (x.png, x_2.png, ...); by default the run's next samples/0000.png, ...",
     )
     parser.add_argument("--folder", type=Path, metavar="DIR", help="also write every image there, at its own size")
     parser.add_argument("--batch", type=int, default=16, help="images drawn at a time; does not change them")
@@ -55,6 +58,7 @@ def main(args: argparse.Namespace) -> None:
     from condrl.prompts import load_prompts
     from condrl.run import find_device
 
+    warn_of_address_limit()
     config, lora, home = read_words(args.words)
     prompts = args.prompt + ([row.prompt for row in load_prompts(args.prompts, "--prompts")] if args.prompts else [])
     if not prompts:
@@ -102,7 +106,7 @@ def find(path: Path) -> tuple[Path, Path | None]:
     from condrl.folder import RunFolder
     from condrl.models.lora import find_lora
 
-    if not path.exists():
+    if not exists(path):
         raise UsageError(f"there is no run or LoRA {path}; settings are written key=value")
     folders = (path, *(f for f in path.resolve().parents[:2] if RunFolder(f).is_a_runs))
     run = next((f for f in folders if (f / "config.yaml").is_file()), None)
@@ -116,9 +120,15 @@ def find(path: Path) -> tuple[Path, Path | None]:
 
 def check_folder(path: Path) -> None:
     """Raises: UsageError when files cannot be written there."""
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    existing = next(p for p in (path, *path.absolute().parents) if exists(p))
     if not existing.is_dir():
         raise UsageError(f"cannot write to {path}: {existing} is a file")
+    try:
+        path.exists()
+    except OSError as error:
+        raise UsageError(f"cannot write there: {error}") from error
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to {existing}: choose another folder")
 
 
 def check_suffix(path: Path) -> None:
@@ -126,7 +136,11 @@ def check_suffix(path: Path) -> None:
     from PIL import Image
 
     Image.init()
-    if path.suffix.lower() not in Image.EXTENSION or path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise UsageError(f"--out: {error.strerror}: {path}") from error
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE or is_folder:
         raise UsageError(f"--out {path}: give the name of an image, as {path.stem or 'samples'}.png")
 
 
@@ -138,7 +152,7 @@ def unused(folder: Path) -> Path:
 def draw(args: argparse.Namespace, config: Config, lora: Path | None, prompts: Sequence[str]) -> None:
     """Draw each prompt from each seed, and write the images."""
     from condrl.models.lora import scale_lora
-    from condrl.report import save_comparison, save_grid, to_pil
+    from condrl.report import save_comparison, save_grid, save_image, to_pil
     from condrl.run import make_policy
 
     policy = make_policy(config, args.device)
@@ -149,16 +163,10 @@ def draw(args: argparse.Namespace, config: Config, lora: Path | None, prompts: S
         policy.model.load_adapter(lora)
         scale_lora(policy.model.module, args.strength)
     final = images(policy, pairs, args.batch, "tuned") if lora else base
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.compare:
-        save_comparison(args.out, base, final, labels)
-    else:
-        save_grid(args.out, final, labels)
-    if args.folder:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(final):
-            to_pil(image).save(args.folder / f"{i:04d}.png")
-    print(f"wrote {args.out}")
+    written = save_comparison(args.out, base, final, labels) if args.compare else save_grid(args.out, final, labels)
+    for i, image in enumerate(final if args.folder else ()):
+        save_image(to_pil(image), args.folder / f"{i:04d}.png")
+    print(f"wrote {args.out}" + (f" and more pages, to {written[-1]}" if len(written) > 1 else ""))
 
 
 def images(policy: Policy, pairs: Sequence[tuple[str, int]], batch: int, who: str) -> list[Tensor]:

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -7,12 +9,14 @@ from helpers import ROOT, load_script
 
 import condrl
 from condrl import oracle
+from condrl.config import load_config
 from condrl.evaluate import estimate, evaluate, paired_difference, verdict
+from condrl.folder import RunFolder
 from condrl.policy import Policy
 from condrl.prompts import Row
 from condrl.report import grid, labelled, save_comparison, to_pil
 from condrl.rewards import make_reward
-from condrl.run import make_sampler
+from condrl.run import make_policy, make_sampler
 from condrl.schedule import OU
 
 ROWS = [Row(0, "a red star"), Row(1, "a blue circle"), Row(2, "a red star")]
@@ -285,3 +289,38 @@ def test_a_run_shows_as_many_as_it_is_asked_for(pipeline, tmp_path):
     height, width = (side // n for side, n in zip(sheet.shape, (2, 4), strict=True))
     tiles = [sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] for y in (0, 1) for x in range(4)]
     assert [(tile < 250).mean() > 0.3 for tile in tiles] == [True] * 6 + [False] * 2
+
+
+def test_a_runs_pages_are_its_own(pipeline, tmp_path, monkeypatch):
+    """On its list, so that a later run replaces them, and with fewer pages leaves none of them."""
+    monkeypatch.setattr("condrl.report.TILES", 4)
+    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\na red circle\na blue star\n")
+    given = [f"model.path={pipeline}", "model.lora_rank=2", "model.guidance=1", f"prompts.train={tmp_path}/prompts.txt"]
+    given += [f"prompts.heldout={tmp_path}/prompts.txt", "rewards.mean_level.weight=1", f"run.dir={tmp_path}/run"]
+    few = ["train.epochs=1", "train.prompts_per_epoch=1", "train.images_per_prompt=2", "train.rollout_batch=2"]
+    few += ["sampler.steps=2", "train.updates_per_epoch=1", "algorithm.name=nft", "run.overwrite=true"]
+    (tmp_path / "base.yaml").write_text("model: {name: stable_diffusion}\n")
+    for pictures, names in ((3, ["before_after.png", "before_after_2.png"]), (2, ["before_after.png"])):
+        words = [str(tmp_path / "base.yaml"), *given, *few, f"evaluate.pictures={pictures}"]
+        assert load_script("finetune").main(words) == 0
+        assert sorted(path.name for path in (tmp_path / "run" / "images").glob("before*")) == names
+        assert {f"images/{name}" for name in names} <= RunFolder(tmp_path / "run").listed
+
+
+@pytest.mark.parametrize("count", [250, 1000])
+def test_evaluation_is_linear_in_the_images(count, tmp_path, monkeypatch):
+    """Each image is drawn, scored and encoded for once, and no more than a batch is held at a time."""
+    config = load_config([str(ROOT / "configs/toy/p1.yaml"), f"run.dir={tmp_path}", "sampler.steps=3"])
+    policy = make_policy(config, torch.device("cpu"))
+    rows, scored = [Row(i, "left") for i in range(count)], []
+    measures = [dataclasses.replace(make_reward("mean_level", {}), call=lambda x, p: scored.append(len(x)) or x[:, 0])]
+    encoded, encode = [], policy.model.encode
+    monkeypatch.setattr(policy.model, "encode", lambda prompts: encoded.append(len(prompts)) or encode(prompts))
+    kept, decode = [], policy.model.decode
+    monkeypatch.setattr(policy.model, "decode", lambda x: kept.append(weakref.ref(y := decode(x).clone())) or y)
+    found = evaluate(policy, rows, measures, seed=5, per_prompt=10, batch=50, pictures=0)
+    assert policy.model.evaluations == 3 * 10 * count
+    assert scored == [50] * (10 * count // 50)
+    assert encoded == [10 * count]
+    assert sum(ref() is not None for ref in kept) <= 1
+    assert len(found.scores["mean_level"]) == count

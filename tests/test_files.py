@@ -1,9 +1,12 @@
 """Whatever lies where a file of weights should be: its tensors, or one line that names the file and says what it is."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from safetensors.torch import save_file
 
 from condrl import UsageError
@@ -116,3 +119,16 @@ def test_damaged_json(tmp_path):
     assert "not a JSON object" in why_unreadable(path)
     path.write_text('{"a": 1}')
     assert why_unreadable(path) is None
+
+
+def test_every_text_file_is_utf_8_whatever_the_locale():
+    """Each call in the code that opens one says so."""
+    calls = []
+    for path in (path for room in ("condrl", "plugins", "scripts") for path in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+            if name in ("read_text", "write_text", "open", "fdopen"):
+                calls.append((f"{path}:{node.lineno}", name, ast.unparse(node)))
+    texts = [call for call in calls if call[1].endswith("_text") or re.search(r"open\(.*'[rwa]\+?'", call[2])]
+    assert len(texts) > 20
+    assert [where for where, _, call in texts if "utf-8" not in call] == []

@@ -1,5 +1,6 @@
 """A run's folder: only what runs wrote there is ever removed or replaced."""
 
+import errno
 import os
 
 import pytest
@@ -172,14 +173,19 @@ def test_a_half_written_folder_goes_with_the_run(folder, tmp_path):
     assert names(tmp_path) == MINE
 
 
-def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
-    import errno
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(number, tmp_path, monkeypatch, capsys):
+    """Once; the run goes on, and so does one after it."""
     import fcntl
 
     def none(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with RunFolder(tmp_path).locked():
-        pass
-    assert "cannot be locked" in capsys.readouterr().err
+    for _ in range(2):
+        RunFolder(tmp_path).check()
+        with RunFolder(tmp_path).locked():
+            write(RunFolder(tmp_path), "config.yaml")
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{tmp_path} cannot be locked ([Errno {number}] {os.strerror(number)})" in said

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import load_script
+from helpers import ROOT, load_script
 
 import condrl.run
 from condrl.errors import exit_code
 
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 TREE = {
     "prompts.txt": "a red star\ntwo blue circles\n",
     "empty.txt": "\n\n",
@@ -24,6 +25,10 @@ TREE = {
     "null_reward.yaml": "rewards:\n  shapes:\n",
     "env.yaml": "run: {name: '${oc.env:HOME}'}\n",
     "section.yaml": "train: 5\n",
+    "nul_name.yaml": 'run: {name: "a\\0b"}\n',
+    "nul_dir.yaml": 'run: {dir: "a/b\\0c/d"}\n',
+    "nul_path.yaml": 'prompts: {train: "a\\0b.txt"}\n',
+    "surrogate.yaml": 'run: {name: "a\\ud800b"}\n',
     "syntax.py": "def broken(:\n",
     "raises.py": "raise RuntimeError('no luck')\n",
     "needs.py": "import a_package_that_is_not_there\n",
@@ -219,11 +224,26 @@ CASES = [
     ("run.dir=pictures run.overwrite=true", "pictures holds holiday.png, which no run wrote"),
     ("run.dir=. run.overwrite=true", "which no run wrote"),
     ("run.dir=pictures run.resume=auto", "pictures holds holiday.png, which no run wrote"),
+    ("run.name=../x", "run.name: '../x' is not the name of a folder"),
+    ("run.name=a/../../x", "run.name: 'a/../../x' is not the name of a folder"),
+    ("run.name=/tmp/x", "run.name: '/tmp/x' is not the name of a folder"),
+    ("run.name=.", "run.name: '.' is not the name of a folder"),
     (f"run.name={'x' * 300}", "the run's folder cannot be made"),
+    (f"run.dir=a/{'x' * 300}/b", "the run's folder cannot be made"),
+    (f"run.dir={'x/' * 3000}", "the run's folder cannot be made"),
+    (f"{QUICKSTART} nul_name.yaml", "the run's folder cannot be made: there is a NUL character in its name"),
+    (f"{QUICKSTART} nul_dir.yaml", "the run's folder cannot be made: there is a NUL character in its name"),
+    (f"{QUICKSTART} nul_path.yaml", "prompts.train: the prompt file 'a\\x00b.txt' cannot be read"),
+    (f"{QUICKSTART} surrogate.yaml", "cannot read surrogate.yaml"),
+    ("run.dir=~nobody_of_that_name/x", "run.dir: ~nobody_of_that_name/x: there is no user of that name"),
+    ("run.resume=~nobody_of_that_name/x", "is not a whole checkpoint"),
+    ("prompts.train=~nobody_of_that_name/x.txt", "there is no prompt file '~nobody_of_that_name/x.txt'"),
+    ("plugins=[~nobody_of_that_name/x.py]", "there is no file ~nobody_of_that_name/x.py"),
     ("run.resume=nowhere", "nowhere is not a whole checkpoint"),
     ("--json", "--json needs a file"),
     ("--json pictures", "--json pictures: is not a file that can be written"),
     ("--json a_file/result.json", "--json a_file/result.json: is not a file"),
+    (f"--json {'x' * 300}.json", "is not a file that can be written"),
 ]
 
 
@@ -283,6 +303,11 @@ SAMPLES = [
     ("--prompt x --out pictures", "--out pictures: give the name of an image"),
     ("--prompt x --out a_file/x.png", "a_file is a file"),
     ("--prompt x --folder a_file", "a_file is a file"),
+    ("--prompt x --out x.psd", "--out x.psd: give the name of an image, as x.png"),
+    (f"--prompt x --out {'x' * 300}.png", "--out: File name too long"),
+    (f"--prompt x --out {'x' * 300}/x.png", "File name too long"),
+    (f"--prompt x --folder {'x' * 300}", "File name too long"),
+    (f"{'x' * 300} --prompt x", "there is no run or LoRA"),
     ("--prompt x --device foo", "--device foo cannot be used: "),
     ("--prompt x --device cuda", "--device cuda cannot be used: "),
     ("--prompt x --device meta", "--device meta cannot be used: "),

@@ -181,7 +181,11 @@ def talking(*parts, pause=0.0):
 
     def talk(connection):
         with connection, suppress(OSError):
-            connection.recv(2**20)
+            request = connection.makefile("rb")
+            lengths = [
+                line.split()[1] for line in iter(request.readline, b"\r\n") if line.startswith(b"Content-Length")
+            ]
+            request.read(int(lengths[0]))  # what is not read would reset the connection
             for part in parts:
                 time.sleep(pause)
                 connection.sendall(part)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from condrl import UsageError
 from condrl.pixels import from_pil, read_image
-from condrl.report import LABEL_HEIGHT, grid, labelled, save_comparison, save_grid, to_pil
+from condrl.report import LABEL_HEIGHT, grid, labelled, pages, save_comparison, save_grid, to_pil
 from condrl.wire import from_png, to_png
 
 
@@ -82,6 +82,24 @@ def test_grids_of_no_images_and_of_many_sizes(tmp_path):
     save_grid(
         tmp_path / "x.png", [torch.zeros(3, 64, 96), torch.zeros(3, 300, 8), torch.zeros(3, 200, 220)], list("abc")
     )
+
+
+def test_many_pictures_are_several_pages(tmp_path):
+    """500 before | after pairs: none is higher than eight rows, and each picture is on one of them."""
+    levels = torch.linspace(0, 1, 500)
+    base, tuned = ([torch.full((3, 8, 8), value) for value in values] for values in (levels, 1 - levels))
+    written = save_comparison(tmp_path / "x.png", base, tuned, [str(i) for i in range(500)])
+    assert written == pages(tmp_path / "x.png", 1000)
+    names = ["x.png", *(f"x_{number}.png" for number in range(2, 33))]
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    whole, last = (Image.open(tmp_path / name) for name in ("x.png", "x_32.png"))
+    side = 192 + LABEL_HEIGHT + 6
+    assert whole.size == (4 * 198 + 6, 8 * side + 6)
+    assert last.size == (4 * 198 + 6, 2 * side + 6)  # the 1000 tiles are 31 pages of 32 and 8
+    assert last.getpixel((3 * 198 + 10, side + 10)) == (0, 0, 0)  # the last of the tuned
+    assert Image.open(tmp_path / "x_2.png").getpixel((10, 10))[0] == round(255 * levels[16].item())
+    assert [len(pages(tmp_path / "x.png", n)) for n in (0, 1, 32, 33, 64, 65)] == [0, 1, 1, 2, 2, 3]
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -340,6 +340,43 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
     assert find_checkpoint(load_config([*toy_words("ddpo", tmp_path / "new"), "run.resume=auto"])) is None
 
 
+def test_a_run_without_its_record_is_not_resumed(tmp_path):
+    """Nor with a part of it; in another folder it goes on without."""
+    trainer = make("dpok", tmp_path / "run")
+    for epoch in range(2):
+        trainer.run_epoch(epoch)
+    trainer.checkpoint()
+    words = [*toy_words("dpok", tmp_path / "run"), "run.resume=auto"]
+    path, _ = find_checkpoint(load_config(words))
+    record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    advice = rf"put it back, or go on in another folder with run\.name=\.\.\. run\.resume={path}$"
+    trainer.metrics_file.write_bytes(record[:-1])
+    with pytest.raises(
+        UsageError, match=rf"metrics\.jsonl has {len(record) - 1:,} of the {len(record):,} bytes.*{advice}"
+    ):
+        find_checkpoint(load_config(words))
+    trainer.metrics_file.unlink()
+    for which in ("auto", path):
+        with pytest.raises(UsageError, match=rf"metrics\.jsonl is missing.*{advice}"):
+            find_checkpoint(load_config([*words, f"run.resume={which}"]))
+    found, state = find_checkpoint(load_config([*toy_words("dpok", tmp_path / "other"), f"run.resume={path}"]))
+    assert (found, state["epoch"]) == (path, 2)
+    trainer.metrics_file.write_bytes(record + b"a line more")  # of an epoch that is taken back
+    assert find_checkpoint(load_config(words))[0] == path
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_resumed_elsewhere_without_a_record(tmp_path):
+    run, few = load_script("finetune").main, ["train.epochs=2", "evaluate.images_per_prompt=20"]
+    assert run([*toy_words("ddpo", tmp_path / "a"), *few]) == 0
+    checkpoint = tmp_path / "a" / "checkpoints" / "epoch_00000002"
+    assert run([*toy_words("ddpo", tmp_path / "b"), *few, f"run.resume={checkpoint}"]) == 0
+    networks = [(tmp_path / name / "lora" / "network.safetensors").read_bytes() for name in "ab"]
+    assert networks[0] == networks[1]
+    plots = [(tmp_path / name / "images" / "objective.png").exists() for name in "ab"]
+    assert plots == [True, False]  # there is nothing to plot
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_made_longer(tmp_path, capsys):
     """It ends like a run that was as long from the start, to the last bit."""

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -156,6 +157,25 @@ def test_who_has_gone_is_not_scored_for():
     assert found.tolist() == list(range(0, 32, 2))
     assert {*scored} == {row.prompt for row in rows}
     assert len(scored) <= 22
+
+
+def test_a_client_that_leaves_while_it_is_scored_for_is_no_news(capsys):
+    came, leave = threading.Event(), threading.Event()
+
+    def awaited(samples, prompts):
+        came.set()
+        leave.wait(10)
+        return samples[:, 0]
+
+    with serving(awaited) as (port, server):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(head(len(BODY)) + BODY)
+            came.wait(10)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+        leave.set()
+        settled(server)
+        assert exchange(port, head(len(BODY)) + BODY)[0] == 200
+    assert not capsys.readouterr().err
 
 
 def test_a_hundred_at_once_are_all_answered():

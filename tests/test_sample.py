@@ -130,3 +130,17 @@ def test_a_run_of_points_is_told_from_a_folder_that_is_none(tmp_path):
     (tmp_path / "lora").rmdir()
     with pytest.raises(UsageError, match="is not finished: it has no lora/ yet"):
         load_script("sample").read_words([str(tmp_path)])
+
+
+def test_a_prompt_that_is_cut_is_told_once(run, tmp_path, capsys):
+    long = f"{PROMPT} " * 30
+    assert sample(str(run), "--out", str(tmp_path / "x.png"), "--compare", "--prompt", long) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert said == [f"warning: the prompt {long!r} has 92 tokens; the model reads the first 24"]
+
+
+def test_many_images_are_several_pages(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("condrl.report.TILES", 4)
+    assert sample(str(run), "--out", str(tmp_path / "x.png"), "--seeds", *map(str, range(9))) == 0
+    assert [path.name for path in sorted(tmp_path.glob("x*.png"))] == ["x.png", "x_2.png", "x_3.png"]
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'x.png'} and more pages, to {tmp_path / 'x_3.png'}\n"

@@ -11,9 +11,10 @@ from helpers import ROOT
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
-from condrl import RunError, UsageError
+from condrl import UsageError
 from condrl.algorithms import path_kl
 from condrl.config import ASSETS, load_config
+from condrl.embeddings import Embeddings
 from condrl.models.loading import WHOLE, load_pipeline
 from condrl.models.stable_diffusion import StableDiffusion
 from condrl.noise import seeded
@@ -136,15 +137,6 @@ def test_decode_in_slices_is_decode_and_is_differentiable(model):
     assert gradient.abs().sum() > 0
 
 
-def test_text_encoder_is_released(model):
-    rows = model.encode(["a red star", "a red star", "a blue star"])
-    assert rows[0] == rows[1] != rows[2]
-    model.finish_encoding()
-    assert torch.equal(model.encode(["a blue star"]), rows[2:])
-    with pytest.raises(RunError, match="a green star"):
-        model.encode(["a green star"])
-
-
 def test_single_file_checkpoint(pipeline, tmp_path):
     """An original-layout .safetensors file, written by diffusers' own key map backwards, loads to the same UNet."""
     from single_file import write_single_file
@@ -249,9 +241,9 @@ def test_ratios_and_kl_of_a_chain_from_pure_noise(zero_snr):
 
     def clean():
         """x0 = -v of the guided network, by its own forward pass."""
-        unet, table, x = policy.model.module, policy.model._table, found.states[0]
+        unet, x = policy.model.module, found.states[0]
         v = [
-            unet(x, torch.tensor(999), table[rows]).sample
+            unet(x, torch.tensor(999), policy.model.embeddings(rows)).sample
             for rows in (policy.model.negative.expand(3), found.condition)
         ]
         return -(v[0] + 5 * (v[1] - v[0]))
@@ -298,14 +290,82 @@ def test_a_prompt_that_is_cut_is_told_and_cut_as_diffusers_cuts_it(limit, pipeli
         )
     model = StableDiffusion(CPU, path=str(folder))
     capsys.readouterr()
-    short = model.encode(["a red star"])
+    (short,) = model.encode(["a red star"])
     assert capsys.readouterr().err == ""
-    (row,) = model.encode([LONG])
+    (row, _) = model.encode([LONG, LONG])
+    model.encode([LONG])
     assert capsys.readouterr().err == f"warning: the prompt {LONG!r} has 92 tokens; the model reads the first 24\n"
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
     theirs = [pipe.encode_prompt(prompt, CPU, 1, False)[0][0] for prompt in (LONG, "a red star")]
-    torch.testing.assert_close(model._table[row], theirs[0])
-    torch.testing.assert_close(model._table[short[0]], theirs[1])
+    torch.testing.assert_close(model.embeddings(torch.stack([row, short])), torch.stack(theirs))
+
+
+def test_all_prompts_that_are_cut_are_one_warning(pipeline, tmp_path, capsys):
+    """Of a run, those that it trains on and the held-out ones, before its first epoch."""
+    words = [
+        str(ROOT / "configs" / "quickstart.yaml"),
+        f"model.path={pipeline}",
+        f"run.dir={tmp_path}",
+        "model.lora_targets=[to_q]",
+    ]
+    train = [Row(i, prompt) for i, prompt in enumerate(["a red star", *(f"{LONG}{i}" for i in range(2500))])]
+    trainer = make_trainer(load_config(words), train, [Row(0, f"{LONG}{7777}"), Row(1, "a blue star")])
+    said = f"warning: the prompt '{LONG}0', the first of 2501 that are too long, has 93 tokens; the model reads the first 24\n"
+    assert capsys.readouterr().err == said
+    trainer.policy.model.encode([row.prompt for row in train])
+    assert capsys.readouterr().err == ""
+
+
+def counted(model):
+    """The calls of the text encoder from now on, each as the number of prompts in it."""
+    calls = []
+    model._pipe.text_encoder.register_forward_hook(
+        lambda module, inputs, output: calls.append(len(output.last_hidden_state))
+    )
+    return calls
+
+
+def test_prompts_are_encoded_alone_and_when_they_are_needed(model):
+    calls = counted(model)
+    condition = model.encode([f"a red star {i}" for i in range(1000)])
+    assert calls == []
+    x, t = torch.randn(3, 4, 8, 8), torch.full((3,), 0.5)
+    model.score(x, t, condition[[4, 4, 7]])
+    assert calls == [1, 1, 1]  # the negative prompt and two others
+    table = model._table
+    model.score(x, t, condition[[4, 4, 7]])  # the next step of a roll-out
+    model.score(x, t, condition[[7, 4, 7]])  # a minibatch
+    assert model._table is table
+    model.features(condition[:70])
+    assert calls == [1] * 71
+    assert torch.equal(model.features(condition[:70]).to(x), model.features(condition[:1000])[:70])
+
+
+def test_embeddings_beyond_the_bound_are_dropped_and_come_back_to_the_bit(model):
+    """Neither the host nor the device holds more for a thousand prompts than for some; company changes no bit."""
+    condition = model.encode([f"{colour} star {i}" for i in range(50) for colour in ("a red", "two very large blue")])
+    first = torch.cat([model.embeddings(row[None]) for row in condition])
+    one = first[0].nbytes
+    model._host_embeddings = Embeddings(model._encoded, most=20 * one)
+    calls = counted(model)
+    for part in condition.split(16):
+        assert torch.equal(model.embeddings(part), first[part - condition[0]])
+        assert model._table.nbytes == len(part) * one
+        assert model._host_embeddings.bytes <= 20 * one
+    assert len(calls) == 100
+    assert torch.equal(model.embeddings(condition[-16:]), first[-16:])
+    assert len(calls) == 100  # the last ones are still there
+    assert torch.equal(model.embeddings(condition.flip(0)), first.flip(0))  # more at once than there is room for
+    assert model._host_embeddings.bytes <= 20 * one
+
+
+def test_the_text_encoder_is_on_the_device_only_while_it_encodes(model, monkeypatch):
+    encoder, places = model._pipe.text_encoder, []
+    monkeypatch.setattr(encoder, "to", lambda device: places.append(torch.device(device)))
+    encoder.register_forward_hook(lambda *_: places.append("encodes"))
+    model.device = torch.device("cpu", 0)
+    model.embeddings(model.encode(["a red star", "a blue star"]))
+    assert places == [torch.device("cpu", 0), "encodes", "encodes", torch.device("cpu")]
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -1,6 +1,8 @@
 """The loop and DDPO on a Gaussian chain whose gradients are known, and on a tiny Stable Diffusion pipeline."""
 
 import contextlib
+import dataclasses
+import gc
 import json
 import types
 
@@ -433,3 +435,21 @@ def test_normalised_rewards_have_the_spread_of_their_weights(tmp_path):
     torch.testing.assert_close(even.scores.each["steep"], steep)  # recorded as it is
     again = even.score(even.rollout.samples, torch.arange(len(steep)))
     torch.testing.assert_close(again, even.scores.total, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_is_flat_over_the_epochs(tmp_path):
+    """Neither objects nor the bytes of tensors grow with the number of epochs."""
+    trainer = make_trainer(tmp_path, steps=3, rows=[Row(i, "01"[i % 2]) for i in range(7)])
+
+    def held(epochs):
+        train = dataclasses.replace(trainer.config.train, epochs=epochs)
+        trainer.config = dataclasses.replace(trainer.config, train=train)
+        trainer.fit()
+        gc.collect()
+        objects = gc.get_objects()
+        return len(objects), sum(x.nbytes for x in objects if isinstance(x, torch.Tensor))
+
+    before, after = held(20), held(100)
+    assert trainer.epoch == 100
+    assert after[1] == before[1]
+    assert after[0] - before[0] < 40  # fewer than one for two epochs

@@ -39,9 +39,6 @@ class Points:
                 raise UsageError(f"config model.{self.laws_option}: nothing is said of {prompt!r}.{known}")
         return torch.tensor([self.prompts.index(prompt) for prompt in prompts])
 
-    def finish_encoding(self) -> None:
-        """Nothing is held for encoding."""
-
     def features(self, condition: Tensor) -> Tensor:
         """One-hot prompts (B, C)."""
         return nn.functional.one_hot(condition, len(self.prompts)).float().to(self.device)

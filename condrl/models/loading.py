@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from condrl.config import locate
-from condrl.errors import UsageError
+from condrl.errors import UsageError, out_of_memory
 from condrl.files import load_torch, why_unreadable
 from condrl.hub import offline_if_unreachable, unreachable_reason
 
@@ -64,6 +64,8 @@ def load_pipeline(
         except UsageError as error:
             raise UsageError(f"config model.path: {error}") from error
         except Exception as error:  # diffusers, transformers and safetensors raise what they like at a bad file
+            if out_of_memory(error):
+                raise
             raise UsageError(f"config model.path: cannot load {path!r}: {explained(error, source, variant)}") from error
     check(pipe, path)
     return pipe

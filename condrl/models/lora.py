@@ -117,7 +117,7 @@ def save_lora(unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, s
     save_tensors(kohya_names(state), folder / KOHYA_FILE, common | kohya_metadata(unet, base, rank))
     rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
     card = dict(base=json.dumps(base), name=base, lora=LORA_FILE, kohya=KOHYA_FILE, rank=rank, rewards=rewards)
-    (folder / "README.md").write_text(CARD.format(**card))  # a JSON string is a YAML string whatever is in it
+    (folder / "README.md").write_text(CARD.format(**card), "utf-8")  # a JSON string is a YAML string whatever is in it
 
 
 def kohya_metadata(unet: Any, base: str, rank: str) -> dict[str, str]:
@@ -218,7 +218,7 @@ class Scales:
         """From diffusers' metadata in the file, or from peft's config beside it."""
         text, beside = load_metadata(path, "LoRA").get("lora_adapter_metadata"), path.parent / PEFT_CONFIG
         if text is None and path.name == PEFT_FILE and beside.is_file():
-            path, text = beside, beside.read_text(errors="replace")
+            path, text = beside, beside.read_text("utf-8", errors="replace")
         try:
             return cls.of_config(json.loads(text)) if text is not None else cls()
         except (ValueError, TypeError, AttributeError) as error:

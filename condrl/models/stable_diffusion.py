@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: UNet with a LoRA, cached prompt embeddings, guidance, VAE decoding in slices."""
+"""Stable Diffusion 1.x and 2.x: UNet with a LoRA, prompt embeddings on demand, guidance, VAE decoding in slices."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import condrl
 from condrl.config import locate
-from condrl.errors import RunError, UsageError, say
+from condrl.embeddings import Embeddings
+from condrl.errors import UsageError, say
 from condrl.models.loading import load_pipeline
 from condrl.models.lora import load_lora, lora_layers, save_lora
 from condrl.schedule import schedule_from_diffusers
@@ -54,15 +56,18 @@ class StableDiffusion:
         pipe = load_pipeline(path, revision, single_file_config, getattr(torch, dtype), variant)
         self.guidance, self.guidance_gradient, self.decode_batch = guidance, guidance_gradient, decode_batch
         self.schedule = schedule_from_diffusers({**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__})
-        self.device, self.path = device, path
+        self.device, self.path, self.dtype = device, path, getattr(torch, dtype)
         self.evaluations = 0
         self.sharded = False
         self.vae = pipe.vae.requires_grad_(False).to(self.device)
         self.module: nn.Module = pipe.unet.requires_grad_(False).to(self.device, memory_format=torch.channels_last)
-        self._pipe: Any = pipe.to(self.device)
+        self._pipe: Any = pipe  # its text encoder is on the host when it is not used
         self._pipe.tokenizer.model_max_length = self.most_tokens
-        self._rows: dict[str, int] = {}
-        self._table = torch.empty(0)
+        self._rows: dict[str, int] = {}  # the number of each prompt
+        self._prompts: list[str] = []  # by their numbers
+        self._host_embeddings = Embeddings(self._encoded)
+        self._table = torch.empty(0)  # on the device, of the prompts that were asked for last
+        self._places: dict[int, int] = {}  # of prompts, by their numbers, in that table
         self.negative = self.encode([negative_prompt])
         add_lora(self.module, lora_rank, lora_alpha or lora_rank, lora_targets)
         if lora:
@@ -86,31 +91,40 @@ class StableDiffusion:
 
     # ------------------------------------------------------------------------------------------ prompts
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Rows (B,) of the prompts in the table of embeddings; each prompt is encoded once.
-
-        Raises: RunError when a new prompt comes after `finish_encoding`.
-        """
+        """The numbers (B,) of prompts; those that are too long to be read as a whole are told, once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
-        if new and self._pipe is None:
-            raise RunError(f"the text encoder was released before the prompt {new[0]!r} was encoded")
-        for prompt in new:
-            self._check_length(prompt)
-        for start in range(0, len(new), 64):
-            embedded, _ = self._pipe.encode_prompt(new[start : start + 64], self.device, 1, False)
-            self._table = torch.cat([self._table.to(embedded), embedded]) if len(self._table) else embedded
         self._rows |= {prompt: len(self._rows) + i for i, prompt in enumerate(new)}
+        self._prompts += new
+        self._check_lengths(new)
         return torch.tensor([self._rows[prompt] for prompt in prompts])
 
-    def _check_length(self, prompt: str) -> None:
-        count, most = len(self._pipe.tokenizer(prompt).input_ids), self.most_tokens
-        if count > most:
-            say(f"warning: the prompt {prompt!r} has {count} tokens; the model reads the first {most}")
+    def _check_lengths(self, prompts: Sequence[str]) -> None:
+        most, long = self.most_tokens, []
+        parts = [prompts[start : start + 1000] for start in range(0, len(prompts), 1000)]
+        for part in tqdm(parts, "reading the prompts", leave=False, disable=None, delay=1):
+            tokens = self._pipe.tokenizer(part).input_ids
+            long += [(prompt, len(ids)) for prompt, ids in zip(part, tokens, strict=True) if len(ids) > most]
+        if long:
+            prompt, count = long[0]
+            others = f", the first of {len(long)} that are too long," if len(long) > 1 else ""
+            say(f"warning: the prompt {prompt!r}{others} has {count} tokens; the model reads the first {most}")
 
-    def finish_encoding(self) -> None:
-        """Release the text encoder and the rest of the pipeline."""
-        self._pipe = None
+    @torch.no_grad()
+    def _encoded(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Embeddings (L, F) of prompts, on the host; each is encoded alone."""
+        self._pipe.text_encoder.to(self.device)
+        found = [self._pipe.encode_prompt([prompt], self.device, 1, False)[0][0].cpu() for prompt in prompts]
+        self._pipe.text_encoder.to("cpu")  # makes room on a GPU
+        return found
+
+    def embeddings(self, condition: Tensor) -> Tensor:
+        """Embeddings (B, L, F) of prompts by their numbers (B,), on the device."""
+        rows = condition.tolist()
+        if not self._places.keys() >= set(rows):  # a roll-out asks for the same prompts at each of its steps
+            self._places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+            self._table = self._host_embeddings([self._prompts[row] for row in self._places]).to(self.device)
+        return self._table[torch.tensor([self._places[row] for row in rows])]
 
     # ------------------------------------------------------------------------------------------ score
 
@@ -122,8 +136,8 @@ class StableDiffusion:
             latents, time = torch.cat([x, x]), torch.cat([time, time])
             rows = torch.cat([self.negative.expand(count), condition])
         self.evaluations += len(latents)
-        latents = latents.to(self._table.dtype, memory_format=torch.channels_last)
-        predicted = self.module(latents, time, self._table[rows]).sample.float()
+        latents = latents.to(self.dtype, memory_format=torch.channels_last)
+        predicted = self.module(latents, time, self.embeddings(rows)).sample.float()
         if self.guidance != 1:
             unconditional, conditional = predicted.chunk(2)
             if self.guidance_gradient == "conditional":
@@ -133,7 +147,7 @@ class StableDiffusion:
 
     def features(self, condition: Tensor) -> Tensor:
         """Mean token embeddings (B, F)."""
-        return self._table[condition].float().mean(1)
+        return torch.cat([self.embeddings(some).float().mean(1) for some in condition.split(64)])
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents (B, 4, h, w) -> images (B, 3, H, W) float32 in [0, 1]; differentiable."""
@@ -174,7 +188,7 @@ class StableDiffusion:
 
         Half-precision weights would round the LoRA away, and sharded ones are not all here: they are left alone.
         """
-        full = self._table.dtype == torch.float32 and not self.sharded
+        full = self.dtype == torch.float32 and not self.sharded
         layers = [layer for layer in lora_layers(self.module).values() if full and not layer.disable_adapters]
         weights = [layer.get_base_layer().weight for layer in layers]
         originals = [weight.data for weight in weights]

@@ -1,14 +1,15 @@
 """Human preference, by PickScore (Kirstain et al. 2023)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.clip import Precision, fitted, remembered
+from condrl.clip import Precision, fitted
+from condrl.embeddings import Embeddings
 from condrl.hub import fetching, folder_or_id
 
 
@@ -28,7 +29,7 @@ class PickScore:
         self.path = folder_or_id(path, "rewards.pickscore.path")
         self.processor = folder_or_id(processor, "rewards.pickscore.processor")
         self.revision, self.dtype, self.offload = revision, dtype, offload
-        self.prompts: dict[str, Tensor] = {}
+        self._texts = Embeddings(self._encoded)
 
     @property
     def model(self) -> Any:
@@ -53,18 +54,19 @@ class PickScore:
         cosine = (nn.functional.normalize(images, dim=-1) * self.texts(prompts, samples.device)).sum(1)
         return model.logit_scale.exp().float() * cosine
 
-    @torch.no_grad()
     def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        """Unit embeddings (B, F) of prompts; each is computed once."""
+        """Unit embeddings (B, F) of prompts."""
+        self.model.to(device)
+        return self._texts(prompts).to(device)
+
+    @torch.no_grad()
+    def _encoded(self, prompts: Sequence[str]) -> Iterator[Tensor]:
         fill = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         length = self.model.config.text_config.max_position_embeddings
-
-        def encode(new: list[str]) -> Tensor:
-            tokens = self.settings[0](new, max_length=length, **fill)
-            found: Tensor = self.model.get_text_features(**tokens.to(device)).pooler_output
-            return found
-
-        return remembered(self.prompts, prompts, encode).to(device)
+        for prompt in prompts:
+            tokens = self.settings[0]([prompt], max_length=length, **fill)
+            (embedding,) = self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+            yield nn.functional.normalize(embedding.float(), dim=-1)
 
     def rest(self) -> None:
         if self.offload:

@@ -87,8 +87,8 @@ class Entry:
 def main(words: Sequence[str]) -> int:
     """Exit code: 0 when every mutant is killed, 1 when one survives, 2 when one does not fit the code."""
     arguments = parser().parse_args(words)
-    chosen = [m for m in read(LIST.read_text()) if fits(m, arguments.only)]
-    if misfits := [m for m in chosen if (ROOT / m.file).read_text().count(m.old) != 1]:
+    chosen = [m for m in read(LIST.read_text("utf-8")) if fits(m, arguments.only)]
+    if misfits := [m for m in chosen if (ROOT / m.file).read_text("utf-8").count(m.old) != 1]:
         print("these texts are not found exactly once; the code has changed, and the mutants have to follow:")
         print("\n".join(f"  {m}: {m.old!r}" for m in misfits))
         return 2
@@ -149,12 +149,12 @@ def verdicts(mutants: Iterable[Mutant], copy: Path, everything: bool) -> Iterato
 def broken(mutant: Mutant, copy: Path, tests: Sequence[str]) -> str:
     """What the tests say of the copy with the mutant in it."""
     file = copy / mutant.file
-    whole = file.read_text()
-    file.write_text(whole.replace(mutant.old, mutant.new))
+    whole = file.read_text("utf-8")
+    file.write_text(whole.replace(mutant.old, mutant.new), "utf-8")
     try:
         return tested(copy, tests)
     finally:
-        file.write_text(whole)
+        file.write_text(whole, "utf-8")
 
 
 def tested(copy: Path, tests: Sequence[str]) -> str:
@@ -170,7 +170,7 @@ def tested(copy: Path, tests: Sequence[str]) -> str:
 
 def run_tests(copy: Path, tests: Sequence[str]) -> None:
     """In a process of its own, forked from this one, which has the slow imports behind it; says nothing."""
-    with Path(os.devnull).open("w") as nowhere:
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere.fileno(), stream.fileno())
     os.chdir(copy)
