@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import time
 import urllib.error
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from condrl.errors import UsageError
+from condrl.record import from_json
 from condrl.wire import MOST_BYTES
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class Client:
 def said_in(error: urllib.error.HTTPError) -> str:
     """The reason that a server gave: {"error": reason}, or {"error": {"message": reason}} as OpenAI's do."""
     try:
-        said = json.loads(error.read(10_000))["error"]
+        said = from_json(error.read(10_000))["error"]
         return str(said["message"] if isinstance(said, dict) else said)
     except (ValueError, KeyError, TypeError, OSError):
         return error.reason

@@ -8,6 +8,17 @@ from pathlib import Path
 from typing import Any
 
 
+def from_json(text: str | bytes) -> Any:
+    """What JSON text says.
+
+    Raises: ValueError when it is not JSON, also where it is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def to_json(content: Any, indent: int | None = None) -> str:
     """Dicts and lists as JSON text, with null for NaN and infinities."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)

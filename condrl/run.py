@@ -22,7 +22,7 @@ from torch import Tensor
 
 import condrl
 from condrl.algorithms import Algorithm
-from condrl.checkpoint import newest_checkpoint, read_checkpoint
+from condrl.checkpoint import newest_checkpoint, read_checkpoint, unlike
 from condrl.config import Config, GridConfig, to_yaml
 from condrl.errors import UsageError
 from condrl.folder import RunFolder
@@ -34,6 +34,7 @@ from condrl.rewards import Reward, make_reward
 from condrl.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
 from condrl.trainer import Trainer
 from condrl.transition import Coefficients, Sampler, trained_steps
+from condrl.words import read_word
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
@@ -351,6 +352,8 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
             "replace it"
         )
     if found is not None:
+        if why := unlike({"epoch": 0}, {"epoch": found[1].get("epoch")}):
+            raise UsageError(f"the checkpoint {found[0]} is not one of a run: {why}")
         check_same_settings(config, found[0].resolve().parents[1] / "config.yaml")
         if found[1]["epoch"] > config.train.epochs:
             raise UsageError(
@@ -369,8 +372,8 @@ def check_same_settings(config: Config, saved: Path) -> None:
     """Raises: UsageError naming the first setting, of those that training depends on, that a run did not have."""
     if not saved.exists():
         return
-    texts = saved.read_text(), to_yaml(config)
-    then, now = (flatten(dict(OmegaConf.to_container(OmegaConf.create(text)))) for text in texts)  # type: ignore[arg-type]
+    read: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+    then, now = flatten(read_word(str(saved)).values), flatten(read)
     free = {"train.epochs"} if config.train.lr_decay == "none" else set()
     for key in sorted({*then, *now} - free):
         matters = key == "run.seed" or not key.startswith(("run.", "evaluate."))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from condrl.pixels import from_pil
 from condrl.prompts import Row
+from condrl.record import from_json
 from condrl.report import to_pil
 
 MOST_BYTES = 64 * 2**20  # of a request or an answer
@@ -35,7 +36,7 @@ def unpack(body: bytes) -> tuple[Tensor, list[Row]]:
 
     Raises: ValueError saying what is wrong with it.
     """
-    message = json.loads(body)
+    message = from_json(body)
     if not isinstance(message, dict) or not {"kind", "samples", "rows"} <= message.keys():
         raise ValueError("expected an object with kind, samples and rows")
     rows = [Row(i, str(row["prompt"]), dict(row.get("metadata") or {})) for i, row in enumerate(message["rows"])]
@@ -76,7 +77,7 @@ def answer_of(body: bytes, count: int) -> Tensor:
 
     Raises: ValueError when it is not such an answer.
     """
-    message: Any = json.loads(body)
+    message: Any = from_json(body)
     scores = message.get("scores") if isinstance(message, dict) else None
     if not isinstance(scores, list) or len(scores) != count:
         raise ValueError(f"expected an object with {count} scores")

@@ -141,7 +141,7 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
     from condrl.evaluate import compared
     from condrl.record import write_json
     from condrl.report import log_picture
-    from condrl.run import TRACKED, check_folder, find_checkpoint, peak_memory_gb, provenance, start_trackers
+    from condrl.run import TRACKED, check_folder, continues, find_checkpoint, peak_memory_gb, provenance, start_trackers
 
     config, model, processes, folder = trainer.config, trainer.policy.model, trainer.processes, trainer.folder
     origin = provenance()
@@ -151,6 +151,9 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
         processes.meet()
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
+            trainer.check_state(checkpoint[1], checkpoint[0])
+            if continues(config, checkpoint[0]):
+                trainer.check_record(checkpoint[1]["metrics_bytes"])
             say(f"going on from {checkpoint[0]}")
         processes.meet()  # all have read what is now replaced
         if processes.first:

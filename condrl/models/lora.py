@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from condrl.errors import UsageError, say
 from condrl.files import load_metadata, load_tensors, save_tensors
+from condrl.record import from_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 KOHYA_FILE = "comfyui_lora.safetensors"
@@ -220,7 +221,7 @@ class Scales:
         if text is None and path.name == PEFT_FILE and beside.is_file():
             path, text = beside, beside.read_text(errors="replace")
         try:
-            return cls.of_config(json.loads(text)) if text is not None else cls()
+            return cls.of_config(from_json(text)) if text is not None else cls()
         except (ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"the LoRA's settings in {path} cannot be read: {error}") from error
 

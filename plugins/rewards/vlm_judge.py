@@ -12,6 +12,7 @@ from torch import Tensor
 
 import condrl
 from condrl.client import Client
+from condrl.record import from_json
 from condrl.wire import to_png
 
 QUESTIONS = {
@@ -73,7 +74,7 @@ class VLMJudge:
 
     def _score(self, body: bytes) -> float:
         """Raises: ValueError, TypeError or LookupError when the answer does not say."""
-        choice = dict(json.loads(body)["choices"][0])
+        choice = dict(from_json(body)["choices"][0])
         if self.answer == "number" and choice.get("finish_reason") == "length":
             raise ValueError("the reply is longer than 16 tokens")
         if self.answer == "yes":
