@@ -80,6 +80,8 @@ def read_word(word: str) -> Part:
     text = word.partition("=")[2]
     if not all([*parents, last]):
         raise UsageError(f"cannot read {word!r}: a setting is section.key=value")
+    if len(parents) > DEEPEST:
+        raise UsageError(f"cannot read {word!r}: {TOO_DEEP}")
     value = text
     literal = escaped(text)  # where it is text, ${...} is too
     try:
