@@ -470,8 +470,16 @@ def check_arithmetic(config: Config) -> None:
 
 
 def locate(path: str) -> Path:
-    """A path as the user wrote it; `asset:NAME` lies in the package's own assets."""
-    return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else Path(path).expanduser()
+    """A path as the user wrote it; `asset:NAME` lies in the package's own assets.
+
+    Raises: UsageError when the name leads out of them.
+    """
+    if not path.startswith("asset:"):
+        return Path(path).expanduser()
+    name = path.removeprefix("asset:")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UsageError(f"{path} is not in the package's assets: give a path without asset:")
+    return ASSETS / name
 
 
 # ---------------------------------------------------------------------------------------------- writing

@@ -11,9 +11,11 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from helpers import ROOT, load_script, toy_words
 from reward_files import save_reward_files
+from safetensors.torch import save_file
 from single_file import write_single_file
 from transformers import BertTokenizer, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
@@ -32,7 +34,8 @@ from condrl.checkpoint import (
 from condrl.config import load_config, locate
 from condrl.errors import exit_code
 from condrl.models.loading import load_pipeline
-from condrl.models.lora import LORA_FILE
+from condrl.models.lora import LORA_FILE, diffusers_names, lora_layers, lora_state, rank_of
+from condrl.prompts import load_prompts
 from condrl.rewards import make_reward
 
 pytestmark = pytest.mark.slow
@@ -578,3 +581,76 @@ def test_pictures_are_not_drawn_through_links(ran, tmp_path, monkeypatch):
     (tmp_path / "run" / "samples").symlink_to(tmp_path / "samples")
     with pytest.raises(UsageError, match=r"run/samples is a link.*give --out"):
         sample.in_run(tmp_path / "run" / "samples")
+
+
+# ---------------------------------------------------------------------------------------------- LoRA files and texts
+
+SETTINGS = {
+    '{"unet.lora_alpha": NaN}': "an alpha is nan",
+    '{"unet.lora_alpha": 1e999}': "an alpha is inf",
+    '{"unet.lora_alpha": 1' + "0" * 400 + "}": "too large",
+    '{"unet.lora_alpha": 1e300}': "has a scale of",
+    '{"unet.alpha_pattern": {"to_q": -Infinity}}': "an alpha is -inf",
+    '{"unet.alpha_pattern": {"(": 1}}': "in alpha_pattern is not the name of a module",
+    '{"unet.alpha_pattern": {"(([a-z0-9_.])*)*!": 1}}': "is not the name of a module",  # matching it takes for ever
+    "[" * 200_000: "nested too deeply",
+}
+
+
+@pytest.mark.parametrize("text", SETTINGS, ids=[text[:40] for text in SETTINGS])
+def test_crafted_settings_of_a_lora_are_one_line(text, model, tmp_path):
+    before = [p.clone() for p in model.module.parameters()]
+    for layer in lora_layers(model.module).values():
+        torch.nn.init.ones_(layer.lora_B["default"].weight)
+    save_file(diffusers_names(lora_state(model.module)), tmp_path / LORA_FILE, {"lora_adapter_metadata": text})
+    for p, value in zip(model.module.parameters(), before, strict=True):
+        p.data = value
+    with pytest.raises(UsageError, match=SETTINGS[text]) as found:
+        model.load_adapter(tmp_path)
+    assert "\n" not in str(found.value)
+    assert all(torch.equal(p, value) for p, value in zip(model.module.parameters(), before, strict=True))
+
+
+def test_a_lora_of_a_huge_rank_without_weights_is_refused(tmp_path):
+    """A few bytes could ask for an adapter that fills the memory."""
+    size, name = {"dtype": "F32", "shape": [10**9, 0], "data_offsets": [0, 0]}, "unet.x.lora.down.weight"
+    header = json.dumps({name: size}).encode()
+    (tmp_path / LORA_FILE).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UsageError, match="has no down weights"):
+        rank_of(tmp_path / LORA_FILE)
+
+
+@pytest.mark.parametrize("depth", [30, 500, 950, 200_000])
+def test_deep_metadata_of_a_prompt_is_one_line(depth, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x", "m": ' + "[" * depth + "]" * depth + "}\n")
+    with pytest.raises(UsageError, match="line 1: .*deep|line 1: .*recursion"):
+        load_prompts(str(tmp_path / "p.jsonl"), "prompts.train")
+
+
+@pytest.mark.parametrize("name", ["../config.py", "/etc/passwd", "shapes/../../config.py", "shapes/../../../README.md"])
+def test_an_asset_is_in_the_package(name):
+    with pytest.raises(UsageError, match="is not in the package's assets"):
+        load_prompts(f"asset:{name}", "prompts.train")
+    with pytest.raises(UsageError, match="is not in the package's assets"):
+        load_pipeline(f"asset:{name}", None, None, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["x`](javascript:alert(1))", "<script>alert(1)</script>", "``` `x", "a\n\n# heading", "---"])
+def test_a_model_card_shows_a_name_as_it_is(name, model, tmp_path):
+    model.path = name
+    model.save_adapter(tmp_path, {"rewards": "shapes: 1.0"})
+    _, front, text = re.split("^---\n", (tmp_path / "README.md").read_text(), maxsplit=2, flags=re.MULTILINE)
+    assert yaml.safe_load(front)["base_model"] == name
+    (line,) = [line for line in text.splitlines() if line.startswith("Base model: ")]
+    fence = re.match("Base model: (`+)", line)[1]
+    shown, closing, rest = line.removeprefix(f"Base model: {fence}").partition(fence)
+    assert (shown.strip(), closing) == (" ".join(name.split()), fence)  # nothing in it ends the code
+    assert rest.startswith(". The two files")
+
+
+def test_a_line_does_not_command_the_terminal(capsys):
+    def work():
+        raise UsageError("the file \x1b]0;title\x07\x1b[2Jx\r is none, \x9b31m")
+
+    assert exit_code(work) == 2
+    assert capsys.readouterr().err == "error: the file \\x1b]0;title\\x07\\x1b[2Jx  is none, \\x9b31m\n"
