@@ -181,7 +181,7 @@ def unlike(expected: Any, found: Any, name: str = "") -> str | None:
         if not isinstance(found, kinds) or (isinstance(found, bool) and not isinstance(expected, bool)):
             return f"{name} is {str(found)[:40]!r}, not a {type(expected).__name__}"
         return None if found is None or 0 <= found < math.inf else f"{name} is {found}"
-    return next((why for part, *pair in parts if (why := unlike(*pair, part))), None)
+    return next((why for part, own, other in parts if (why := unlike(own, other, part))), None)
 
 
 def _split(value: Any, tensors: dict[str, Tensor]) -> Any:

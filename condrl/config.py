@@ -190,7 +190,7 @@ def _config(parts: Sequence[Part]) -> Config:
 
 
 def _check_found(tree: Mapping[str, Any], parts: Sequence[Part]) -> None:
-    """Raises: UsageError when a file that was found, not named, names a plugin by `module:object`, which is imported."""
+    """Raises: UsageError when a file that was found, not named, names a plugin as `module:object`, to be imported."""
     for file in (part for part in parts if part.is_found):
         for kind in DEFAULT_PLUGINS:
             name = str(_plugin_name(tree.get(kind)))

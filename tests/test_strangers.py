@@ -63,7 +63,9 @@ def at(state, *keys):
 
 
 def put(*keys, value):
-    return lambda state: at(state, *keys[:-1]).__setitem__(keys[-1], value(at(state, *keys)) if callable(value) else value)
+    return lambda state: at(state, *keys[:-1]).__setitem__(
+        keys[-1], value(at(state, *keys)) if callable(value) else value
+    )
 
 
 def drop(*keys):
@@ -128,7 +130,11 @@ def value_of(state):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
 
 
 def copied(run: Path, folder: Path) -> Path:
@@ -353,7 +359,10 @@ def vision_of(**values):
 TRUST = {"trust_remote_code": True}
 CLIPS = {
     "trust": (text_of(tokenizer_kwargs=TRUST), r"sets text_cfg\.tokenizer_kwargs\.trust_remote_code"),
-    "a file elsewhere": (text_of(tokenizer_kwargs={"bpe_path": "/etc/passwd"}), r"text_cfg\.tokenizer_kwargs\.bpe_path"),
+    "a file elsewhere": (
+        text_of(tokenizer_kwargs={"bpe_path": "/etc/passwd"}),
+        r"text_cfg\.tokenizer_kwargs\.bpe_path",
+    ),
     "options that are none": (text_of(tokenizer_kwargs=[1]), r"text_cfg\.tokenizer_kwargs\.1"),
     "code without trust": (lambda _: None, "contains custom code"),
     "a text tower with code": (text_of(hf_model_name="{folder}"), r"text_cfg\.hf_model_name=.*names code \(auto_map\)"),
@@ -526,8 +535,12 @@ def test_no_remote_code_is_trusted_anywhere(monkeypatch, tmp_path, pipeline):
     load_pipeline(str(pipeline), None, None, torch.float32)
     found = {name for name, trusted in calls if trusted is False}
     assert found >= {"CLIPTokenizer", "CLIPImageProcessor", "CLIPModel", "BertTokenizer", "StableDiffusionPipeline"}
-    sources = [path for top in ("condrl", "plugins") for path in (ROOT / top).glob("*/*.py") if "/plugins/" not in str(path)]
-    places = {str(p.relative_to(ROOT)) for p in sources if re.search(r"\.from_(pretrained|single_file)\(", p.read_text())}
+    sources = [
+        path for top in ("condrl", "plugins") for path in (ROOT / top).glob("*/*.py") if "/plugins/" not in str(path)
+    ]
+    places = {
+        str(p.relative_to(ROOT)) for p in sources if re.search(r"\.from_(pretrained|single_file)\(", p.read_text())
+    }
     assert places <= set(LOADED)  # a new place belongs above, and into this test
 
 
@@ -635,7 +648,9 @@ def test_an_asset_is_in_the_package(name):
         load_pipeline(f"asset:{name}", None, None, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["x`](javascript:alert(1))", "<script>alert(1)</script>", "``` `x", "a\n\n# heading", "---"])
+@pytest.mark.parametrize(
+    "name", ["x`](javascript:alert(1))", "<script>alert(1)</script>", "``` `x", "a\n\n# heading", "---"]
+)
 def test_a_model_card_shows_a_name_as_it_is(name, model, tmp_path):
     model.path = name
     model.save_adapter(tmp_path, {"rewards": "shapes: 1.0"})

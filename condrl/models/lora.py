@@ -118,7 +118,9 @@ def save_lora(unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, s
     save_tensors(diffusers_names(state), folder / LORA_FILE, common)
     save_tensors(kohya_names(state), folder / KOHYA_FILE, common | kohya_metadata(unet, base, rank))
     rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
-    card = dict(base=json.dumps(base), name=code_span(base), lora=LORA_FILE, kohya=KOHYA_FILE, rank=rank, rewards=rewards)
+    card = dict(
+        base=json.dumps(base), name=code_span(base), lora=LORA_FILE, kohya=KOHYA_FILE, rank=rank, rewards=rewards
+    )
     (folder / "README.md").write_text(CARD.format(**card))  # a JSON string is a YAML string whatever is in it
 
 
