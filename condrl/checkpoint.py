@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condrl.errors import RunError, UsageError, say
+from condrl.errors import RunError, UsageError, brief, say
 from condrl.files import load_tensors, save_tensors
 
 MODULE_FILE = "network.safetensors"
@@ -105,8 +105,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _named(folder: Path, pattern: str) -> list[Path]:
-    """The folders in a folder whose whole name is as a pattern says."""
-    return [path for path in folder.glob("*") if re.fullmatch(pattern, path.name) and path.is_dir()]
+    """The folders in a folder whose whole name is as a pattern says; not those elsewhere that links lead to."""
+    found = (path for path in folder.glob("*") if re.fullmatch(pattern, path.name))
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def _remove(path: Path) -> None:
@@ -139,17 +140,48 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises: UsageError when a file is missing or is not what was written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         damaged = [file for file in (TENSORS, PLAIN) if _sha256(path / file) != manifest[file]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error})") from error
-    if damaged:
-        raise UsageError(f"the checkpoint {path} is damaged: {damaged[0]} is not what was written")
-    state: dict[str, Any] = _join(json.loads((path / PLAIN).read_text("utf-8")), load_file(path / TENSORS))
+        if damaged:
+            raise UsageError(f"the checkpoint {path} is damaged: {damaged[0]} is not what was written")
+        state: dict[str, Any] = _join(json.loads((path / PLAIN).read_text("utf-8")), load_file(path / TENSORS))
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+    except UsageError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
+        raise UsageError(f"{path} is not a whole checkpoint ({brief(error)})") from error
     return state
+
+
+def unlike(expected: Any, found: Any, name: str = "") -> str | None:
+    """How a part of a checkpoint differs in kind from one of the same run, in a few words; None when it does not.
+
+    Tensors have to be of the same shape and precision, and finite; numbers finite and not negative.
+    """
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            return f"{name} is not a tensor {tuple(expected.shape)} of {expected.dtype}"
+        return None if found.isfinite().all() else f"{name} holds values that are not finite"
+    if isinstance(expected, dict):
+        if not isinstance(found, dict) or found.keys() != expected.keys():
+            other = expected.keys() ^ (found.keys() if isinstance(found, dict) else ())
+            return f"{name or 'it'} has other keys: see {sorted(map(str, other))[0]}"
+        parts = [(f"{name}.{key}".lstrip("."), expected[key], found[key]) for key in expected]
+    elif isinstance(expected, list):
+        if not isinstance(found, list) or len(found) != len(expected):
+            return f"{name} is not a list of {len(expected)}"
+        parts = [(f"{name}.{i}", *pair) for i, pair in enumerate(zip(expected, found, strict=True))]
+    else:
+        kinds = (int, float) if isinstance(expected, float) else type(expected)
+        if not isinstance(found, kinds) or (isinstance(found, bool) and not isinstance(expected, bool)):
+            return f"{name} is {str(found)[:40]!r}, not a {type(expected).__name__}"
+        return None if found is None or 0 <= found < math.inf else f"{name} is {found}"
+    return next((why for part, own, other in parts if (why := unlike(own, other, part))), None)
 
 
 def _split(value: Any, tensors: dict[str, Tensor]) -> Any:

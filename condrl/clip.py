@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,13 @@ from condrl.embeddings import Embeddings
 from condrl.errors import UsageError
 from condrl.files import load_tensors, load_torch
 from condrl.hub import WEIGHTS, check_file, fetching, folder_or_id
+from condrl.record import from_json
 from condrl.registry import suggestion
 
 Precision = Literal["float32", "bfloat16", "float16"]
 OPENAI = "openai"
 HUB = "hf-hub:"
+TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language", "additional_special_tokens", "reduction_mask")
 
 
 def fitted(samples: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -110,7 +112,9 @@ class Clip:
         import open_clip
 
         with self.loading():
-            return open_clip.get_tokenizer(self.name)
+            text: dict[str, Any] = open_clip.get_model_config(self.name)["text_cfg"]
+            own = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+            return open_clip.get_tokenizer(self.name, **own)
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -127,6 +131,7 @@ class Clip:
         before, logging.root.manager.disable = logging.root.manager.disable, logging.CRITICAL
         try:
             with fetching(f"rewards.*.{'weights' if self.weights else 'model'}", self.source, local):
+                check_architecture(open_clip.get_model_config(self.name), self.origin)
                 yield
         except UsageError:
             if own:
@@ -141,6 +146,11 @@ class Clip:
         if self.weights is None:
             return self.name.removeprefix("local-dir:")
         return self.weights if Path(self.weights).is_file() else f"the weights {self.weights!r} of {self.name}"
+
+    @property
+    def origin(self) -> str:
+        """Where the architecture comes from."""
+        return self.config or (f"{self.source}/open_clip_config.json" if self.weights is None else self.name)
 
     def load(self) -> None:
         """Load the model and what turns prompts into tokens, now.
@@ -244,10 +254,34 @@ def add_architecture(path: Path) -> str:
     import open_clip
 
     check_file(path, "rewards.*.config")
-    content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else None
+    content = from_json(path.read_text("utf-8")) if path.suffix == ".json" else None
     if not isinstance(content, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= content.keys():
         raise UsageError(
             f"config rewards.*.config: {path} is no architecture of open_clip: embed_dim, vision_cfg, text_cfg"
         )
     open_clip.add_model_config(path)
     return path.stem
+
+
+def check_architecture(config: Any, origin: str) -> None:
+    """Check an architecture of open_clip for settings by which it would run or fetch code.
+
+    Raises: UsageError naming the file and the setting.
+    """
+    text, vision = (config.get(part) if isinstance(config, dict) else None for part in ("text_cfg", "vision_cfg"))
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        raise UsageError(f"config rewards.*.model: {origin} has no sections text_cfg and vision_cfg")
+
+    def refuse(setting: str, why: str) -> NoReturn:
+        raise UsageError(f"config rewards.*.model: {origin} sets {setting}, {why}: use another model")
+
+    unknown = [name for name in text.get("tokenizer_kwargs") or () if name not in TOKENIZER_OPTIONS]
+    if unknown:
+        refuse(f"text_cfg.tokenizer_kwargs.{unknown[0]}", f"and only {', '.join(TOKENIZER_OPTIONS)} cannot run code")
+    if not re.fullmatch(r"[\w.-]*", str(vision.get("timm_model_name") or "")):
+        refuse(f"vision_cfg.timm_model_name={vision['timm_model_name']!r}", "which is not one of timm's own models")
+    if tower := text.get("hf_model_name"):
+        from transformers import PretrainedConfig
+
+        if "auto_map" in PretrainedConfig.get_config_dict(tower)[0]:
+            refuse(f"text_cfg.hf_model_name={tower!r}", "whose config.json names code (auto_map)")

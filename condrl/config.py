@@ -175,7 +175,7 @@ def load_for_drawing(file: Path | None, words: Sequence[str]) -> Config:
         if {"lora", "lora_alpha"} & section_at(read_word(word).values, "model").keys():
             raise UsageError(f"{word} has no effect here: the LoRA is given as a folder, and its scale is --strength")
     part = read_word(str(file)) if file else Part("", {}, {})
-    part = replace(part, values=_drawing(part.values), texts=_drawing(part.texts))
+    part = replace(part, values=_drawing(part.values), texts=_drawing(part.texts), is_found=True)
     return _config([part, *map(read_word, words)])
 
 
@@ -190,12 +190,28 @@ def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config(parts: Sequence[Part]) -> Config:
     rough = _resolved(merged([replace(part, values=part.texts) if part.refers else part for part in parts]))
+    _check_found(rough, parts)
     _check_list(rough.get("plugins"), list[str], "plugins")
     for path in rough.get("plugins") or ():
         load_file(str(path))
     types = option_types(rough)
     parts = [retyped(part, types) for part in parts]
-    return build_config(_resolved(merged(_without_replaced_plugins(parts, rough))))
+    tree = _resolved(merged(_without_replaced_plugins(parts, rough)))
+    _check_found(tree, parts)
+    return build_config(tree)
+
+
+def _check_found(tree: Mapping[str, Any], parts: Sequence[Part]) -> None:
+    """Raises: UsageError when a file that was found, not named, names a plugin as `module:object`, to be imported."""
+    for file in (part for part in parts if part.is_found):
+        for kind in DEFAULT_PLUGINS:
+            name = str(_plugin_name(tree.get(kind)))
+            given = [str(_plugin_name(part.values.get(kind))) for part in parts if not part.is_found]
+            if ":" in name and name not in given:
+                raise UsageError(
+                    f"{file.word} names the {kind} {name!r}, which is code, and that file was found, not named: if you "
+                    f"trust it, say {kind}.name={name}"
+                )
 
 
 def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
@@ -473,8 +489,16 @@ def check_arithmetic(config: Config) -> None:
 
 
 def locate(path: str) -> Path:
-    """A path as the user wrote it; `asset:NAME` lies in the package's own assets."""
-    return ASSETS / path.removeprefix("asset:") if path.startswith("asset:") else expanded(path)
+    """A path as the user wrote it; `asset:NAME` lies in the package's own assets.
+
+    Raises: UsageError when the name leads out of them.
+    """
+    if not path.startswith("asset:"):
+        return expanded(path)
+    name = path.removeprefix("asset:")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UsageError(f"{path} is not in the package's assets: give a path without asset:")
+    return ASSETS / name
 
 
 # ---------------------------------------------------------------------------------------------- writing

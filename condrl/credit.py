@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
@@ -65,6 +66,9 @@ class PromptTracker:
         return {str(row): list(values) for row, values in self.history.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Raises: ValueError on values that are not finite."""
+        if not all(math.isfinite(value) for values in state.values() for value in values):
+            raise ValueError("a prompt's rewards are not finite")
         self.history.clear()
         for row, values in state.items():
             self.history[int(row)].extend(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -44,9 +45,10 @@ class Stopped(BaseException):  # like KeyboardInterrupt, so that no plugin's `ex
 
 
 def say(text: str) -> None:
-    """Print a line to stderr, once for the processes of a machine."""
+    """Print a line to stderr, once for the processes of a machine; what would command the terminal is shown instead."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+        print(shown, file=sys.stderr, flush=True)
 
 
 def brief(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from condrl.errors import UsageError
+from condrl.record import from_json
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"  # how files of torch.save begin, since and before torch 1.6
 TEXTS = {  # how texts begin that lie where a file of weights should be
@@ -53,7 +54,7 @@ def _why_no_safetensors(path: Path, start: bytes) -> str | None:
         return f"is truncated: it has {size:,} bytes, its header alone should have {length:,}"
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(length)[8:])
+            header = from_json(file.read(length)[8:])
         length += max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (ValueError, TypeError, LookupError, AttributeError):
         return "is damaged: its header cannot be read"
@@ -62,7 +63,7 @@ def _why_no_safetensors(path: Path, start: bytes) -> str | None:
 
 def _why_no_json(path: Path) -> str | None:
     try:
-        value = json.loads(path.read_bytes())
+        value = from_json(path.read_bytes())
     except ValueError as error:
         return f"is not valid JSON: {error}"
     return None if isinstance(value, dict) else "is not a JSON object"

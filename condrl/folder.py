@@ -22,6 +22,7 @@ OWN = (  # what every run writes, or many do
     *("images/objective.png", "lora/pytorch_lora_weights.safetensors", "lora/comfyui_lora.safetensors"),
     *("lora/network.safetensors", "lora/README.md"),
 )
+FOLDERS = ("images", "lora", "checkpoints", "condrl")  # where a run, or its trackers, write
 PART = re.compile(r"\.\w+\.part/")  # a folder that is still being written
 LONGEST_NAME = 255  # bytes, of the usual file systems
 
@@ -84,6 +85,8 @@ class RunFolder:
                 f"{self.path} holds {min(foreign)}, which no run wrote (there is no {MANIFEST}): choose another "
                 "run.name= or run.dir=, a folder that is empty or does not exist yet"
             )
+        for name in (*FOLDERS, MANIFEST, LOCK, *(n for n in OWN if "*" not in n)):
+            self._check_no_link(self.path / name, UsageError)
         if not is_locked:
             self._check_lock()
         taken = [n for n in self.files_in("") - self.listed if any(fnmatch.fnmatch(n, known) for known in OWN)]
@@ -112,12 +115,15 @@ class RunFolder:
         path = self.path
         for part in PurePosixPath(name).parts:
             path = path / part
-            if path.is_symlink():
-                raise RunError(f"{path} is a link, and a run does not write through links: remove it")
+            self._check_no_link(path, RunError)
         if name not in self.listed and path.exists():
             raise RunError(f"{path} is in the way, and no run wrote it: move it elsewhere")
         self.adopt([name])
         return path
+
+    def _check_no_link(self, path: Path, error: type[Exception]) -> None:
+        if path.is_symlink():
+            raise error(f"{path} is a link, and a run does not write through links: remove it")
 
     def claim_all(self, names: Iterable[str]) -> None:
         for name in names:
@@ -127,6 +133,7 @@ class RunFolder:
         """List files that are there already, written by a library."""
         new = sorted(set(names) - self.listed)
         if new:
+            self._check_no_link(self.path / MANIFEST, RunError)
             torn = self._read_manifest()[-1:] not in ("", "\n")  # a line that was cut short stands alone
             path = self.path / MANIFEST
             with naming(path), path.open("a", encoding="utf-8") as manifest:

@@ -96,7 +96,7 @@ def plot_objective(metrics: Path, problem: Problem | None, path: Path) -> None:
     name = "objective" if lines and "objective" in lines[0] else "reward/total"
     figure, axes = axes_of(1, 1)
     axis = axes[0][0]
-    axis.plot([line["images"] for line in lines], [line[name] for line in lines], label="each epoch's samples")
+    axis.plot([line["images"] for line in lines], [line.get(name) for line in lines], label="each epoch's samples")
     if problem is not None:
         axis.axhline(problem.optimum, color="black", linestyle=":", label=f"best possible, {problem.optimum:.4f}")
         axis.axhline(problem.pretrained, color="grey", linestyle="--", label=f"pretrained, {problem.pretrained:.4f}")

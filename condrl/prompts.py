@@ -14,6 +14,7 @@ from typing import Any
 from condrl.config import locate
 from condrl.errors import UsageError, brief
 from condrl.record import from_json
+from condrl.words import TOO_DEEP, is_deep
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def _json_row(index: int, line: str, where: str) -> Row:
         raise UsageError(f"{where}: not JSON that can be used: {getattr(error, 'msg', error)}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UsageError(f'{where}: expected an object with a "prompt" that is text')
+    if is_deep(row):
+        raise UsageError(f"{where}: {TOO_DEEP}")
     return Row(index, _usable(row.pop("prompt"), where), row)
 
 

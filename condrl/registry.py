@@ -31,6 +31,7 @@ from condrl.words import expanded
 
 T = TypeVar("T", bound=Callable[..., Any])
 GROUP = "condrl.plugins"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 COMMON = {  # keys of a plugin's section that are not its own: none of its options may have these names
     "reward": ("name", "weight"),
     "sampler": ("name", "steps", "spacing", "noise_steps"),
@@ -348,12 +349,14 @@ def importing_beside(folder: Path) -> Iterator[None]:
         sys.modules.pop(name, None)
     sys.modules.update(NEIGHBOURS.get(folder, {}))
     before = {name.partition(".")[0] for name in sys.modules} - NEIGHBOURS.get(folder, {}).keys()
-    sys.path.append(str(folder))
+    scripts = [entry for entry in sys.path if Path(entry).resolve() == SCRIPTS]  # their sample.py is not the plugin's
+    sys.path[:] = [*(entry for entry in sys.path if entry not in scripts), str(folder)]
     importlib.invalidate_caches()
     try:
         yield
     finally:
         sys.path.remove(str(folder))
+        sys.path[:0] = scripts
         new = {name: module for name, module in sys.modules.items() if name.partition(".")[0] not in before}
         NEIGHBOURS[folder] = {name: module for name, module in new.items() if lies_in(folder, name, module)}
         for modules in NEIGHBOURS.values():  # for what imports them later on

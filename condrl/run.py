@@ -22,19 +22,20 @@ from torch import Tensor
 
 import condrl
 from condrl.algorithms import Algorithm
-from condrl.checkpoint import newest_checkpoint, read_checkpoint
+from condrl.checkpoint import newest_checkpoint, read_checkpoint, unlike
 from condrl.config import Config, GridConfig, to_yaml
 from condrl.errors import UsageError
 from condrl.folder import RunFolder
 from condrl.policy import Model, Policy
 from condrl.processes import Processes, asks_for_shards
 from condrl.prompts import Row, duplicate_note
+from condrl.record import from_json
 from condrl.registry import REGISTRIES
 from condrl.rewards import Reward, make_reward
 from condrl.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
 from condrl.trainer import Trainer
 from condrl.transition import Coefficients, Sampler, trained_steps
-from condrl.words import expanded
+from condrl.words import expanded, read_word
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
@@ -351,6 +352,9 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
             "replace it"
         )
     if found is not None:
+        numbers = {"epoch": 0, "metrics_bytes": 0}
+        if why := unlike(numbers, {name: found[1].get(name) for name in numbers}):
+            raise UsageError(f"the checkpoint {found[0]} is not one of a run: {why}")
         if continues(config, found[0]):
             check_record(config.folder / "metrics.jsonl", *found)
         check_same_settings(config, found[0].resolve().parents[1] / "config.yaml")
@@ -368,22 +372,29 @@ def continues(config: Config, checkpoint: Path) -> bool:
 
 
 def check_record(record: Path, checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Raises: UsageError when a run's record lacks epochs from before the checkpoint."""
-    there, needed = record.stat().st_size if record.exists() else 0, state["metrics_bytes"]
-    if there < needed:
-        what = f"has {there:,} of the {needed:,} bytes" if record.exists() else "is missing: it had lines"
+    """Raises: UsageError when a record lacks epochs from before the checkpoint, or has lines that no run wrote."""
+    content, needed = record.read_bytes() if record.exists() else b"", state["metrics_bytes"]
+    if len(content) < needed:
+        what = f"has {len(content):,} of the {needed:,} bytes" if record.exists() else "is missing: it had lines"
         raise UsageError(
             f"run.resume: {record} {what} that were written before {checkpoint.name}: put it back, or go on in another "
             f"folder with run.name=... run.resume={checkpoint}"
         )
+    for number, line in enumerate(content[:needed].splitlines(), 1):
+        try:
+            row = from_json(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not {"epoch", "images", "updates", "reward/total"} <= row.keys():
+            raise UsageError(f"{record}, line {number}: is not what a run records")
 
 
 def check_same_settings(config: Config, saved: Path) -> None:
     """Raises: UsageError naming the first setting, of those that training depends on, that a run did not have."""
     if not saved.exists():
         return
-    texts = saved.read_text("utf-8"), to_yaml(config)
-    then, now = (flatten(dict(OmegaConf.to_container(OmegaConf.create(text)))) for text in texts)  # type: ignore[arg-type]
+    read: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+    then, now = flatten(read_word(str(saved)).values), flatten(read)
     free = {"train.epochs"} if config.train.lr_decay == "none" else set()
     for key in sorted({*then, *now} - free):
         matters = key == "run.seed" or not key.startswith(("run.", "evaluate."))

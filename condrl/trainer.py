@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from condrl.algorithms import Algorithm, Examples, Experience, Metrics, RatioExamples, every_pair, path_kl, recomputed
-from condrl.checkpoint import checkpoint_files, save_checkpoint
+from condrl.checkpoint import checkpoint_files, save_checkpoint, unlike
 from condrl.config import Config
 from condrl.diagnose import diagnose, spread_metrics
-from condrl.errors import RunError, Stopped, naming, say
+from condrl.errors import RunError, Stopped, UsageError, brief, naming, say
 from condrl.folder import RunFolder
 from condrl.noise import Noise, rng_state, seeded_by, set_rng_state
 from condrl.policy import Policy
@@ -340,6 +341,46 @@ class Trainer:
             "metrics_bytes": self.metrics_file.stat().st_size if self.metrics_file.exists() else 0,
         }
 
+    def check_state(self, state: dict[str, Any], path: Path) -> None:
+        """Check that a checkpoint is like one that this run would write; what is tried on the way is undone.
+
+        Raises: UsageError saying what is not.
+        """
+        why = self.difference(state)
+        before = copy.deepcopy(self.state_dict())
+        try:
+            if not why:
+                self.load_memories(state)
+        except Exception as error:  # the algorithm, a reward or a generator cannot take what is there
+            why = f"its algorithm, rewards or rng: {brief(error)}"
+        finally:
+            self.load_memories(before)
+        if why:
+            raise UsageError(f"the checkpoint {path} is not one of this run: {why}")
+
+    def difference(self, state: dict[str, Any]) -> str | None:
+        """How a checkpoint differs from those of this run, but for `load_memories`; None when it does not."""
+        try:
+            known, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
+            found = {"state": known, "param_groups": [{"lr": group["lr"]} for group in groups]}
+            used = [i for i in range(len(self.parameters)) if i in known]
+        except (LookupError, TypeError) as error:
+            return f"its optimizer lacks a state, or param_groups with an lr ({brief(error)})"
+        moments = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in self.parameters]
+        expected = {"state": {i: moments[i] for i in used}, "param_groups": [{"lr": lr} for lr in self.rates]}
+        memories = dict.fromkeys(("first", "rewards", "algorithm", "rng"))
+        own = {**self.state_dict(), **memories, "optimizer": expected}
+        if why := unlike(own, {**state, **{name: None for name in memories if name in state}, "optimizer": found}):
+            return why
+        if below := [i for i, moment in known.items() if (moment["exp_avg_sq"] < 0).any()]:
+            return f"optimizer.state.{below[0]}.exp_avg_sq is below zero"
+        train = self.config.train
+        if state["updates"] > state["epoch"] * train.inner_epochs * train.updates_per_epoch:
+            return f"it has more updates ({state['updates']}) than there are in {state['epoch']} epochs"
+        if not isinstance(state["first"], dict) or not all(isinstance(v, int | float) for v in state["first"].values()):
+            return "first is not what an epoch recorded"
+        return None
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave; lines that were recorded after it are taken back."""
@@ -353,15 +394,22 @@ class Trainer:
             weight.copy_(value)
         for name, (module, _) in self.algorithm.modules().items():
             module.load_state_dict(state["modules"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        theirs = state["optimizer"]
+        groups = self.optimizer.state_dict()["param_groups"]  # all but `lr` is as the config has it
+        groups = [{**own, "lr": group["lr"]} for own, group in zip(groups, theirs["param_groups"], strict=True)]
+        self.optimizer.load_state_dict({"state": theirs["state"], "param_groups": groups})
+        self.load_memories(state)
+        recorded = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        if self.processes.first and recorded > state["metrics_bytes"]:
+            os.truncate(self.folder.claim(self.metrics_file.name), state["metrics_bytes"])
+
+    def load_memories(self, state: dict[str, Any]) -> None:
+        """Go on with what the algorithm and the rewards remember, and where the generators were."""
         self.algorithm.load_state_dict(state["algorithm"])
         own = state["rewards"][self.processes.rank % len(state["rewards"])]
         for reward in self.rewards:
             reward.load_state_dict(own[reward.name])
         set_rng_state(state["rng"][self.processes.rank % len(state["rng"])])
-        recorded = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
-        if self.processes.first and recorded > state["metrics_bytes"]:
-            os.truncate(self.metrics_file, state["metrics_bytes"])
 
     # ------------------------------------------------------------------------------------------ checks
 

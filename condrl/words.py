@@ -32,6 +32,7 @@ class Part:
     texts: dict[str, Any]  # the same with every scalar as it was typed
     keys: list[str] | None = None  # of `key=value`
     broken: str | None = None  # why its value is no YAML; it may still be text
+    is_found: bool = False  # a file that lay there, which the user did not name: it imports nothing
 
     @property
     def is_file(self) -> bool:
@@ -49,6 +50,8 @@ class TextLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
 
 
+DEEPEST = 20  # levels of lists and sections within each other; a config of ours has six
+TOO_DEEP = "it is nested too deeply"
 SETTING = re.compile(r"(?P<key>[\w.:-]+)=(?P<value>.*)", re.DOTALL)
 DOTTED_REWARD = re.compile(r"(?P<section>rewards|evaluate\.measures)\.(?P<name>[\w.]+:\w+)(?:\.(?P<option>\w+))?")
 
@@ -77,12 +80,17 @@ def read_word(word: str) -> Part:
     text = word.partition("=")[2]
     if not all([*parents, last]):
         raise UsageError(f"cannot read {word!r}: a setting is section.key=value")
-    value, broken = text, None
+    if len(parents) > DEEPEST:
+        raise UsageError(f"cannot read {word!r}: {TOO_DEEP}")
+    value = text
     literal = escaped(text)  # where it is text, ${...} is too
     try:
         value = _yaml(text)
+        broken = TOO_DEEP if is_deep(value) else None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         broken = one_line(error)
+    except RecursionError:
+        broken = TOO_DEEP
     values: dict[str, Any] = {last: value}
     texts: dict[str, Any] = {last: literal}
     for key in reversed(parents):
@@ -113,6 +121,8 @@ def _read_file(word: str) -> Part:
     except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
         raise UsageError(f"cannot read {word}: {one_line(error)}") from error
     values: Any = OmegaConf.to_container(loaded, resolve=False)
+    if is_deep(values):
+        raise UsageError(f"cannot read {word}: {TOO_DEEP}")
     if not isinstance(values, dict) or not isinstance(texts, dict):
         raise UsageError(f"{word} is not a config: it should hold keys such as model, sampler, rewards, train")
     return Part(word, *_sections(values, texts))
@@ -232,6 +242,12 @@ def expanded(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def is_deep(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether lists and sections lie within each other on more levels than so many."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(is_deep(item, levels - 1) for item in inner)
 
 
 def exists(path: Path) -> bool:

@@ -155,6 +155,7 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
         processes.meet()
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
+            trainer.check_state(checkpoint[1], checkpoint[0])
             say(f"going on from {checkpoint[0]}")
         processes.meet()  # all have read what is now replaced
         if processes.first:

@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--strength has to be a finite number, got {args.strength}")
     if args.batch < 1 or not all(0 <= seed < 2**63 for seed in args.seeds):
         raise UsageError("--batch has to be at least 1, and --seeds at least 0 and below 2^63")
-    args.out = args.out or unused(home / "samples")
+    args.out = args.out or unused(in_run(home / "samples"))
     for path in filter(None, (args.out.parent, args.folder)):
         check_folder(path)
     check_suffix(args.out)
@@ -144,9 +144,16 @@ def check_suffix(path: Path) -> None:
         raise UsageError(f"--out {path}: give the name of an image, as {path.stem or 'samples'}.png")
 
 
+def in_run(folder: Path) -> Path:
+    """Raises: UsageError when a run's folder has a link there, to write elsewhere."""
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link, and a run's folder is not written to through links: give --out")
+    return folder
+
+
 def unused(folder: Path) -> Path:
-    """The first of folder/0000.png, 0001.png, ... that is not there."""
-    return next(path for i in itertools.count() if not (path := folder / f"{i:04d}.png").exists())
+    """The first of folder/0000.png, 0001.png, ... that is not there, not even as a link that leads nowhere."""
+    return next(path for i in itertools.count() if not os.path.lexists(path := folder / f"{i:04d}.png"))
 
 
 def draw(args: argparse.Namespace, config: Config, lora: Path | None, prompts: Sequence[str]) -> None:

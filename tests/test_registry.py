@@ -161,6 +161,17 @@ def test_a_plugin_file_imports_the_files_beside_it_and_no_others(tmp_path):
     assert sys.modules["condrl.registry"].load_file is load_file  # and nothing of ours was imported anew
 
 
+def test_a_file_beside_a_plugin_may_be_called_like_a_script(tmp_path, monkeypatch):
+    """Python puts the folder of the script that runs before all others."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    path = sys.path[:]
+    monkeypatch.delitem(sys.modules, "sample", raising=False)
+    write(tmp_path / "sample.py", "VALUE = 3\n")
+    assert load_file(str(write(tmp_path / "mine.py", "import sample\n"))).sample.VALUE == 3
+    assert sys.path == path
+    monkeypatch.delitem(sys.modules, "sample")
+
+
 @pytest.mark.slow
 def test_a_plugin_beside_condrl_itself_does_not_load_it_twice(tmp_path):
     """As a user's file in the repository's own root: `condrl` lies beside it."""

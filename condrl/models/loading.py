@@ -6,6 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,12 +18,14 @@ from condrl.files import load_torch, why_unreadable
 from condrl.hub import offline_if_unreachable, unreachable_reason
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of the same networks
-CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+PARTS = {  # the library and the classes that are known to work; any other library would be code that is imported
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer*"),
+    "scheduler": ("diffusers", "*Scheduler"),
 }
+WITHOUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}  # parts that are not loaded
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pt|bin)$)(\w[\w.-]*/)?\w[\w.-]*")
 UNUSUAL = (  # options of a UNet that make it want an input, or the prompt in a form, that it does not get here
     "addition_embed_type",
@@ -91,19 +94,23 @@ def from_folder(where: str, options: dict[str, Any]) -> Any:
     from transformers import CLIPTextModel
 
     check_parts(where, options["revision"])
+    attention = {"attn_implementation": "sdpa"}  # transformers' own; a config could ask for a kernel from the hub
     parts: dict[str, Any] = {}
     for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
         parts[name], found = kind.from_pretrained(
-            where, subfolder=name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            where,
+            subfolder=name,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **(attention if name == "text_encoder" else {}),
+            **options,
         )
         if missing := sorted(found["missing_keys"]):
             raise UsageError(f"the weights of {where}/{name} lack {len(missing)} tensors, such as {missing[0]}")
         if found["mismatched_keys"]:
             key = sorted(map(str, found["mismatched_keys"]))[0]
             raise UsageError(f"the weights of {where}/{name} do not fit its config.json: see {key}")
-    return StableDiffusionPipeline.from_pretrained(
-        where, safety_checker=None, feature_extractor=None, **parts, **options
-    )
+    return StableDiffusionPipeline.from_pretrained(where, trust_remote_code=False, **WITHOUT, **parts, **options)
 
 
 def check_parts(where: str, revision: str | None) -> None:
@@ -115,10 +122,11 @@ def check_parts(where: str, revision: str | None) -> None:
     index = StableDiffusionPipeline.load_config(where, revision=revision)
     if index.get("_class_name") not in PIPELINES:
         raise UsageError(f"{where} is a {index.get('_class_name')}; known are {', '.join(PIPELINES)}")
-    for name, known in CLASSES.items():
-        kind = (index.get(name) or [None, "nothing"])[1]
-        if kind not in known:
-            raise UsageError(f"the {name} of {where} is {kind}; known is {known[0]}")
+    for name, (library, known) in PARTS.items():
+        found = index.get(name)
+        source, kind = found if isinstance(found, list | tuple) and len(found) == 2 else (None, found)
+        if source != library or not fnmatchcase(str(kind), known):
+            raise UsageError(f"the {name} of {where} is {kind} of {source}; known is {known} of {library}")
     words = Path(where) / "tokenizer"
     if words.is_dir() and not any((words / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UsageError(f"{words} has no vocabulary: neither tokenizer.json nor vocab.json")
@@ -149,7 +157,12 @@ def from_file(path: Path, config: str | None, dtype: torch.dtype) -> Any:
             f"is not a whole Stable Diffusion checkpoint: it has no {missing[0]}*, and {min(keys, default='no keys')}"
         )
         raise UsageError(f"{path} {next(kinds, other)}")
-    return StableDiffusionPipeline.from_single_file(str(path), config=config, dtype=dtype, safety_checker=None)
+    if config is not None:
+        damaged = (f"{file} {why}" for file in jsons_of(Path(config)) if (why := why_unreadable(file)))
+        if wrong := next(damaged, None):
+            raise UsageError(f"model.single_file_config: {wrong}")
+        check_parts(config, None)
+    return StableDiffusionPipeline.from_single_file(str(path), config=config, dtype=dtype, **WITHOUT)
 
 
 def keys_of(path: Path) -> list[str]:
@@ -186,10 +199,15 @@ def explained(error: Exception, source: Path, variant: str | None) -> str:
 
 def files_of(folder: Path, variant: str | None) -> Iterator[Path]:
     """The JSON files and weights of a pipeline's parts."""
-    yield folder / "model_index.json"
-    for name in (*CLASSES, "scheduler"):
-        yield from sorted((folder / name).glob("*.json"))
+    yield from jsons_of(folder)
+    for name in PARTS:
         yield from (file for file in sorted((folder / name).glob("*.safetensors")) if variant_of(file) == variant)
+
+
+def jsons_of(folder: Path) -> list[Path]:
+    """The JSON files of a pipeline's folder; none of a hub id."""
+    of_parts = (file for name in PARTS for file in sorted((folder / name).glob("*.json")))
+    return [*folder.glob("model_index.json"), *of_parts]
 
 
 def variant_of(file: Path) -> str | None:

@@ -7,6 +7,7 @@ agree. In, it is read wherever the file has it: keys ending in .alpha, diffusers
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from condrl.errors import UsageError, say
 from condrl.files import load_metadata, load_tensors, save_tensors
+from condrl.record import from_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 KOHYA_FILE = "comfyui_lora.safetensors"
@@ -42,7 +44,7 @@ tags: [lora, text-to-image, stable-diffusion, condrl]
 
 # LoRA tuned with condrl
 
-Base model: `{name}`. The two files hold the same LoRA, under the names that different programs read:
+Base model: {name}. The two files hold the same LoRA, under the names that different programs read:
 
 - diffusers: `{lora}`, by `pipe.load_lora_weights(<this folder>, weight_name="{lora}")`
 - ComfyUI and A1111: `{kohya}`, copied to their folder of LoRAs (kohya's names, which diffusers reads as well)
@@ -116,8 +118,17 @@ def save_lora(unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, s
     save_tensors(diffusers_names(state), folder / LORA_FILE, common)
     save_tensors(kohya_names(state), folder / KOHYA_FILE, common | kohya_metadata(unet, base, rank))
     rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
-    card = dict(base=json.dumps(base), name=base, lora=LORA_FILE, kohya=KOHYA_FILE, rank=rank, rewards=rewards)
+    card = dict(
+        base=json.dumps(base), name=code_span(base), lora=LORA_FILE, kohya=KOHYA_FILE, rank=rank, rewards=rewards
+    )
     (folder / "README.md").write_text(CARD.format(**card), "utf-8")  # a JSON string is a YAML string whatever is in it
+
+
+def code_span(text: str) -> str:
+    """Text in Markdown as it is, whatever is in it: in more backticks than follow each other in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " * ("`" in text)
+    return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 
 def kohya_metadata(unet: Any, base: str, rank: str) -> dict[str, str]:
@@ -185,6 +196,8 @@ def read_lora(unet: nn.Module, path: Path) -> dict[str, Factors]:
             _refuse(path, f"is not whole: see {name}")
         scale = scales.of(name, len(down)) if alpha is None else alpha.item() / len(down)
         factors[name] = Factors(down.float().flatten(1), up.float().flatten(1) * scale)
+        if not factors[name].up.isfinite().all():
+            _refuse(path, f"has a scale of {scale:g}, too large for its weights: see {name}")
         _check_shape(path, name, unet.get_submodule(name), factors[name])
     return factors
 
@@ -220,21 +233,31 @@ class Scales:
         if text is None and path.name == PEFT_FILE and beside.is_file():
             path, text = beside, beside.read_text("utf-8", errors="replace")
         try:
-            return cls.of_config(json.loads(text)) if text is not None else cls()
-        except (ValueError, TypeError, AttributeError) as error:
+            return cls.of_config(from_json(text)) if text is not None else cls()
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise UsageError(f"the LoRA's settings in {path} cannot be read: {error}") from error
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Scales:
         own = {key.removeprefix("unet."): value for key, value in config.items()}
-        patterns = {name: float(alpha) for name, alpha in (own.get("alpha_pattern") or {}).items()}
-        return cls(float(own["lora_alpha"]) if "lora_alpha" in own else None, patterns, bool(own.get("use_rslora")))
+        patterns = {name: _finite(alpha) for name, alpha in (own.get("alpha_pattern") or {}).items()}
+        if odd := [name for name in patterns if not re.fullmatch(r"\^?(\w|\\?\.)+", name)]:
+            raise ValueError(f"{odd[0]!r} in alpha_pattern is not the name of a module")  # others can take for ever
+        return cls(_finite(own["lora_alpha"]) if "lora_alpha" in own else None, patterns, bool(own.get("use_rslora")))
 
     def of(self, name: str, rank: int) -> float:
         from peft.utils.other import get_pattern_key
 
         alpha = self.patterns.get(get_pattern_key(self.patterns, name), self.alpha)
         return 1.0 if alpha is None else alpha / (rank**0.5 if self.rslora else rank)
+
+
+def _finite(alpha: Any) -> float:
+    """Raises: ValueError when an alpha is not a finite number."""
+    value = float(alpha)
+    if not math.isfinite(value):
+        raise ValueError(f"an alpha is {value}")
+    return value
 
 
 def spellings(unet: nn.Module) -> dict[str, str]:
@@ -263,7 +286,7 @@ def _check_kind(path: Path, keys: Iterable[str]) -> None:
 
 
 def _fits(down: Tensor, up: Tensor) -> bool:
-    return down.dim() >= 2 and up.dim() >= 2 and 0 < len(down) == up.flatten(1).shape[1]
+    return down.dim() >= 2 and up.dim() >= 2 and 0 < len(down) == up.flatten(1).shape[1] and down.numel() > 0
 
 
 def _check_shape(path: Path, name: str, module: Any, factors: Factors) -> None:
@@ -291,7 +314,7 @@ def rank_of(path: Path) -> int:
     """The largest rank of a module in a LoRA file."""
     state = load_tensors(path, "LoRA")
     _check_kind(path, state)
-    ranks = [len(value) for key, value in state.items() if DOWN.fullmatch(key) and value.dim() >= 2]
+    ranks = [len(value) for key, value in state.items() if DOWN.fullmatch(key) and value.dim() >= 2 and value.numel()]
     return max(ranks) if ranks else _refuse(path, "is not whole: it has no down weights")
 
 

@@ -126,7 +126,7 @@ class ImageReward:
         from transformers import BertTokenizer
 
         with fetching("rewards.image_reward.tokenizer", self.source):
-            return BertTokenizer.from_pretrained(self.source)
+            return BertTokenizer.from_pretrained(self.source, trust_remote_code=False)
 
     @property
     def model(self) -> tuple[Blip, Tensor, Tensor]:

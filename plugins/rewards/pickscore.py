@@ -42,7 +42,11 @@ class PickScore:
         from transformers import CLIPImageProcessor, CLIPTokenizer
 
         with fetching("rewards.pickscore.processor", self.processor):
-            return CLIPTokenizer.from_pretrained(self.processor), CLIPImageProcessor.from_pretrained(self.processor)
+            tokenizer, images = (
+                part.from_pretrained(self.processor, trust_remote_code=False)
+                for part in (CLIPTokenizer, CLIPImageProcessor)
+            )
+        return tokenizer, images
 
     def load(self) -> None:
         _ = self.model, self.settings
@@ -82,9 +86,10 @@ def load(path: str, revision: str | None, dtype: Precision) -> Any:
     from transformers import CLIPModel
 
     options = {"revision": revision, "dtype": getattr(torch, dtype), "use_safetensors": True}
+    own = {"trust_remote_code": False, "attn_implementation": "sdpa"}  # a config could ask for code from the hub
     with fetching("rewards.pickscore.path", path):
         model: Any
-        model, found = CLIPModel.from_pretrained(path, output_loading_info=True, **options)
+        model, found = CLIPModel.from_pretrained(path, output_loading_info=True, **own, **options)
     if found["missing_keys"]:  # they would be random
         raise condrl.UsageError(f"config rewards.pickscore.path: {path} has no weights {min(found['missing_keys'])}")
     return model.eval().requires_grad_(False)
