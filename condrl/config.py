@@ -22,12 +22,11 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from condrl.errors import UsageError
-from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
-from condrl.words import (
+from condrl.io.files import expanded, locate
+from condrl.overrides import (
     Part,
     escaped,
     exists,
-    expanded,
     mapping,
     merged,
     one_line,
@@ -36,9 +35,9 @@ from condrl.words import (
     section_at,
     setting_keys,
 )
+from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
 
 Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
-ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass
@@ -486,19 +485,6 @@ def check_arithmetic(config: Config) -> None:
         )
     if images % train.rollout_batch and images > train.rollout_batch:
         raise UsageError(f"config train.rollout_batch: {sentence}, not divisible by batches of {train.rollout_batch}")
-
-
-def locate(path: str) -> Path:
-    """A path as the user wrote it; `asset:NAME` lies in the package's own assets.
-
-    Raises: UsageError when the name leads out of them.
-    """
-    if not path.startswith("asset:"):
-        return expanded(path)
-    name = path.removeprefix("asset:")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UsageError(f"{path} is not in the package's assets: give a path without asset:")
-    return ASSETS / name
 
 
 # ---------------------------------------------------------------------------------------------- writing

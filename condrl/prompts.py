@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from condrl.config import locate
 from condrl.errors import UsageError, brief
-from condrl.record import from_json
-from condrl.words import TOO_DEEP, is_deep
+from condrl.io.files import locate
+from condrl.io.records import from_json
+from condrl.overrides import TOO_DEEP, is_deep
 
 
 @dataclass(frozen=True)

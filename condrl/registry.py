@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any, TypeVar, overload
 
 from condrl.errors import Stopped, UsageError, brief, out_of_memory
-from condrl.words import expanded
+from condrl.io.files import expanded
 
 T = TypeVar("T", bound=Callable[..., Any])
 GROUP = "condrl.plugins"
@@ -374,5 +374,5 @@ NEIGHBOURS: dict[Path, dict[str, ModuleType]] = {}  # modules imported from besi
 reward = Registry("reward", "condrl.plugins.rewards")
 sampler = Registry("sampler", "condrl.plugins.samplers")
 algorithm = Registry("algorithm", "condrl.plugins.algorithms")
-model = Registry("model", "condrl.models")
+model = Registry("model", "condrl.plugins.models")
 REGISTRIES = {registry.kind: registry for registry in (reward, sampler, algorithm, model)}

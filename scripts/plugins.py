@@ -1,66 +1,8 @@
-"""List every plugin with its options, defaults and one-line description.
+"""`condrl plugins`, for a checkout: see condrl/commands/plugins.py."""
 
-python scripts/plugins.py                     all of them
-python scripts/plugins.py ddpo my_reward.py   some; your own files are loaded first
-python scripts/plugins.py my_reward.py        all of them, with those of your file
-"""
-
-from __future__ import annotations
-
-import inspect
 import sys
-import typing
-from typing import Any
 
-from condrl.config import GridConfig, WeightConfig
-from condrl.errors import UsageError, exit_code
-from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
-
-COMMON = {"sampler": GridConfig, "reward": WeightConfig}
-
-
-def describe(plugin: Plugin) -> str:
-    """A plugin's name, description and options, a line each."""
-    common = COMMON.get(plugin.kind)
-    shared = (
-        [Option(n, t, getattr(common, n), comments(common).get(n, "")) for n, t in type_hints(common).items()]
-        if common
-        else []
-    )
-    return "\n".join(
-        [f"{plugin.kind} {plugin.name}: {plugin.description}", *map(option_line, [*shared, *plugin.options.values()])]
-    )
-
-
-def option_line(option: Option) -> str:
-    default = "must be given" if option.default is inspect.Parameter.empty else repr(option.default)
-    return f"    {option.name}: {type_name(option.type)} = {default}" + (
-        f"  # {option.comment}" if option.comment else ""
-    )
-
-
-def type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return " | ".join(map(repr, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
-
-
-def main(words: list[str]) -> None:
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
-    for word in words:
-        if word.endswith(".py"):
-            load_file(word)
-    names = [word for word in words if not word.endswith(".py")]
-    plugins = [plugin for registry in REGISTRIES.values() for plugin in registry.all()]
-    known = [plugin.name for plugin in plugins]
-    for name in names:
-        if name not in known:
-            near = suggestion(name, known)
-            raise UsageError(f"no plugin is called {name!r}.{near} There are: {', '.join(known)}")
-    print("\n\n".join(describe(plugin) for plugin in plugins if not names or plugin.name in names))
-
+from condrl.commands.plugins import main
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 import condrl
-from condrl.algorithms import Algorithm, every_pair
+from condrl.algorithms.base import Algorithm, every_pair
 from condrl.config import Config, RunConfig, TrainConfig
-from condrl.policy import Policy
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.schedule import VP
 from condrl.processes import Processes
 from condrl.prompts import Row
-from condrl.rewards import make_reward
-from condrl.run import make, make_sampler
-from condrl.schedule import VP
-from condrl.trainer import Clock, Trainer
+from condrl.rewards.scoring import make_reward
+from condrl.training.build import make, make_sampler
+from condrl.training.trainer import Clock, Trainer
 
 SHAPES = [(1,), (2,), (3, 2, 2)]  # on a line, in the plane, an image
 SCHEDULE = VP(b0=0.1, b1=3.0, end=2.0, final_time=0.02)  # its time is not 1, and its g^2 is not constant

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import ROOT, tiny_pipeline
 
-from condrl.models.stable_diffusion import StableDiffusion
+from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.registry import REGISTRIES
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from condrl.config import load_config
 from condrl.prompts import load_prompts
-from condrl.run import make_trainer
+from condrl.training.build import make_trainer
 
 # six prompt rows of four: two rows come twice, and may be in both processes; batches end within groups
 SPLIT = ["train.prompts_per_epoch=6", "train.images_per_prompt=8", "train.rollout_batch=12", "train.loss_batch=7"]

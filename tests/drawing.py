@@ -3,11 +3,11 @@
 import torch
 from diffusers import DDIMScheduler
 
+from condrl.diffusion.noise import seeded
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import sample
 from condrl.models.lora import lora_layers
-from condrl.noise import seeded
-from condrl.policy import Policy
-from condrl.rollout import sample
-from condrl.run import make_sampler
+from condrl.training.build import make_sampler
 
 CPU = torch.device("cpu")
 DDIM = {"name": "ddim", "steps": 5, "spacing": None, "eta": 1.0}

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from condrl import registry
+from condrl.shapes.networks import make_text_encoder, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"  # test data that is not ours to give
 
 
 def load_script(name: str) -> Any:
-    """A file of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    """A file of scripts/research as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "research" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -43,8 +44,7 @@ def tiny_pipeline(folder: Path, prediction: str = "epsilon", seed: int = 0) -> P
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     torch.manual_seed(seed)
-    pretrain = load_script("pretrain_shapes")
-    tokenizer = pretrain.make_tokenizer(folder / "words")
+    tokenizer = make_tokenizer(folder / "words")
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -75,7 +75,7 @@ def tiny_pipeline(folder: Path, prediction: str = "epsilon", seed: int = 0) -> P
     pipe = StableDiffusionPipeline(
         vae=vae,
         unet=unet,
-        text_encoder=pretrain.make_text_encoder(tokenizer),
+        text_encoder=make_text_encoder(tokenizer),
         tokenizer=tokenizer,
         scheduler=scheduler,
         safety_checker=None,

@@ -8,13 +8,15 @@ import torch
 from helpers import ROOT, load_script
 
 import condrl
-from condrl import UsageError, oracle
+from condrl import UsageError
 from condrl.config import load_config
-from condrl.exact import Problem, monte_carlo_value, solve
+from condrl.diffusion.transition import Coefficients
 from condrl.prompts import Row
-from condrl.run import check_combination, make_trainer
-from condrl.trainer import Clock, Trainer
-from condrl.transition import Coefficients
+from condrl.toys import oracle
+from condrl.toys.exact import Problem, monte_carlo_value, solve
+from condrl.training.build import make_trainer
+from condrl.training.checks import check_combination
+from condrl.training.trainer import Clock, Trainer
 
 TOYS = ROOT / "configs" / "toy"
 FAMILY = ["reinforce", "ddpo", "dpok", "grpo", "ctrl"]
@@ -376,7 +378,7 @@ def test_the_path_kl_bounds_the_terminal_one(eta, tmp_path):
 @pytest.mark.slow
 def test_clipping_without_the_min_misses_the_optimum(tmp_path, monkeypatch):
     """THEORY 4.2: without the min a ratio that has gone the wrong way loses its gradient too."""
-    import condrl.algorithms as module
+    import condrl.algorithms.base as module
 
     words = ["algorithm.kappa=0.5", "algorithm.clip_range=0.02", "train.epochs=40", "train.inner_epochs=8"]
     words += [
@@ -403,7 +405,7 @@ def test_clipping_without_the_min_misses_the_optimum(tmp_path, monkeypatch):
 
 
 def test_a_group_without_spread_weighs_nothing():
-    from condrl.credit import group_scale
+    from condrl.algorithms.credit import group_scale
 
     rewards, groups = torch.tensor([1.0, 1.0, 1.0, 0.0, 2.0]), torch.tensor([0, 0, 0, 1, 1])
     torch.testing.assert_close(group_scale(rewards, groups), torch.tensor([0, 0, 0, 1 / 1.0001, 1 / 1.0001]))
@@ -436,7 +438,7 @@ def test_toy_benchmarks_write_rows(what, words, keys, tmp_path, monkeypatch, cap
 
     small = ["train.epochs=1", "train.images_per_prompt=64", "train.rollout_batch=64"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", what, *words, "--json", str(tmp_path / "rows.json"), *small])
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
     load_script("benchmark").main()
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows

@@ -1,9 +1,10 @@
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, load_script
+from helpers import ROOT
 
 from condrl import UsageError
+from condrl.commands import finetune
 from condrl.config import build_config, config_help, load_config, to_yaml
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -289,12 +290,12 @@ def test_help_shows_every_key_with_a_comment():
     ],
 )
 def test_finetune_exits_with_2_before_any_model_work(words, message, tmp_path, monkeypatch, capsys):
-    import condrl.models.stable_diffusion
+    import condrl.plugins.models.stable_diffusion
 
     def untouched(*_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(condrl.models.stable_diffusion, "load_pipeline", untouched)
+    monkeypatch.setattr(condrl.plugins.models.stable_diffusion, "load_pipeline", untouched)
     monkeypatch.chdir(tmp_path)
     files = {"empty": "empty.txt", "broken": "broken.jsonl", "syntax": "syntax.py"}
     (tmp_path / "empty.txt").write_text("\n\n")
@@ -303,7 +304,7 @@ def test_finetune_exits_with_2_before_any_model_work(words, message, tmp_path, m
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red star\n")
     defaults = [f"prompts.{which}={prompts}" for which in ("train", "heldout")]
-    code = load_script("finetune").main([*defaults, *(word.format(**files) for word in words)])
+    code = finetune.main([*defaults, *(word.format(**files) for word in words)])
     captured = capsys.readouterr()
     assert code == 2
     assert message in captured.err

@@ -1,6 +1,6 @@
 import torch
 
-from condrl.credit import PromptTracker, group_advantages
+from condrl.algorithms.credit import PromptTracker, group_advantages
 
 
 def test_group_advantages_by_hand():

@@ -7,9 +7,9 @@ import torch
 from chains import SCHEDULE, SHAPES, an_epoch, at, bowl, law, move, step_of, trainer_of
 from torch.distributions import kl_divergence
 
-from condrl.schedule import OU, VP, RectifiedFlow
-from condrl.trainer import Clock
-from condrl.values import Value
+from condrl.algorithms.values import Value
+from condrl.diffusion.schedule import OU, VP, RectifiedFlow
+from condrl.training.trainer import Clock
 
 PLAIN = {
     "kappa": 0.6,

@@ -11,10 +11,11 @@ from helpers import ROOT
 import condrl
 from condrl import RunError, UsageError
 from condrl.config import load_config
-from condrl.diagnose import diagnose, spread_metrics
 from condrl.prompts import load_prompts
-from condrl.run import check_combination, make_trainer
-from condrl.trainer import Clock, Trainer
+from condrl.training.build import make_trainer
+from condrl.training.checks import check_combination
+from condrl.training.diagnose import diagnose, spread_metrics
+from condrl.training.trainer import Clock, Trainer
 
 SMALL = ["train.images_per_prompt=64", "train.rollout_batch=64", "sampler.steps=8", "model.knots=8"]
 

@@ -12,8 +12,9 @@ import pytest
 from helpers import ROOT, load_script, run_python
 from PIL import Image
 
+from condrl.commands import finetune
 from condrl.config import load_config
-from condrl.words import is_setting
+from condrl.overrides import is_setting
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ SHORT = [
 FAR = ("sd15", "remote", "vlm_judge", "multi_gpu")  # need a hub, a server or several GPUs: read and checked only
 
 
-def commands() -> list[list[str]]:
+def documented() -> list[list[str]]:
     """The indented commands of all pages, as words, without their comments."""
     found = []
     for page in PAGES:
@@ -42,7 +43,7 @@ def snippets() -> list[str]:
 
 def of_script(name: str) -> list[list[str]]:
     """The words that follow a script's name in the commands that run it."""
-    found = [words[words.index(name) + 1 :] for words in commands() if name in words]
+    found = [words[words.index(name) + 1 :] for words in documented() if name in words]
     return [words for i, words in enumerate(found) if words not in found[:i]]
 
 
@@ -73,7 +74,7 @@ def test_a_finetune_command_is_a_run(words, checkout, monkeypatch, capsys):
         load_config([word for word in words if not word.startswith("--")], default=Path("configs/quickstart.yaml"))
         return
     few = SHORT if all(map(is_setting, words)) or "my.yaml" in words else []
-    code = load_script("finetune").main([*words, *few, "--dry-run"])
+    code = finetune.main([*words, *few, "--dry-run"])
     assert code == 0, capsys.readouterr().err
 
 
@@ -86,7 +87,7 @@ def test_a_sample_command_draws(words, checkout):
 
 
 def test_commands_name_scripts_and_files_that_exist(checkout):
-    for words in commands():
+    for words in documented():
         for word in words:
             if re.fullmatch(r"(scripts|configs|docs|tests)/[\w./-]+", word):
                 assert (ROOT / word).exists(), words
@@ -104,8 +105,8 @@ def test_every_script_has_help(script, tmp_path):
 
 def test_benchmark_commands_are_accepted(monkeypatch):
     """Their words are parsed by the script's own parser; what they measure takes too long here."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    for words in of_script("scripts/benchmark.py"):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
+    for words in of_script("scripts/research/benchmark.py"):
         load_script("benchmark").parse(words)
 
 

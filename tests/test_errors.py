@@ -16,13 +16,13 @@ from PIL import Image
 from test_resume import make
 
 import condrl
-from condrl.checkpoint import newest_checkpoint
 from condrl.errors import exit_code, naming, warn_of_address_limit
-from condrl.plots import axes_of, save
+from condrl.io.records import write_json
 from condrl.prompts import Row
-from condrl.record import write_json
-from condrl.report import save_grid
-from condrl.rewards import make_reward
+from condrl.rewards.scoring import make_reward
+from condrl.toys.plots import axes_of, save
+from condrl.training.checkpoint import newest_checkpoint
+from condrl.training.pictures import save_grid
 
 TALKS = """
 import sys
@@ -123,7 +123,7 @@ def test_too_little_memory_is_a_line_that_says_what_to_lower(work, capsys):
 def test_an_update_without_memory_stops_with_a_checkpoint_from_before(tmp_path, monkeypatch, capsys):
     trainer = make("dpok", tmp_path, "run.checkpoint_seconds=1e9")
     loss = trainer.algorithm.loss
-    monkeypatch.setattr("condrl.trainer.LONG", 0.0)
+    monkeypatch.setattr("condrl.training.trainer.LONG", 0.0)
     monkeypatch.setattr(trainer.algorithm, "loss", lambda *a: too_much() if trainer.epoch == 2 else loss(*a))
     assert exit_code(trainer.fit) == 1
     assert "stopped: out of memory: lower train.loss_batch" in capsys.readouterr().err
@@ -141,7 +141,7 @@ def test_a_reward_without_memory_is_named(capsys):
 
 
 def test_a_limit_of_addresses_is_told_and_counts_as_memory(monkeypatch, capsys):
-    from condrl.preflight import free_gb
+    from condrl.training.preflight import free_gb
 
     warn_of_address_limit()
     assert capsys.readouterr().err == ""
@@ -185,7 +185,7 @@ WRITERS = {
     "x.jpg": lambda folder: save_grid(folder / "x.jpg", IMAGES, ["a red star"]),
     "x.webp": lambda folder: save_grid(folder / "x.webp", IMAGES, ["a red star"]),
     "images/x.png": lambda folder: plot(folder),
-    "condrl_files.txt": lambda folder: condrl.folder.RunFolder(folder).adopt(f"file {i}" for i in range(1000)),
+    "condrl_files.txt": lambda folder: condrl.training.folder.RunFolder(folder).adopt(f"file {i}" for i in range(1000)),
     ".lora.part": lora,
 }
 

@@ -5,19 +5,21 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, load_script
+from helpers import ROOT
 
 import condrl
-from condrl import oracle
+from condrl.commands import finetune
 from condrl.config import load_config
-from condrl.evaluate import estimate, evaluate, paired_difference, verdict
-from condrl.folder import RunFolder
-from condrl.policy import Policy
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.schedule import OU
 from condrl.prompts import Row
-from condrl.report import grid, labelled, save_comparison, to_pil
-from condrl.rewards import make_reward
-from condrl.run import make_policy, make_sampler
-from condrl.schedule import OU
+from condrl.rewards.pixels import to_pil
+from condrl.rewards.scoring import make_reward
+from condrl.toys import oracle
+from condrl.training.build import make_policy, make_sampler
+from condrl.training.evaluate import estimate, evaluate, paired_difference, verdict
+from condrl.training.folder import RunFolder
+from condrl.training.pictures import grid, labelled, save_comparison
 
 ROWS = [Row(0, "a red star"), Row(1, "a blue circle"), Row(2, "a red star")]
 
@@ -152,7 +154,7 @@ def toy(folder, *words, problem="p1", rows=None):
     ]
     config = str(ROOT / "configs" / "toy" / f"{problem}.yaml")
     few += ["sampler.steps=5", "evaluate.images_per_prompt=1"]
-    assert load_script("finetune").main([config, *given, *few, "train.lr=1e-3", *words]) == 0
+    assert finetune.main([config, *given, *few, "train.lr=1e-3", *words]) == 0
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return json.loads((folder / "run" / "result.json").read_text()), [json.loads(line) for line in lines]
 
@@ -284,7 +286,7 @@ def test_a_run_shows_as_many_as_it_is_asked_for(pipeline, tmp_path):
     few = ["train.epochs=1", "train.prompts_per_epoch=1", "train.images_per_prompt=2", "train.rollout_batch=2"]
     few += ["sampler.steps=2", "evaluate.pictures=3", "train.updates_per_epoch=1", "algorithm.name=nft"]
     (tmp_path / "base.yaml").write_text("model: {name: stable_diffusion}\n")
-    assert load_script("finetune").main([str(tmp_path / "base.yaml"), *given, *few]) == 0
+    assert finetune.main([str(tmp_path / "base.yaml"), *given, *few]) == 0
     sheet = np.asarray(Image.open(tmp_path / "run" / "images" / "before_after.png").convert("L"))
     height, width = (side // n for side, n in zip(sheet.shape, (2, 4), strict=True))
     tiles = [sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] for y in (0, 1) for x in range(4)]
@@ -293,7 +295,7 @@ def test_a_run_shows_as_many_as_it_is_asked_for(pipeline, tmp_path):
 
 def test_a_runs_pages_are_its_own(pipeline, tmp_path, monkeypatch):
     """On its list, so that a later run replaces them, and with fewer pages leaves none of them."""
-    monkeypatch.setattr("condrl.report.TILES", 4)
+    monkeypatch.setattr("condrl.training.pictures.TILES", 4)
     (tmp_path / "prompts.txt").write_text("a red star\na blue circle\na red circle\na blue star\n")
     given = [f"model.path={pipeline}", "model.lora_rank=2", "model.guidance=1", f"prompts.train={tmp_path}/prompts.txt"]
     given += [f"prompts.heldout={tmp_path}/prompts.txt", "rewards.mean_level.weight=1", f"run.dir={tmp_path}/run"]
@@ -302,7 +304,7 @@ def test_a_runs_pages_are_its_own(pipeline, tmp_path, monkeypatch):
     (tmp_path / "base.yaml").write_text("model: {name: stable_diffusion}\n")
     for pictures, names in ((3, ["before_after.png", "before_after_2.png"]), (2, ["before_after.png"])):
         words = [str(tmp_path / "base.yaml"), *given, *few, f"evaluate.pictures={pictures}"]
-        assert load_script("finetune").main(words) == 0
+        assert finetune.main(words) == 0
         assert sorted(path.name for path in (tmp_path / "run" / "images").glob("before*")) == names
         assert {f"images/{name}" for name in names} <= RunFolder(tmp_path / "run").listed
 

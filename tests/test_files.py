@@ -10,7 +10,7 @@ from helpers import ROOT
 from safetensors.torch import save_file
 
 from condrl import UsageError
-from condrl.files import load_metadata, load_tensors, load_torch, save_tensors, why_unreadable
+from condrl.io.files import load_metadata, load_tensors, load_torch, save_tensors, why_unreadable
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
 WEIGHTS = {"a": torch.arange(300.0), "b": torch.ones(2, 3)}

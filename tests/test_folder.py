@@ -6,7 +6,7 @@ import os
 import pytest
 
 from condrl import RunError, UsageError
-from condrl.folder import LOCK, MANIFEST, RunFolder
+from condrl.training.folder import LOCK, MANIFEST, RunFolder
 
 
 def write(folder, name, text="ours"):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from condrl import UsageError
 from condrl.models.lora import KOHYA_FILE, LORA_FILE, Factors, fit, lora_layers, lora_state, save_lora
-from condrl.models.stable_diffusion import ATTENTION, StableDiffusion, add_lora
+from condrl.plugins.models.stable_diffusion import ATTENTION, StableDiffusion, add_lora
 
 QUICKSTART = tuple(OmegaConf.load(ROOT / "configs" / "quickstart.yaml").model.lora_targets)
 ALL = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "time_emb_proj")
@@ -379,7 +379,7 @@ def test_damaged_metadata_is_one_line(text, model, tmp_path):
 
 
 def test_toys_take_texts_for_their_header(tmp_path):
-    from condrl.checkpoint import MODULE_FILE, load_module, save_module
+    from condrl.models.points import MODULE_FILE, load_module, save_module
 
     module = torch.nn.Linear(2, 3)
     save_module(module, tmp_path, {"rewards": "quadratic: 1.0"})

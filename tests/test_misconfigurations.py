@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import ROOT, load_script
+from helpers import ROOT
 
-import condrl.run
+import condrl.training.build
+from condrl.commands import finetune, sample
 from condrl.errors import exit_code
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -254,7 +255,7 @@ def tree(tmp_path, monkeypatch):
     def untouched(*_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(condrl.run, "make_policy", untouched)
+    monkeypatch.setattr(condrl.training.build, "make_policy", untouched)
     for name, content in TREE.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -265,7 +266,7 @@ def tree(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "message"), CASES, ids=[words[:60] for words, _ in CASES])
 def test_a_misconfiguration_is_one_line(words, message, tree, capsys):
-    code = load_script("finetune").main(words.split(" "))
+    code = finetune.main(words.split(" "))
     captured = capsys.readouterr()
     assert (code, captured.err.count("\n")) == (2, 1), captured.err
     assert captured.err.startswith("error: ")
@@ -284,7 +285,7 @@ def test_a_misconfiguration_is_one_line(words, message, tree, capsys):
 )
 def test_options_of_accelerate_launch_without_effect_are_refused(variable, value, message, tree, monkeypatch, capsys):
     monkeypatch.setenv(variable, value)
-    assert load_script("finetune").main([]) == 2
+    assert finetune.main([]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
@@ -327,8 +328,8 @@ SAMPLES = [
 @pytest.mark.parametrize(("words", "message"), SAMPLES, ids=[words[:60] for words, _ in SAMPLES])
 def test_a_mistake_in_sampling_is_one_line(words, message, tree, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    script = load_script("sample")
-    code = exit_code(lambda: script.main(script.parse(words.split(" ") if words else [])))
+    script = sample
+    code = exit_code(lambda: script.sample(script.parse(words.split(" ") if words else [])))
     captured = capsys.readouterr()
     assert (code, captured.err.count("\n")) == (2, 1), captured.err
     assert message in captured.err

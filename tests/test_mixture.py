@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-from helpers import ROOT, load_script
+from helpers import ROOT
 
 from condrl import UsageError
-from condrl.models.mixture import Mixture
-from condrl.oracle import kl_of_masses
-from condrl.run import make_sampler, noise_level, transfer, transfer_warning
-from condrl.schedule import OU
+from condrl.commands import finetune
+from condrl.diffusion.schedule import OU
+from condrl.plugins.models.mixture import Mixture
+from condrl.toys.oracle import kl_of_masses
+from condrl.training.build import make_sampler
+from condrl.training.checks import noise_level, transfer, transfer_warning
 
 LAWS = {
     "left": {"weights": [0.3, 0.7], "means": [-2.0, 1.5], "variances": [0.4, 0.25]},
@@ -127,7 +129,7 @@ def test_tuning_at_one_noise_level_and_evaluating_at_another_warns():
 def test_toy_runs_write_their_plots(problem, tmp_path, capsys):
     words = [str(ROOT / f"configs/toy/{problem}.yaml"), f"run.dir={tmp_path / 'run'}", "train.epochs=2"]
     words += ["evaluate.images_per_prompt=20", "--json", str(tmp_path / "copy.json")]
-    assert load_script("finetune").main(words) == 0
+    assert finetune.main(words) == 0
     assert "quadratic" in capsys.readouterr().out
     pictures = {file.name for file in (tmp_path / "run/images").iterdir()}
     assert pictures == {"objective.png", "plane.png" if problem == "plane" else "density.png"}

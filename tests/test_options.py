@@ -9,7 +9,7 @@ from helpers import ALGORITHMS
 
 from condrl import registry
 from condrl.config import EvaluateConfig, TrainConfig
-from condrl.trainer import Clock
+from condrl.training.trainer import Clock
 
 POLICY_GRADIENT = {
     "kappa": 0.5,

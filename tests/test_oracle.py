@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from condrl import oracle
-from condrl.oracle import GaussianMixture, Line, Quadratic
-from condrl.schedule import OU, VP
+from condrl.diffusion.schedule import OU, VP
+from condrl.toys import oracle
+from condrl.toys.oracle import GaussianMixture, Line, Quadratic
 
 KAPPA = 0.5
 M1 = GaussianMixture.of(
@@ -107,7 +107,7 @@ def test_value_solves_the_hjb_equation():
 
 def gaussian(steps, eta=1.0, schedule=None, name="exponential"):
     """The base chain of N(1, .49), and the sampler."""
-    from condrl.run import make
+    from condrl.training.build import make
 
     schedule = schedule or OU()
     times = schedule.grid(steps)

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 PROBE = """
 import condrl, condrl.config
 print(condrl.__file__, condrl.sampler.find("ddim").source, condrl.reward.names())
-print((condrl.config.locate("asset:shapes") / "unet/diffusion_pytorch_model.safetensors").stat().st_size)
+print((condrl.io.files.locate("asset:shapes") / "unet/diffusion_pytorch_model.safetensors").stat().st_size)
 """
 
 

@@ -5,9 +5,10 @@ import torch
 from chains import SHAPES, an_epoch, at, move, step_of, trainer_of
 from torch.distributions import kl_divergence
 
-from condrl.algorithms import clipped, every_pair, recomputed
-from condrl.run import make
-from condrl.trainer import Clock
+from condrl.algorithms.base import every_pair, recomputed
+from condrl.algorithms.policy_gradient import clipped
+from condrl.training.build import make
+from condrl.training.trainer import Clock
 
 NAMES = ["reinforce", "ddpo", "dpok", "grpo"]  # grpo has a scale and a clip of its own
 PLAIN = {"kappa": 0.0, "normalise": False, "leave_one_out": False, "advantage_clip": 5.0}

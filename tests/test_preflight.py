@@ -7,14 +7,14 @@ import torch
 from helpers import ALGORITHMS, ROOT, run_python, toy_words
 
 import condrl
-import condrl.preflight as module
+import condrl.training.preflight as module
 from condrl import RunError, UsageError
 from condrl.config import load_config
-from condrl.preflight import attempt, preflight, typical
 from condrl.prompts import Row, load_prompts
-from condrl.rewards import make_reward
-from condrl.run import make_trainer
-from condrl.trainer import Trainer
+from condrl.rewards.scoring import make_reward
+from condrl.training.build import make_trainer
+from condrl.training.preflight import attempt, preflight, typical
+from condrl.training.trainer import Trainer
 
 FINETUNE = str(ROOT / "scripts" / "finetune.py")
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from condrl import RunError, UsageError
 from condrl.config import load_config
-from condrl.noise import Noise
+from condrl.diffusion.noise import Noise
 from condrl.processes import Processes
-from condrl.run import check_equal_calls, make_accelerator
+from condrl.training.host import check_equal_calls, make_accelerator
 
 pytestmark = pytest.mark.slow
 
@@ -151,8 +151,8 @@ IMAGES = [
 
 HALVES = """
 import torch
-from condrl.models.stable_diffusion import StableDiffusion
-from condrl.preflight import here
+from condrl.plugins.models.stable_diffusion import StableDiffusion
+from condrl.training.preflight import here
 
 torch.distributed.init_process_group("gloo")
 model = StableDiffusion(torch.device("cpu"), guidance=1.0)

@@ -10,15 +10,17 @@ import torch
 from helpers import ROOT, load_script
 from torch import nn
 
-from condrl import UsageError, oracle
-from condrl.actions import pretrained_scores
+from condrl import UsageError
+from condrl.algorithms.actions import pretrained_scores
 from condrl.config import load_config
-from condrl.datasets import make_dataset, ratio_score
-from condrl.divergence import knn_kl
-from condrl.noise import Noise
+from condrl.diffusion.noise import Noise
 from condrl.prompts import load_prompts
-from condrl.run import check_combination, make_trainer
-from condrl.trainer import Clock, Trainer
+from condrl.toys import oracle
+from condrl.toys.datasets import make_dataset, ratio_score
+from condrl.toys.divergence import knn_kl
+from condrl.training.build import make_trainer
+from condrl.training.checks import check_combination
+from condrl.training.trainer import Clock, Trainer
 
 KAPPA, TEMPERATURE, LINEAR, CURVATURE = 0.5, 1.0, 0.9, 0.6
 
@@ -272,7 +274,7 @@ def test_from_data_alone_it_learns_the_law(score, tmp_path):
     def distance() -> float:
         rows = trainer.policy.model.encode(["swiss roll"] * 2000)
         with torch.no_grad():
-            from condrl.rollout import rollout
+            from condrl.diffusion.rollout import rollout
 
             return knn_kl(rollout(trainer.policy, rows, seeded(5), 2000).samples, data[:2000], 5)
 

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, load_script, toy_words
+from helpers import ROOT, toy_words
 
-from condrl.record import to_json, write_json
+from condrl.commands import finetune
+from condrl.io.records import to_json, write_json
 
 
 def test_json_has_null_for_what_is_not_a_finite_number(tmp_path):
@@ -33,7 +34,7 @@ def events(tmp_path_factory):
         "evaluate.pictures=2",
         "evaluate.every=1",
     ]
-    assert load_script("finetune").main([*few, f"run.dir={folder}", "run.trackers=[tensorboard]"]) == 0
+    assert finetune.main([*few, f"run.dir={folder}", "run.trackers=[tensorboard]"]) == 0
     found = EventAccumulator(str(folder / "condrl"), size_guidance={"images": 0, "scalars": 0}).Reload()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return folder, found, lines
@@ -75,7 +76,7 @@ def test_the_trackers_files_are_the_runs(events):
 
 def test_the_result_is_the_paired_difference(tmp_path):
     words = [*toy_words("dpok", tmp_path / "run"), "train.epochs=2", "evaluate.images_per_prompt=50"]
-    assert load_script("finetune").main(words) == 0
+    assert finetune.main(words) == 0
     row = json.loads((tmp_path / "run" / "result.json").read_text())["heldout"]["quadratic"]
     assert row["difference"]["mean"] == pytest.approx(row["tuned"]["mean"] - row["base"]["mean"], abs=1e-6)
     low, high = row["difference"]["ci95"]
@@ -88,10 +89,10 @@ def test_the_result_is_the_paired_difference(tmp_path):
 @pytest.mark.slow
 def test_large_seeds_and_no_heldout_prompts(tmp_path, capsys):
     words = [*toy_words("dpok", tmp_path / "run"), "train.epochs=1", f"run.seed={2**64 - 1}"]
-    assert load_script("finetune").main([*words, "evaluate.images_per_prompt=3"]) == 0
+    assert finetune.main([*words, "evaluate.images_per_prompt=3"]) == 0
     capsys.readouterr()
     words = [*toy_words("dpok", tmp_path / "bare"), "train.epochs=1", "prompts.heldout=null"]
-    assert load_script("finetune").main(words) == 0
+    assert finetune.main(words) == 0
     out = capsys.readouterr().out
     assert "no held-out prompts" in out
     assert "base" not in out
@@ -107,9 +108,7 @@ def test_the_start_says_what_counts(tmp_path, capsys):
         "train.rollout_batch=4",
         "train.updates_per_epoch=1",
     ]
-    assert (
-        load_script("finetune").main([*words, *few, "sampler.steps=2", f"run.dir={tmp_path / 'run'}", "--dry-run"]) == 0
-    )
+    assert finetune.main([*words, *few, "sampler.steps=2", f"run.dir={tmp_path / 'run'}", "--dry-run"]) == 0
     said = capsys.readouterr().err
     assert "rewards: sharpness (weight 2), shapes (weight -1)" in said
     assert f"prompts: {tmp_path / 'mine.txt'} (3)" in said
@@ -120,12 +119,12 @@ def test_the_start_says_what_counts(tmp_path, capsys):
 
 def test_held_out_prompts_that_are_trained_on_are_told(tmp_path, capsys):
     words = [*toy_words("dpok", tmp_path / "run"), "--dry-run"]  # whose toy has one list for both
-    assert load_script("finetune").main(words) == 0
+    assert finetune.main(words) == 0
     assert "warning: 4 of the held-out prompts are trained on too" in capsys.readouterr().err
 
 
 def test_long_names_do_not_run_into_the_numbers():
-    summary = load_script("finetune").summary
+    summary = finetune.summary
     name = "a_reward_with_a_name_of_fifty_letters_and_then_some"
     estimate = {"mean": 0.5, "ci95": (0.25, 0.75)}
     row = {"base": estimate, "tuned": estimate, "difference": estimate, "better": 0.5, "worse": 0.5}
@@ -139,7 +138,7 @@ def test_long_names_do_not_run_into_the_numbers():
 def test_adjoint_matching_takes_no_more_images_at_a_time_than_loss_batch(tmp_path, monkeypatch):
     from condrl.config import load_config
     from condrl.prompts import load_prompts
-    from condrl.run import make_trainer
+    from condrl.training.build import make_trainer
 
     words = [
         str(ROOT / "configs/toy/p1.yaml"),

@@ -183,10 +183,10 @@ def test_a_plugin_beside_condrl_itself_does_not_load_it_twice(tmp_path):
         from pathlib import Path
         known = condrl.reward
         with importing_beside(Path({str(ROOT)!r})):
-            import condrl.pixels
+            import condrl.rewards.pixels
         with importing_beside(Path({str(tmp_path)!r})):
-            import condrl.pixels as again
-        assert condrl.reward is known and again is condrl.pixels is sys.modules['condrl.pixels']
+            import condrl.rewards.pixels as again
+        assert condrl.reward is known and again is condrl.rewards.pixels is sys.modules['condrl.rewards.pixels']
         print('same')
     """
     done = run_python("-c", textwrap.dedent(code), cwd=tmp_path)

@@ -15,15 +15,15 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from helpers import ROOT, answering, load_script, run_python, toy_words
+from helpers import ROOT, answering, run_python, toy_words
 
 from condrl import UsageError
-from condrl.client import Client, seconds_in
-from condrl.errors import exit_code
+from condrl.commands import serve
 from condrl.prompts import Row
-from condrl.rewards import make_reward
-from condrl.testing import check_reward, smooth_images
-from condrl.wire import pack, unpack
+from condrl.rewards.client import Client, seconds_in
+from condrl.rewards.scoring import make_reward
+from condrl.rewards.testing import check_reward, smooth_images
+from condrl.rewards.wire import pack, unpack
 
 SERVER = str(ROOT / "scripts" / "reward_server.py")
 PLUGIN = """
@@ -259,7 +259,7 @@ def test_nobody_is_followed_elsewhere():
 
 
 def test_an_answer_without_end_is_not_kept(monkeypatch):
-    monkeypatch.setattr("condrl.client.MOST_BYTES", 1000)
+    monkeypatch.setattr("condrl.rewards.client.MOST_BYTES", 1000)
     with talking(GOOD, b" " * 2000) as (url, _):
         reward = make_reward("remote", {"url": url, **QUICK})
         found = reward(torch.zeros(1, 2), rows(1))
@@ -385,7 +385,7 @@ def test_images_travel_without_loss():
 
 @pytest.mark.slow
 def test_what_cannot_be_is_one_line(tmp_path, capsys, monkeypatch):
-    server = load_script("reward_server")
+    server = serve
     with pytest.raises(UsageError, match="no address like"):
         make_reward("remote", {"url": "127.0.0.1:8200"})
     (tmp_path / "w.pt").write_bytes(b"")
@@ -416,7 +416,7 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, monkeypatch):
             (clip, f"error: config rewards.clip.weights: {tmp_path / 'w.pt'} is empty"),
         ):
             monkeypatch.setattr(sys, "argv", [SERVER, *words])
-            assert exit_code(server.main) == 2
+            assert server.main(words) == 2
             printed = capsys.readouterr()
             assert said in printed.err
             assert printed.err.count("\n") == 1
@@ -430,7 +430,7 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, monkeypatch):
 def test_a_host_that_nobody_knows(capsys, monkeypatch):
     monkeypatch.setenv("CONDRL_REWARD_TOKEN", "x")
     monkeypatch.setattr(sys, "argv", [SERVER, "brightness", "--host", "nowhere.invalid"])
-    assert exit_code(load_script("reward_server").main) == 2
+    assert serve.main(sys.argv[1:]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: cannot listen on nowhere.invalid:8200: ")
     assert said.count("\n") == 1

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from condrl import UsageError
-from condrl.pixels import from_pil, read_image
-from condrl.report import LABEL_HEIGHT, grid, labelled, pages, save_comparison, save_grid, to_pil
-from condrl.wire import from_png, to_png
+from condrl.rewards.pixels import from_pil, read_image, to_pil
+from condrl.rewards.wire import from_png, to_png
+from condrl.training.pictures import LABEL_HEIGHT, grid, labelled, pages, save_comparison, save_grid
 
 
 def near_levels():

@@ -16,13 +16,19 @@ import numpy as np
 import pytest
 import torch
 from chains import Recorded, trainer_of
-from helpers import ALGORITHMS, ROOT, load_script, toy_words
+from helpers import ALGORITHMS, ROOT, toy_words
 from safetensors import SafetensorError
 
 import condrl
-import condrl.trainer
+import condrl.training.trainer
 from condrl import RunError, UsageError
-from condrl.checkpoint import (
+from condrl.commands import finetune as command
+from condrl.config import load_config
+from condrl.diffusion.noise import rng_state, set_rng_state
+from condrl.errors import Stopped, exit_code
+from condrl.prompts import load_prompts
+from condrl.training.build import make_trainer
+from condrl.training.checkpoint import (
     MANIFEST,
     PLAIN,
     TENSORS,
@@ -32,13 +38,9 @@ from condrl.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from condrl.config import load_config
-from condrl.errors import Stopped, exit_code
-from condrl.folder import RunFolder
-from condrl.noise import rng_state, set_rng_state
-from condrl.prompts import load_prompts
-from condrl.run import find_checkpoint, make_trainer
-from condrl.trainer import Trainer
+from condrl.training.folder import RunFolder
+from condrl.training.resume import find_checkpoint
+from condrl.training.trainer import Trainer
 
 KILLS = int(os.environ.get("KILLS", "3"))
 
@@ -367,7 +369,7 @@ def test_a_run_without_its_record_is_not_resumed(tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_run_is_resumed_elsewhere_without_a_record(tmp_path):
-    run, few = load_script("finetune").main, ["train.epochs=2", "evaluate.images_per_prompt=20"]
+    run, few = command.main, ["train.epochs=2", "evaluate.images_per_prompt=20"]
     assert run([*toy_words("ddpo", tmp_path / "a"), *few]) == 0
     checkpoint = tmp_path / "a" / "checkpoints" / "epoch_00000002"
     assert run([*toy_words("ddpo", tmp_path / "b"), *few, f"run.resume={checkpoint}"]) == 0
@@ -380,7 +382,7 @@ def test_a_finished_run_is_resumed_elsewhere_without_a_record(tmp_path):
 @pytest.mark.slow
 def test_a_finished_run_is_made_longer(tmp_path, capsys):
     """It ends like a run that was as long from the start, to the last bit."""
-    run = load_script("finetune").main
+    run = command.main
     quick = ["train.lr_decay=none", "evaluate.images_per_prompt=20"]
 
     def words(folder, epochs, *more):
@@ -401,7 +403,7 @@ def test_a_finished_run_is_made_longer(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_replacing_a_run_leaves_the_users_files(tmp_path):
-    run = load_script("finetune").main
+    run = command.main
     words = [*toy_words("dpok", tmp_path / "run"), "train.epochs=2", "evaluate.images_per_prompt=20"]
     assert run(words) == 0
     own = {path for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -477,11 +479,11 @@ def test_a_finished_run_without_checkpoints_is_not_replaced_by_resuming(tmp_path
 )
 def test_a_signal_at_any_point_loses_nothing(name, phase, number, tmp_path, monkeypatch):
     """Long epochs are given up at once, and the run that goes on ends bit for bit like an undisturbed one."""
-    monkeypatch.setattr("condrl.trainer.LONG", 0.0)
+    monkeypatch.setattr("condrl.training.trainer.LONG", 0.0)
     whole = make(name, tmp_path / "whole")
     whole.fit()
     first = make(name, tmp_path / "parts", "run.checkpoint_seconds=0")
-    saving = condrl.trainer, "save_checkpoint"
+    saving = condrl.training.trainer, "save_checkpoint"
     spot = {"rollout": (first.policy, "transition"), "update": (first.algorithm, "loss"), "save": saving}
     owner, attribute = spot[phase]
     original, calls = getattr(owner, attribute), []
@@ -509,7 +511,7 @@ def test_a_signal_at_any_point_loses_nothing(name, phase, number, tmp_path, monk
 
 
 def test_a_run_whose_reward_fails_goes_on_from_that_epoch(tmp_path, monkeypatch):
-    monkeypatch.setattr("condrl.trainer.LONG", 0.0)
+    monkeypatch.setattr("condrl.training.trainer.LONG", 0.0)
     whole = make("dpok", tmp_path / "whole")
     whole.fit()
     first = make("dpok", tmp_path / "parts", "run.checkpoint_seconds=1e9")

@@ -16,13 +16,13 @@ from helpers import answering
 from reward_files import save_reward_files
 from torch import nn
 
-import condrl.clip
+import condrl.rewards.clip
 from condrl import UsageError, registry
-from condrl.clip import fitted
-from condrl.hub import hub_file
+from condrl.io.hub import hub_file
 from condrl.prompts import Row
-from condrl.rewards import make_reward
-from condrl.testing import smooth_images
+from condrl.rewards.clip import fitted
+from condrl.rewards.scoring import make_reward
+from condrl.rewards.testing import smooth_images
 
 SHIPPED = [p.name for p in registry.reward.all() if p.target.__module__.startswith("condrl.plugins")]
 ROWS = [Row(0, "a red star"), Row(1, "a cat"), Row(2, "two dogs")]
@@ -38,7 +38,7 @@ def scores(name, options, x=PIXELS):
 def nothing_shared():
     """Models that a test loads under published names are forgotten."""
     pickscore = importlib.import_module("condrl.plugins.rewards.pickscore")
-    caches = (condrl.clip.shared_clip, pickscore.load)
+    caches = (condrl.rewards.clip.shared_clip, pickscore.load)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -80,7 +80,7 @@ def test_values(name, options, x, expected):
 
 
 def test_the_nearest_of_the_images(files, tmp_path):
-    from condrl.report import to_pil
+    from condrl.rewards.pixels import to_pil
 
     for i, image in enumerate(PIXELS):
         to_pil(image).save(tmp_path / f"{i}.png")
@@ -155,7 +155,7 @@ def test_a_tag_of_open_clip(name, files, nothing_shared, monkeypatch):
 
     monkeypatch.setattr(open_clip, "create_model", small)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: files["hps"]["weights"])
-    monkeypatch.setattr("condrl.hub.reachable", lambda endpoint: True)
+    monkeypatch.setattr("condrl.io.hub.reachable", lambda endpoint: True)
     head = {"head": files["aesthetic"]["head"]} if name == "aesthetic" else {}
     _ = make_reward(name, head).call.clip.model
     expected = ("ViT-H-14", files["hps"]["weights"]) if name == "hps" else ("ViT-L-14-quickgelu", "openai")
@@ -174,7 +174,7 @@ def test_each_version_of_hps_has_its_own_file(version, file, files, nothing_shar
         return files["hps"]["weights"]
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("condrl.hub.reachable", lambda endpoint: True)
+    monkeypatch.setattr("condrl.io.hub.reachable", lambda endpoint: True)
     options = {"config": files["hps"]["config"]} | ({"version": version} if version else {})
     scores("hps", options)
     make_reward("hps", {**options, "weights": "me/mine@abc"})
@@ -190,7 +190,7 @@ def test_published_files_are_asked_for_by_name(files, nothing_shared, monkeypatc
         return files["aesthetic"]["head"] if "aesthetic" in name else files["image_reward"]["weights"]
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("condrl.hub.reachable", lambda endpoint: True)
+    monkeypatch.setattr("condrl.io.hub.reachable", lambda endpoint: True)
     scores("aesthetic", {**files["clip"]})
     scores("image_reward", {"tokenizer": files["image_reward"]["tokenizer"]})
     assert asked == [
@@ -246,7 +246,7 @@ def test_pickscore_settings_and_revision(files, nothing_shared, tmp_path, monkey
         return load(files["pickscore"]["path"], **options)
 
     monkeypatch.setattr(transformers.CLIPModel, "from_pretrained", from_pretrained)
-    monkeypatch.setattr("condrl.hub.reachable", lambda endpoint: True)
+    monkeypatch.setattr("condrl.io.hub.reachable", lambda endpoint: True)
     processor = {"processor": files["pickscore"]["processor"]}
     a = scores("pickscore", processor)
     scores("pickscore", {**processor, "path": "me/mine", "revision": "abc"})
@@ -291,7 +291,7 @@ def test_retries_and_backoff(name, monkeypatch):
             slept.append(timeout)
             return False
 
-    monkeypatch.setattr("condrl.client.threading", SimpleNamespace(Event=Impatient, Timer=threading.Timer))
+    monkeypatch.setattr("condrl.rewards.client.threading", SimpleNamespace(Event=Impatient, Timer=threading.Timer))
     with answering(b"busy", 503) as (url, asked):
         options = {"url": url, "concurrent": 1, "retries": 3, "backoff": 0.25, **MORE[name]}
         assert make_reward(name, options)(PIXELS[:1], ROWS[:1]).isnan().all()

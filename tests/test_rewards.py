@@ -5,10 +5,11 @@ import torch
 from PIL import Image
 
 import condrl
-from condrl import RunError, UsageError, scenes
+from condrl import RunError, UsageError
 from condrl.errors import RewardError, Stopped, exit_code
 from condrl.prompts import Row
-from condrl.rewards import make_reward, score
+from condrl.rewards.scoring import make_reward, score
+from condrl.shapes import scenes
 
 ROWS = [Row(0, "a red star", {"k": 1.0}), Row(1, "two small blue circles", {"k": 2.0})]
 

@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from helpers import ROOT, load_script
+from helpers import ROOT
 from PIL import Image
 
 from condrl import UsageError
-from condrl.checkpoint import MODULE_FILE
+from condrl.commands import sample as command
 from condrl.config import load_config, to_yaml
 from condrl.errors import exit_code
-from condrl.folder import RunFolder
 from condrl.models.lora import LORA_FILE
-from condrl.models.stable_diffusion import StableDiffusion
+from condrl.models.points import MODULE_FILE
+from condrl.plugins.models.stable_diffusion import StableDiffusion
+from condrl.training.folder import RunFolder
 
 PROMPT = "a red star"
 REWARD = """
@@ -49,8 +50,7 @@ def run(pipeline, tmp_path, request):
 
 
 def sample(*words: str) -> int:
-    script = load_script("sample")
-    return exit_code(lambda: script.main(script.parse([*words, "--prompt", PROMPT])))
+    return exit_code(lambda: command.sample(command.parse([*words, "--prompt", PROMPT])))
 
 
 def drawn(folder) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_a_lora_without_a_run_gets_its_own_rank(run, pipeline, tmp_path):
 
 
 def test_without_a_folder_the_quickstarts_base_model_draws(tmp_path):
-    config, lora, _ = load_script("sample").read_words(["model.guidance=2"])
+    config, lora, _ = command.read_words(["model.guidance=2"])
     quickstart = load_config([str(ROOT / "configs" / "quickstart.yaml")])
     assert config.sampler == quickstart.sampler
     assert config.model == {**quickstart.model, "guidance": 2.0}
@@ -125,11 +125,11 @@ def test_a_run_of_points_is_told_from_a_folder_that_is_none(tmp_path):
     (tmp_path / "lora" / MODULE_FILE).touch()
     (tmp_path / "config.yaml").write_text((ROOT / "configs" / "toy" / "g1.yaml").read_text())
     with pytest.raises(UsageError, match="is a run on points, not images"):
-        load_script("sample").read_words([str(tmp_path)])
+        command.read_words([str(tmp_path)])
     (tmp_path / "lora" / MODULE_FILE).unlink()
     (tmp_path / "lora").rmdir()
     with pytest.raises(UsageError, match="is not finished: it has no lora/ yet"):
-        load_script("sample").read_words([str(tmp_path)])
+        command.read_words([str(tmp_path)])
 
 
 def test_a_prompt_that_is_cut_is_told_once(run, tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_a_prompt_that_is_cut_is_told_once(run, tmp_path, capsys):
 
 
 def test_many_images_are_several_pages(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("condrl.report.TILES", 4)
+    monkeypatch.setattr("condrl.training.pictures.TILES", 4)
     assert sample(str(run), "--out", str(tmp_path / "x.png"), "--seeds", *map(str, range(9))) == 0
     assert [path.name for path in sorted(tmp_path.glob("x*.png"))] == ["x.png", "x_2.png", "x_3.png"]
     assert capsys.readouterr().out == f"wrote {tmp_path / 'x.png'} and more pages, to {tmp_path / 'x_3.png'}\n"

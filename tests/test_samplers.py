@@ -10,19 +10,21 @@ from diffusers import DPMSolverMultistepScheduler
 from helpers import ROOT
 from torch.distributions import Normal
 
-from condrl import UsageError, oracle
+from condrl import UsageError
 from condrl.config import load_config
-from condrl.exact import monte_carlo_value
-from condrl.models.mixture import Mixture
-from condrl.noise import randn
-from condrl.oracle import Line
-from condrl.policy import Policy
+from condrl.diffusion.noise import randn
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import continued, rollout
+from condrl.diffusion.schedule import OU, VP, RectifiedFlow, schedule_from_diffusers
+from condrl.diffusion.transition import Coefficients, Transition
+from condrl.plugins.models.mixture import Mixture
 from condrl.prompts import Row
-from condrl.rewards import make_reward, score
-from condrl.rollout import continued, rollout
-from condrl.run import check_combination, make, make_sampler, quietened
-from condrl.schedule import OU, VP, RectifiedFlow, schedule_from_diffusers
-from condrl.transition import Coefficients, Transition
+from condrl.rewards.scoring import make_reward, score
+from condrl.toys import oracle
+from condrl.toys.exact import monte_carlo_value
+from condrl.toys.oracle import Line
+from condrl.training.build import make, make_sampler, quietened
+from condrl.training.checks import check_combination
 
 LAWS = {"m1": {"weights": [0.3, 0.7], "means": [-2.0, 1.5], "variances": [0.4, 0.25]}}
 SCHEDULES = [VP(), OU(), RectifiedFlow(), schedule_from_diffusers({"num_train_timesteps": 1000, "steps_offset": 1})]
@@ -96,7 +98,7 @@ def test_dance_sde_has_a_constant_rate_of_noise():
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_overshooting_with_ddim_is_the_exponential_sampler(eta):
     """THEORY 1.3, S4."""
-    from condrl.transition import Overshoot
+    from condrl.diffusion.transition import Overshoot
 
     schedule = VP()
     exact = sampler(schedule, "exponential", eta=eta)

@@ -4,9 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from condrl import UsageError, scenes
-from condrl.config import ASSETS
+from condrl import UsageError
+from condrl.io.files import ASSETS
 from condrl.prompts import load_prompts
+from condrl.shapes import scenes
 
 
 def as_float(pixels):

@@ -4,7 +4,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from condrl import UsageError
-from condrl.schedule import (
+from condrl.diffusion.schedule import (
     VP_SCHEDULERS,
     epsilon_from_v,
     schedule_from_diffusers,

@@ -19,13 +19,12 @@ from torch import nn
 
 import condrl
 from condrl import UsageError, registry
-from condrl.clip import affine, fitted
-from condrl.config import locate
-from condrl.pixels import from_pil, luma
+from condrl.io.files import locate
 from condrl.prompts import Row
-from condrl.report import to_pil
-from condrl.rewards import make_reward
-from condrl.testing import check_reward, smooth_images
+from condrl.rewards.clip import affine, fitted
+from condrl.rewards.pixels import from_pil, luma, to_pil
+from condrl.rewards.scoring import make_reward
+from condrl.rewards.testing import check_reward, smooth_images
 
 MODELS = ("clip", "aesthetic", "hps", "pickscore", "image_reward")
 OF_POINTS = ("box", "quadratic")
@@ -334,9 +333,9 @@ def no_network(monkeypatch, tmp_path):
     """A hub that refuses connections, and an empty cache; how often it was asked for."""
     from huggingface_hub import constants
 
-    import condrl.hub
+    import condrl.io.hub
 
-    condrl.hub.reachable.cache_clear()
+    condrl.io.hub.reachable.cache_clear()
     asked = []
     connect = urllib.request.urlopen
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: asked.append(a) or connect(*a, **k))
@@ -344,7 +343,7 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(open_clip.pretrained, "hf_hub_download", functools.partial(_from_an_empty_cache, tmp_path))
     yield asked
-    condrl.hub.reachable.cache_clear()
+    condrl.io.hub.reachable.cache_clear()
 
 
 def _from_an_empty_cache(folder, *args, **options):

@@ -12,17 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
 from condrl import UsageError
-from condrl.algorithms import path_kl
-from condrl.config import ASSETS, load_config
-from condrl.embeddings import Embeddings
+from condrl.config import load_config
+from condrl.diffusion.noise import seeded
+from condrl.diffusion.path_kl import path_kl
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import rollout, sample
+from condrl.io.files import ASSETS
+from condrl.models.embeddings import Embeddings
 from condrl.models.loading import WHOLE, load_pipeline
-from condrl.models.stable_diffusion import StableDiffusion
-from condrl.noise import seeded
-from condrl.policy import Policy
+from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import Row
-from condrl.report import to_pil
-from condrl.rollout import rollout, sample
-from condrl.run import make_sampler, make_trainer
+from condrl.rewards.pixels import to_pil
+from condrl.training.build import make_sampler, make_trainer
 
 
 @pytest.mark.parametrize("which", ["pipeline", "v_pipeline"])
@@ -594,12 +595,12 @@ def test_the_asset_runs_as_it_is_in_diffusers():
 def test_without_a_network_the_hub_is_not_asked_again_and_again(words, tmp_path, monkeypatch):
     """Its library tries for 23 seconds a file; a single file needs configs from there."""
 
-    import condrl.hub
+    import condrl.io.hub
 
     def asked(*_, **__):
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(condrl.hub, "reachable", lambda _: False)
+    monkeypatch.setattr(condrl.io.hub, "reachable", lambda _: False)
     monkeypatch.setattr(socket, "getaddrinfo", asked)
     single = tmp_path / "single.safetensors"
     save_file({f"{start}x": torch.ones(1) for start in WHOLE}, single)

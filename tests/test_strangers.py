@@ -13,17 +13,25 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from helpers import ROOT, load_script, toy_words
+from helpers import ROOT, toy_words
 from reward_files import save_reward_files
 from safetensors.torch import save_file
 from single_file import write_single_file
 from transformers import BertTokenizer, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-import condrl.hub
+import condrl.io.hub
 from condrl import UsageError
-from condrl.checkpoint import (
+from condrl.commands import finetune, sample
+from condrl.config import load_config
+from condrl.errors import exit_code
+from condrl.io.files import locate
+from condrl.models.loading import load_pipeline
+from condrl.models.lora import LORA_FILE, diffusers_names, lora_layers, lora_state, rank_of
+from condrl.models.points import MODULE_FILE
+from condrl.prompts import load_prompts
+from condrl.rewards.scoring import make_reward
+from condrl.training.checkpoint import (
     MANIFEST,
-    MODULE_FILE,
     PLAIN,
     TENSORS,
     checkpoints,
@@ -31,12 +39,6 @@ from condrl.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from condrl.config import load_config, locate
-from condrl.errors import exit_code
-from condrl.models.loading import load_pipeline
-from condrl.models.lora import LORA_FILE, diffusers_names, lora_layers, lora_state, rank_of
-from condrl.prompts import load_prompts
-from condrl.rewards import make_reward
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +54,7 @@ def runs(tmp_path_factory):
     for name in ("ctrl", "ddpo"):
         made[name] = tmp_path_factory.mktemp(name)
         words = [*toy_words(name, made[name]), *FEW, "train.epochs=2"]
-        assert load_script("finetune").main(words) == 0
+        assert finetune.main(words) == 0
     return made
 
 
@@ -147,7 +149,7 @@ def copied(run: Path, folder: Path) -> Path:
 def resumed(name, folder, capsys, *words) -> tuple[int, str]:
     """The exit code and last words of the run that goes on in the folder, with an epoch more."""
     capsys.readouterr()
-    code = load_script("finetune").main([*toy_words(name, folder), *FEW, "train.epochs=3", "run.resume=auto", *words])
+    code = finetune.main([*toy_words(name, folder), *FEW, "train.epochs=3", "run.resume=auto", *words])
     return code, capsys.readouterr().err
 
 
@@ -234,12 +236,11 @@ def test_a_crafted_config_is_one_line_wherever_it_is_read(what, runs, tmp_path, 
     (folder / "config.yaml").write_text(CONFIGS[what].format(ran=ran) if "{ran}" in CONFIGS[what] else CONFIGS[what])
     before = files_of(folder)
     said = [resumed("ddpo", folder, capsys)]
-    said.append((load_script("finetune").main([str(folder / "config.yaml")]), capsys.readouterr().err))
+    said.append((finetune.main([str(folder / "config.yaml")]), capsys.readouterr().err))
     for name in (LORA_FILE, "adapter_config.json"):
         (folder / "lora" / name).touch()
     (folder / "lora" / MODULE_FILE).unlink()
-    sample = load_script("sample")
-    code = exit_code(lambda: sample.main(sample.parse([str(folder), "--prompt", "x"])))
+    code = exit_code(lambda: sample.sample(sample.parse([str(folder), "--prompt", "x"])))
     said.append((code, capsys.readouterr().err))
     for code, text in said:
         assert code == 2
@@ -395,7 +396,7 @@ def test_a_clip_runs_no_code(what, source, clip, ran, tmp_path, monkeypatch, cap
             return str(clip / filename)
 
         monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", fetched)
-        monkeypatch.setattr(condrl.hub, "reachable", lambda _: True)
+        monkeypatch.setattr(condrl.io.hub, "reachable", lambda _: True)
         tokens = content["model_cfg"]["text_cfg"]
         if isinstance(tokens, dict):
             tokens["hf_tokenizer_name"] = str(clip)
@@ -572,9 +573,8 @@ def test_a_found_config_imports_nothing(what, ran, tmp_path, monkeypatch, capsys
     (run / "config.yaml").write_text(FOUND[what].format(file=beside))
     (run / "condrl_files.txt").write_text("config.yaml\n")
     (run / "lora" / LORA_FILE).touch()
-    sample = load_script("sample")
     for place in (run, run / "lora"):
-        assert exit_code(lambda place=place: sample.main(sample.parse([str(place), "--prompt", "x"]))) == 2
+        assert exit_code(lambda place=place: sample.sample(sample.parse([str(place), "--prompt", "x"]))) == 2
         assert not ran.exists()
     said = capsys.readouterr().err
     assert said.count("\n") == 2
@@ -582,12 +582,11 @@ def test_a_found_config_imports_nothing(what, ran, tmp_path, monkeypatch, capsys
     if kind:
         assert f"{run / 'config.yaml'} names the {kind} 'stranger_beside:f', which is code" in said
         word = f"{kind}.name=stranger_beside:f"
-        assert exit_code(lambda: sample.main(sample.parse([str(run), "--prompt", "x", word]))) == 2  # it is no model
+        assert exit_code(lambda: sample.sample(sample.parse([str(run), "--prompt", "x", word]))) == 2  # it is no model
         assert ran.exists()  # named by the user
 
 
 def test_pictures_are_not_drawn_through_links(ran, tmp_path, monkeypatch):
-    sample = load_script("sample")
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "0000.png").symlink_to(ran)  # leads nowhere yet
     assert sample.unused(tmp_path / "samples").name == "0001.png"

@@ -13,20 +13,20 @@ from torch.distributions import Independent, Normal
 
 import condrl
 from condrl import RunError
+from condrl.algorithms.credit import group_advantages
 from condrl.config import build_config
-from condrl.credit import group_advantages
+from condrl.diffusion.noise import seeded
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import sample
+from condrl.diffusion.schedule import schedule_from_diffusers
+from condrl.diffusion.transition import Transition
 from condrl.models.lora import lora_layers
-from condrl.models.stable_diffusion import StableDiffusion
-from condrl.noise import seeded
-from condrl.policy import Policy
+from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.processes import Processes
 from condrl.prompts import Row
-from condrl.rewards import make_reward
-from condrl.rollout import sample
-from condrl.run import make, make_sampler
-from condrl.schedule import schedule_from_diffusers
-from condrl.trainer import Trainer
-from condrl.transition import Transition
+from condrl.rewards.scoring import make_reward
+from condrl.training.build import make, make_sampler
+from condrl.training.trainer import Trainer
 
 SCHEDULE = schedule_from_diffusers(
     {"num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.2, "set_alpha_to_one": False, "steps_offset": 1}

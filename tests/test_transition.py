@@ -4,11 +4,11 @@ from diffusers import DDIMScheduler
 from torch.distributions import Independent, Normal, kl_divergence
 
 from condrl import UsageError
-from condrl.noise import randn
+from condrl.diffusion.noise import randn
+from condrl.diffusion.schedule import schedule_from_diffusers
+from condrl.diffusion.transition import Transition
 from condrl.registry import sampler
-from condrl.run import make_sampler
-from condrl.schedule import schedule_from_diffusers
-from condrl.transition import Transition
+from condrl.training.build import make_sampler
 
 SD15 = dict(
     num_train_timesteps=1000,

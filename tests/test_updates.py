@@ -10,9 +10,9 @@ from torch.distributions import kl_divergence
 
 import condrl
 from condrl import RunError
+from condrl.diffusion.schedule import OU
 from condrl.prompts import Row
-from condrl.schedule import OU
-from condrl.trainer import Clock
+from condrl.training.trainer import Clock
 
 
 def by_hand(trainer, before, rates, epochs, clip, betas, decay, factor):

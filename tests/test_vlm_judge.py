@@ -13,10 +13,10 @@ from helpers import answering
 from PIL import Image
 
 from condrl import UsageError
-from condrl.pixels import from_pil
 from condrl.prompts import Row
-from condrl.rewards import make_reward
-from condrl.testing import check_reward, smooth_images
+from condrl.rewards.pixels import from_pil
+from condrl.rewards.scoring import make_reward
+from condrl.rewards.testing import check_reward, smooth_images
 
 QUICK = {"retries": 1, "backoff": 0.01, "timeout": 5.0, "model": "judge"}
 

@@ -1,0 +1,1 @@
+"""What models share: loading pipelines, LoRA files, embeddings of prompts, networks on points."""

@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from condrl.config import locate
 from condrl.errors import UsageError, out_of_memory
-from condrl.files import load_torch, why_unreadable
-from condrl.hub import offline_if_unreachable, unreachable_reason
+from condrl.io.files import load_torch, locate, why_unreadable
+from condrl.io.hub import offline_if_unreachable, unreachable_reason
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of the same networks
 PARTS = {  # the library and the classes that are known to work; any other library would be code that is imported

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from condrl.errors import UsageError, say
-from condrl.files import load_metadata, load_tensors, save_tensors
-from condrl.record import from_json
+from condrl.io.files import load_metadata, load_tensors, save_tensors
+from condrl.io.records import from_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 KOHYA_FILE = "comfyui_lora.safetensors"

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms import Algorithm, Examples, Experience, Metrics, Need
+from condrl.algorithms.base import Algorithm, Examples, Experience, Metrics, Need, trained_steps
 from condrl.config import TrainConfig
-from condrl.noise import Noise
-from condrl.policy import Policy
-from condrl.rollout import Rollout
-from condrl.transition import trained_steps
+from condrl.diffusion.noise import Noise
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import Rollout
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.actions import Actions, action_log_prob, action_variance, explore, pretrained_scores
-from condrl.algorithms import Algorithm, Experience, Metrics, Need, clipped
+from condrl.algorithms.actions import Actions, action_log_prob, action_variance, explore, pretrained_scores
+from condrl.algorithms.base import Algorithm, Experience, Metrics, Need
+from condrl.algorithms.credit import group_scale
+from condrl.algorithms.policy_gradient import clipped
+from condrl.algorithms.values import Value
 from condrl.config import TrainConfig
-from condrl.credit import group_scale
-from condrl.noise import Noise
-from condrl.policy import Policy
-from condrl.schedule import like, x0_from_score
-from condrl.transition import Coefficients
-from condrl.values import Value
+from condrl.diffusion.noise import Noise
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.schedule import like, x0_from_score
+from condrl.diffusion.transition import Coefficients
 
 
 @dataclass(frozen=True)

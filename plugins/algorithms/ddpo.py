@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms import ClippedPolicyGradient, Metrics, Need, Steps
-from condrl.credit import PromptTracker
-from condrl.policy import Policy
-from condrl.transition import Transition
+from condrl.algorithms.base import Metrics, Need
+from condrl.algorithms.credit import PromptTracker
+from condrl.algorithms.policy_gradient import ClippedPolicyGradient, Steps
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.transition import Transition
 
 
 @condrl.algorithm

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms import ClippedPolicyGradient, PathKL
+from condrl.algorithms.policy_gradient import ClippedPolicyGradient
+from condrl.diffusion.path_kl import PathKL
 
 
 @condrl.algorithm

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms import Algorithm, Examples, Experience, Metrics, Need
+from condrl.algorithms.base import Algorithm, Examples, Experience, Metrics, Need
 from condrl.config import TrainConfig
-from condrl.noise import Noise
-from condrl.policy import Policy
+from condrl.diffusion.noise import Noise
+from condrl.diffusion.policy import Policy
 
 
 @dataclass(frozen=True)

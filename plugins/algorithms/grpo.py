@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms import ClippedPolicyGradient, Metrics, Steps, clipped
-from condrl.credit import group_advantages
-from condrl.policy import Policy
-from condrl.transition import Transition
+from condrl.algorithms.base import Metrics
+from condrl.algorithms.credit import group_advantages
+from condrl.algorithms.policy_gradient import ClippedPolicyGradient, Steps, clipped
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.transition import Transition
 
 
 @condrl.algorithm

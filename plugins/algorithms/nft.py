@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import condrl
-from condrl.algorithms import Algorithm, Examples, Experience, Metrics, Need, Noised, noised_samples
+from condrl.algorithms.base import Algorithm, Examples, Experience, Metrics, Need
+from condrl.algorithms.credit import group_advantages
+from condrl.algorithms.forward import Noised, noised_samples
 from condrl.config import TrainConfig
-from condrl.credit import group_advantages
-from condrl.noise import Noise
-from condrl.policy import Policy
-from condrl.schedule import like
+from condrl.diffusion.noise import Noise
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.schedule import like
 
 
 @condrl.algorithm

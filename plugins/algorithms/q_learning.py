@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.actions import Actions, Pairs, action_variance, explore, noised_pairs, pretrained_scores
-from condrl.algorithms import Algorithm, Experience, Metrics, Need
+from condrl.algorithms.actions import Actions, Pairs, action_variance, explore, noised_pairs, pretrained_scores
+from condrl.algorithms.base import Algorithm, Experience, Metrics, Need
+from condrl.algorithms.values import tanh_relu
 from condrl.config import TrainConfig
-from condrl.datasets import ratio_score
-from condrl.noise import Noise
-from condrl.policy import Policy
-from condrl.rollout import Rollout
-from condrl.values import tanh_relu
+from condrl.diffusion.noise import Noise
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import Rollout
+from condrl.toys.datasets import ratio_score
 
 
 @dataclass(frozen=True)

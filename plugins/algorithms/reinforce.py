@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import condrl
-from condrl.algorithms import Metrics, Need, PolicyGradient, Steps
-from condrl.policy import Policy
-from condrl.transition import Transition
+from condrl.algorithms.base import Metrics, Need
+from condrl.algorithms.policy_gradient import PolicyGradient, Steps
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.transition import Transition
 
 
 @condrl.algorithm

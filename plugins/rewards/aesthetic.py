@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 import condrl
-from condrl.clip import ClipReward, Precision, affine, check_same, shared_clip
-from condrl.files import load_tensors, load_torch
-from condrl.hub import hub_file
+from condrl.io.files import load_tensors, load_torch
+from condrl.io.hub import hub_file
+from condrl.rewards.clip import ClipReward, Precision, affine, check_same, shared_clip
 
 HEAD = "aesthetic-model.pth"
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 import condrl
-from condrl.vectors import of_rows
+from condrl.rewards.points import of_rows
 
 
 @condrl.reward(differentiable=False)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 import condrl
-from condrl.pixels import luma
+from condrl.rewards.pixels import luma
 
 
 @condrl.reward

@@ -1,7 +1,7 @@
 """How well an image fits its prompt, by CLIP (Radford et al. 2021)."""
 
 import condrl
-from condrl.clip import ClipReward, Precision, shared_clip
+from condrl.rewards.clip import ClipReward, Precision, shared_clip
 
 
 @condrl.reward(name="clip")

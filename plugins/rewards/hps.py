@@ -1,8 +1,8 @@
 """Human preference, by HPS v2 and v2.1 (Wu et al. 2023)."""
 
 import condrl
-from condrl.clip import ClipReward, Precision, shared_clip
-from condrl.hub import hub_file
+from condrl.io.hub import hub_file
+from condrl.rewards.clip import ClipReward, Precision, shared_clip
 
 FILES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.clip import Precision, affine, check_same, fitted
-from condrl.files import load_torch
-from condrl.hub import fetching, folder_or_id, hub_file
+from condrl.io.files import load_torch
+from condrl.io.hub import fetching, folder_or_id, hub_file
+from condrl.rewards.clip import Precision, affine, check_same, fitted
 
 FILE = "ImageReward.pt"
 TOKENS = 35

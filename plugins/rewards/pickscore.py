@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.clip import Precision, fitted
-from condrl.embeddings import Embeddings
-from condrl.hub import fetching, folder_or_id
+from condrl.io.hub import fetching, folder_or_id
+from condrl.models.embeddings import Embeddings
+from condrl.rewards.clip import Precision, fitted
 
 
 @condrl.reward(name="pickscore")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.client import Client
 from condrl.prompts import Row
-from condrl.wire import MOST_PIXELS, TOKEN, answer_of, pack
+from condrl.rewards.client import Client
+from condrl.rewards.wire import MOST_PIXELS, TOKEN, answer_of, pack
 
 
 @condrl.reward(differentiable=False)

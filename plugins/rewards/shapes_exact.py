@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl import scenes
+from condrl.shapes import scenes
 
 
 @condrl.reward(differentiable=False)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import condrl
-from condrl.config import locate
-from condrl.pixels import read_image
+from condrl.io.files import locate
+from condrl.rewards.pixels import read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.client import Client
-from condrl.record import from_json
-from condrl.wire import number, read_secret, to_png
+from condrl.io.records import from_json
+from condrl.rewards.client import Client
+from condrl.rewards.wire import number, read_secret, to_png
 
 QUESTIONS = {
     "yes": 'Does this image show "{prompt}"? Answer yes or no.',

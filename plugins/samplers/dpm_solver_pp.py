@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.schedule import Schedule, like, x0_from_score
-from condrl.transition import Act, Transition
+from condrl.diffusion.schedule import Schedule, like, x0_from_score
+from condrl.diffusion.transition import Act, Transition
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 import condrl
-from condrl.schedule import Schedule
-from condrl.transition import Coefficients
-from condrl.transition import euler_maruyama as coefficients
+from condrl.diffusion.schedule import Schedule
+from condrl.diffusion.transition import Coefficients
+from condrl.diffusion.transition import euler_maruyama as coefficients
 
 
 @condrl.sampler

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 import condrl
-from condrl.schedule import Schedule, coefficients
-from condrl.transition import Coefficients
+from condrl.diffusion.schedule import Schedule, coefficients
+from condrl.diffusion.transition import Coefficients
 
 
 @condrl.sampler

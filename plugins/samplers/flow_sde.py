@@ -3,8 +3,8 @@
 from torch import Tensor
 
 import condrl
-from condrl.schedule import Schedule
-from condrl.transition import Coefficients, euler_maruyama
+from condrl.diffusion.schedule import Schedule
+from condrl.diffusion.transition import Coefficients, euler_maruyama
 
 
 @condrl.sampler

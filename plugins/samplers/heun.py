@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.schedule import Schedule, like
-from condrl.transition import Act, Overshoot
+from condrl.diffusion.schedule import Schedule, like
+from condrl.diffusion.transition import Act, Overshoot
 
 
 @condrl.sampler

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from condrl.client import Client
 from condrl.errors import exit_code
+from condrl.io.records import write_json
 from condrl.prompts import Row
-from condrl.record import write_json
-from condrl.run import provenance
-from condrl.testing import smooth_images
-from condrl.wire import answer_of, pack
+from condrl.rewards.client import Client
+from condrl.rewards.testing import smooth_images
+from condrl.rewards.wire import answer_of, pack
+from condrl.training.host import provenance
 
 SERVER = Path(__file__).resolve().parents[1] / "reward_server.py"
 SIDE = 512  # pixels of the images

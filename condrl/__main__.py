@@ -1,0 +1,38 @@
+"""The command `condrl`, also `python -m condrl`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from condrl.errors import UsageError, exit_code
+from condrl.registry import suggestion
+
+COMMANDS = {
+    "finetune": "tune a model with rewards",
+    "sample": "draw with a LoRA, or with the base model",
+    "plugins": "list rewards, samplers, algorithms and models with their options",
+    "serve": "serve a reward over HTTP",
+}
+
+
+def main() -> int:
+    """Run the command that the first word names. Exit code: that of the command; 2 for an unknown one."""
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        return int(importlib.import_module(f"condrl.commands.{name}").main(words))
+    return exit_code(lambda: show_help(name))
+
+
+def show_help(word: str) -> None:
+    """Raises: UsageError unless help was asked for."""
+    if word not in ("-h", "--help"):
+        near = suggestion(word, COMMANDS)
+        raise UsageError(f"condrl has no command {word!r}.{near} There are: {', '.join(COMMANDS)}")
+    print("condrl COMMAND ...; condrl COMMAND --help says more\n")
+    for name, what in COMMANDS.items():
+        print(f"    {name:<10}{what}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

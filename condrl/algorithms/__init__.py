@@ -1,0 +1,1 @@
+"""What algorithms are given, and what families of them share."""

@@ -1,0 +1,1 @@
+"""What `condrl <command>` and scripts/*.py do."""

@@ -1,0 +1,320 @@
+"""Fine-tune a text-to-image diffusion model with rewards.
+
+    accelerate launch scripts/finetune.py                                       configs/quickstart.yaml
+    accelerate launch scripts/finetune.py my.yaml train.lr=1e-4                 later words win
+    accelerate launch scripts/finetune.py plugins=[my_reward.py] rewards.redness.weight=1
+
+Writes runs/<run.name>/: config.yaml, metrics.jsonl (a line per epoch), images/, lora/, result.json.
+--json FILE writes the result there too. --dry-run checks everything, tries a few images, and says what the run would
+do; nothing is written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from condrl.config import config_help, load_config, to_yaml
+from condrl.errors import SIGNALS, RunError, Stopped, UsageError, exit_code, naming, say, warn_of_address_limit
+from condrl.io.files import CONFIGS
+
+if TYPE_CHECKING:
+    from condrl.config import Config
+    from condrl.processes import Processes
+    from condrl.prompts import Row
+    from condrl.training.evaluate import Evaluation
+    from condrl.training.trainer import Trainer
+
+    Checkpoint = tuple[Path, dict[str, Any]] | None
+
+
+def main(words: list[str]) -> int:
+    """Exit code: 0, 1 for a run that had to stop, 2 for bad input, 130 or 143 when asked to stop."""
+    end_with_launcher()
+    if {"-h", "--help"} & set(words):
+        return exit_code(lambda: print(__doc__, config_help(), sep="\n"))
+    return exit_code(lambda: finetune(words))
+
+
+def finetune(words: list[str]) -> None:
+    """Check everything that can be checked without the model, then tune."""
+    begun = time.monotonic()
+    warn_of_address_limit()
+    words, copy = split_json(words)
+    dry = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
+    config = load_config(words, default=CONFIGS / "quickstart.yaml")
+
+    from condrl.io.records import write_json
+    from condrl.prompts import load_prompts
+    from condrl.training.build import make_measures, make_rewards
+    from condrl.training.checks import check_combination, transfer_warning
+    from condrl.training.host import check_launcher
+    from condrl.training.resume import check_folder, find_checkpoint
+
+    check_launcher()
+
+    train = load_prompts(config.prompts.train, "prompts.train")
+    heldout = load_prompts(config.prompts.heldout, "prompts.heldout") if config.prompts.heldout else []
+    check_combination(config)
+    if not dry:
+        check_folder(config)
+        find_checkpoint(config)  # for its complaints, before the model is loaded
+    for reward in [*make_rewards(config), *make_measures(config)]:
+        reward.load()
+    if warning := transfer_warning(config):
+        say(f"warning: {warning}")
+    result = run(config, train, heldout[: config.evaluate.prompts], begun, dry)
+    if copy and result and os.environ.get("RANK", "0") == "0":
+        write_json(copy, result)
+
+
+def end_with_launcher() -> None:
+    """Be asked to stop when `accelerate launch` ends: it starts one process without passing signals on to it."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        set_option = getattr(ctypes.CDLL(None), "prctl", None)
+        if set_option:
+            set_option(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def split_json(words: list[str]) -> tuple[list[str], Path | None]:
+    """The words without `--json FILE`, and the file.
+
+    Raises: UsageError when no file follows.
+    """
+    if "--json" not in words:
+        return words, None
+    place = words.index("--json")
+    if place + 1 == len(words):
+        raise UsageError("--json needs a file: --json result.json")
+    path = Path(words[place + 1])
+    try:
+        usable = not path.is_dir() and (path.parent.is_dir() or not path.parent.exists())
+    except OSError:  # a name that is too long
+        usable = False
+    if not usable:
+        raise UsageError(f"--json {path}: is not a file that can be written")
+    return words[:place] + words[place + 2 :], path
+
+
+def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float, dry: bool) -> dict[str, Any]:
+    """Tune with all processes; returns the result, empty for a dry run."""
+    import torch
+
+    from condrl.processes import Processes
+    from condrl.training.host import make_accelerator
+
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    processes = Processes(make_accelerator(config))
+    try:
+        return processes.together(lambda: tried_and_tuned(config, train, heldout, begun, dry, processes))
+    finally:
+        processes.end()
+
+
+def tried_and_tuned(
+    config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float, dry: bool, processes: Processes
+) -> dict[str, Any]:
+    """Load the model and try it; unless the run is dry, tune it."""
+    from condrl.training.build import make_measures, make_trainer
+    from condrl.training.checks import announcement
+    from condrl.training.preflight import preflight
+
+    trainer = make_trainer(config, train, heldout, processes)
+    for line in [*preflight(trainer, heldout, make_measures(config)), *announcement(config, train, heldout)]:
+        say(line)
+    return {} if dry else measure_and_tune(trainer, heldout, begun)
+
+
+def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> dict[str, Any]:
+    """Measure, tune, save, measure again; the first process writes and prints."""
+    from condrl.io.records import write_json
+    from condrl.training.evaluate import compared
+    from condrl.training.host import TRACKED, peak_memory_gb, provenance, start_trackers
+    from condrl.training.pictures import log_picture
+    from condrl.training.resume import check_folder, find_checkpoint
+
+    config, model, processes, folder = trainer.config, trainer.policy.model, trainer.processes, trainer.folder
+    origin = provenance()
+    with folder.locked() if processes.first else nullcontext():
+        if processes.first:
+            check_folder(config, is_locked=True)  # again: another process may have tuned in it meanwhile
+        processes.meet()
+        checkpoint = find_checkpoint(config)
+        if checkpoint is not None:
+            trainer.check_state(checkpoint[1], checkpoint[0])
+            say(f"going on from {checkpoint[0]}")
+        processes.meet()  # all have read what is now replaced
+        if processes.first:
+            prepare(trainer, checkpoint)
+        processes.meet()
+        start_trackers(config, processes, folder)
+        before = folder.files_in(TRACKED)
+        base = heldout_evaluation(trainer, heldout, "base")
+        trainer.first = flat(base)
+        processes.accelerator.log(trainer.first, step=0)
+        if config.evaluate.every and heldout:
+            trainer.heldout = lambda: flat(heldout_evaluation(trainer, heldout, f"after {trainer.epoch + 1} epochs"))
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint[1])
+        with stopping_on_signals(trainer):
+            tune(trainer)
+        tuned = heldout_evaluation(trainer, heldout, "tuned")
+        result = {
+            "heldout": compared(base, tuned) if base and tuned else {},
+            "seconds": round(time.monotonic() - begun, 1),
+            "peak_memory_gb": round(peak_memory_gb(model.device), 3),
+            "images": trainer.images,
+            **processes.add_up({"network_calls": model.evaluations}),
+            "processes": processes.count,
+            "seed": config.run.seed,
+            **origin,
+        }
+        if processes.first:
+            write_json(folder.file("result.json"), result)
+            pictures = save_pictures(trainer, base, tuned)
+            processes.accelerator.log(tracked_result(result), step=trainer.epoch)
+            for picture in pictures:
+                log_picture(processes.accelerator, picture.stem, picture, trainer.epoch)
+            folder.adopt(folder.files_in(TRACKED) - before)
+            print(summary(result, config.folder))
+    return result
+
+
+def prepare(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Make the run's folder what the run expects, and write its config."""
+    from condrl.training.checkpoint import drop_later
+    from condrl.training.resume import continues
+
+    if checkpoint is None or not continues(trainer.config, checkpoint[0]):
+        trainer.folder.clear()
+    else:
+        drop_later(checkpoint[0])
+    path = trainer.folder.file("config.yaml")
+    with naming(path):
+        path.write_text(to_yaml(trainer.config), "utf-8")
+
+
+def tracked_result(result: dict[str, Any]) -> dict[str, float]:
+    """The held-out means of a result, as trackers take them."""
+    whos = ("base", "tuned", "difference")
+    return {f"result/{name}/{who}": row[who]["mean"] for name, row in result["heldout"].items() for who in whos}
+
+
+def tune(trainer: Trainer) -> None:
+    """Run the epochs and save the LoRA, also when asked to stop."""
+    try:
+        trainer.fit()
+    except Stopped:
+        try:
+            save_lora(trainer)
+        except (OSError, RunError) as error:
+            say(f"warning: the LoRA cannot be written: {error}")
+        raise
+    save_lora(trainer)
+
+
+def save_lora(trainer: Trainer) -> None:
+    from condrl.training.build import weights_in_words
+
+    if trainer.processes.first:
+        with trainer.folder.replacing("lora") as folder:
+            trainer.policy.model.save_adapter(folder, {"rewards": weights_in_words(trainer.config)})
+
+
+def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation | None) -> list[Path]:
+    """Write the pages of before | after, or a toy's plots; returns the former."""
+    from condrl.toys.plots import save_plots
+    from condrl.training.pictures import pages, save_comparison
+
+    if base and tuned and base.pictures and base.pictures[0].dim() == 3:
+        path = trainer.config.folder / "images" / "before_after.png"
+        trainer.folder.claim_all(f"images/{page.name}" for page in pages(path, 2 * len(base.pictures)))
+        return save_comparison(path, base.pictures, tuned.pictures, base.labels)
+    if len(trainer.policy.model.state_shape) == 1:
+        try:
+            kappa = getattr(trainer.algorithm, "kappa", 0.0)
+            pieces = trainer.policy, trainer.rows, trainer.rewards, kappa
+            save_plots(*pieces, trainer.metrics_file, trainer.folder.file)
+        except UsageError as error:  # of a policy so far off that exact answers do not reach it
+            say(f"warning: no pictures: {error}")
+    return []
+
+
+@contextmanager
+def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM end the run with a checkpoint; a second one ends the process at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        say("\nstopping with a checkpoint; once more to stop at once")
+        trainer.processes.stop(number)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Evaluation | None:
+    """Measure the policy on the held-out prompts; None when there are none."""
+    from condrl.training.build import deployed, make_measures
+    from condrl.training.evaluate import evaluate
+
+    if not heldout:
+        return None
+    config = trainer.config
+    found = evaluate(
+        deployed(config, trainer.policy),
+        heldout,
+        make_measures(config),
+        seed=(1_000_000 + config.run.seed * 100_000) % 2**62,  # far from the seeds a user would sample with
+        per_prompt=config.evaluate.images_per_prompt,
+        batch=config.train.rollout_batch,
+        pictures=config.evaluate.pictures,
+        processes=trainer.processes,
+    )
+    if trainer.processes.first:
+        means = ", ".join(f"{name} {e.mean:.3f}" for name, e in found.measures.items())
+        print(f"held-out, {who}: {means}", flush=True)
+    return found
+
+
+def flat(found: Evaluation | None) -> dict[str, float]:
+    """Each measure's mean and the half-width of its interval, as a line of the record has them."""
+    line: dict[str, float] = {}
+    for name, e in found.measures.items() if found else ():
+        line |= {f"heldout/{name}": e.mean} | ({f"heldout/{name}_ci95": e.half_width} if e.ci95 else {})
+    return line
+
+
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """The result as a table, with the verdict that its paired differences allow."""
+    from condrl.training.evaluate import verdict
+
+    comparison = result["heldout"]
+    whos = ("base", "tuned", "difference")
+    rows = [("held-out", *whos), *((name, *(interval(row[who]) for who in whos)) for name, row in comparison.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append(verdict(comparison))
+    if not comparison:
+        lines = ["no held-out prompts (prompts.heldout): nothing says whether the model is better"]
+    took = f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"
+    return "\n".join([*lines, took])
+
+
+def interval(estimate: dict[str, Any]) -> str:
+    limits = estimate["ci95"]  # none where there is a single prompt
+    return f"{estimate['mean']:.3f}" + (f" [{limits[0]:.3f}, {limits[1]:.3f}]" if limits else "")

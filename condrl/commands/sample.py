@@ -1,0 +1,198 @@
+"""Draw images with a fine-tuned LoRA, or with the base model.
+
+    python scripts/sample.py runs/quickstart --prompt "a red star left of a blue square" --compare
+    python scripts/sample.py runs/quickstart/lora --prompt "two small green circles" --seeds 0 1 2 3 --strength 0.5
+    python scripts/sample.py --prompt "a black square" sampler.steps=30 model.guidance=4
+
+The first word is a run's folder, whose model draws with the sampler that it was evaluated with, or a LoRA's folder or
+file; without it the quickstart's base model draws. `key=value` words change the model and the sampler as they do for
+finetune.py. Plugins are code: those that a run's config names are imported only if you name them, plugins=[my.py].
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from condrl.config import Config, load_for_drawing
+from condrl.errors import UsageError, exit_code, warn_of_address_limit
+from condrl.io.files import CONFIGS
+from condrl.overrides import exists, is_setting, setting_keys
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from condrl.diffusion.policy import Policy
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="FOLDER key=value")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl, as for finetune.py")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="an image of each prompt from each seed")
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="of the LoRA; 1 is what was tuned, 0 the base model"
+    )
+    parser.add_argument("--compare", action="store_true", help="base | tuned, from the same noise")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the labelled images, 32 a page (x.png, x_2.png, ...); by default the run's next samples/0000.png, ...",
+    )
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="also write every image there, at its own size")
+    parser.add_argument("--batch", type=int, default=16, help="images drawn at a time; does not change them")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    return parser.parse_intermixed_args(words)
+
+
+def main(words: list[str]) -> int:
+    """Exit code: 0, 1 when something stood in the way, 2 for bad input."""
+    return exit_code(lambda: sample(parse(words)))
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Check everything that can be checked without the model, then draw."""
+    from condrl.prompts import load_prompts
+    from condrl.training.host import find_device
+
+    warn_of_address_limit()
+    config, lora, home = read_words(args.words)
+    prompts = args.prompt + ([row.prompt for row in load_prompts(args.prompts, "--prompts")] if args.prompts else [])
+    if not prompts:
+        raise UsageError('nothing to draw: give --prompt "a red star" or --prompts FILE')
+    if lora is None and (args.compare or args.strength != 1):
+        raise UsageError("--compare and --strength need a run or LoRA folder beside the base model")
+    if not math.isfinite(args.strength):
+        raise UsageError(f"--strength has to be a finite number, got {args.strength}")
+    if args.batch < 1 or not all(0 <= seed < 2**63 for seed in args.seeds):
+        raise UsageError("--batch has to be at least 1, and --seeds at least 0 and below 2^63")
+    args.out = args.out or unused(in_run(home / "samples"))
+    for path in filter(None, (args.out.parent, args.folder)):
+        check_folder(path)
+    check_suffix(args.out)
+    args.device = find_device(args.device)
+    draw(args, config, lora, prompts)
+
+
+def read_words(words: Sequence[str]) -> tuple[Config, Path | None, Path]:
+    """The config to draw with, the LoRA, and the folder of what is drawn.
+
+    Raises: UsageError when a folder holds neither a run nor a LoRA.
+    """
+    from condrl.models.lora import rank_of
+
+    named = [Path(word) for word in words if not is_setting(word)]
+    settings = [word for word in words if is_setting(word)]
+    if len(named) > 1:
+        raise UsageError(f"expected one run or LoRA, got {' '.join(map(str, named))}")
+    default = None if any(setting_keys(word) == ["model", "path"] for word in settings) else CONFIGS / "quickstart.yaml"
+    if not named:
+        return load_for_drawing(default, settings), None, Path("runs")
+    lora, run = find(named[0])
+    if run is None:
+        settings = [f"model.lora_rank={rank_of(lora)}", *settings]
+    return load_for_drawing(run / "config.yaml" if run else default, settings), lora, run or Path("runs")
+
+
+def find(path: Path) -> tuple[Path, Path | None]:
+    """The LoRA file that a path means, and the folder of the run that it is of, if any.
+
+    Raises: UsageError when there is none.
+    """
+    from condrl.models.lora import find_lora
+    from condrl.models.points import MODULE_FILE
+    from condrl.training.folder import RunFolder
+
+    if not exists(path):
+        raise UsageError(f"there is no run or LoRA {path}; settings are written key=value")
+    folders = (path, *(f for f in path.resolve().parents[:2] if RunFolder(f).is_a_runs))
+    run = next((f for f in folders if (f / "config.yaml").is_file()), None)
+    lora = path / "lora" if run == path else path
+    if (lora / MODULE_FILE).is_file():
+        raise UsageError(f"{run or lora} is a run on points, not images: see the plots in its images/")
+    if run == path and not lora.is_dir():
+        raise UsageError(f"the run {path} is not finished: it has no lora/ yet")
+    return find_lora(lora), run
+
+
+def check_folder(path: Path) -> None:
+    """Raises: UsageError when files cannot be written there."""
+    existing = next(p for p in (path, *path.absolute().parents) if exists(p))
+    if not existing.is_dir():
+        raise UsageError(f"cannot write to {path}: {existing} is a file")
+    try:
+        path.exists()
+    except OSError as error:
+        raise UsageError(f"cannot write there: {error}") from error
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to {existing}: choose another folder")
+
+
+def check_suffix(path: Path) -> None:
+    """Raises: UsageError when no format of images goes by the path's ending."""
+    from PIL import Image
+
+    Image.init()
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise UsageError(f"--out: {error.strerror}: {path}") from error
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE or is_folder:
+        raise UsageError(f"--out {path}: give the name of an image, as {path.stem or 'samples'}.png")
+
+
+def in_run(folder: Path) -> Path:
+    """Raises: UsageError when a run's folder has a link there, to write elsewhere."""
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link, and a run's folder is not written to through links: give --out")
+    return folder
+
+
+def unused(folder: Path) -> Path:
+    """The first of folder/0000.png, 0001.png, ... that is not there, not even as a link that leads nowhere."""
+    return next(path for i in itertools.count() if not os.path.lexists(path := folder / f"{i:04d}.png"))
+
+
+def draw(args: argparse.Namespace, config: Config, lora: Path | None, prompts: Sequence[str]) -> None:
+    """Draw each prompt from each seed, and write the images."""
+    from condrl.models.lora import scale_lora
+    from condrl.rewards.pixels import to_pil
+    from condrl.training.build import make_policy
+    from condrl.training.pictures import save_comparison, save_grid, save_image
+
+    policy = make_policy(config, args.device)
+    pairs = [(prompt, seed) for prompt in prompts for seed in args.seeds]
+    labels = [f"{prompt} (seed {seed})" for prompt, seed in pairs]
+    base = images(policy, pairs, args.batch, "base") if args.compare or not lora else []
+    if lora:
+        policy.model.load_adapter(lora)
+        scale_lora(policy.model.module, args.strength)
+    final = images(policy, pairs, args.batch, "tuned") if lora else base
+    written = save_comparison(args.out, base, final, labels) if args.compare else save_grid(args.out, final, labels)
+    for i, image in enumerate(final if args.folder else ()):
+        save_image(to_pil(image), args.folder / f"{i:04d}.png")
+    print(f"wrote {args.out}" + (f" and more pages, to {written[-1]}" if len(written) > 1 else ""))
+
+
+def images(policy: Policy, pairs: Sequence[tuple[str, int]], batch: int, who: str) -> list[Tensor]:
+    """An image (3, H, W) in [0, 1] for each pair of prompt and seed."""
+    import torch
+    from tqdm import tqdm
+
+    from condrl.diffusion import rollout
+    from condrl.diffusion.noise import seeded
+
+    drawn: list[Tensor] = []
+    condition = policy.model.encode([prompt for prompt, _ in pairs])
+    with torch.no_grad():
+        for start in tqdm(range(0, len(pairs), batch), desc=who, disable=None):
+            part = slice(start, start + batch)
+            latents = rollout.sample(policy, condition[part], seeded([seed for _, seed in pairs[part]]), batch)
+            drawn.extend(policy.model.decode(latents).cpu())
+    return drawn

@@ -1,0 +1,59 @@
+"""What a model provides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from condrl.diffusion.schedule import Schedule
+
+
+class Model(Protocol):
+    """What a model plugin provides. A condition is a (B,) tensor of the numbers that `encode` gave prompts."""
+
+    schedule: Schedule
+    module: nn.Module  # the network that holds every trained weight
+    evaluations: int  # network evaluations of one image so far
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def state_shape(self) -> tuple[int, ...]: ...
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Conditions (B,) of prompts; cheap, also for very many."""
+        ...
+
+    def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The (guided) score at x (B, ...), times t (B,); through `module` when it wraps the trained network."""
+        ...
+
+    def features(self, condition: Tensor) -> Tensor:
+        """What a value network is told of conditions (B,), (B, F)."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples for the reward: images (B, 3, H, W) in [0, 1]."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, the model is the pretrained one."""
+        ...
+
+    def merged(self) -> AbstractContextManager[None]:
+        """Within it, without gradients, the model may compute the same function faster."""
+        ...
+
+    def save_adapter(self, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write what was trained, in files that other programs read, with texts for their headers."""
+        ...
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read what was trained from a folder, or from a file."""
+        ...

@@ -1,0 +1,50 @@
+"""The KL between the policy's chain and the pretrained model's, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import Rollout
+from condrl.diffusion.schedule import like
+from condrl.diffusion.transition import Transition
+
+
+@dataclass(frozen=True)
+class PathKL:
+    """The pretrained model's laws along trajectories, and the KL of each of their steps."""
+
+    means: Tensor  # (K, B, ...)
+    stds: Tensor  # (K, B)
+    kl: Tensor  # (K, B) nats, 0 where a step is deterministic
+
+    def law(self, k: Tensor, images: Tensor) -> Transition:
+        means = self.means[k, images]
+        return Transition(means, like(self.stds[k, images], means))
+
+    @property
+    def to_go(self) -> Tensor:
+        """(K, B) the sum over the steps after k."""
+        return self.kl.flip(0).cumsum(0).flip(0) - self.kl
+
+
+@torch.no_grad()
+def path_kl(policy: Policy, rollout: Rollout, batch: int) -> PathKL:
+    """KL(current || pretrained) of each step at the visited states, `batch` images at a time (THEORY 2.2)."""
+    count = len(rollout.condition)
+    means = torch.zeros_like(rollout.states[1:])
+    stds, kl = (means.new_zeros(policy.steps, count) for _ in range(2))
+    for k in policy.sampler.stochastic.nonzero().flatten().tolist():
+        for start in range(0, count, batch):
+            rows = slice(start, start + batch)
+            x, condition = rollout.states[k, rows], rollout.condition[rows]
+            memory = None if rollout.memories is None else rollout.memories[k, rows]
+            place = x, torch.full((len(x),), k), condition, memory
+            law = policy.transition(*place)
+            with policy.model.reference():
+                base = policy.transition(*place)
+            means[k, rows], stds[k, rows], kl[k, rows] = base.mean, base.std.flatten(), law.kl(base)
+    return PathKL(means, stds, kl)

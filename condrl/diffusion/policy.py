@@ -1,0 +1,24 @@
+"""A policy: a model that acts with its score, and the sampler that turns actions into transitions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from condrl.diffusion.model import Model
+from condrl.diffusion.transition import Sampler, Transition
+
+
+class Policy:
+    """The Markov chain that a model and a sampler make; roll-outs and losses both call `transition`."""
+
+    def __init__(self, model: Model, sampler: Sampler) -> None:
+        self.model, self.sampler = model, sampler
+        self.steps = len(sampler.times) - 1
+
+    def transition(self, x: Tensor, k: Tensor, condition: Tensor, memory: Tensor | None = None) -> Transition:
+        """The law of the state after step k (B,) from x (B, ...)."""
+        return self.sampler.step(k, x, lambda y, t: self.model.score(y, t, condition), memory)
+
+    def action(self, x: Tensor, k: Tensor, condition: Tensor) -> Tensor:
+        """The score at x (B, ...) and the beginning of step k (B,)."""
+        return self.model.score(x, self.sampler.times[k], condition)

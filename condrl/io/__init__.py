@@ -1,0 +1,1 @@
+"""Reading and writing files: weights, the hub, JSON."""

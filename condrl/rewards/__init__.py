@@ -1,0 +1,1 @@
+"""What rewards share, and how they are scored."""

@@ -1,0 +1,286 @@
+"""CLIP models for rewards: images to embeddings with gradients, prompts to embeddings that are remembered."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from condrl.errors import UsageError
+from condrl.io.files import load_tensors, load_torch, locate
+from condrl.io.hub import WEIGHTS, check_file, fetching, folder_or_id
+from condrl.io.records import from_json
+from condrl.models.embeddings import Embeddings
+from condrl.registry import suggestion
+
+Precision = Literal["float32", "bfloat16", "float16"]
+OPENAI = "openai"
+HUB = "hf-hub:"
+TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language", "additional_special_tokens", "reduction_mask")
+
+
+def fitted(samples: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] as a CLIP wants them, (B, 3, size, size); differentiable.
+
+    The shorter side is resized, with bicubic antialiasing, and the middle is cut out, as the reference processors do.
+    """
+    height, width = samples.shape[2:]
+    scale = size / min(height, width)
+    shape = [max(size, round(side * scale)) for side in (height, width)]
+    x = nn.functional.interpolate(samples.float(), shape, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = ((side - size) // 2 for side in shape)
+    x = x[:, :, top : top + size, left : left + size]
+    centre, spread = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (mean, std))
+    return (x - centre) / spread
+
+
+def check_same(path: Path, sha256: str | None, option: str) -> None:
+    """Raises: UsageError naming the option when there is no such file, or when it is not the one that was meant."""
+    check_file(path, option)
+    if sha256:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256.lower():
+            raise UsageError(f"config {option}: {path} has sha256 {found}, not {sha256}")
+
+
+class Clip:
+    """An open_clip model that is loaded when it is first used, on the device of what it is given."""
+
+    def __init__(self, model: str, weights: str, config: str | None, sha256: str | None, dtype: Precision) -> None:
+        import open_clip
+
+        self.dtype = dtype
+        self._texts = Embeddings(self._encoded)
+        self.name, self.weights, self.config = model, None, config  # weights: None when `name` brings them
+        if whole_model(model):
+            if (weights, config, sha256) != (OPENAI, None, None):
+                raise UsageError(
+                    f"config rewards.*.model: {model} has weights of its own: give neither others nor a config"
+                )
+            self.name = model if model.startswith(HUB) else f"local-dir:{folder_or_id(model, 'rewards.*.model')}"
+            return
+        if config:
+            self.name = add_architecture(locate(config))
+        elif model not in open_clip.list_models():
+            near = suggestion(model, open_clip.list_models())
+            raise UsageError(
+                f"config rewards.*.model: open_clip has no model {model!r}, and there is no such folder.{near}"
+            )
+        if weights.endswith(WEIGHTS) or weights.startswith("asset:") or locate(weights).is_file():
+            self.weights = str(locate(weights))
+            check_same(Path(self.weights), sha256, "rewards.*.weights")
+        elif weights not in (tags := open_clip.list_pretrained_tags_by_model(self.name)):
+            raise UsageError(
+                f"config rewards.*.weights: open_clip has no weights {weights!r} for {model}: give a file, or one of "
+                f"{tags}"
+            )
+        else:
+            self.weights = weights
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The frozen model.
+
+        Raises: UsageError when its weights cannot be loaded.
+        """
+        import open_clip
+
+        precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[self.dtype]
+        with self.loading():
+            model = open_clip.create_model(
+                self.name,
+                pretrained=self.weights,
+                precision=precision,
+                weights_only=True,
+                require_pretrained=True,  # else weights that cannot be had are random
+            )
+        return model.eval().requires_grad_(False)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        import open_clip
+
+        with self.loading():
+            text: dict[str, Any] = open_clip.get_model_config(self.name)["text_cfg"]
+            own = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+            return open_clip.get_tokenizer(self.name, **own)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Within it, open_clip knows the architecture, keeps its log to itself, and its errors become one line.
+
+        Raises: UsageError.
+        """
+        import open_clip
+
+        if self.config:
+            add_architecture(locate(self.config))  # again: another file of that name may have come after it
+        own = self.weights is not None and Path(self.weights).is_file()
+        local = own and "hf_" not in json.dumps(open_clip.get_model_config(self.name))  # names of parts from the hub
+        before, logging.root.manager.disable = logging.root.manager.disable, logging.CRITICAL
+        try:
+            with fetching(f"rewards.*.{'weights' if self.weights else 'model'}", self.source, local):
+                check_architecture(open_clip.get_model_config(self.name), self.origin)
+                yield
+        except UsageError:
+            if own:
+                check_weights(Path(self.source))  # says more than open_clip does
+            raise
+        finally:
+            logging.root.manager.disable = before
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from."""
+        if self.weights is None:
+            return self.name.removeprefix("local-dir:")
+        return self.weights if Path(self.weights).is_file() else f"the weights {self.weights!r} of {self.name}"
+
+    @property
+    def origin(self) -> str:
+        """Where the architecture comes from."""
+        return self.config or (f"{self.source}/open_clip_config.json" if self.weights is None else self.name)
+
+    def load(self) -> None:
+        """Load the model and what turns prompts into tokens, now.
+
+        Raises: UsageError when they cannot be loaded.
+        """
+        _ = self.model, self.tokenizer
+
+    def images(self, samples: Tensor) -> Tensor:
+        """Unit embeddings (B, F) float32 of images (B, 3, H, W) in [0, 1]; differentiable."""
+        model = self.model.to(samples.device)
+        settings = model.visual.preprocess_cfg
+        size = settings["size"] if isinstance(settings["size"], int) else settings["size"][0]
+        x = fitted(samples, size, settings["mean"], settings["std"])
+        return nn.functional.normalize(model.encode_image(x.to(getattr(torch, self.dtype))).float(), dim=-1)
+
+    def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """Unit embeddings (B, F) float32 of prompts."""
+        self.model.to(device)
+        return self._texts(prompts).to(device)
+
+    @torch.no_grad()
+    def _encoded(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        device = next(self.model.parameters()).device
+        for prompt in prompts:
+            (embedding,) = self.model.encode_text(self.tokenizer([prompt]).to(device))
+            yield nn.functional.normalize(embedding.float(), dim=-1)
+
+    def cosine(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Of the embeddings of images (B, 3, H, W) and their prompts, (B,); differentiable."""
+        return (self.images(samples) * self.texts(prompts, samples.device)).sum(1)
+
+    def rest(self) -> None:
+        """Make room on the device until it is used again."""
+        self.model.to("cpu")
+
+
+class ClipReward:
+    """What rewards with a Clip share: the cosine of image and prompt, and its place on the device."""
+
+    clip: Clip
+    offload: bool  # keep the model off the device between roll-outs
+
+    def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.clip.cosine(samples, prompts)
+
+    def load(self) -> None:
+        self.clip.load()
+
+    def rest(self) -> None:
+        if self.offload:
+            self.clip.rest()
+
+
+def check_weights(path: Path) -> None:
+    """Raises: UsageError when a file does not hold named weights."""
+    (load_tensors if path.suffix == ".safetensors" else load_torch)(path, "config rewards.*.weights")
+
+
+def affine(layers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weights (F,) and bias () of linear layers without activations, by names `...layers.N.weight` and `.bias`.
+
+    Raises: ValueError when there are none.
+    """
+    steps: dict[int, dict[str, Tensor]] = {}
+    for name, value in layers.items():
+        found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(weight|bias)", name)
+        if not found:
+            raise ValueError(f"{name} is no linear layer's")
+        steps.setdefault(int(found[1]), {})[found[2]] = value.double()
+    if any(len(step) < 2 for step in steps.values()) or not steps:
+        raise ValueError("expected linear layers, each with weight and bias")
+    first, *rest = (steps[number] for number in sorted(steps))
+    weight, bias = first["weight"], first["bias"]
+    for step in rest:
+        weight, bias = step["weight"] @ weight, step["weight"] @ bias + step["bias"]
+    return weight[0].float(), bias[0].float()
+
+
+@functools.cache
+def shared_clip(
+    model: str, weights: str, config: str | None = None, sha256: str | None = None, dtype: Precision = "float32"
+) -> Clip:
+    """A Clip; rewards that ask for the same one share it.
+
+    Raises: UsageError when open_clip knows no such model or weights, or when a file is missing or another one.
+    """
+    return Clip(model, weights, config, sha256, dtype)
+
+
+def whole_model(model: str) -> bool:
+    """Whether a name means architecture and weights together: a hub repository, or a folder as open_clip saves one."""
+    return model.startswith(HUB) or (locate(model) / "open_clip_config.json").is_file()
+
+
+def add_architecture(path: Path) -> str:
+    """Tell open_clip of an architecture, a JSON file as it has them; returns its name.
+
+    Raises: UsageError when the file is missing or is none.
+    """
+    import open_clip
+
+    check_file(path, "rewards.*.config")
+    content = from_json(path.read_text("utf-8")) if path.suffix == ".json" else None
+    if not isinstance(content, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= content.keys():
+        raise UsageError(
+            f"config rewards.*.config: {path} is no architecture of open_clip: embed_dim, vision_cfg, text_cfg"
+        )
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+def check_architecture(config: Any, origin: str) -> None:
+    """Check an architecture of open_clip for settings by which it would run or fetch code.
+
+    Raises: UsageError naming the file and the setting.
+    """
+    text, vision = (config.get(part) if isinstance(config, dict) else None for part in ("text_cfg", "vision_cfg"))
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        raise UsageError(f"config rewards.*.model: {origin} has no sections text_cfg and vision_cfg")
+
+    def refuse(setting: str, why: str) -> NoReturn:
+        raise UsageError(f"config rewards.*.model: {origin} sets {setting}, {why}: use another model")
+
+    unknown = [name for name in text.get("tokenizer_kwargs") or () if name not in TOKENIZER_OPTIONS]
+    if unknown:
+        refuse(f"text_cfg.tokenizer_kwargs.{unknown[0]}", f"and only {', '.join(TOKENIZER_OPTIONS)} cannot run code")
+    if not re.fullmatch(r"[\w.-]*", str(vision.get("timm_model_name") or "")):
+        refuse(f"vision_cfg.timm_model_name={vision['timm_model_name']!r}", "which is not one of timm's own models")
+    if tower := text.get("hf_model_name"):
+        from transformers import PretrainedConfig
+
+        if "auto_map" in PretrainedConfig.get_config_dict(tower)[0]:
+            refuse(f"text_cfg.hf_model_name={tower!r}", "whose config.json names code (auto_map)")

@@ -1,0 +1,1 @@
+"""The embedded pipeline's scenes and networks."""

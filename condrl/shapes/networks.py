@@ -1,0 +1,111 @@
+"""The networks and the tokenizer of the embedded models."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from condrl.shapes import scenes
+
+TOKENS = 24
+TEXT_LAYERS = 6
+
+
+def make_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=scenes.SIDE,
+    )
+
+
+def make_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=scenes.SIDE // 8,
+        block_out_channels=(64, 96),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        cross_attention_dim=96,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def make_text_encoder(tokenizer: Any) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=384,
+            num_hidden_layers=TEXT_LAYERS,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            projection_dim=96,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+CLIP_MODEL: dict[str, Any] = dict(
+    embed_dim=64,
+    vision_cfg=dict(image_size=scenes.SIDE, layers=[1, 1, 1, 1], width=24, head_width=48),
+    text_cfg=dict(context_length=TOKENS, width=96, heads=4, layers=2, hf_tokenizer_name="shapes_clip"),
+)
+PIXELS: dict[str, Any] = dict(mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic", resize_mode="shortest")
+
+
+def make_clip(tokenizer: Any) -> Any:
+    from open_clip.model import CLIP
+
+    parts = {name: dict(part) if isinstance(part, dict) else part for name, part in CLIP_MODEL.items()}
+    parts["text_cfg"]["vocab_size"] = len(tokenizer)
+    return CLIP(**parts)
+
+
+def make_tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer in which every word of the scenes' vocabulary is one token and any other text is bytes."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    words = {*scenes.COLORS, *scenes.SHAPES, *(s + "s" for s in scenes.SHAPES), *scenes.DIAMETERS, "an", "and", ","}
+    words |= {*scenes.COUNTS, *" ".join(scenes.RELATIONS).split()}
+    merges = byte_pair_merges(sorted(words))
+    letters = list(bytes_to_unicode().values())
+    tokens = letters + [c + "</w>" for c in letters] + ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
+
+
+def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Merge the most frequent neighbouring pair until every word is one token (Sennrich et al. 2016)."""
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while any(len(p) > 1 for p in pieces):
+        pairs = [pair for p in pieces for pair in itertools.pairwise(p)]
+        first, second = max(sorted(set(pairs)), key=pairs.count)
+        merges.append((first, second))
+        for p in pieces:
+            while (first, second) in (neighbours := list(itertools.pairwise(p))):
+                at = neighbours.index((first, second))
+                p[at : at + 2] = [first + second]
+    return merges

@@ -1,0 +1,146 @@
+"""Problems solved exactly: 1-D chains and policies audited without sampling; values of any model by Monte Carlo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import continued
+from condrl.errors import UsageError
+from condrl.prompts import Row
+from condrl.rewards.scoring import Reward, score
+from condrl.toys import oracle
+from condrl.toys.oracle import Audit, Line, ValueEstimate
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt's problem on the line: means are (K, n), masses and values (n,)."""
+
+    base: Tensor
+    reward: Tensor
+    pretrained: Audit
+    optimal: Audit
+    target: Tensor  # masses of p* ~ p exp(r / kappa), from the exact law of the data
+
+
+@dataclass(frozen=True)
+class Problem:
+    """E r - kappa KL of the chain that a 1-D model and a sampler make, for each prompt row, solved on a line."""
+
+    line: Line
+    rows: Sequence[Row]
+    kappa: float
+    std: Tensor  # (K,)
+    start: Tensor  # (n,)
+    cases: list[Case]
+
+    @property
+    def optimum(self) -> float:
+        """J*, the mean over prompts."""
+        return sum(case.optimal.objective for case in self.cases) / len(self.cases)
+
+    @property
+    def pretrained(self) -> float:
+        """J of the pretrained model."""
+        return sum(case.pretrained.objective for case in self.cases) / len(self.cases)
+
+    def audit(self, policy: Policy) -> list[Audit]:
+        """What the policy does for each row."""
+        pairs = zip(self.rows, self.cases, strict=True)
+        return [self._audit(means_of(policy, self.line, row), case) for row, case in pairs]
+
+    def _audit(self, means: Tensor, case: Case) -> Audit:
+        return oracle.audit(self.line, means, case.base, self.std, self.start, case.reward, self.kappa)
+
+    def gap_closed(self, audits: Sequence[Audit]) -> float:
+        """(J - J_pretrained) / (J* - J_pretrained)."""
+        reached = sum(audit.objective for audit in audits) / len(audits)
+        return (reached - self.pretrained) / (self.optimum - self.pretrained)
+
+    def kl_to_optimum(self, audits: Sequence[Audit]) -> float:
+        """KL(p_theta || p*) in nats, the mean over prompts."""
+        pairs = zip(audits, self.cases, strict=True)
+        return sum(oracle.kl_of_masses(audit.masses, case.target) for audit, case in pairs) / len(audits)
+
+
+@torch.no_grad()
+def means_of(policy: Policy, line: Line, row: Row) -> Tensor:
+    """The policy's means (K, n) at the cells of the line."""
+    x = line.x[:, None].to(policy.model.device, torch.float32)
+    condition = policy.model.encode([row.prompt] * line.cells)
+    steps = [policy.transition(x, torch.full((line.cells,), k), condition).mean for k in range(policy.steps)]
+    return torch.stack(steps)[..., 0].cpu().double()
+
+
+@torch.no_grad()
+def solve(
+    policy: Policy, rows: Sequence[Row], rewards: Sequence[Reward], kappa: float, cells: int = 1000, reach: float = 9.0
+) -> Problem:
+    """The optimum of each row's problem by dynamic programming on [-reach, reach].
+
+    Raises: UsageError unless the model is a 1-D mixture and its sampler has no memory.
+    """
+    model = policy.model
+    if not hasattr(model, "law") or model.state_shape != (1,):
+        raise UsageError("exact answers need a one-dimensional model=mixture")
+    line, prior = Line(-reach, reach, cells), model.schedule.prior_std
+    origin, first = torch.zeros(1, 1, device=model.device), torch.zeros(1, dtype=torch.long)
+    if policy.transition(origin, first, first).memory is not None:
+        raise UsageError("exact answers need a sampler whose steps depend on the state alone")
+    std = (
+        torch.cat([policy.transition(origin, torch.tensor([k]), first).std.flatten() for k in range(policy.steps)])
+        .cpu()
+        .double()
+    )
+    start = line.masses(-line.x.square() / (2 * prior**2))
+    cases = [_case(policy, row, rewards, kappa, line, std, start) for row in rows]
+    laws = [law for case in cases for law in (case.pretrained.masses, case.optimal.masses, case.target)]
+    if max(law[[0, -1]].max().item() for law in laws) > 1e-6:
+        raise UsageError(f"exact answers: a law reaches beyond [-{reach:g}, {reach:g}]")
+    return Problem(line, rows, kappa, std, start, cases)
+
+
+@torch.no_grad()
+def monte_carlo_value(
+    policy: Policy,
+    place: tuple[Tensor, int],
+    row: Row,
+    rewards: Sequence[Reward],
+    kappa: float,
+    particles: int,
+    generator: torch.Generator,
+    memory: Tensor | None = None,
+) -> ValueEstimate:
+    """V = kappa log E exp(r / kappa) at a state x (...) before step k, place = (x, k), for any model and reward.
+
+    By so many pretrained chains that go on from there (Feynman-Kac; THEORY 3.1); those of a multi-step sampler from
+    its memory (...) too.
+    """
+    (state, first), model = place, policy.model
+    condition = model.encode([row.prompt] * particles)
+    final = state.to(model.device).expand(particles, *state.shape)
+    carried = None if memory is None else memory.to(model.device).expand(particles, *memory.shape)
+    with model.reference():
+        for x, _ in continued(policy, final, first, condition, generator, carried):
+            final = x
+    return oracle.feynman_kac(score(rewards, model.decode(final), [row] * particles).total, kappa)
+
+
+def _case(
+    policy: Policy, row: Row, rewards: Sequence[Reward], kappa: float, line: Line, std: Tensor, start: Tensor
+) -> Case:
+    model: Any = policy.model  # which knows the law of its data
+    with model.reference():
+        base = means_of(policy, line, row)
+    reward = score(rewards, line.x[:, None].float(), [row] * line.cells).total.double()
+    program = oracle.dynamic_program(line, base, std, reward, kappa)
+    law = model.law.rows(model.encode([row.prompt] * line.cells))
+    target, _ = oracle.tilted_masses(line, law.log_prob(line.x[:, None]), reward, kappa)
+    audits = [oracle.audit(line, means, base, std, start, reward, kappa) for means in (base, program.means)]
+    return Case(base, reward, audits[0], audits[1], target)

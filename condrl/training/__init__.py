@@ -1,0 +1,1 @@
+"""A run: built, checked, tried, tuned, measured, recorded and resumed."""

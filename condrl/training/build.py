@@ -1,0 +1,136 @@
+"""Put a run together from its config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from condrl.algorithms.base import Algorithm, trained_steps
+from condrl.config import Config, GridConfig
+from condrl.diffusion.model import Model
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
+from condrl.diffusion.transition import Sampler
+from condrl.errors import UsageError
+from condrl.processes import Processes
+from condrl.prompts import Row
+from condrl.registry import REGISTRIES
+from condrl.rewards.scoring import Reward, make_reward
+from condrl.training.host import make_accelerator
+from condrl.training.trainer import Trainer
+
+
+def make(kind: str, section: Mapping[str, Any], *arguments: Any) -> Any:
+    """Call a plugin with the options of its config section."""
+    options = {key: value for key, value in section.items() if key != "name"}
+    return REGISTRIES[kind].find(section["name"]).target(*arguments, **options)
+
+
+def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
+    """The config's sampler on the time grid it asks for."""
+    grid = {field.name for field in dataclasses.fields(GridConfig)}
+    options = {key: value for key, value in section.items() if key not in grid}
+    times, chosen = schedule.grid(section["steps"], section["spacing"]), section.get("noise_steps")
+    sampler: Sampler = make("sampler", options, schedule, times)
+    if not schedule.alpha(times[0]) > 0:
+        check_start(sampler, schedule, section["name"])
+    return sampler if chosen is None else quietened(sampler, chosen, section["name"])
+
+
+def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
+    """Check that a chain can start where there is no signal, at zero terminal SNR.
+
+    Raises: UsageError when the model's prediction or the sampler's coefficients say nothing there.
+    """
+    if isinstance(schedule, DiscreteSchedule) and schedule.prediction == "epsilon":
+        raise UsageError(
+            "the sampler starts where there is no signal (zero terminal SNR), and the noise that the model predicts "
+            "says nothing there: use sampler.spacing=leading"
+        )
+    first = sampler.step(torch.zeros(1, dtype=torch.long), torch.ones(1, 1), lambda x, t: torch.zeros_like(x))
+    if not (first.mean.isfinite().all() and first.std.isfinite().all()):
+        raise UsageError(
+            f"the sampler {name} cannot start where there is no signal (zero terminal SNR): use sampler.name=ddim, or "
+            "sampler.spacing=leading"
+        )
+
+
+def quietened(sampler: Any, chosen: Sequence[int], name: str) -> Sampler:
+    """The sampler with noise at the chosen steps alone (THEORY 7.5, partial SDE).
+
+    Raises: UsageError when there are no such steps, or when the sampler cannot leave its noise out.
+    """
+    count = len(sampler.times) - 1
+    if not set(chosen) <= set(range(count)):
+        raise UsageError(f"config sampler.noise_steps: {chosen} are not all among the {count} steps")
+    if not hasattr(sampler, "with_noise"):
+        raise UsageError(
+            f"config sampler.noise_steps: the sampler {name} has no with_noise, which would leave noise out"
+        )
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[list(chosen)] = True
+    quiet: Sampler = sampler.with_noise(mask)
+    return quiet
+
+
+def make_rewards(config: Config) -> list[Reward]:
+    """The rewards with a weight that is not zero.
+
+    Raises: UsageError when there is none.
+    """
+    rewards = [make_reward(name, options) for name, options in config.rewards.items() if options["weight"] != 0]
+    if not rewards:
+        raise UsageError("config rewards: no reward has a weight; add one, as in rewards.shapes.weight=1")
+    return rewards
+
+
+def make_measures(config: Config) -> list[Reward]:
+    """What to report on held-out prompts: `evaluate.measures` and the rewards."""
+    measures = [make_reward(name, options) for name, options in config.evaluate.measures.items()]
+    return measures + [r for r in make_rewards(config) if r.name not in config.evaluate.measures]
+
+
+def weights_in_words(config: Config) -> str:
+    """The rewards with their weights."""
+    return ", ".join(f"{name} (weight {options['weight']:g})" for name, options in config.rewards.items())
+
+
+def make_policy(config: Config, device: torch.device) -> Policy:
+    model: Model = make("model", config.model, device)
+    return Policy(model, make_sampler(config.sampler, model.schedule))
+
+
+def deployed(config: Config, policy: Policy) -> Policy:
+    """The policy with the sampler that it is evaluated with."""
+    if not config.evaluate.sampler:
+        return policy
+    return Policy(policy.model, make_sampler(config.evaluate.sampler, policy.model.schedule))
+
+
+def make_trainer(
+    config: Config, train: Sequence[Row], heldout: Sequence[Row] = (), processes: Processes | None = None
+) -> Trainer:
+    """The model that knows the prompts, and what tunes it."""
+    processes = processes or Processes(make_accelerator(config))
+    policy = make_policy(config, processes.accelerator.device)
+    policy.model.encode([row.prompt for row in [*train, *heldout]])
+    if processes.sharded:
+        policy.model.shard()  # type: ignore[attr-defined]
+    algorithm: Algorithm = make("algorithm", config.algorithm)
+    if "stochastic steps" in algorithm.needs:
+        trained_steps(policy.sampler, config.train)  # now with the model's own schedule
+    if "affine steps" in algorithm.needs and not policy.model.schedule.alpha(policy.sampler.times[0]) > 0:
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} needs the score at every step, which says nothing where "
+            "there is no signal (zero terminal SNR): use sampler.spacing=leading"
+        )
+    return Trainer(config, policy, algorithm, make_rewards(config), train, processes)
+
+
+def stand_in(sampler: Mapping[str, Any]) -> Schedule:
+    """A schedule on which a sampler's section can be tried before any model is loaded."""
+    discrete = schedule_from_diffusers({"num_train_timesteps": 1000, "set_alpha_to_one": False})
+    return discrete if sampler["steps"] <= 1000 or sampler["spacing"] in DIFFUSERS_SPACINGS else OU()

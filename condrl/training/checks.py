@@ -1,0 +1,131 @@
+"""Combinations that cannot work, refused before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from condrl.algorithms.base import Algorithm, trained_steps
+from condrl.config import Config
+from condrl.diffusion.transition import Coefficients, Sampler
+from condrl.errors import UsageError
+from condrl.prompts import Row, duplicate_note
+from condrl.training.build import make, make_rewards, make_sampler, stand_in, weights_in_words
+
+
+def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -> list[str]:
+    """What counts in a run, in lines to print before it."""
+    lines = [f"rewards: {weights_in_words(config)}", f"prompts: {config.prompts.train} ({len(train)})"]
+    for name, rows in (("train", train), ("heldout", heldout)):
+        if note := duplicate_note(rows):
+            lines.append(f"prompts.{name}: {note}")
+    if both := {row.prompt for row in train} & {row.prompt for row in heldout}:
+        lines.append(f"warning: {len(both)} of the held-out prompts are trained on too, such as {min(both)!r}")
+    if heldout:
+        rewards = [name for name, options in config.rewards.items() if options["weight"] != 0]
+        names = ", ".join(dict.fromkeys([*config.evaluate.measures, *rewards]))
+        lines.append(f"measured on {config.prompts.heldout} ({len(heldout)}), base and tuned: {names}")
+    elif config.evaluate.measures or config.evaluate.every or config.evaluate.sampler:
+        lines.append("evaluate.* has no effect without prompts.heldout: nothing will be measured")
+    return lines
+
+
+def noise_level(sampler: Sampler) -> float | None:
+    """A sampler's eta; None where its steps differ or it does not say."""
+    levels: Tensor | None = getattr(sampler, "eta", None)
+    return levels[0].item() if levels is not None and (levels == levels[0]).all() else None
+
+
+def transfer(eta: float, deployed: float) -> float:
+    """M(eta, eta'): how far a policy tuned at eta moves the mean when sampled at eta', over what kappa asks for.
+
+    Exact for a Gaussian and a linear reward (THEORY 3.4). 1 for eta = 1.
+    """
+    return 2 * eta**2 * (1 + deployed**2) / ((1 + eta**2) * (eta**2 + deployed**2))
+
+
+def transfer_warning(config: Config) -> str | None:
+    """What to say of a config that tunes at one noise level and evaluates at another; None when there is nothing."""
+    algorithm: Algorithm = make("algorithm", config.algorithm)
+    if not config.evaluate.sampler or not {"stochastic steps", "affine steps"} & set(algorithm.needs):
+        return None
+    tuned, used = (noise_level(make_sampler(s, stand_in(s))) for s in (config.sampler, config.evaluate.sampler))
+    if not tuned or used is None or tuned in (1.0, used):
+        return None
+    return (
+        f"tuned at eta={tuned:.3g}, evaluated at eta={used:.3g}: a Gaussian's mean would move "
+        f"{transfer(tuned, used):.2f} times as far as it should; "
+        "only what is tuned at eta=1 can be sampled at any eta"
+    )
+
+
+def check_combination(config: Config) -> None:
+    """Check what depends on the sampler, on a stand-in schedule: no model is loaded.
+
+    Raises: UsageError when the sampler cannot give the algorithm or the config what it needs.
+    """
+    sampler = make_sampler(config.sampler, stand_in(config.sampler))
+    if config.evaluate.sampler:
+        make_sampler(config.evaluate.sampler, stand_in(config.evaluate.sampler))
+    algorithm: Algorithm = make("algorithm", config.algorithm)
+    if "groups" in algorithm.needs and config.train.images_per_prompt < 2:
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} compares images of one prompt with each other, and "
+            "train.images_per_prompt=1 leaves nothing to compare: raise it, or use ddpo with algorithm.advantage=prompt"
+        )
+    if config.train.kl_budget is not None:
+        check_budget(config, sampler, algorithm)
+    if "one pass" in algorithm.needs and config.train.inner_epochs > 1:
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} has no importance weights: set train.inner_epochs=1, or use ddpo"
+        )
+    if "reward gradients" in algorithm.needs:
+        for reward in make_rewards(config):
+            if not reward.differentiable:
+                raise UsageError(
+                    f"the algorithm {config.algorithm['name']} differentiates the reward, and {reward.name} has no "
+                    "gradient: use nft, ddpo or another algorithm that needs none"
+                )
+    if "Markov steps" in algorithm.needs and getattr(sampler, "has_memory", False):
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']}, as configured, needs a sampler whose steps depend on the state "
+            f"alone, and {config.sampler['name']} remembers earlier steps: use another sampler (a policy gradient: or "
+            "algorithm.kappa=0)"
+        )
+    if "affine steps" in algorithm.needs and not isinstance(sampler, Coefficients):
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} needs a sampler whose steps are affine in the score, and "
+            f"{config.sampler['name']} is not: use ddim, exponential or euler_maruyama"
+        )
+    if {"stochastic steps", "noise"} & set(algorithm.needs) and not sampler.stochastic.any():
+        advice = "set sampler.eta=1, or look at the sampler's own options"
+        if config.sampler["steps"] == 1:
+            advice = "its one step goes to the data, where no noise is added; raise sampler.steps"
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler "
+            f"{config.sampler['name']} has none as configured: {advice}"
+        )
+    if "stochastic steps" not in algorithm.needs:
+        if config.train.steps is not None or config.train.steps_per_image is not None:
+            raise UsageError(
+                f"the algorithm {config.algorithm['name']} does not choose among denoising steps: leave train.steps "
+                "and train.steps_per_image out"
+            )
+        return
+    trained_steps(sampler, config.train)
+
+
+def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None:
+    """Raises: UsageError when `train.kl_budget` cannot be kept to."""
+    if algorithm.off_policy:
+        raise UsageError(
+            "config train.kl_budget: what the algorithm rolls out, as configured, is not the policy: leave it out"
+        )
+    if not sampler.stochastic.any() or getattr(sampler, "has_memory", False):
+        raise UsageError(
+            "config train.kl_budget: the path KL needs steps with noise that depend on the state alone: use ddim with "
+            "sampler.eta=1"
+        )
+    if config.train.over_budget == "adapt" and not config.algorithm.get("kappa"):
+        raise UsageError("config train.over_budget: adapt changes algorithm.kappa, which is to be above 0 for that")

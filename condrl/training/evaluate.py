@@ -1,0 +1,175 @@
+"""Held-out prompts, base beside tuned, from the same noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condrl.diffusion.noise import seeded
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import sample
+from condrl.processes import Processes
+from condrl.prompts import Row
+from condrl.rewards.scoring import Reward, score
+
+RESAMPLES = 4000  # of the prompts, for a bootstrap
+STUDENT_T = (  # the 97.5 % quantiles of Student's t, for 1, 2, ... degrees of freedom
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts with its 95 % confidence interval, prompts as the unit."""
+
+    mean: float
+    ci95: tuple[float, float] | None  # None for a single prompt
+    failed: int = 0  # scores that are left out of it
+
+    @property
+    def half_width(self) -> float:
+        """Of the interval, on its wider side."""
+        return max(self.mean - self.ci95[0], self.ci95[1] - self.mean) if self.ci95 else 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What each measure says of a policy on the held-out prompts."""
+
+    measures: dict[str, Estimate]
+    scores: dict[str, Tensor]  # (P,) means of the prompts, nan where all of a prompt's scores failed
+    pictures: list[Tensor]  # the first images (3, H, W) in [0, 1]
+    labels: list[str]
+
+
+def prompt_means(scores: Tensor, images_per_prompt: int) -> Tensor:
+    """(P,) of scores (P * images_per_prompt,), a prompt's images next to each other; nan are left out."""
+    return scores.double().reshape(-1, images_per_prompt).nanmean(1)
+
+
+def estimate(scores: Tensor, images_per_prompt: int) -> Estimate:
+    """Mean and interval of scores (P * images_per_prompt,); nan are left out.
+
+    Shares of yes and no have Wilson's interval, others Student's, within [0, 1] where all means are.
+    """
+    means = prompt_means(scores, images_per_prompt)
+    means, failed = means[means.isfinite()], int(scores.isnan().sum())
+    mean, count = means.mean().item(), len(means)
+    if count <= 1:
+        return Estimate(mean, None, failed)
+    if ((means == 0) | (means == 1)).all():
+        return Estimate(mean, wilson(mean, count), failed)
+    low, high = student(means)
+    share = means.min() >= 0 and means.max() <= 1
+    return Estimate(mean, (max(0.0, low), min(1.0, high)) if share else (low, high), failed)
+
+
+def student(values: Tensor) -> tuple[float, float]:
+    """The 95 % interval of the mean of values (n,), n > 1, by Student's t (a normal one beyond 30)."""
+    t = STUDENT_T[len(values) - 2] if len(values) - 2 < len(STUDENT_T) else 1.96
+    mean, half = values.mean().item(), t * values.std().item() / len(values) ** 0.5
+    return mean - half, mean + half
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share of `count`, within [0, 1] (Wilson 1927)."""
+    centre = share + z**2 / (2 * count)
+    half = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    scale = 1 + z**2 / count
+    return min(share, (centre - half) / scale), max(share, (centre + half) / scale)
+
+
+def paired_difference(base: Tensor, tuned: Tensor) -> Estimate:
+    """The mean of tuned - base (P,) over prompts that have both, with a percentile bootstrap over prompts.
+
+    Of few prompts a bootstrap's intervals are too narrow: then it is Student's.
+    """
+    differences = (tuned - base).double()
+    differences = differences[differences.isfinite()]
+    if len(differences) <= 1:
+        return Estimate(differences.mean().item(), None)
+    if len(differences) <= len(STUDENT_T):
+        return Estimate(differences.mean().item(), student(differences))
+    generator = torch.Generator().manual_seed(0)
+    means = torch.stack(
+        [
+            differences[torch.randint(len(differences), differences.shape, generator=generator)].mean()
+            for _ in range(RESAMPLES)
+        ]
+    )
+    low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
+    return Estimate(differences.mean().item(), (low, high))
+
+
+def compared(base: Evaluation, tuned: Evaluation) -> dict[str, dict[str, Any]]:
+    """By measure: its estimates, the paired difference, and the shares of prompts that are better and worse."""
+    found = {}
+    for name in base.measures:
+        before, after = base.scores[name], tuned.scores[name]
+        estimates = {"base": base.measures[name], "tuned": tuned.measures[name]}
+        estimates["difference"] = paired_difference(before, after)
+        both = before.isfinite() & after.isfinite()
+        shares = {"better": (after > before)[both], "worse": (after < before)[both]}
+        found[name] = {
+            **{who: dataclasses.asdict(e) for who, e in estimates.items()},
+            **{which: some.double().mean().item() for which, some in shares.items()},
+        }
+    return found
+
+
+def verdict(comparison: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence on each measure: better or worse where the paired interval leaves out 0, else not shown."""
+    said: dict[str, list[str]] = {"better": [], "worse": [], "not shown": []}
+    for name, row in comparison.items():
+        interval = row["difference"]["ci95"]
+        which = (
+            "not shown" if not interval or interval[0] <= 0 <= interval[1] else "better" if interval[0] > 0 else "worse"
+        )
+        said[which].append(name)
+    return "; ".join(f"{which}: {', '.join(names)}" for which, names in said.items() if names)
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy,
+    rows: Sequence[Row],
+    measures: Sequence[Reward],
+    seed: int,
+    per_prompt: int,
+    batch: int,
+    pictures: int,
+    processes: Processes | None = None,
+) -> Evaluation:
+    """Sample `per_prompt` images of each row, image i from seed + i, and score them, each process its share.
+
+    Two policies evaluated with the same arguments start from the same noise. The first process has the pictures.
+    """
+    count = len(rows) * per_prompt
+    share = processes.share(len(rows)) if processes else range(len(rows))
+    places = range(share.start * per_prompt, share.stop * per_prompt)
+    more = [rows[0]] * processes.padding(len(rows)) if processes else []  # sampled, and left out of what is measured
+    rows = [row for row in [*(rows[i] for i in share), *more] for _ in range(per_prompt)]
+    condition = policy.model.encode([row.prompt for row in rows])
+    scores: dict[str, list[Tensor]] = {measure.name: [] for measure in measures}
+    shown: list[Tensor] = []
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        seeds = [seed + places.start + i for i in range(len(rows))[part]]
+        images = policy.model.decode(sample(policy, condition[part], seeded(seeds), batch))
+        for name, values in score(measures, images, rows[part]).each.items():
+            scores[name].append(values.cpu())
+        shown.extend(images[: max(0, min(pictures, len(places)) - len(shown))].cpu())
+    for measure in measures:
+        measure.rest()
+    found = {name: torch.cat([*values, torch.zeros(0)])[: len(places)] for name, values in scores.items()}
+    if processes:
+        found = {name: processes.gather(values, places, count) for name, values in found.items()}
+    measured = {name: estimate(values, per_prompt) for name, values in found.items()}
+    means = {name: prompt_means(values, per_prompt) for name, values in found.items()}
+    return Evaluation(measured, means, shown, [row.prompt for row in rows[: len(shown)]])

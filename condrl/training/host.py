@@ -1,0 +1,168 @@
+"""The machine that a run is on: devices, memory, processes, trackers, versions."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import condrl
+from condrl.config import Config
+from condrl.errors import UsageError
+from condrl.processes import Processes, asks_for_shards
+from condrl.registry import REGISTRIES
+from condrl.training.folder import RunFolder
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
+
+
+UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
+
+
+TRACKED = "condrl"  # the trackers' folder in a run's, and their project
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU where there is one.
+
+    Raises: UsageError when there is no such device here, or none that computes.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name, none here, one without numbers
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def check_equal_calls(config: Config, processes: int) -> None:
+    """Check that all processes will call a sharded network equally often.
+
+    Raises: UsageError naming the setting that stands against it.
+    """
+    train = config.train
+    if not hasattr(REGISTRIES["model"].find(config.model["name"]).target, "shard"):
+        raise UsageError(f"the model {config.model['name']} cannot be sharded: use another of configs/accelerate")
+    for wrong, key, text in (
+        (train.prompts_per_epoch % processes, "prompts_per_epoch", f"be a multiple of the {processes} processes"),
+        (train.images_per_prompt % train.updates_per_epoch, "images_per_prompt", "be a multiple of updates_per_epoch"),
+        (train.max_failed, "max_failed", "be 0"),
+        (train.kl_budget is not None, "kl_budget", "be left out"),
+    ):
+        if wrong:
+            raise UsageError(f"config train.{key}: has to {text} with FSDP, where all processes compute in step")
+
+
+def check_launcher() -> None:
+    """Raises: UsageError on an option of `accelerate launch` that would have no effect."""
+    for variable, without, option, instead in (
+        ("ACCELERATE_MIXED_PRECISION", "no", "--mixed_precision", "use --mixed_precision no, and model.dtype=bfloat16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "no", "--dynamo_backend", "use --dynamo_backend no"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "1",
+            "--gradient_accumulation_steps",
+            "gradients are summed over train.loss_batch pairs at a time: use --gradient_accumulation_steps 1",
+        ),
+    ):
+        given = os.environ.get(variable, without)
+        if given.lower() != without:
+            raise UsageError(f"accelerate launch {option} {given.lower()} has no effect here: {instead}")
+
+
+def make_accelerator(config: Config) -> Any:
+    """An Accelerator that leaves precision to `model.dtype`; `start_trackers` when the run's folder is ready.
+
+    Raises: UsageError when a tracker is not installed, or on a way to spread a model that is not supported.
+    """
+    from accelerate import Accelerator
+
+    for tracker in config.run.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UsageError(f"config run.trackers: {tracker} is not installed: pip install 'condrl[{tracker}]'")
+    if sys.platform == "linux":
+        keep_freed_memory()
+    accelerator = Accelerator(
+        mixed_precision="no", log_with=config.run.trackers or None, project_dir=str(config.folder)
+    )
+    if str(accelerator.distributed_type).split(".")[-1] in UNSUPPORTED:
+        raise UsageError(f"{accelerator.distributed_type} is not supported: use one of configs/accelerate")
+    if config.train.prompts_per_epoch < accelerator.num_processes:
+        raise UsageError(
+            f"config train.prompts_per_epoch: {config.train.prompts_per_epoch} prompts cannot be shared out to "
+            f"{accelerator.num_processes} processes: raise it, or start fewer"
+        )
+    if asks_for_shards(accelerator):
+        check_equal_calls(config, accelerator.num_processes)
+    return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next ones; asking for fresh pages costs 5 to 30 % of an epoch on a CPU.
+
+    The peak stays the same (measured on the quickstart and on configs/paper).
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option:
+        for option, size in ((-3, 1 << 25), (-1, 1 << 30)):  # M_MMAP_THRESHOLD, at its most, and M_TRIM_THRESHOLD
+            set_option(option, size)
+
+
+def start_trackers(config: Config, processes: Processes, folder: RunFolder) -> None:
+    """Start what `run.trackers` names, with the config beside the metrics."""
+    if processes.first and config.run.trackers:
+        (folder.path / TRACKED).mkdir(exist_ok=True)
+    before = folder.files_in(TRACKED)
+    here = {"wandb": {"dir": str(folder.path / TRACKED)}} if "wandb" in config.run.trackers else {}
+    processes.accelerator.init_trackers(TRACKED, config=flatten(dataclasses.asdict(config)), init_kwargs=here)
+    if processes.first:
+        folder.adopt(folder.files_in(TRACKED) - before)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `section.key`, with what trackers cannot take written as text."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git revision and command of this process."""
+    return {
+        "versions": {"condrl": condrl.__version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "revision": git_revision(Path(__file__).resolve().parents[2]),
+        "command": sys.argv,
+    }
+
+
+def git_revision(checkout: Path) -> str | None:
+    """The commit of condrl's own checkout; None when it is installed from a wheel or git is missing."""
+    if not (checkout / ".git").exists() or not shutil.which("git"):
+        return None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=checkout)
+    return git.stdout.strip() or None
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Highest memory so far in GB (1e9 bytes): allocated on a GPU, resident in a CPU process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

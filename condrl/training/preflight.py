@@ -1,0 +1,270 @@
+"""What can be known before the first epoch: the arithmetic in a sentence, the memory, and a trial with a few images."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from condrl.algorithms.base import Examples, Experience, RatioExamples, every_pair
+from condrl.diffusion.noise import rng_state, set_rng_state
+from condrl.errors import RewardError, RunError
+from condrl.processes import Processes
+from condrl.prompts import Row
+from condrl.rewards.scoring import Reward, usage_errors
+from condrl.training.trainer import Clock, Trainer
+
+PROMPTS, IMAGES = 2, 4  # of the trial, for each process
+MOST_FAILED = 0.5  # of the trial's scores
+ROWS = 64  # of a prompt file, that a reward is tried with
+DEAR_ROWS = 2  # likewise, for a reward that remembers its scores because they are dear
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What a few images of the base model showed."""
+
+    images: int  # of a prompt
+    calls_to_gather: float  # network calls for an image: roll-out and examples
+    calls_to_learn: float  # in a pass of updates
+    saved_gb: float  # held for the backward pass, for a pair of image and column
+    rewards: list[float]  # of the first images
+    spread: float  # standard deviation of the reward within prompts, root mean square
+    kl_gradient: float | None  # its norm a small step away from the base; None without a KL
+    image: Tensor  # (1, ...), one of them
+    failed: int  # how many have no score
+    failure: str | None  # what to say of the first of them
+
+
+def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[Reward] = ()) -> list[str]:
+    """Try the run with a few images, and the rewards and `measures` with many prompt rows; lines to print.
+
+    Raises: UsageError when a reward fails; RunError when a ratio is not 1, or a KL that is asked for has no gradient.
+    """
+    with usage_errors(), untouched([*trainer.rewards, *measures]):
+        trial = attempt(trainer)
+        try_rows(trainer.rewards, trial.image, trainer.rows, trainer.processes)
+        try_rows(measures, trial.image, heldout, trainer.processes)
+    train = trainer.config.train
+    lines = [arithmetic(trainer, trial), memory(trainer, trial)]
+    shown = ", ".join(f"{value:.4g}" for value in trial.rewards[:2])
+    lines.append(f"reward of two images of the base model: {shown}; spread within a prompt: {trial.spread:.3g}")
+    if trial.failed:
+        lines.append(f"warning: {trial.failed} of the images tried have no score: {trial.failure}")
+    if trial.spread == 0 and train.images_per_prompt > 1:
+        lines.append(f"warning: the reward is the same for the {trial.images} images tried of each prompt")
+    if trial.kl_gradient == 0:
+        raise RunError("algorithm.kappa asks for a KL to the base model, but it has no gradient in what is trained")
+    return lines
+
+
+def arithmetic(trainer: Trainer, trial: Trial) -> str:
+    """What an epoch consists of, and the run."""
+    train, images, count = trainer.config.train, trainer.config.images_per_epoch, trainer.processes.count
+    updates = train.inner_epochs * train.updates_per_epoch
+    shared = f" ({count} processes)" if count > 1 else ""
+    calls = images * (trial.calls_to_gather + trial.calls_to_learn * train.inner_epochs)
+    return (
+        f"an epoch: {train.prompts_per_epoch} prompts x {train.images_per_prompt} images = {images} images{shared}, "
+        f"{trainer.policy.steps} steps each; {updates} updates of {images // train.updates_per_epoch} images; about "
+        f"{calls:,.0f} network calls. {train.epochs} epochs: {images * train.epochs:,} images, "
+        f"{updates * train.epochs:,} updates"
+    )
+
+
+def memory(trainer: Trainer, trial: Trial) -> str:
+    """What training will hold at once in a process, and what there is."""
+    train, policy = trainer.config.train, trainer.policy
+    parameters = list(policy.model.module.parameters())
+    weights = sum(here(p).nbytes for p in parameters) / 1e9
+    trained = 3 * sum(p.nbytes for p in trainer.parameters) / 1e9  # gradients and Adam's moments
+    images = len(trainer.processes.share(train.prompts_per_epoch)) * train.images_per_prompt
+    stored = 4e-9 * images * (policy.steps + 1) * torch.Size(policy.model.state_shape).numel()
+    if any(here(p) is not p for p in parameters):  # what is held for the backward pass has gathered weights in it
+        return (
+            f"memory in a process: sharded weights {weights:.3f} GB, optimiser {trained:.2f}, trajectories "
+            f"{stored:.2f}; the backward pass is not estimated"
+        )
+    active = trial.saved_gb * train.loss_batch
+    needed = weights + trained + stored + active
+    text = (
+        f"memory for training: about {needed:.2f} GB (weights {weights:.2f}, optimiser {trained:.2f}, trajectories "
+        f"{stored:.2f}, backward pass of {train.loss_batch} {active:.2f})"
+    )
+    free = free_gb(policy.model.device)
+    if free is None:
+        return text
+    left = needed - weights  # the weights are there already
+    short = "; warning: that may not be enough: lower train.loss_batch, or model.gradient_checkpointing=true"
+    return f"{text}; {free:.1f} GB are free{short if left > free else ''}"
+
+
+def here(parameter: Tensor) -> Tensor:
+    """A parameter, or of a sharded one this process's part."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def free_gb(device: torch.device) -> float | None:
+    """Free memory of a device, or of the machine for a CPU, within its limit; None where it is not known."""
+    if device.type == "cuda":  # what torch has in reserve is free for it
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + reserve) / 1e9
+    if device.type == "cpu" and sys.platform == "linux":
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        free = next(float(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable"))
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v
+        taken = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
+        return free if limit == resource.RLIM_INFINITY else min(free, (limit - taken) / 1e9)
+    return None
+
+
+def attempt(trainer: Trainer) -> Trial:
+    """Roll out, score and differentiate a few images; the trainer is left as it was."""
+    twin, model = smaller(trainer), trainer.policy.model
+    before = model.evaluations
+    drawn = rng_state()  # a reward may draw
+    experience = twin.collect(0, Clock())
+    check_scores(trainer, experience)
+    examples = twin.examples(experience, 0)
+    images, gathered = len(experience.rows), model.evaluations - before
+    if isinstance(examples, RatioExamples) and trainer.config.run.check_ratios:
+        twin.check_ratios(examples)
+    learning = model.evaluations
+    saved = differentiate(twin, examples)
+    passes = (trainer.config.train.steps_per_image or len(examples.columns)) / len(examples.columns)
+    rewards = experience.scores.total
+    groups = rewards.view(-1, twin.config.train.images_per_prompt)
+    trial = Trial(
+        images=twin.config.train.images_per_prompt,
+        calls_to_gather=gathered / images,
+        calls_to_learn=passes * (model.evaluations - learning) / images,
+        saved_gb=saved,
+        rewards=rewards.tolist(),
+        spread=(groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
+        kl_gradient=kl_gradient(twin, experience.rollout.states[0], experience.rollout.condition),
+        image=experience.shown[:1].to(model.device),
+        failed=int((~experience.good).sum()),
+        failure=experience.scores.failure,
+    )
+    model.evaluations = before
+    set_rng_state(drawn)
+    return trial
+
+
+@contextmanager
+def untouched(rewards: Sequence[Reward]) -> Iterator[None]:
+    """Load the rewards; after it, their states and torch's are what they were."""
+    for reward in rewards:
+        reward.load()
+    states, drawn = [copy.deepcopy(reward.state_dict()) for reward in rewards], rng_state()
+    yield
+    for reward, state in zip(rewards, states, strict=True):
+        reward.load_state_dict(state)
+    set_rng_state(drawn)
+
+
+def check_scores(trainer: Trainer, experience: Experience) -> None:
+    """Raises: RewardError when most of the images have no score; a few images say little of a small share."""
+    failed = int((~experience.good).sum())
+    if failed > MOST_FAILED * experience.total:
+        said = next(text for text in trainer.processes.gather_objects(experience.scores.failure) if text)
+        raise RewardError(f"{said} ({failed} of the {experience.total} images tried have no score)")
+
+
+def try_rows(rewards: Sequence[Reward], image: Tensor, rows: Sequence[Row], processes: Processes) -> None:
+    """Score one image (1, ...) as if it had been made for each of many rows, each process its share of them.
+
+    Raises: RewardError when a reward cannot score most of them, UsageError when it says so of a prompt.
+    """
+    for reward in rewards:
+        some = typical(rows, ROWS if reward.known is None else DEAR_ROWS)
+        own = [some[i] for i in processes.share(len(some))]
+        with torch.no_grad():
+            scores = reward(image.expand(len(own), *image.shape[1:]), own) if own else image.new_zeros(0)
+        reward.rest()
+        failed = int(processes.sum(scores.isnan().sum().float()))
+        if failed > MOST_FAILED * len(some):
+            said = next(text for text in processes.gather_objects(reward.failure(scores, own)) if text)
+            raise RewardError(f"{said} ({failed} of the {len(some)} rows tried have no score)")
+
+
+def typical(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many rows, in their order, among them one of each set of metadata keys."""
+    kinds = {frozenset(row.metadata): row for row in reversed(rows)}  # the first of each
+    chosen = [*kinds.values(), *(row for row in rows if kinds[frozenset(row.metadata)] is not row)][:most]
+    return sorted(chosen, key=lambda row: row.index)
+
+
+def smaller(trainer: Trainer) -> Trainer:
+    """A trainer of the same policy with a copy of the algorithm, for epochs of a few images."""
+    twin, train = copy.copy(trainer), trainer.config.train
+    few = dataclasses.replace(
+        train,
+        max_failed=1.0,  # see check_scores
+        prompts_per_epoch=min(train.prompts_per_epoch, PROMPTS * trainer.processes.count),
+        images_per_prompt=min(train.images_per_prompt, IMAGES),
+        updates_per_epoch=1,
+    )
+    twin.config = dataclasses.replace(trainer.config, train=few)
+    twin.algorithm = copy.deepcopy(trainer.algorithm)
+    return twin
+
+
+def differentiate(twin: Trainer, examples: Examples) -> float:
+    """Do the backward passes of all pairs; returns the GB that a pair's graph holds."""
+    most = 0.0
+    for some in every_pair(examples).split(min(twin.config.train.loss_batch, examples.images)):
+        with held_bytes(twin) as held:
+            loss, _ = twin.algorithm.loss(twin.policy, examples.minibatch(*some.unbind(1)))
+        loss.sum().backward()
+        most = max(most, sum(held.values()) / len(some) / 1e9)
+    for parameter in twin.parameters:
+        parameter.grad = None
+    return most
+
+
+@contextmanager
+def held_bytes(twin: Trainer) -> Iterator[dict[int, int]]:
+    """The bytes of each storage that autograd keeps of what is computed within, the weights' aside."""
+    held: dict[int, int] = {}
+    modules = [twin.policy.model.module, *(module for module, _ in twin.algorithm.modules().values())]
+    weights = {here(p).untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield held
+
+
+def kl_gradient(twin: Trainer, x: Tensor, condition: Tensor) -> float | None:
+    """The norm of the gradient of a step's KL to the base model, a small step away from it; None without a KL."""
+    policy, steps = twin.policy, twin.policy.sampler.stochastic.nonzero().flatten()
+    x, condition = x[: twin.config.train.loss_batch], condition[: twin.config.train.loss_batch]
+    if not getattr(twin.algorithm, "kappa", 0) or not len(steps):
+        return None
+    weights = [w.detach().clone() for w in twin.weights]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in twin.weights:
+            weight.add_(1e-2 * torch.randn(weight.shape, generator=generator).to(weight))
+    k = steps[:1].expand(len(x))
+    with policy.model.reference(), torch.no_grad():
+        base = policy.transition(x, k, condition)
+    policy.transition(x, k, condition).kl(base).sum().backward()
+    norm = torch.stack([w.grad.norm() for w in twin.weights if w.grad is not None] or [torch.zeros(())]).norm()
+    with torch.no_grad():
+        for weight, value in zip(twin.weights, weights, strict=True):
+            weight.copy_(value)
+            weight.grad = None
+    return norm.item()

@@ -1,0 +1,109 @@
+"""What a run continues from, and what of its folder may be replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from condrl.config import Config, to_yaml
+from condrl.errors import UsageError
+from condrl.io.files import expanded
+from condrl.io.records import from_json
+from condrl.overrides import read_word
+from condrl.training.checkpoint import newest_checkpoint, read_checkpoint, unlike
+from condrl.training.folder import RunFolder
+from condrl.training.host import flatten
+
+
+def check_folder(config: Config, is_locked: bool = False) -> None:
+    """Raises: UsageError when a run cannot write to its folder, or would replace another without being told to."""
+    folder = RunFolder(config.folder)
+    folder.check(is_locked)
+    if folder.holds_run and not config.run.overwrite and config.run.resume == "never":
+        raise UsageError(
+            f"{config.folder} holds a run already: choose another run.name=, or run.overwrite=true to replace it, or "
+            "run.resume=auto to go on"
+        )
+
+
+def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
+    """What to go on from, as `run.resume` says, and where it was; None to start anew.
+
+    Raises: UsageError when there is no whole checkpoint where it points, when the run had other settings or more
+    epochs, or when a run in the folder would be lost.
+    """
+    if config.run.resume == "never":
+        return None
+    if config.run.resume == "auto":
+        found = newest_checkpoint(config.folder / "checkpoints")
+        lost = found is None and any((config.folder / name).exists() for name in ("result.json", "lora"))
+    else:
+        path = expanded(config.run.resume).resolve()
+        found = path, read_checkpoint(path)
+        lost = not continues(config, path) and RunFolder(config.folder).holds_run
+    if lost and not config.run.overwrite:
+        raise UsageError(
+            f"{config.folder} holds a run that would be lost: choose another run.name=, or run.overwrite=true to "
+            "replace it"
+        )
+    if found is not None:
+        numbers = {"epoch": 0, "metrics_bytes": 0}
+        if why := unlike(numbers, {name: found[1].get(name) for name in numbers}):
+            raise UsageError(f"the checkpoint {found[0]} is not one of a run: {why}")
+        if continues(config, found[0]):
+            check_record(config.folder / "metrics.jsonl", *found)
+        check_same_settings(config, found[0].resolve().parents[1] / "config.yaml")
+        if found[1]["epoch"] > config.train.epochs:
+            raise UsageError(
+                f"run.resume: that run has had {found[1]['epoch']} epochs already, more than train.epochs="
+                f"{config.train.epochs}"
+            )
+    return found
+
+
+def continues(config: Config, checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the run in the config's own folder."""
+    return checkpoint.resolve().parent == (config.folder / "checkpoints").resolve()
+
+
+def check_record(record: Path, checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Raises: UsageError when a record lacks epochs from before the checkpoint, or has lines that no run wrote."""
+    content, needed = record.read_bytes() if record.exists() else b"", state["metrics_bytes"]
+    if len(content) < needed:
+        what = f"has {len(content):,} of the {needed:,} bytes" if record.exists() else "is missing: it had lines"
+        raise UsageError(
+            f"run.resume: {record} {what} that were written before {checkpoint.name}: put it back, or go on in another "
+            f"folder with run.name=... run.resume={checkpoint}"
+        )
+    for number, line in enumerate(content[:needed].splitlines(), 1):
+        try:
+            row = from_json(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not {"epoch", "images", "updates", "reward/total"} <= row.keys():
+            raise UsageError(f"{record}, line {number}: is not what a run records")
+
+
+def check_same_settings(config: Config, saved: Path) -> None:
+    """Raises: UsageError naming the first setting, of those that training depends on, that a run did not have."""
+    if not saved.exists():
+        return
+    read: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+    then, now = flatten(read_word(str(saved)).values), flatten(read)
+    free = {"train.epochs"} if config.train.lr_decay == "none" else set()
+    for key in sorted({*then, *now} - free):
+        matters = key == "run.seed" or not key.startswith(("run.", "evaluate."))
+        if key == "train.epochs" and then.get(key) != now.get(key):
+            raise UsageError(
+                f"run.resume: that run's learning rate falls to zero at the end of its {then.get(key)} epochs "
+                "(train.lr_decay=linear), so it cannot be made longer: start another run from what it learned, with "
+                f"model.lora={saved.parent / 'lora'}"
+            )
+        if matters and then.get(key) != now.get(key):
+            raise UsageError(
+                f"run.resume: that run had {key}={then.get(key)}, and this config has {now.get(key)}: "
+                "use its settings, or another run.name="
+            )
