@@ -1,7 +1,42 @@
 """condrl: fine-tune text-conditioned diffusion models with rewards; the score is the action."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 from condrl.errors import RunError, UsageError
 from condrl.registry import algorithm, model, reward, sampler
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 __version__ = "0.1.0"
-__all__ = ["RunError", "UsageError", "algorithm", "model", "reward", "sampler"]
+__all__ = ["RunError", "UsageError", "algorithm", "finetune", "model", "reward", "sample", "sampler"]
+
+
+def finetune(*words: str) -> dict[str, Any]:
+    """Tune as `condrl finetune` with these words does; returns what result.json holds, nothing after a dry run.
+
+    Raises: UsageError on bad input, RunError when the run has to stop.
+    """
+    from condrl.commands.finetune import finetune
+
+    return finetune(list(words))
+
+
+def sample(
+    *words: str,
+    prompts: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    strength: float = 1.0,
+    batch: int = 16,
+    device: str | None = None,
+) -> list[Image]:
+    """Draw each prompt from each seed as `condrl sample` with these words does; nothing is written.
+
+    Raises: UsageError on bad input.
+    """
+    from condrl.commands.sample import drawn
+
+    return drawn(words, prompts, seeds, strength, batch, device)

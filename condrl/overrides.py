@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from condrl.errors import UsageError
+from condrl.io.files import CONFIGS
 
 KINDS = ("model", "sampler", "algorithm")  # sections that hold a plugin's name and its options
 
@@ -109,8 +110,15 @@ def _yaml(text: str) -> Any:
     return loaded["value"]
 
 
+def shipped_config(name: str) -> Path:
+    """The file of a config that comes with the package, as `quickstart` or `toy/p1`."""
+    return CONFIGS / f"{name}.yaml"
+
+
 def _read_file(word: str) -> Part:
     path = Path(word)
+    if re.fullmatch(r"[\w-]+(/[\w-]+)*", word) and not exists(path) and shipped_config(word).is_file():
+        path = shipped_config(word)
     if not exists(path) or not path.is_file():
         what = f"{word!r} is a folder" if word and exists(path) else f"there is no config file {word!r}"
         raise UsageError(f"{what}; settings are written key=value, without spaces and dashes")

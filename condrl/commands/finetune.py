@@ -43,8 +43,8 @@ def main(words: list[str]) -> int:
     return exit_code(lambda: finetune(words))
 
 
-def finetune(words: list[str]) -> None:
-    """Check everything that can be checked without the model, then tune."""
+def finetune(words: list[str]) -> dict[str, Any]:
+    """Check everything that can be checked without the model, then tune; returns the result, empty for a dry run."""
     begun = time.monotonic()
     warn_of_address_limit()
     words, copy = split_json(words)
@@ -74,6 +74,7 @@ def finetune(words: list[str]) -> None:
     result = run(config, train, heldout[: config.evaluate.prompts], begun, dry)
     if copy and result and os.environ.get("RANK", "0") == "0":
         write_json(copy, result)
+    return result
 
 
 def end_with_launcher() -> None:

@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from condrl.config import Config, load_for_drawing
 from condrl.errors import UsageError, exit_code, warn_of_address_limit
@@ -25,6 +25,8 @@ from condrl.io.files import CONFIGS
 from condrl.overrides import exists, is_setting, setting_keys
 
 if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from condrl.diffusion.policy import Policy
@@ -58,10 +60,44 @@ def main(words: list[str]) -> int:
 
 def sample(args: argparse.Namespace) -> None:
     """Check everything that can be checked without the model, then draw."""
+    warn_of_address_limit()
+    request = read_request(args)
+    args.out = args.out or unused(in_run(request.home / "samples"))
+    for path in filter(None, (args.out.parent, args.folder)):
+        check_folder(path)
+    check_suffix(args.out)
+    draw(args, request)
+
+
+def drawn(
+    words: Sequence[str], prompts: Sequence[str], seeds: Sequence[int], strength: float, batch: int, device: str | None
+) -> list[Image]:
+    """The images that the command would write with these words and options.
+
+    Raises: UsageError as the command.
+    """
+    from condrl.rewards.pixels import to_pil
+
+    options = {"prompt": list(prompts), "prompts": None, "seeds": list(seeds), "compare": False}
+    args = argparse.Namespace(words=words, strength=strength, batch=batch, device=device, **options)
+    return [to_pil(image) for image in images(args, read_request(args))[1]]
+
+
+class Request(NamedTuple):
+    """What is to be drawn with what, and the folder that it belongs to."""
+
+    config: Config
+    lora: Path | None
+    home: Path
+    pairs: list[tuple[str, int]]  # prompts and seeds
+    device: torch.device
+
+
+def read_request(args: argparse.Namespace) -> Request:
+    """Raises: UsageError on what cannot be drawn."""
     from condrl.prompts import load_prompts
     from condrl.training.host import find_device
 
-    warn_of_address_limit()
     config, lora, home = read_words(args.words)
     prompts = args.prompt + ([row.prompt for row in load_prompts(args.prompts, "--prompts")] if args.prompts else [])
     if not prompts:
@@ -72,12 +108,8 @@ def sample(args: argparse.Namespace) -> None:
         raise UsageError(f"--strength has to be a finite number, got {args.strength}")
     if args.batch < 1 or not all(0 <= seed < 2**63 for seed in args.seeds):
         raise UsageError("--batch has to be at least 1, and --seeds at least 0 and below 2^63")
-    args.out = args.out or unused(in_run(home / "samples"))
-    for path in filter(None, (args.out.parent, args.folder)):
-        check_folder(path)
-    check_suffix(args.out)
-    args.device = find_device(args.device)
-    draw(args, config, lora, prompts)
+    pairs = [(prompt, seed) for prompt in prompts for seed in args.seeds]
+    return Request(config, lora, home, pairs, find_device(args.device))
 
 
 def read_words(words: Sequence[str]) -> tuple[Config, Path | None, Path]:
@@ -159,28 +191,34 @@ def unused(folder: Path) -> Path:
     return next(path for i in itertools.count() if not os.path.lexists(path := folder / f"{i:04d}.png"))
 
 
-def draw(args: argparse.Namespace, config: Config, lora: Path | None, prompts: Sequence[str]) -> None:
+def draw(args: argparse.Namespace, request: Request) -> None:
     """Draw each prompt from each seed, and write the images."""
-    from condrl.models.lora import scale_lora
     from condrl.rewards.pixels import to_pil
-    from condrl.training.build import make_policy
     from condrl.training.pictures import save_comparison, save_grid, save_image
 
-    policy = make_policy(config, args.device)
-    pairs = [(prompt, seed) for prompt in prompts for seed in args.seeds]
-    labels = [f"{prompt} (seed {seed})" for prompt, seed in pairs]
-    base = images(policy, pairs, args.batch, "base") if args.compare or not lora else []
-    if lora:
-        policy.model.load_adapter(lora)
-        scale_lora(policy.model.module, args.strength)
-    final = images(policy, pairs, args.batch, "tuned") if lora else base
+    base, final = images(args, request)
+    labels = [f"{prompt} (seed {seed})" for prompt, seed in request.pairs]
     written = save_comparison(args.out, base, final, labels) if args.compare else save_grid(args.out, final, labels)
     for i, image in enumerate(final if args.folder else ()):
         save_image(to_pil(image), args.folder / f"{i:04d}.png")
     print(f"wrote {args.out}" + (f" and more pages, to {written[-1]}" if len(written) > 1 else ""))
 
 
-def images(policy: Policy, pairs: Sequence[tuple[str, int]], batch: int, who: str) -> list[Tensor]:
+def images(args: argparse.Namespace, request: Request) -> tuple[list[Tensor], list[Tensor]]:
+    """The base model's images (3, H, W) in [0, 1], if they are asked for, and the final ones."""
+    from condrl.models.lora import scale_lora
+    from condrl.training.build import make_policy
+
+    policy = make_policy(request.config, request.device)
+    base = images_of(policy, request.pairs, args.batch, "base") if args.compare or not request.lora else []
+    if not request.lora:
+        return base, base
+    policy.model.load_adapter(request.lora)
+    scale_lora(policy.model.module, args.strength)
+    return base, images_of(policy, request.pairs, args.batch, "tuned")
+
+
+def images_of(policy: Policy, pairs: Sequence[tuple[str, int]], batch: int, who: str) -> list[Tensor]:
     """An image (3, H, W) in [0, 1] for each pair of prompt and seed."""
     import torch
     from tqdm import tqdm
@@ -188,11 +226,11 @@ def images(policy: Policy, pairs: Sequence[tuple[str, int]], batch: int, who: st
     from condrl.diffusion import rollout
     from condrl.diffusion.noise import seeded
 
-    drawn: list[Tensor] = []
+    found: list[Tensor] = []
     condition = policy.model.encode([prompt for prompt, _ in pairs])
     with torch.no_grad():
         for start in tqdm(range(0, len(pairs), batch), desc=who, disable=None):
             part = slice(start, start + batch)
             latents = rollout.sample(policy, condition[part], seeded([seed for _, seed in pairs[part]]), batch)
-            drawn.extend(policy.model.decode(latents).cpu())
-    return drawn
+            found.extend(policy.model.decode(latents).cpu())
+    return found
