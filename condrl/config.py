@@ -234,6 +234,8 @@ def _check_texts(value: Any, where: str) -> None:
     elif isinstance(value, list):
         for item in value:
             _check_texts(item, where)
+    elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise UsageError(f"config {where}: {value!r} holds bytes that are no UTF-8 text")
     elif isinstance(value, str) and re.search(r"://[^/\s]*@", value):
         raise UsageError(
             f"config {where}: an address with a user or password in it is not taken: it would be written down"

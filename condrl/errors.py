@@ -47,8 +47,17 @@ class Stopped(BaseException):  # like KeyboardInterrupt, so that no plugin's `ex
 def say(text: str) -> None:
     """Print a line to stderr, once for the processes of a machine; what would command the terminal is shown instead."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
-        print(shown, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """Text for a terminal, in which what would steer it is written out."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
+def quoted(text: str) -> str:
+    """A text in quotes; of a long one its first `LENGTH` characters."""
+    return repr(text) if len(text) <= LENGTH else f"{text[:LENGTH]!r} ..."
 
 
 def brief(error: BaseException) -> str:

@@ -117,7 +117,7 @@ def shipped_config(name: str) -> Path:
 
 def _read_file(word: str) -> Part:
     path = Path(word)
-    if re.fullmatch(r"[\w-]+(/[\w-]+)*", word) and not exists(path) and shipped_config(word).is_file():
+    if re.fullmatch(r"[\w-]+(/[\w-]+)*", word) and not exists(path) and exists(shipped_config(word)):
         path = shipped_config(word)
     if not exists(path) or not path.is_file():
         what = f"{word!r} is a folder" if word and exists(path) else f"there is no config file {word!r}"

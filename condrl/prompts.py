@@ -16,6 +16,8 @@ from condrl.io.files import locate
 from condrl.io.records import from_json
 from condrl.overrides import TOO_DEEP, is_deep
 
+LONGEST = 100_000  # characters of a prompt
+
 
 @dataclass(frozen=True)
 class Row:
@@ -86,7 +88,7 @@ def _lines(path: str, key: str) -> list[str]:
 def _text_row(index: int, line: str, where: str) -> Row:
     if "\r" in line:
         raise UsageError(f"{where}: there is a carriage return in it: save the file with a newline at each line's end")
-    return Row(index, _usable(line.strip(" \t"), where))
+    return Row(index, usable(line.strip(" \t"), where))
 
 
 def _json_row(index: int, line: str, where: str) -> Row:
@@ -98,11 +100,13 @@ def _json_row(index: int, line: str, where: str) -> Row:
         raise UsageError(f'{where}: expected an object with a "prompt" that is text')
     if is_deep(row):
         raise UsageError(f"{where}: {TOO_DEEP}")
-    return Row(index, _usable(row.pop("prompt"), where), row)
+    return Row(index, usable(row.pop("prompt"), where), row)
 
 
-def _usable(prompt: str, where: str) -> str:
+def usable(prompt: str, where: str) -> str:
     """Raises: UsageError when a prompt is empty, or has characters that no text has."""
+    if len(prompt) > LONGEST:
+        raise UsageError(f"{where}: the prompt has {len(prompt):,} characters; at most {LONGEST:,} are taken")
     if not prompt.strip():
         raise UsageError(f"{where}: the prompt is empty")
     if "\0" in prompt:

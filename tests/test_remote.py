@@ -4,6 +4,7 @@ import base64
 import email.utils
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,6 +225,27 @@ def test_a_slow_answer_within_the_deadline_counts():
         assert make_reward("remote", {"url": url, "timeout": 10.0})(torch.zeros(1, 2), rows(1)).tolist() == [0.5]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n{}\r\n", b"\xff", b"HTTP/1.1 200 OK\r\nA: \xff\r\n"],
+)
+def test_an_answer_that_is_no_http_is_a_failed_score(answer):
+    with talking(answer) as (url, asked):
+        reward = make_reward("remote", {"url": url, **QUICK})
+        found = reward(torch.zeros(1, 2), rows(1))
+    assert found.isnan().all()
+    assert len(asked) == 2
+
+
+def test_pauses_grow_up_to_a_bound(monkeypatch):
+    client, waited = Client("http://127.0.0.1:9", "rewards.remote.url", None, 1.0, 2000, 1.0, 1), []
+    monkeypatch.setattr(client, "ended", SimpleNamespace(wait=waited.append, clear=lambda: None, set=lambda: None))
+    monkeypatch.setattr(client, "_post", lambda body: (_ for _ in ()).throw(OSError("no")))
+    assert client.ask([b""], [bytes]) == [None]
+    assert waited[:5] == [0, 1, 2, 4, 8]
+    assert {*waited[-1000:]} == {300}
+
+
 def test_an_error_that_is_cut_off_is_tried_again():
     with talking(b"HTTP/1.1 500 Oops\r\nContent-Length: 100\r\n\r\nabc") as (url, asked):
         reward = make_reward("remote", {"url": url, **QUICK})
@@ -305,6 +328,14 @@ def test_a_secret_that_cannot_be_sent_is_not_shown(value, monkeypatch):
     assert SECRET not in str(raised.value)
 
 
+def test_a_secret_that_a_server_repeats_is_not_shown(monkeypatch):
+    monkeypatch.setenv("CONDRL_REWARD_TOKEN", SECRET)
+    with answering(json.dumps({"error": "x" * 290 + f"not authorised: Bearer {SECRET}"}).encode(), 401) as (url, _):
+        reward = make_reward("remote", {"url": url, **QUICK})
+        said = reward.failure(reward(torch.zeros(1, 2), rows(1)), rows(1))
+    assert SECRET[:5] not in said
+
+
 def test_where_a_secret_goes_is_said_once(monkeypatch, capsys):
     monkeypatch.setenv("CONDRL_REWARD_TOKEN", SECRET)
     for _ in range(2):
@@ -331,12 +362,14 @@ def test_where_a_secret_goes_is_said_once(monkeypatch, capsys):
     ],
 )
 def test_what_is_no_address_is_one_line(url):
-    with pytest.raises(UsageError, match="^config rewards.remote.url: .* is no address like http://127.0.0.1:8200$"):
+    with pytest.raises(
+        UsageError, match="^config rewards.remote.url: expected an address like http://127.0.0.1:8200, without"
+    ):
         make_reward("remote", {"url": url})
 
 
 def test_a_password_in_an_address_is_neither_taken_nor_shown():
-    with pytest.raises(UsageError, match="config rewards.remote.url: an address with a user, password") as raised:
+    with pytest.raises(UsageError, match="config rewards.remote.url: expected an address") as raised:
         make_reward("remote", {"url": f"http://me:{SECRET}@127.0.0.1:8200"})
     assert SECRET not in str(raised.value)
 
@@ -386,7 +419,7 @@ def test_images_travel_without_loss():
 @pytest.mark.slow
 def test_what_cannot_be_is_one_line(tmp_path, capsys, monkeypatch):
     server = serve
-    with pytest.raises(UsageError, match="no address like"):
+    with pytest.raises(UsageError, match="expected an address like"):
         make_reward("remote", {"url": "127.0.0.1:8200"})
     (tmp_path / "w.pt").write_bytes(b"")
     taken = socket.create_server(("127.0.0.1", 0))
@@ -463,3 +496,29 @@ def test_a_run_whose_server_dies_stops_and_says_why(tmp_path):
     assert run.returncode == 1
     assert "stopped: the reward 'remote' failed for the prompt" in said
     assert "100% of the scores failed" in said
+
+
+@pytest.mark.slow
+def test_a_quick_run_whose_server_falls_silent_stops_with_a_checkpoint(tmp_path):
+    """Its epochs took milliseconds, so their end would have been waited for."""
+    silent = threading.Event()
+
+    def answer(body):
+        count = len(json.loads(body)["rows"])
+        if (tmp_path / "run" / "metrics.jsonl").exists():
+            silent.set()
+            time.sleep(60)
+        return json.dumps({"scores": [float(i) for i in range(count)]}).encode()
+
+    more = ["rewards.quadratic.weight=0", "rewards.remote.weight=1", "prompts.heldout=null", "train.epochs=1000"]
+    with answering(answer) as (url, _):
+        command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *toy_words("nft", tmp_path / "run"), *more]
+        run = subprocess.Popen([*command, f"rewards.remote.url={url}"], stderr=subprocess.PIPE, text=True)
+        assert silent.wait(60)
+        time.sleep(0.5)
+        asked = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=30)[1]
+        assert time.monotonic() - asked < 10
+    assert run.returncode == 130, said
+    assert list((tmp_path / "run" / "checkpoints").glob("epoch_*"))

@@ -4,13 +4,15 @@ import base64
 import io
 import json
 import shutil
+import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from helpers import ROOT
 from PIL import Image
 
 from condrl.commands import serve
+from condrl.io.records import from_json
 from condrl.prompts import Row
 from condrl.rewards.client import Client
 from condrl.rewards.scoring import Reward, make_reward
@@ -268,6 +271,68 @@ def test_what_is_no_number_is_null():
     body = pack(torch.zeros(3, 2), [ROW] * 3)
     with serving(odd) as (port, _):
         assert exchange(port, head(len(body)) + body) == (200, b'{"scores": [null, null, 1.0]}')
+
+
+def test_a_thread_that_cannot_start_takes_no_connection_away(monkeypatch):
+    with serving(MOST_CONNECTIONS=1) as (port, _):
+        start = threading.Thread.start
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
+        with suppress(OSError):
+            exchange(port, head(len(BODY)) + BODY)
+        monkeypatch.setattr(threading.Thread, "start", start)
+        assert exchange(port, head(len(BODY)) + BODY)[0] == 200
+
+
+WRONG = (
+    {"samples": [[True, 1]]},
+    {"samples": [["1", 1]]},
+    {"samples": [[1e39, 1]]},
+    {"samples": [1.0]},
+    {"samples": [[1], [1, 2]], "rows": [{"prompt": ""}] * 2},
+    {"rows": [{"prompt": None}]},
+    {"rows": [{"prompt": 5}]},
+    {"rows": ["ab"]},
+    {"rows": [{"prompt": "a", "metadata": ["ab", "cd"]}]},
+    {"kind": "jpg"},
+)
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_nothing_of_a_request_is_guessed(change):
+    body = json.dumps({"kind": "points", "samples": [[1, 2]], "rows": [{"prompt": "a"}], **change}).encode()
+    with serving() as (port, _):
+        assert exchange(port, head(len(body)) + body)[0] == 400
+
+
+def test_a_key_that_comes_twice_among_many_takes_no_time():
+    with pytest.raises(ValueError, match="the key '99999' comes twice"):
+        from_json("{" + ",".join(f'"{i}":0' for i in range(100_000)) + ',"99999":0}')
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_server_whose_reward_hangs(tmp_path):
+    (tmp_path / "hangs.py").write_text(
+        "import time, condrl\n@condrl.reward(differentiable=False)\ndef hangs(samples, prompts): time.sleep(1000)\n"
+    )
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "reward_server.py"),
+        "hangs",
+        "--plugin",
+        "hangs.py",
+        "--port",
+        "0",
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    port = int(server.stdout.readline().rpartition(":")[2])
+    waiting = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    for line in waiting:
+        line.sendall(head(len(BODY)) + BODY)
+    time.sleep(1)
+    server.send_signal(signal.SIGINT)
+    said = server.communicate(timeout=10)[1]
+    assert (server.returncode, said.strip()) == (130, "interrupted")
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")

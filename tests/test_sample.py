@@ -136,7 +136,7 @@ def test_a_prompt_that_is_cut_is_told_once(run, tmp_path, capsys):
     long = f"{PROMPT} " * 30
     assert sample(str(run), "--out", str(tmp_path / "x.png"), "--compare", "--prompt", long) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert said == [f"warning: the prompt {long!r} has 92 tokens; the model reads the first 24"]
+    assert said == [f"warning: the prompt {long[:300]!r} ... has 92 tokens; the model reads the first 24"]
 
 
 def test_many_images_are_several_pages(run, tmp_path, capsys, monkeypatch):

@@ -186,7 +186,7 @@ def test_a_failed_score_is_asked_for_again():
 
 
 def test_what_cannot_be_is_one_line():
-    with pytest.raises(UsageError, match="no address like"):
+    with pytest.raises(UsageError, match="expected an address like"):
         make_reward("vlm_judge", {"url": "localhost:8000", "model": "x"})
     with pytest.raises(UsageError, match="10 is not below high, 5"):
         make_reward("vlm_judge", {"url": "http://localhost", "model": "x", "low": 10.0, "high": 5.0})

@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condrl.config import config_help, load_config, to_yaml
-from condrl.errors import SIGNALS, RunError, Stopped, UsageError, exit_code, naming, say, warn_of_address_limit
+from condrl.errors import (
+    SIGNALS,
+    RunError,
+    Stopped,
+    UsageError,
+    exit_code,
+    naming,
+    say,
+    visible,
+    warn_of_address_limit,
+)
 from condrl.io.files import CONFIGS
 
 if TYPE_CHECKING:
@@ -187,7 +197,7 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
             for picture in pictures:
                 log_picture(processes.accelerator, picture.stem, picture, trainer.epoch)
             folder.adopt(folder.files_in(TRACKED) - before)
-            print(summary(result, config.folder))
+            print(visible(summary(result, config.folder)))
     return result
 
 

@@ -12,6 +12,7 @@ finetune.py. Plugins are code: those that a run's config names are imported only
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import math
 import os
@@ -20,7 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from condrl.config import Config, load_for_drawing
-from condrl.errors import UsageError, exit_code, warn_of_address_limit
+from condrl.errors import (
+    UsageError,
+    exit_code,
+    visible,
+    warn_of_address_limit,
+)
 from condrl.io.files import CONFIGS
 from condrl.overrides import exists, is_setting, setting_keys
 
@@ -95,11 +101,12 @@ class Request(NamedTuple):
 
 def read_request(args: argparse.Namespace) -> Request:
     """Raises: UsageError on what cannot be drawn."""
-    from condrl.prompts import load_prompts
+    from condrl.prompts import load_prompts, usable
     from condrl.training.host import find_device
 
     config, lora, home = read_words(args.words)
-    prompts = args.prompt + ([row.prompt for row in load_prompts(args.prompts, "--prompts")] if args.prompts else [])
+    prompts = [usable(prompt, "--prompt") for prompt in args.prompt]
+    prompts += [row.prompt for row in load_prompts(args.prompts, "--prompts")] if args.prompts else []
     if not prompts:
         raise UsageError('nothing to draw: give --prompt "a red star" or --prompts FILE')
     if lora is None and (args.compare or args.strength != 1):
@@ -175,7 +182,12 @@ def check_suffix(path: Path) -> None:
         is_folder = path.is_dir()
     except OSError as error:
         raise UsageError(f"--out: {error.strerror}: {path}") from error
-    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE or is_folder:
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.EXTENSION.get(path.suffix.lower(), "none"))
+        writable = not is_folder
+    except Exception:  # the format is not known, not for writing, or not for colours
+        writable = False
+    if not writable:
         raise UsageError(f"--out {path}: give the name of an image, as {path.stem or 'samples'}.png")
 
 
@@ -201,7 +213,7 @@ def draw(args: argparse.Namespace, request: Request) -> None:
     written = save_comparison(args.out, base, final, labels) if args.compare else save_grid(args.out, final, labels)
     for i, image in enumerate(final if args.folder else ()):
         save_image(to_pil(image), args.folder / f"{i:04d}.png")
-    print(f"wrote {args.out}" + (f" and more pages, to {written[-1]}" if len(written) > 1 else ""))
+    print(visible(f"wrote {args.out}" + (f" and more pages, to {written[-1]}" if len(written) > 1 else "")))
 
 
 def images(args: argparse.Namespace, request: Request) -> tuple[list[Tensor], list[Tensor]]:

@@ -20,8 +20,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from contextlib import suppress
+from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from condrl.io.records import to_json
 from condrl.overrides import is_setting, merged, read_word, retyped
 from condrl.registry import load_file
 from condrl.registry import reward as registry
+from condrl.threads import DaemonPool
 
 if TYPE_CHECKING:
     from condrl.rewards.scoring import Reward
@@ -54,12 +56,16 @@ class Server(ThreadingHTTPServer):
         self.reward, self.token, self.device = reward, token, device
         self.connections = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self.queue = Queue()
-        self.scorer = ThreadPoolExecutor(1, "scorer")
+        self.scorer = DaemonPool(1)
         super().__init__(address, Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self.connections.acquire(blocking=False):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # there can be no further thread
+                self.connections.release()
+                raise
         else:
             with suppress(OSError):
                 request.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\n\r\n")
@@ -97,7 +103,7 @@ class Server(ThreadingHTTPServer):
             begun = time.monotonic()
             try:
                 found = self.reward(samples.to(self.device), rows)
-            except Exception as error:
+            except BaseException as error:  # a reward may raise anything
                 return 500, {"error": brief(error)}
             self.queue.took(time.monotonic() - begun)
         return 200, {"scores": found.tolist()}
@@ -135,8 +141,6 @@ class Queue:
 class Handler(BaseHTTPRequestHandler):
     server: Server
     timeout = SECONDS  # for each read and write; `deadline` is for all that a client sends
-    error_content_type = "application/json"
-    error_message_format = '{"error": "%(message)s"}'  # of what the base class answers
 
     def setup(self) -> None:
         super().setup()
@@ -154,7 +158,6 @@ class Handler(BaseHTTPRequestHandler):
         while (line := stream.readline(MOST_HEAD)).strip():
             head += line
             if len(head) > MOST_HEAD:
-                self.requestline, self.request_version, self.command = "", self.protocol_version, ""
                 self.send_error(431)
                 return False
         self.rfile = io.BytesIO(head + b"\r\n")
@@ -162,6 +165,12 @@ class Handler(BaseHTTPRequestHandler):
             return super().parse_request()
         finally:
             self.rfile = stream
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class answers, as JSON."""
+        self.request_version = self.protocol_version  # also to what it cannot read
+        self.requestline, self.command = "", ""
+        self.reply(code, {"error": message or responses.get(code, "")})
 
     def do_GET(self) -> None:
         if not self.refused():
@@ -172,16 +181,16 @@ class Handler(BaseHTTPRequestHandler):
 
         size = int(length) if re.fullmatch("[0-9]{1,10}", length := self.headers.get("Content-Length", "")) else None
         if self.refused():
-            return self.drain(size)
+            return self.drain()
         if self.headers.get_content_type() != "application/json":
             self.reply(415, {"error": "a request is application/json"})
-            return self.drain(size)
+            return self.drain()
         if size is None or size > MOST_BYTES:
             self.reply(413, {"error": f"a request needs a Content-Length of at most {MOST_BYTES} bytes"})
-            return self.drain(size)
+            return self.drain()
         if not self.server.queue.enter(size):
             self.reply(503, {"error": "too many requests wait"}, {"Retry-After": str(self.server.queue.wait)})
-            return self.drain(size)
+            return self.drain()
         try:
             body = self.rfile.read(size)
             self.deadline.cancel()
@@ -193,8 +202,11 @@ class Handler(BaseHTTPRequestHandler):
     def refused(self) -> bool:
         """Whether it is not for this client; then that is answered. A web page, which has an origin, never is."""
         given, token = self.headers.get("Authorization", ""), self.server.token
-        if "Origin" in self.headers or not (token or is_local(self.headers.get("Host", ""))):
-            self.reply(403, {"error": "only programs are answered, not web pages of whatever host"})
+        hosts = self.headers.get_all("Host", [])
+        if "Origin" in self.headers:
+            self.reply(403, {"error": "web pages are not answered"})
+        elif not token and not (len(hosts) == 1 and is_local(hosts[0])):
+            self.reply(403, {"error": "without a token it is asked as localhost, 127.0.0.1 or [::1]"})
         elif token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             self.reply(401, {"error": "the token is missing or another one"})
         else:
@@ -213,14 +225,11 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.connection.settimeout(self.timeout)
 
-    def drain(self, size: int | None) -> None:
+    def drain(self) -> None:
         """Read away what a client is still sending, else it hears of a broken connection instead of the answer."""
-        from condrl.rewards.wire import MOST_BYTES
-
         self.connection.shutdown(socket.SHUT_WR)
-        left = min(size or 0, MOST_BYTES)
-        while left > 0 and (part := self.rfile.read1(min(left, 2**16))):
-            left -= len(part)
+        while self.rfile.read1(2**16):  # until it hangs up, or the deadline
+            pass
 
     def reply(self, status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         body = to_json(content).encode()
@@ -243,7 +252,7 @@ def hang_up(connection: socket.socket) -> None:
 
 def is_local(host: str) -> bool:
     """Whether a Host header names this machine, with a port or without."""
-    return bool(re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", host))
+    return bool(re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", host.lower()))
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -262,10 +271,11 @@ def serve(args: argparse.Namespace) -> None:
     reward = reward_of(args)
     try:
         server = Server((args.host, args.port), reward, token, device)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot listen on {args.host}:{args.port}: {reason}") from error
-    print(f"{args.reward} on http://{args.host}:{server.server_address[1]}", flush=True)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"{args.reward} on http://{host}:{server.server_address[1]}", flush=True)
     with server:
         server.serve_forever()
 

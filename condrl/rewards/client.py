@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple, TypeVar
@@ -19,9 +18,11 @@ from urllib.parse import SplitResult, urlsplit
 from condrl.errors import LENGTH, UsageError, say
 from condrl.io.records import from_json
 from condrl.rewards.wire import MOST_BYTES, read_secret
+from condrl.threads import DaemonPool
 
 T = TypeVar("T")
 PASSING = (429, 500, 502, 503, 504)  # statuses that may be over when one tries again
+DAY = 86_400.0  # seconds
 LONGEST_PAUSE = 300.0  # seconds that a server may ask to be left alone
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -52,8 +53,10 @@ class Client:
         for name, value, least in (("retries", retries, 0), ("backoff", backoff, 0), ("concurrent", concurrent, 1)):
             if not value >= least:
                 raise UsageError(f"config {section}.{name}: must be at least {least}, got {value}")
-        if not timeout > 0:
-            raise UsageError(f"config {section}.timeout: must be above 0 seconds, got {timeout}")
+        if backoff > DAY:
+            raise UsageError(f"config {section}.backoff: must be at most a day, got {backoff} seconds")
+        if not 0 < timeout <= DAY:
+            raise UsageError(f"config {section}.timeout: must be above 0 seconds and at most a day, got {timeout}")
         self.secret = read_secret(secret) if secret else None
         if secret and self.secret:
             announce(section, secret, self.address)
@@ -69,7 +72,7 @@ class Client:
         """
         self.errors.clear()
         self.ended.clear()
-        pool = ThreadPoolExecutor(self.concurrent)
+        pool = DaemonPool(min(self.concurrent, len(bodies)))
         try:
             return list(pool.map(self._score, bodies, readers))
         finally:
@@ -83,19 +86,19 @@ class Client:
         for attempt in range(self.retries + 1):
             if self.ended.wait(pause):
                 break
-            pause = self.backoff * 2**attempt
+            pause = min(LONGEST_PAUSE, self.backoff * 2 ** min(attempt, 30))
             try:
                 answer = self._post(body)
-            except (OSError, http.client.HTTPException) as error:
-                reason = f"{self.url} did not answer: {printable(str(error)) or type(error).__name__}"
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = f"{self.url} did not answer: {self.printable(str(error)) or type(error).__name__}"
                 continue
             if 200 <= answer.status < 300:
                 try:
                     return read(answer.content)
                 except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-                    reason = f"{self.url} gave an answer that is none: {printable(str(error))}"
+                    reason = f"{self.url} gave an answer that is none: {self.printable(str(error))}"
                     continue
-            reason = f"{self.url} answered {answer.status}: {said_in(answer)}"
+            reason = f"{self.url} answered {answer.status}: {self.printable(said_in(answer))}"
             if answer.status not in PASSING:
                 break
             asked = seconds_in(answer.retry_after)
@@ -105,6 +108,12 @@ class Client:
             pause = max(pause, asked)
         self.errors.append(reason)
         return None
+
+    def printable(self, text: str) -> str:
+        """A stranger's text without our secret and what would steer a terminal, and not too long."""
+        text = text.replace(self.secret, "***") if self.secret else text
+        text = "".join(c if c.isprintable() else " " for c in text)
+        return text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."
 
     def _post(self, body: bytes) -> Answer:
         """One attempt, from the connection to the last byte of the answer within `timeout` seconds.
@@ -154,17 +163,15 @@ class Client:
 def read_address(url: str, what: str) -> SplitResult:
     """An address such as http://127.0.0.1:8200/v1.
 
-    Raises: UsageError on anything else; without quoting it where it holds a user or password.
+    Raises: UsageError on anything else, without quoting what may hold a secret.
     """
-    if "@" in url:
-        raise UsageError(f"{what}: an address with a user, password or @ in it is not taken: it would be written down")
     try:
         address = urlsplit(url)
-        good = address.scheme in ("http", "https") and address.hostname and address.port != 0
+        good = address.scheme in ("http", "https") and address.port != 0 and (address.hostname or "").encode("idna")
     except ValueError:
         good = False
-    if not good or not re.fullmatch(r"[!-~]+", url) or address.query or address.fragment:
-        raise UsageError(f"{what}: {url!r} is no address like http://127.0.0.1:8200")
+    if not good or not re.fullmatch(r"[!-~]+", url) or "@" in url or address.query or address.fragment:
+        raise UsageError(f"{what}: expected an address like http://127.0.0.1:8200, without a user, password or query")
     return address
 
 
@@ -185,15 +192,9 @@ def said_in(answer: Answer) -> str:
     """The reason that a server gave: {"error": reason}, or {"error": {"message": reason}} as OpenAI's do."""
     try:
         said = from_json(answer.content)["error"]
-        return printable(str(said["message"] if isinstance(said, dict) else said))
+        return str(said["message"] if isinstance(said, dict) else said)
     except (ValueError, KeyError, TypeError):
         return http.client.responses.get(answer.status, "no reason")
-
-
-def printable(text: str) -> str:
-    """A stranger's text without what would steer a terminal, and not too long."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."
 
 
 def seconds_in(retry_after: str | None) -> float:

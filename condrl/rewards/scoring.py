@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condrl.errors import LESS, RewardError, RunError, UsageError, brief, out_of_memory
+from condrl.errors import LESS, RewardError, RunError, UsageError, brief, out_of_memory, quoted
 from condrl.prompts import Row
 from condrl.registry import reward as registry
 
@@ -121,7 +121,7 @@ class Reward:
         except (Exception, SystemExit) as error:  # user code
             if out_of_memory(error):
                 raise RunError(f"the reward {self.name!r} ran out of memory: {LESS} ({brief(error)})") from error
-            place = f" for the prompt {rows[0].prompt!r}" if rows else ""
+            place = f" for the prompt {quoted(rows[0].prompt)}" if rows else ""
             raise RewardError(f"the reward {self.name!r} failed{place}: {brief(error)}") from error
 
     def _named(self, text: str) -> str:
@@ -158,7 +158,7 @@ class Reward:
             return None
         errors = getattr(self.call, "errors", None)
         reason = errors[-1] if errors else "it returned a score that is not finite"
-        return f"the reward {self.name!r} failed for the prompt {rows[int(failed[0])].prompt!r}: {reason}"
+        return f"the reward {self.name!r} failed for the prompt {quoted(rows[int(failed[0])].prompt)}: {reason}"
 
 
 @contextmanager

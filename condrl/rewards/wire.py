@@ -61,7 +61,7 @@ def unpack(body: bytes) -> tuple[Tensor, list[Row]]:
     message = from_json(body)
     if not isinstance(message, dict) or not {"kind", "samples", "rows"} <= message.keys():
         raise ValueError("expected an object with kind, samples and rows")
-    rows = [Row(i, str(row["prompt"]), dict(row.get("metadata") or {})) for i, row in enumerate(message["rows"])]
+    rows = [read_row(i, row) for i, row in enumerate(message["rows"])]
     if len(rows) != len(message["samples"]) or not rows:
         raise ValueError("expected as many rows as samples, and at least one")
     if message["kind"] == "png":
@@ -70,7 +70,18 @@ def unpack(body: bytes) -> tuple[Tensor, list[Row]]:
         return torch.stack([from_png(file) for file in files]), rows
     if message["kind"] != "points":
         raise ValueError("kind is neither png nor points")
-    return torch.tensor(message["samples"], dtype=torch.float32), rows
+    points = torch.tensor([[number(value) for value in point] for point in message["samples"]], dtype=torch.float32)
+    if not points.isfinite().all():
+        raise ValueError("a number is too large for float32")
+    return points, rows
+
+
+def read_row(index: int, row: Any) -> Row:
+    """Raises: ValueError when it is not an object with a prompt that is text, and metadata that are an object."""
+    prompt, metadata = (row.get("prompt"), row.get("metadata", {})) if isinstance(row, dict) else (None, None)
+    if not isinstance(prompt, str) or not isinstance(metadata, dict):
+        raise ValueError('a row is an object with a "prompt" that is text, and "metadata" that are an object')
+    return Row(index, prompt, metadata)
 
 
 def to_png(image: Tensor) -> bytes:

@@ -66,8 +66,8 @@ class RunFolder:
 
         Raises: UsageError when it cannot, or when the folder belongs to somebody else.
         """
-        if "\0" in str(self.path):
-            raise UsageError("the run's folder cannot be made: there is a NUL character in its name")
+        if not str(self.path).isprintable():
+            raise UsageError(f"the run's folder cannot be {str(self.path)!r}: use letters that can be printed")
         try:
             there, _ = self.path.exists(), os.fsencode(self.path)
             existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())

@@ -91,7 +91,7 @@ class Trainer:
             if self.spent:
                 say(f"ended after epoch {self.epoch}: train.kl_budget is spent")
                 break
-            before = copy.deepcopy(self.state_dict()) if long else None
+            before = copy.deepcopy(self.state_dict()) if long or self.asks_elsewhere else None
             try:
                 reward = self.run_epoch(epoch, heeds=before is not None)
             except (Exception, Stopped) as error:
@@ -434,6 +434,11 @@ class Trainer:
                 "whose result depends on the batch, can cause this; model.dtype=float32 and "
                 "train.loss_batch=train.rollout_batch reduce it, run.check_ratios=false goes on regardless."
             )
+
+    @property
+    def asks_elsewhere(self) -> bool:
+        """Whether a reward is served elsewhere: then even a quick epoch may become a long one."""
+        return any(hasattr(reward.call, "errors") for reward in self.rewards)
 
     @property
     def half(self) -> bool:

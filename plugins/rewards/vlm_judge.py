@@ -43,7 +43,8 @@ class VLMJudge:
         if not low < high:
             raise condrl.UsageError(f"config rewards.vlm_judge.low: {low:g} is not below high, {high:g}")
         if key is not None and read_secret(key) is None:
-            raise condrl.UsageError(f"config rewards.vlm_judge.key: the environment variable {key} is not set")
+            named = f" {key}" if re.fullmatch("[A-Z_][A-Z0-9_]*", key) else ""  # else it may be the key itself
+            raise condrl.UsageError(f"config rewards.vlm_judge.key: the environment variable{named} is not set")
         self.model, self.answer, self.low, self.high = model, answer, low, high
         self.question = (question or QUESTIONS[answer]).replace("{low}", f"{low:g}").replace("{high}", f"{high:g}")
         address = url.rstrip("/") + "/chat/completions"
@@ -93,7 +94,10 @@ def share_of_yes(first: Sequence[dict[str, Any]]) -> float:
     for token in first:
         word = str(token["token"]).strip(" \"'*.\n").lower()
         if word in chance:
-            chance[word] += math.exp(number(token["logprob"]))
+            logprob = number(token["logprob"])
+            if logprob > 1e-3:
+                raise ValueError(f"the log-probability {logprob:g} is above 0")
+            chance[word] += math.exp(logprob)
     if not sum(chance.values()):
         raise ValueError(f"neither yes nor no is among {[token['token'] for token in first[:5]]}")
     return chance["yes"] / sum(chance.values())
@@ -104,7 +108,8 @@ def number_in(text: str, low: float, high: float) -> float:
 
     Raises: ValueError when there is none, another one, or one outside [low, high].
     """
-    found = re.fullmatch(rf"[^\d-]*(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*{re.escape(f'{high:g}')})?[^\d]*", text)
+    of = rf"\s*(?:/|out of)\s*{re.escape(f'{high:g}')}"
+    found = re.fullmatch(rf"[^\d-]*(-?[0-9]+(?:\.[0-9]+)?)(?:{of})?[^\d]*", text)
     if not found or not low <= float(found[1]) <= high:
         raise ValueError(f"no number from {low:g} to {high:g} in {text[:60]!r}")
     return float(found[1])
