@@ -295,7 +295,7 @@ def test_a_prompt_that_is_cut_is_told_and_cut_as_diffusers_cuts_it(limit, pipeli
     assert capsys.readouterr().err == ""
     (row, _) = model.encode([LONG, LONG])
     model.encode([LONG])
-    assert capsys.readouterr().err == f"warning: the prompt {LONG!r} has 92 tokens; the model reads the first 24\n"
+    assert capsys.readouterr().err == f"warning: the prompt {LONG[:300]!r} ... has 92 tokens; the model reads the first 24\n"
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
     theirs = [pipe.encode_prompt(prompt, CPU, 1, False)[0][0] for prompt in (LONG, "a red star")]
     torch.testing.assert_close(model.embeddings(torch.stack([row, short])), torch.stack(theirs))
@@ -311,7 +311,7 @@ def test_all_prompts_that_are_cut_are_one_warning(pipeline, tmp_path, capsys):
     ]
     train = [Row(i, prompt) for i, prompt in enumerate(["a red star", *(f"{LONG}{i}" for i in range(2500))])]
     trainer = make_trainer(load_config(words), train, [Row(0, f"{LONG}{7777}"), Row(1, "a blue star")])
-    said = f"warning: the prompt '{LONG}0', the first of 2501 that are too long, has 93 tokens; the model reads the first 24\n"
+    said = f"warning: the prompt {LONG[:300]!r} ..., the first of 2501 that are too long, has 93 tokens; the model reads the first 24\n"
     assert capsys.readouterr().err == said
     trainer.policy.model.encode([row.prompt for row in train])
     assert capsys.readouterr().err == ""
