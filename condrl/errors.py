@@ -44,7 +44,7 @@ class Stopped(BaseException):  # like KeyboardInterrupt, so that no plugin's `ex
         self.number = number
 
 
-def say(text: str) -> None:
+def print_main(text: str) -> None:
     """Print a line to stderr, once for the processes of a machine; what would command the terminal is shown instead."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(visible(text), file=sys.stderr, flush=True)
@@ -79,7 +79,9 @@ def warn_of_address_limit() -> None:
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
-        say(f"warning: ulimit -v leaves this process {limit / 1e9:.1f} GB of addresses: if it aborts, raise that first")
+        print_main(
+            f"warning: ulimit -v leaves this process {limit / 1e9:.1f} GB of addresses: if it aborts, raise that first"
+        )
 
 
 @contextmanager
@@ -105,7 +107,7 @@ def exit_code(work: Callable[[], object]) -> int:
             line, code = last_words(error)
             if os.environ.get("CONDRL_DEBUG", "") not in ("", "0"):
                 traceback.print_exc()
-            say(line)
+            print_main(line)
             return code
         return 0
 

@@ -39,33 +39,33 @@ class Processes:
         self.count: int = accelerator.num_processes
         self.sharded = asks_for_shards(accelerator)
         self.asked = 0  # the signal that asked this process to stop
-        self.heeds = False  # whether the run may stop wherever it is
+        self.is_interruptible = False  # whether the run may stop wherever it is
         self.failed = False
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes and prints."""
         return self.rank == 0
 
-    def share(self, items: int) -> range:
+    def local_indices(self, items: int) -> range:
         """This process's part of so many items."""
         return range(self.rank * items // self.count, (self.rank + 1) * items // self.count)
 
     def padding(self, items: int) -> int:
         """How many more items it takes for this process to have as many as any, where all have to."""
-        return -(-items // self.count) - len(self.share(items)) if self.sharded else 0
+        return -(-items // self.count) - len(self.local_indices(items)) if self.sharded else 0
 
     # ------------------------------------------------------------------------------------------ meeting
 
-    def meet(self, failure: Exception | None = None) -> None:
+    def barrier(self, failure: Exception | None = None) -> None:
         """Wait for the others.
 
         Raises: RunError when one of them failed, UsageError when it did with that; Stopped when one was asked to stop
-        and `heeding` allows it.
+        and `interruptible` allows it.
         """
         if self.count == 1:
             return
-        asked = [float(self.heeds and self.asked == number) for number in SIGNALS]
+        asked = [float(self.is_interruptible and self.asked == number) for number in SIGNALS]
         failed, *asking = self._add(torch.tensor([float(failure is not None), *asked])).tolist()
         if failed:
             self.failed = True
@@ -76,7 +76,7 @@ class Processes:
             if count:
                 raise Stopped(number)
 
-    def together(self, work: Callable[[], T]) -> T:
+    def synchronized(self, work: Callable[[], T]) -> T:
         """Do the work; when it fails in one process, all stop with that error.
 
         With sharded weights the others may be waiting inside the network: then this one leaves, and the launcher ends
@@ -86,12 +86,12 @@ class Processes:
             done = work()
         except Exception as error:
             if self.sharded:
-                if not self.first:  # the first one's errors are printed where they are caught
+                if not self.is_main:  # the first one's errors are printed where they are caught
                     print(f"process {self.rank} failed: {type(error).__name__}: {error}", file=sys.stderr)
             elif not self.failed:
-                self.meet(error)
+                self.barrier(error)
             raise
-        self.meet()
+        self.barrier()
         return done
 
     def end(self) -> None:
@@ -109,26 +109,26 @@ class Processes:
         Raises: Stopped.
         """
         self.asked = number
-        if self.heeds and self.count == 1:
+        if self.is_interruptible and self.count == 1:
             raise Stopped(number)
 
     @contextmanager
-    def heeding(self, heeds: bool) -> Iterator[None]:
+    def interruptible(self, is_interruptible: bool) -> Iterator[None]:
         """Within it, a run that is asked to stop does so wherever it is."""
-        self.heeds = heeds
+        self.is_interruptible = is_interruptible
         try:
-            if heeds and self.asked and self.count == 1:
+            if is_interruptible and self.asked and self.count == 1:
                 raise Stopped(self.asked)
             yield
         finally:
-            self.heeds = False
+            self.is_interruptible = False
 
-    def agree(self, *facts: bool) -> tuple[int, tuple[bool, ...]]:
+    def broadcast(self, *facts: bool) -> tuple[int, tuple[bool, ...]]:
         """The signal that asked any of them to stop, or 0; and the first process's word on some facts."""
         if self.count == 1:
             return self.asked, facts
         asked = [float(self.asked == number) for number in SIGNALS]
-        found = self.sum(torch.tensor([*asked, *(float(fact and self.first) for fact in facts)])).tolist()
+        found = self.sum(torch.tensor([*asked, *(float(fact and self.is_main) for fact in facts)])).tolist()
         stopping = next((number for number, count in zip(SIGNALS, found, strict=False) if count), 0)
         return stopping, tuple(bool(value) for value in found[len(SIGNALS) :])
 
@@ -138,22 +138,22 @@ class Processes:
         """The sum over processes of tensors of one shape."""
         if self.count == 1:
             return x
-        self.meet()
+        self.barrier()
         return self._add(x)
 
-    def gather(self, x: Tensor, places: range, count: int) -> Tensor:
+    def gather(self, x: Tensor, indices: range, count: int) -> Tensor:
         """(..., count) of every process's (..., n) at its places."""
         if self.count == 1:
             return x
         whole = x.new_zeros((*x.shape[:-1], count))
-        whole[..., places.start : places.stop] = x
+        whole[..., indices.start : indices.stop] = x
         return self.sum(whole)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every process's value."""
         if self.count == 1:
             return [value]
-        self.meet()
+        self.barrier()
         return self._objects(value)
 
     def add_up(self, values: Mapping[str, float]) -> dict[str, float]:

@@ -137,16 +137,16 @@ def an_epoch(trainer: Trainer) -> tuple[Any, Any, Any]:
     return experience, examples, examples.minibatch(*every_pair(examples).unbind(1))
 
 
-def law(mean: Tensor, std: Tensor | float) -> Independent:
+def transition(mean: Tensor, std: Tensor | float) -> Independent:
     """N(mean, std^2 I) of states (B, ...), std a number or (B,)."""
     std = torch.as_tensor(std).to(mean).reshape(-1, *[1] * (mean.dim() - 1))
     return Independent(Normal(mean, std.expand_as(mean)), mean.dim() - 1)
 
 
 def step_of(trainer: Trainer, k: int, x: Tensor, score: Tensor) -> Independent:
-    """The law of the state after step k from x with a score, by the sampler's three numbers."""
+    """The distribution of the state after step k from x with a score, by the sampler's three numbers."""
     sampler = trainer.policy.sampler
-    return law(sampler.A[k].to(x) * x + sampler.B[k].to(x) * score, sampler.S[k])
+    return transition(sampler.A[k].to(x) * x + sampler.B[k].to(x) * score, sampler.S[k])
 
 
 def at(trainer: Trainer, k: int, count: int) -> Tensor:

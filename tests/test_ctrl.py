@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from chains import SCHEDULE, SHAPES, an_epoch, at, bowl, law, move, step_of, trainer_of
+from chains import SCHEDULE, SHAPES, an_epoch, at, bowl, move, step_of, trainer_of, transition
 from torch.distributions import kl_divergence
 
 from condrl.algorithms.values import Value
@@ -95,8 +95,8 @@ class Formulas:
         for k in range(5):
             now = self.model.score(self.r.states[k], at(self.trainer, k, len(scale)), self.r.condition)
             std = (self.options["exploration"] / (2 * SCHEDULE.g2(self.times[k]))).sqrt().item()
-            then, action = law(self.r.means[k], std), self.r.actions[k]
-            ratio = (law(now, std).log_prob(action) - then.log_prob(action)).exp()
+            then, action = transition(self.r.means[k], std), self.r.actions[k]
+            ratio = (transition(now, std).log_prob(action) - then.log_prob(action)).exp()
             policy = -torch.minimum(ratio * advantages[k], ratio.clamp(1 - clip, 1 + clip) * advantages[k])
             share = ((self.times[k] - self.times[k + 1]) / self.times[0]).float()
             error = share * (self.value(k) - returns[k]).square()
@@ -152,7 +152,7 @@ def test_actions_are_drawn_from_their_law_and_used(shape, eta, tmp_path):
         assert z.std().item() == pytest.approx(1, abs=4 / z.numel() ** 0.5)
         assert left.std().item() == pytest.approx(sampler.S[k].item(), rel=4 / z.numel() ** 0.5, abs=1e-6)
         assert (left * z).mean().abs() < 5 * left.std() / z.numel() ** 0.5 + 1e-6
-        own = law(r.means[k], std).log_prob(r.actions[k])
+        own = transition(r.means[k], std).log_prob(r.actions[k])
         torch.testing.assert_close(r.log_probs[k].diff().float(), own.diff(), rtol=1e-3, atol=1e-3)
 
 

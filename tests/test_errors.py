@@ -28,12 +28,12 @@ TALKS = """
 import sys
 from pathlib import Path
 from tqdm import tqdm
-from condrl.errors import exit_code, say
+from condrl.errors import exit_code, print_main
 
 def work():
     for number in tqdm(range(20000), mininterval=0):
         print(f"a line that fills the pipe {number}", flush=number % 2 == 0)
-        say(f"another one {number}")
+        print_main(f"another one {number}")
     Path("done").touch()
 
 sys.exit(exit_code(work))
@@ -81,7 +81,7 @@ def test_streams_that_the_shell_closed_are_nowhere(tmp_path):
     "env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )
 def test_letters_that_a_terminal_lacks_are_escapes(env, tmp_path):
-    code = "from condrl.errors import *; exit_code(lambda: (print('\\u732b \\U0001f600'), say('\\u732b')))"
+    code = "from condrl.errors import *; exit_code(lambda: (print('\\u732b \\U0001f600'), print_main('\\u732b')))"
     out, said = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env).communicate(timeout=60)
     assert out == b"\\u732b \\U0001f600\n"
     assert said == b"\\u732b\n"
@@ -240,11 +240,18 @@ def test_a_run_whose_output_nobody_reads_leaves_everything_behind(tmp_path):
     """And where the locale has no letters of the prompts: what is printed of them are escapes, every file is UTF-8."""
     (tmp_path / "prompts.txt").write_text("\u732b\n\u732b\n\U0001f600\n", "utf-8")
     file, *few = toy_words("dpok", tmp_path / "run")
-    law = "{weights: [1, 1], means: [0.5, 1], variances: [1, 1]}"
-    laws = f"model: {{laws: {{\u732b: {law}, \U0001f600: {law}}}}}\n"
-    (tmp_path / "laws.yaml").write_text(laws, "utf-8")
+    distribution = "{weights: [1, 1], means: [0.5, 1], variances: [1, 1]}"
+    distributions = f"model: {{distributions: {{\u732b: {distribution}, \U0001f600: {distribution}}}}}\n"
+    (tmp_path / "distributions.yaml").write_text(distributions, "utf-8")
     prompts = [f"prompts.{which}={tmp_path}/prompts.txt" for which in ("train", "heldout")]
-    command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), file, *few, str(tmp_path / "laws.yaml"), *prompts]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "finetune.py"),
+        file,
+        *few,
+        str(tmp_path / "distributions.yaml"),
+        *prompts,
+    ]
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     process = subprocess.Popen(
         [*command, "train.epochs=2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=tmp_path

@@ -87,16 +87,16 @@ def test_intervals_cover_the_truth_95_percent_of_the_time():
 def test_evaluation_does_not_depend_on_the_batch_and_pairs_the_noise(model):
     policy = Policy(model, make_sampler({"name": "ddim", "steps": 3, "spacing": None, "eta": 1.0}, model.schedule))
     measures = [make_reward("mean_level", {})]
-    together = evaluate(policy, ROWS, measures, seed=5, per_prompt=2, batch=6, pictures=3)
+    synchronized = evaluate(policy, ROWS, measures, seed=5, per_prompt=2, batch=6, pictures=3)
     apart = evaluate(policy, ROWS, measures, seed=5, per_prompt=2, batch=1, pictures=3)
-    assert together.measures["mean_level"].mean == pytest.approx(apart.measures["mean_level"].mean, abs=1e-5)
-    assert together.labels == ["a red star", "a red star", "a blue circle"]
-    for one, other in zip(together.pictures, apart.pictures, strict=True):
+    assert synchronized.measures["mean_level"].mean == pytest.approx(apart.measures["mean_level"].mean, abs=1e-5)
+    assert synchronized.labels == ["a red star", "a red star", "a blue circle"]
+    for one, other in zip(synchronized.pictures, apart.pictures, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
-    assert not torch.equal(together.pictures[0], together.pictures[1])  # the same prompt, another seed
+    assert not torch.equal(synchronized.pictures[0], synchronized.pictures[1])  # the same prompt, another seed
     with model.reference():
         base = evaluate(policy, ROWS, measures, seed=5, per_prompt=2, batch=6, pictures=3)
-    assert torch.equal(torch.stack(base.pictures), torch.stack(together.pictures))  # a LoRA that is still zero
+    assert torch.equal(torch.stack(base.pictures), torch.stack(synchronized.pictures))  # a LoRA that is still zero
 
 
 def test_pictures_hold_the_images(tmp_path):
@@ -161,7 +161,7 @@ def toy(folder, *words, problem="p1", rows=None):
 
 @pytest.mark.slow
 def test_the_held_out_prompts_are_measured_and_not_the_training_prompts(tmp_path):
-    """E x of the held-out prompt's own law, .9 (-2) + .1 (1.5), with the reward of its own row."""
+    """E x of the held-out prompt's own distribution, .9 (-2) + .1 (1.5), with the reward of its own row."""
     many = ["evaluate.images_per_prompt=2000", "train.rollout_batch=2000"]
     result, lines = toy(tmp_path, *many, "sampler.steps=30", "evaluate.prompts=1", "train.lr=1e-6")
     for who in ("base", "tuned"):
@@ -234,7 +234,7 @@ def moment_of_chain(sampler, schedule):
 
 
 def test_another_sampler_may_be_evaluated(tmp_path):
-    """Two steps of Euler's method on the ODE, whose law is known, and not the one that tunes."""
+    """Two steps of Euler's method on the ODE, whose distribution is known, and not the one that tunes."""
     words = [
         "evaluate.sampler.steps=2",
         "evaluate.sampler.eta=0",

@@ -21,7 +21,7 @@ LAWS = {
 
 
 def model(**options):
-    return Mixture(torch.device("cpu"), laws=LAWS, **options)
+    return Mixture(torch.device("cpu"), distributions=LAWS, **options)
 
 
 @pytest.mark.parametrize("correction", ["mlp", "affine"])
@@ -29,7 +29,7 @@ def test_the_correction_starts_at_zero_and_leaves_with_reference(correction, tmp
     m = model(correction=correction)
     x, t = torch.randn(6, 1), torch.linspace(0.01, 1, 6, dtype=torch.float64)
     condition = m.encode(["left", "right"] * 3)
-    exact = m.law.rows(condition).noised(m.schedule.alpha(t), m.schedule.sigma(t)).score(x.double())
+    exact = m.distribution.rows(condition).noised(m.schedule.alpha(t), m.schedule.sigma(t)).score(x.double())
     torch.testing.assert_close(m.score(x, t, condition).double(), exact, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         for p in m.module.parameters():
@@ -63,25 +63,25 @@ def test_a_network_learns_the_score():
     for time in (0.3, 1.0, 3.0):
         t = torch.full((50,), time, dtype=torch.float64)
         condition = torch.zeros(50, dtype=torch.long)
-        law = m.law.rows(condition).noised(m.schedule.alpha(t), m.schedule.sigma(t))
-        weights = law.log_prob(x.double()).softmax(0)
-        error = (m.score(x, t, condition).double() - law.score(x.double())).square()[:, 0]
-        assert (weights * error).sum() < 0.15 * (weights * law.score(x.double()).square()[:, 0]).sum()
+        distribution = m.distribution.rows(condition).noised(m.schedule.alpha(t), m.schedule.sigma(t))
+        weights = distribution.log_prob(x.double()).softmax(0)
+        error = (m.score(x, t, condition).double() - distribution.score(x.double())).square()[:, 0]
+        assert (weights * error).sum() < 0.15 * (weights * distribution.score(x.double()).square()[:, 0]).sum()
 
 
 @pytest.mark.parametrize(
-    ("laws", "message"),
+    ("distributions", "message"),
     [
-        ({}, "no prompt has a law"),
-        ({"a": {"weights": [1.0]}}, "laws.a: expected weights, means and variances"),
-        ({"a": {"weights": [1.0], "means": [1.0, 2.0], "variances": [1.0]}}, "laws.a"),
-        ({"a": {"weights": [1.0], "means": [1.0], "variances": [-1.0]}}, "laws.a: n positive weights"),
+        ({}, "no prompt has a distribution"),
+        ({"a": {"weights": [1.0]}}, "distributions.a: expected weights, means and variances"),
+        ({"a": {"weights": [1.0], "means": [1.0, 2.0], "variances": [1.0]}}, "distributions.a"),
+        ({"a": {"weights": [1.0], "means": [1.0], "variances": [-1.0]}}, "distributions.a: n positive weights"),
         ({"a": LAWS["left"], "b": {"weights": [1.0], "means": [1.0], "variances": [1.0]}}, "as many components"),
     ],
 )
-def test_bad_laws_are_one_line(laws, message):
+def test_bad_laws_are_one_line(distributions, message):
     with pytest.raises(UsageError, match=message):
-        Mixture(torch.device("cpu"), laws=laws)
+        Mixture(torch.device("cpu"), distributions=distributions)
 
 
 def test_unknown_prompts_and_schedule_options():

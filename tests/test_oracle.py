@@ -30,8 +30,8 @@ def integral(values):
     return torch.trapezoid(values, WIDE)
 
 
-def everywhere(law, x):
-    return law.rows(torch.zeros(len(x), dtype=torch.long))
+def everywhere(distribution, x):
+    return distribution.rows(torch.zeros(len(x), dtype=torch.long))
 
 
 def test_density_and_score_of_a_noised_mixture():
@@ -45,8 +45,8 @@ def test_density_and_score_of_a_noised_mixture():
     torch.testing.assert_close(noised.score(x.detach()), gradient, atol=1e-10, rtol=1e-10)
     direct = 0.0
     for w, m, v in ((0.3, -2.0, 0.4), (0.7, 1.5, 0.25)):
-        law = torch.distributions.Normal(a * m, (a**2 * v + s**2).sqrt())
-        direct = direct + w * law.log_prob(WIDE).exp()
+        distribution = torch.distributions.Normal(a * m, (a**2 * v + s**2).sqrt())
+        direct = direct + w * distribution.log_prob(WIDE).exp()
     torch.testing.assert_close(density.detach(), direct, atol=1e-12, rtol=1e-10)
 
 
@@ -76,16 +76,16 @@ def test_tilted_law_in_the_plane():
     )
 
 
-@pytest.mark.parametrize(("law", "reward"), [(M1, BENT), (D2, BENT2)])
-def test_value_gradient_is_the_optimal_control(law, reward):
+@pytest.mark.parametrize(("distribution", "reward"), [(M1, BENT), (D2, BENT2)])
+def test_value_gradient_is_the_optimal_control(distribution, reward):
     """kappa grad log phi = kappa (s* - s), THEORY 8.2."""
     schedule, g = VP(), torch.Generator().manual_seed(0)
-    x = torch.randn(50, law.means.shape[-1], generator=g, dtype=torch.float64).requires_grad_()
+    x = torch.randn(50, distribution.means.shape[-1], generator=g, dtype=torch.float64).requires_grad_()
     t = torch.full((50,), 0.3, dtype=torch.float64)
     a, s = schedule.alpha(t), schedule.sigma(t)
-    laws, rewards = everywhere(law, x), everywhere(reward, x)
-    (slope,) = torch.autograd.grad(oracle.value(laws, rewards, KAPPA, x, a, s).sum(), x)
-    control = oracle.optimal_score(laws, rewards, KAPPA, x, a, s) - laws.noised(a, s).score(x)
+    distributions, rewards = everywhere(distribution, x), everywhere(reward, x)
+    (slope,) = torch.autograd.grad(oracle.value(distributions, rewards, KAPPA, x, a, s).sum(), x)
+    control = oracle.optimal_score(distributions, rewards, KAPPA, x, a, s) - distributions.noised(a, s).score(x)
     torch.testing.assert_close(slope / KAPPA, control.detach(), atol=1e-9, rtol=1e-8)
 
 
@@ -94,12 +94,12 @@ def test_value_solves_the_hjb_equation():
     schedule = VP()
     x = torch.linspace(-2, 2, 21, dtype=torch.float64)[:, None].requires_grad_()
     t = torch.full((21,), 0.35, dtype=torch.float64, requires_grad=True)
-    laws, rewards = everywhere(M1, x), everywhere(BENT, x)
-    v = oracle.value(laws, rewards, KAPPA, x, schedule.alpha(t), schedule.sigma(t))
+    distributions, rewards = everywhere(M1, x), everywhere(BENT, x)
+    v = oracle.value(distributions, rewards, KAPPA, x, schedule.alpha(t), schedule.sigma(t))
     dt, dx = torch.autograd.grad(v.sum(), (t, x), create_graph=True)
     (dxx,) = torch.autograd.grad(dx.sum(), x)
     f, g2 = schedule.f(t), schedule.g2(t)
-    score = laws.noised(schedule.alpha(t), schedule.sigma(t)).score(x)[:, 0]
+    score = distributions.noised(schedule.alpha(t), schedule.sigma(t)).score(x)[:, 0]
     dx, dxx = dx[:, 0], dxx[:, 0]
     residual = -dt + (-f * x[:, 0] + g2 * score) * dx + g2 * dxx / 2 + g2 * dx**2 / (2 * KAPPA)
     assert residual.abs().max() < 1e-8
@@ -143,7 +143,7 @@ def test_optimal_discrete_law_approaches_the_tilted_law():
     for steps in (50, 100, 200):
         chain, schedule = gaussian(steps, schedule=OU(end=12.0, final_time=1e-3), name="euler_maruyama")
         a, s = (c(torch.tensor(12.0)).item() for c in (schedule.alpha, schedule.sigma))
-        m, v = a, a**2 * 0.49 + s**2  # the exact law at the start
+        m, v = a, a**2 * 0.49 + s**2  # the exact distribution at the start
         found = oracle.riccati(chain, (0.9, 0.6, 0.0), KAPPA, (m, v))
         for k in range(steps):
             m, v = (found.gain[k] * m + found.offset[k]).item(), (found.gain[k] ** 2 * v + chain[2][k] ** 2).item()

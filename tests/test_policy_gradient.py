@@ -24,7 +24,7 @@ CASES = [
 ]
 
 
-def laws(trainer, r, k, score=None):
+def distributions(trainer, r, k, score=None):
     """Of the states after step k of a roll-out: the policy's and the pretrained model's."""
     x, model = r.states[k], trainer.policy.model
     own = (score or model.score)(x, at(trainer, k, len(x)), r.condition)
@@ -59,11 +59,11 @@ def expected_loss(trainer, experience, options, clip_range):
     r, times = experience.rollout, trainer.policy.sampler.times
     rewards, groups = experience.scores.total, [row.index for row in experience.rows]
     with torch.no_grad():
-        kl = torch.stack([kl_divergence(*laws(trainer, r, k, trainer.rolled_out)) for k in range(5)])
+        kl = torch.stack([kl_divergence(*distributions(trainer, r, k, trainer.rolled_out)) for k in range(5)])
     advantages, scales = credit(rewards, groups, kl, options)
     rows = []
     for k in range(5):
-        now, base = laws(trainer, r, k)
+        now, base = distributions(trainer, r, k)
         log_ratio = (now.log_prob(r.states[k + 1]) - r.log_probs[k]).float()
         loss = -advantages[k] * log_ratio
         if clip_range is not None:
@@ -158,7 +158,9 @@ def test_metrics_of_a_clipped_loss(tmp_path):
     move(trainer, 0.3)
     _, metrics = trainer.algorithm.loss(trainer.policy, batch)
     r, times = experience.rollout, trainer.policy.sampler.times
-    ratios = torch.stack([(laws(trainer, r, k)[0].log_prob(r.states[k + 1]) - r.log_probs[k]).exp() for k in range(5)])
+    ratios = torch.stack(
+        [(distributions(trainer, r, k)[0].log_prob(r.states[k + 1]) - r.log_probs[k]).exp() for k in range(5)]
+    )
     bound = 0.1 * (50 * -times.diff() / times[0]).sqrt()[:, None]
     assert metrics["approx_kl"].item() == pytest.approx((ratios - 1 - ratios.log()).mean().item(), rel=1e-3)
     assert metrics["clip_fraction"].item() == pytest.approx(((ratios - 1).abs() > bound).double().mean().item())

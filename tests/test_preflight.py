@@ -84,8 +84,8 @@ def test_a_kl_without_a_gradient_is_refused(tmp_path, monkeypatch):
     whole = trainer.policy.transition
 
     def cut(x, k, condition, memory=None):
-        law = whole(x, k, condition, memory)
-        return dataclasses.replace(law, mean=law.mean.detach() + 0 * trainer.weights[0].sum())
+        transition = whole(x, k, condition, memory)
+        return dataclasses.replace(transition, mean=transition.mean.detach() + 0 * trainer.weights[0].sum())
 
     assert attempt(trainer).kl_gradient > 0
     monkeypatch.setattr(trainer.policy, "transition", cut)

@@ -226,7 +226,7 @@ def test_a_process_with_sharded_weights_says_why_it_fails_and_meets_nobody(monke
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RunError, match="no license found"):
-        Processes(Started()).together(fail)
+        Processes(Started()).synchronized(fail)
     assert capsys.readouterr().err == "process 1 failed: RunError: no license found\n"
 
 
@@ -244,7 +244,7 @@ def test_noise_does_not_depend_on_how_it_is_split(group):
     first, second = whole.normal((2, 3)), whole.normal((2, 3))
     assert not torch.equal(first, second)
     for parts in ([range(5), range(5, 12)], [range(1), range(1, 2), range(2, 12)]):
-        pieces = [Noise("seed", places, group) for places in parts]
+        pieces = [Noise("seed", indices, group) for indices in parts]
         assert torch.equal(torch.cat([piece.normal((2, 3)) for piece in pieces]), first)
         assert torch.equal(torch.cat([piece.normal((2, 3)) for piece in pieces]), second)
     assert torch.equal(whole[3:7].normal((2, 3)), first[3:7])

@@ -206,7 +206,7 @@ LAW = oracle.GaussianMixture.of(
 
 
 def bias(count: int, repeats: int) -> float:
-    """The largest |mean estimate - score| at t = .5 of an OU process, over where the law has its mass."""
+    """The largest |mean estimate - score| at t = .5 of an OU process, over where the distribution has its mass."""
     x = torch.linspace(-2.5, 2.5, 11)
     alpha, sigma = torch.tensor([math.exp(-0.25)]), torch.tensor([(1 - math.exp(-0.5)) ** 0.5])
     data = make_dataset("", MIXTURE, 400_000, seeded())
@@ -544,9 +544,9 @@ def test_a_cell_is_trained_once_and_measured(tmp_path, monkeypatch):
     assert (spec.steps, spec.simulator, spec.seed, spec.start.weight) == (5, "DDIM", 1, 0.0)
     assert spec.start == script.spec_of(script.Cell("table5", "q_learning", "DDIM 5", None), 1, args)
     assert spec.start.start == script.spec_of(script.Cell("table3", "pretrained", "A", None), 1, args)
-    law = script.spec_of(script.Cell("ours", "pretrained", "ours", None), 1, args)
-    assert (law.start, law.weight) == (None, 0.0)
-    assert script.spec_of(script.Cell("ours", "q_learning", "ours", 0.8), 1, args).start == law
+    distribution = script.spec_of(script.Cell("ours", "pretrained", "ours", None), 1, args)
+    assert (distribution.start, distribution.weight) == (None, 0.0)
+    assert script.spec_of(script.Cell("ours", "q_learning", "ours", 0.8), 1, args).start == distribution
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from chains import SCHEDULE, Shaped, an_epoch, at, law, move, trainer_of
+from chains import SCHEDULE, Shaped, an_epoch, at, move, trainer_of, transition
 
 from condrl.training.trainer import Clock
 
@@ -129,7 +129,7 @@ def test_the_score_is_estimated_from_so_many_points_of_each_step(tmp_path):
 
 @pytest.mark.parametrize("shape", POINTS, ids=str)
 def test_paired_steps_start_at_noised_points(shape, tmp_path):
-    """x = alpha x_0 + sigma eps with x_0 of the prompt's own points, the score given x_0, and the action's own law."""
+    """x = alpha x_0 + sigma eps with x_0 of the prompt's own points, the score given x_0, and the action's own distribution."""
     data = cloud(shape[0])
     options = {**PLAIN, "score": "paired", "beta": 0.0}
     trainer = trainer_of(tmp_path, model=Shaped(shape, data=data), algorithm=options)
@@ -140,7 +140,7 @@ def test_paired_steps_start_at_noised_points(shape, tmp_path):
         nearest = (clean[:, None] - data[r.condition]).norm(dim=2).min(1).values
         assert nearest.max() < 1e-3 / alpha
         std = (options["temperature"] / (2 * g2(trainer)[k])).sqrt()
-        own = law(r.means[k], std).log_prob(r.actions[k])
+        own = transition(r.means[k], std).log_prob(r.actions[k])
         torch.testing.assert_close(r.log_probs[k].diff().float(), own.diff(), rtol=1e-3, atol=1e-3)
 
 

@@ -60,11 +60,11 @@ def test_draft_differentiates_the_chain(kappa, last, shape, tmp_path):
     x, kl = r.states[first], torch.zeros(16)
     for k in range(first, 5):
         t = at(trainer, k, 16)
-        laws = [step_of(trainer, k, x, score(x, t, r.condition)) for score in (model.score, model.base)]
-        kl = kl + kl_divergence(*laws)
+        distributions = [step_of(trainer, k, x, score(x, t, r.condition)) for score in (model.score, model.base)]
+        kl = kl + kl_divergence(*distributions)
         with torch.no_grad():
             noise = r.states[k + 1] - step_of(trainer, k, r.states[k], model.score(r.states[k], t, r.condition)).mean
-        x = laws[0].mean + noise
+        x = distributions[0].mean + noise
     expected = kappa * kl - reward_of(trainer, experience, x)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     found, wanted = (torch.autograd.grad(value.sum(), trainer.weights) for value in (loss, expected))

@@ -268,7 +268,7 @@ def test_a_model_leaves_the_device_where_that_is_asked_for(name, files, monkeypa
         model = model[0] if isinstance(model, tuple) else model
         moves.append([])
         monkeypatch.setattr(type(model), "to", lambda self, device, found=moves[-1]: found.append(str(device)) or self)
-        reward.rest()
+        reward.offload()
         monkeypatch.undo()
     assert moves == [[], ["cpu"]]
 

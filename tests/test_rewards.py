@@ -305,8 +305,8 @@ def test_jpeg_rewards_are_file_sizes_in_kilobytes(quality):
 
 
 def test_shapes_rewards_read_the_image():
-    star = scenes.draw([scenes.Thing("star", "red", 30, 30, 24)])
-    circle = scenes.draw([scenes.Thing("circle", "blue", 20, 20, 14)])
+    star = scenes.draw([scenes.SceneObject("star", "red", 30, 30, 24)])
+    circle = scenes.draw([scenes.SceneObject("circle", "blue", 20, 20, 14)])
     x = torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1) / 255 for p in (star, circle)])
     graded = make_reward("shapes", {})(x, ROWS)
     assert graded.tolist() == pytest.approx([1.0, 0.5])

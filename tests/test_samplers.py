@@ -1,4 +1,4 @@
-"""Samplers against published formulas and the laws that they should reproduce (THEORY 8.6, rows 1 to 4)."""
+"""Samplers against published formulas and the distributions that they should reproduce (THEORY 8.6, rows 1 to 4)."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ from condrl.rewards.scoring import make_reward, score
 from condrl.toys import oracle
 from condrl.toys.exact import monte_carlo_value
 from condrl.toys.oracle import Line
-from condrl.training.build import make, make_sampler, quietened
+from condrl.training.build import make, make_sampler, with_noise_at
 from condrl.training.checks import check_combination
 
 LAWS = {"m1": {"weights": [0.3, 0.7], "means": [-2.0, 1.5], "variances": [0.4, 0.25]}}
@@ -121,20 +121,22 @@ def test_overshooting_with_ddim_is_the_exponential_sampler(eta):
 
 
 def on_a_line(line, schedule, name, steps, spacing, **options):
-    """Final masses of the mixture's own sampler, started exactly, and the exact law at the final time."""
-    model = Mixture(torch.device("cpu"), laws=LAWS)
+    """Final masses of the mixture's own sampler, started exactly, and the exact distribution at the final time."""
+    model = Mixture(torch.device("cpu"), distributions=LAWS)
     chain = sampler(schedule, name, steps, spacing, **options)
-    law = model.law.rows(torch.zeros(line.cells, dtype=torch.long))
+    transition = model.distribution.rows(torch.zeros(line.cells, dtype=torch.long))
     x = line.x[:, None]
 
     def at(t):
         t = torch.full((line.cells,), t, dtype=torch.float64)
-        return law.noised(schedule.alpha(t), schedule.sigma(t))
+        return transition.noised(schedule.alpha(t), schedule.sigma(t))
 
     masses = line.masses(at(schedule.end).log_prob(x))
     for k in range(steps):
         step = chain.step(
-            torch.full((line.cells,), k), x, lambda y, t: law.noised(schedule.alpha(t), schedule.sigma(t)).score(y)
+            torch.full((line.cells,), k),
+            x,
+            lambda y, t: transition.noised(schedule.alpha(t), schedule.sigma(t)).score(y),
         )
         masses = line.push(masses, step.mean[:, 0], step.std.flatten()[0].item())
     return masses, line.masses(at(schedule.final_time).log_prob(x))
@@ -174,17 +176,20 @@ def test_every_noise_level_keeps_the_marginals(eta):
 @pytest.mark.parametrize("name", ["dpm_solver_pp", "heun"])
 def test_second_order_convergence(name):
     """The probability-flow map of a few points, steps doubled."""
-    model = Mixture(torch.device("cpu"), laws=LAWS, schedule="ou", schedule_options={"end": 3.0})
-    law = model.law.rows(torch.zeros(5, dtype=torch.long))
+    model = Mixture(torch.device("cpu"), distributions=LAWS, schedule="ou", schedule_options={"end": 3.0})
+    transition = model.distribution.rows(torch.zeros(5, dtype=torch.long))
     schedule, start = model.schedule, torch.linspace(-1.5, 1.5, 5, dtype=torch.float64)[:, None]
 
     def final(name, steps):
-        chain, x, memory = sampler(schedule, name, steps, "log_snr", eta=0.0), start, None
+        chain, x, solver_state = sampler(schedule, name, steps, "log_snr", eta=0.0), start, None
         for k in range(steps):
             step = chain.step(
-                torch.full((5,), k), x, lambda y, t: law.noised(schedule.alpha(t), schedule.sigma(t)).score(y), memory
+                torch.full((5,), k),
+                x,
+                lambda y, t: transition.noised(schedule.alpha(t), schedule.sigma(t)).score(y),
+                solver_state,
             )
-            x, memory = step.mean, step.memory
+            x, solver_state = step.mean, step.solver_state
         return x
 
     truth = final("heun", 2000)
@@ -213,11 +218,11 @@ def test_dpm_solver_pp_is_its_formula_with_unequal_steps(eta, spacing):
     for k in (0, 2, 5):
         alpha, sigma = schedule.alpha(ours.times[k]), schedule.sigma(ours.times[k])
         act = lambda y, t, a=alpha, s=sigma: (a * clean - y) / s**2  # noqa: E731
-        law = ours.step(torch.tensor([k]), x, act, earlier if k else None)
+        transition = ours.step(torch.tensor([k]), x, act, earlier if k else None)
         mean, std = dpm_formula(schedule, ours.times, k, eta, x, clean, earlier if k else None)
-        torch.testing.assert_close(law.mean, mean, atol=1e-9, rtol=1e-9)
-        assert law.std.item() == pytest.approx(std.item(), abs=1e-9)
-        torch.testing.assert_close(law.memory, clean, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(transition.mean, mean, atol=1e-9, rtol=1e-9)
+        assert transition.std.item() == pytest.approx(std.item(), abs=1e-9)
+        torch.testing.assert_close(transition.solver_state, clean, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("eta", "kind"), [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
@@ -230,34 +235,34 @@ def test_dpm_solver_pp_is_diffusers(eta, kind):
     ours = sampler(schedule, "dpm_solver_pp", 7, "trailing", eta=eta)
     assert torch.equal(schedule.network_time(ours.times[:-1]).long(), theirs.timesteps)
     g = torch.Generator().manual_seed(0)
-    x, memory = torch.randn(2, 4, generator=g), None
+    x, solver_state = torch.randn(2, 4, generator=g), None
     for k, timestep in enumerate(theirs.timesteps):
         predicted, noise = torch.randn(2, 2, 4, generator=g)
         act = lambda y, t, p=predicted: schedule.score(p, y, t)  # noqa: E731
-        law = ours.step(torch.full((2,), k), x, act, memory)
+        transition = ours.step(torch.full((2,), k), x, act, solver_state)
         x = theirs.step(predicted, timestep, x, variance_noise=noise).prev_sample
-        torch.testing.assert_close(law.sample(noise), x, atol=1e-4, rtol=1e-4)
-        memory = law.memory
+        torch.testing.assert_close(transition.sample(noise), x, atol=1e-4, rtol=1e-4)
+        solver_state = transition.solver_state
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("first", [1, 5])
 def test_a_chain_entered_on_its_way_is_the_whole_chain(name, first):
     """With what a multi-step solver remembers; without it that is refused, not silently another chain."""
-    model = Mixture(torch.device("cpu"), laws=LAWS)
+    model = Mixture(torch.device("cpu"), distributions=LAWS)
     options = {"noise_level": 0.0} if name.endswith("_sde") else {"eta": 0.0}
     policy = Policy(model, sampler(model.schedule, name, 8, **options))
     whole = rollout(policy, torch.zeros(3, dtype=torch.long), torch.Generator().manual_seed(0), 3)
-    memory = None if whole.memories is None else whole.memories[first]
+    solver_state = None if whole.solver_states is None else whole.solver_states[first]
     noise = torch.Generator().manual_seed(1)
-    entered = [x for x, _ in continued(policy, whole.states[first], first, whole.condition, noise, memory)]
+    entered = [x for x, _ in continued(policy, whole.states[first], first, whole.condition, noise, solver_state)]
     assert torch.equal(torch.stack(entered), whole.states[first + 1 :])
     if name == "dpm_solver_pp":
         with pytest.raises(UsageError, match=f"cannot be entered at step {first} without the memory"):
             next(continued(policy, whole.states[first], first, whole.condition, noise))
         row, rewards = Row(0, "m1", {}), [make_reward("quadratic", {"weight": 1.0})]
         place = whole.states[first, 0], first
-        value = monte_carlo_value(policy, place, row, rewards, 0.5, 4, noise, memory=memory[0])
+        value = monte_carlo_value(policy, place, row, rewards, 0.5, 4, noise, solver_state=solver_state[0])
         expected = score(rewards, whole.samples[:1], [row]).total
         assert value.value == pytest.approx(expected.item(), abs=1e-5)
 
@@ -275,8 +280,8 @@ def test_noise_at_chosen_steps_alone(name, schedule):
         for level, chosen in ((0.8, [1, 4]), (0.8, None), (0.0, None))
     )
     x, act = torch.randn(6, 3, dtype=torch.float64), lambda y, t: torch.sin(y) - y * t[:, None]
-    memory = torch.randn(6, 3, dtype=torch.float64) if name == "dpm_solver_pp" else None
-    found, high, low = (s.step(k, x, act, memory) for s in (mixed, noisy, quiet))
+    solver_state = torch.randn(6, 3, dtype=torch.float64) if name == "dpm_solver_pp" else None
+    found, high, low = (s.step(k, x, act, solver_state) for s in (mixed, noisy, quiet))
     chosen = torch.tensor([False, True, False, False, True, False])[:, None]
     torch.testing.assert_close(found.mean, high.mean.where(chosen, low.mean))
     torch.testing.assert_close(found.std, high.std.where(chosen, torch.zeros(())))
@@ -295,7 +300,7 @@ class Wobbly:
     def stochastic(self):
         return self.spread > 0
 
-    def step(self, k, x, act, memory=None):
+    def step(self, k, x, act, solver_state=None):
         return Transition(x + act(x, self.times[k]), self.spread[k, None])
 
 
@@ -308,11 +313,11 @@ class Quietable(Wobbly):
 def test_noise_steps_of_a_users_sampler():
     """By `with_noise`, whatever its options are called; one line where it has none."""
     times, every = VP().grid(4), torch.ones(4, dtype=torch.float64)
-    assert quietened(Quietable(times, every), [0, 2], "mine").stochastic.tolist() == [True, False, True, False]
+    assert with_noise_at(Quietable(times, every), [0, 2], "mine").stochastic.tolist() == [True, False, True, False]
     with pytest.raises(UsageError, match=r"config sampler\.noise_steps: the sampler mine has no with_noise"):
-        quietened(Wobbly(times, every), [0], "mine")
+        with_noise_at(Wobbly(times, every), [0], "mine")
     with pytest.raises(UsageError, match=r"config sampler\.noise_steps: .*Coefficients\.at"):
-        quietened(Coefficients(times, every, every, every), [0], "mine")
+        with_noise_at(Coefficients(times, every, every, every), [0], "mine")
 
 
 @pytest.mark.parametrize(
@@ -336,23 +341,25 @@ def test_steps_that_cannot_be_are_told_before_a_model_is_loaded(words, message):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logged_probabilities_are_the_gaussians(name):
-    """Whatever the sampler: x' has the law that its log-probability and its KL say, also with a window of noise."""
-    model = Mixture(torch.device("cpu"), laws=LAWS)
+    """Whatever the sampler: x' has the distribution that its log-probability and its KL say, also with a window of noise."""
+    model = Mixture(torch.device("cpu"), distributions=LAWS)
     options = {"noise_level": 0.5} if name.endswith("_sde") else {"eta": 0.8}
     policy = Policy(model, sampler(model.schedule, name, 8, noise_steps=[1, 2, 5], **options))
     found = rollout(policy, torch.zeros(64, dtype=torch.long), torch.Generator().manual_seed(0), 32)
     assert policy.sampler.stochastic.nonzero().flatten().tolist() == [1, 2, 5]
     for k in range(8):
-        memory = None if found.memories is None else found.memories[k]
-        law = policy.transition(found.states[k], torch.full((64,), k), found.condition, memory)
+        solver_state = None if found.solver_states is None else found.solver_states[k]
+        transition = policy.transition(found.states[k], torch.full((64,), k), found.condition, solver_state)
         if k in (1, 2, 5):
-            expected = Normal(law.mean, law.std.expand_as(law.mean)).log_prob(found.states[k + 1]).sum(1)
+            expected = (
+                Normal(transition.mean, transition.std.expand_as(transition.mean)).log_prob(found.states[k + 1]).sum(1)
+            )
             torch.testing.assert_close(found.log_probs[k].float(), expected, atol=1e-4, rtol=1e-4)
-            z = (found.states[k + 1] - law.mean) / law.std
+            z = (found.states[k + 1] - transition.mean) / transition.std
             assert 0.7 < z.std().item() < 1.3
         else:
             assert found.log_probs[k].isnan().all()
-            torch.testing.assert_close(found.states[k + 1], law.mean, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found.states[k + 1], transition.mean, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -360,7 +367,7 @@ def test_logged_probabilities_are_the_gaussians(name):
 @pytest.mark.parametrize("schedule", ["ou", "rectified_flow"])
 def test_every_sampler_draws_the_pretrained_mixture(name, schedule):
     """A few thousand points have the right mean and spread."""
-    model = Mixture(torch.device("cpu"), laws=LAWS, schedule=schedule)
+    model = Mixture(torch.device("cpu"), distributions=LAWS, schedule=schedule)
     options = {"noise_level": 0.5} if name.endswith("_sde") else {"eta": 0.6}
     policy = Policy(model, sampler(model.schedule, name, 60, **options))
     x = rollout(policy, torch.zeros(4000, dtype=torch.long), torch.Generator().manual_seed(1), 4000).samples

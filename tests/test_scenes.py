@@ -23,7 +23,7 @@ def drawn(seed, count):
 
 def test_checker_reads_fresh_scenes():
     cases = [(scene, scenes.read(image), request) for scene, image, request in drawn(seed=11, count=1000)]
-    assert np.mean([scenes.obedience(things, request) == 1 for _, things, request in cases]) >= 0.99
+    assert np.mean([scenes.grade_scene(things, request) == 1 for _, things, request in cases]) >= 0.99
 
     def looks(things):
         return sorted((thing.shape, thing.color, thing.size) for thing in things)
@@ -55,34 +55,34 @@ def corruptions(scene):
 def test_checker_notices_every_corruption():
     for scene, image, _ in drawn(seed=3, count=60):
         request = scenes.describe(scene, random.Random(0), mention_size=1.0)
-        if scenes.obedience(scenes.read(image), request) < 1:
+        if scenes.grade_scene(scenes.read(image), request) < 1:
             continue  # at most 1 %, by the test above
         for what, wrong in corruptions(scene):
             if what == "size" and any(p.size is None for p in request.phrases):
                 continue
-            score = scenes.obedience(scenes.read(as_float(scenes.draw(wrong))), request)
+            score = scenes.grade_scene(scenes.read(as_float(scenes.draw(wrong))), request)
             assert score < 1, (what, str(request))
 
 
 def test_checker_notices_wrong_relations_and_defaced_images():
-    left, right = scenes.Thing("star", "red", 16, 30, 24), scenes.Thing("square", "blue", 48, 34, 14)
+    left, right = scenes.SceneObject("star", "red", 16, 30, 24), scenes.SceneObject("square", "blue", 48, 34, 14)
     image = as_float(scenes.draw([left, right]))
     right_words = scenes.parse("a red star left of a blue square")
-    assert scenes.obedience(scenes.read(image), right_words) == 1
-    assert scenes.obedience(scenes.read(image), scenes.parse("a blue square right of a red star")) == 1
+    assert scenes.grade_scene(scenes.read(image), right_words) == 1
+    assert scenes.grade_scene(scenes.read(image), scenes.parse("a blue square right of a red star")) == 1
     for words in ("right of", "above", "below"):
-        assert scenes.obedience(scenes.read(image), scenes.parse(f"a red star {words} a blue square")) == 0.75
+        assert scenes.grade_scene(scenes.read(image), scenes.parse(f"a red star {words} a blue square")) == 0.75
     noise = np.random.default_rng(0).uniform(size=image.shape).astype(np.float32)
-    assert scenes.obedience(scenes.read(noise), right_words) < 0.5
-    assert scenes.obedience(scenes.read(np.zeros_like(image)), right_words) < 0.5
+    assert scenes.grade_scene(scenes.read(noise), right_words) < 0.5
+    assert scenes.grade_scene(scenes.read(np.zeros_like(image)), right_words) < 0.5
     half = image.copy()
-    half[:, 28:, :] = np.array(scenes.GROUND)[:, None, None] / 255  # cuts both objects
-    assert scenes.obedience(scenes.read(half), right_words) < 1
+    half[:, 28:, :] = np.array(scenes.BACKGROUND)[:, None, None] / 255  # cuts both objects
+    assert scenes.grade_scene(scenes.read(half), right_words) < 1
 
 
 def test_grades_rise_with_obedience():
     request = scenes.parse("a red star left of a blue square")
-    star, square = scenes.Thing("star", "red", 16, 30, 24), scenes.Thing("square", "blue", 48, 34, 14)
+    star, square = scenes.SceneObject("star", "red", 16, 30, 24), scenes.SceneObject("square", "blue", 48, 34, 14)
     ladder = [
         [],
         [star],
@@ -90,13 +90,13 @@ def test_grades_rise_with_obedience():
         [star, replace(square, color="green")],
         [star, square],
     ]
-    grades = [scenes.obedience(things, request) for things in ladder]
+    grades = [scenes.grade_scene(things, request) for things in ladder]
     assert grades == sorted(set(grades))
     assert (grades[0], grades[-1]) == (0, 1)
 
 
 def test_touching_objects_are_no_object():
-    a, b = scenes.Thing("square", "red", 20, 30, 14), scenes.Thing("square", "blue", 33, 30, 14)
+    a, b = scenes.SceneObject("square", "red", 20, 30, 14), scenes.SceneObject("square", "blue", 33, 30, 14)
     things = scenes.read(as_float(scenes.draw([a, b])))
     assert len(things) == 1
     assert things[0].shape == scenes.UNKNOWN

@@ -108,7 +108,7 @@ def test_a_model_is_loaded_once_and_can_rest(files, monkeypatch):
     rows = [Row(0, "a cat")]
     for reward in rewards * 2:
         reward(smooth_images(1), rows)
-        reward.rest()
+        reward.offload()
     assert len(loads) == 1
     assert options["weights"] in str(rewards[0].call.clip.weights)
 

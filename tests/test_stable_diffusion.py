@@ -53,10 +53,10 @@ def test_merged_is_the_same_function_and_leaves_nothing_behind(pipeline):
     with torch.no_grad():
         apart = model.score(x, t, condition)
         with model.merged():
-            together = model.score(x, t, condition)
+            synchronized = model.score(x, t, condition)
             assert any(not torch.equal(p, weights[name]) for name, p in model.module.named_parameters())
         assert torch.equal(model.score(x, t, condition), apart)
-    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(synchronized, apart, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(p, weights[name]) for name, p in model.module.named_parameters())
 
 
@@ -228,12 +228,12 @@ def test_a_rollout_from_pure_noise_is_diffusers(eta, zero_snr):
 
 
 def test_ratios_and_kl_of_a_chain_from_pure_noise(zero_snr):
-    """Before an update every ratio is 1; after it, the KL of the first step is that of its two normal laws."""
+    """Before an update every ratio is 1; after it, the KL of the first step is that of its two normal distributions."""
     policy = zero_policy(zero_snr, 1.0)
     found = rollout(policy, policy.model.encode(PROMPTS), torch.Generator().manual_seed(0), 2)
     for k in range(5):
-        law = policy.transition(found.states[k], torch.full((3,), k), found.condition)
-        torch.testing.assert_close(law.log_prob(found.states[k + 1]), found.log_probs[k], atol=2e-3, rtol=0)
+        distribution = policy.transition(found.states[k], torch.full((3,), k), found.condition)
+        torch.testing.assert_close(distribution.log_prob(found.states[k + 1]), found.log_probs[k], atol=2e-3, rtol=0)
     perturb(policy.model, 0.01)
     kl = path_kl(policy, found, 3).kl
     alpha, sigma = (
@@ -295,7 +295,10 @@ def test_a_prompt_that_is_cut_is_told_and_cut_as_diffusers_cuts_it(limit, pipeli
     assert capsys.readouterr().err == ""
     (row, _) = model.encode([LONG, LONG])
     model.encode([LONG])
-    assert capsys.readouterr().err == f"warning: the prompt {LONG[:300]!r} ... has 92 tokens; the model reads the first 24\n"
+    assert (
+        capsys.readouterr().err
+        == f"warning: the prompt {LONG[:300]!r} ... has 92 tokens; the model reads the first 24\n"
+    )
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
     theirs = [pipe.encode_prompt(prompt, CPU, 1, False)[0][0] for prompt in (LONG, "a red star")]
     torch.testing.assert_close(model.embeddings(torch.stack([row, short])), torch.stack(theirs))

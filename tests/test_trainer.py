@@ -102,8 +102,8 @@ def test_stored_log_probs_are_those_of_the_transitions(tmp_path):
     r, policy = experience.rollout, trainer.policy
     assert r.states.shape == (9, 32, 2)
     for k in range(8):
-        law = policy.transition(r.states[k], torch.full((32,), k), r.condition)
-        torch.testing.assert_close(law.log_prob(r.states[k + 1]), r.log_probs[k], atol=1e-5, rtol=1e-5)
+        transition = policy.transition(r.states[k], torch.full((32,), k), r.condition)
+        torch.testing.assert_close(transition.log_prob(r.states[k + 1]), r.log_probs[k], atol=1e-5, rtol=1e-5)
 
 
 def test_gradient_at_the_start_is_reinforce(tmp_path):
@@ -116,8 +116,8 @@ def test_gradient_at_the_start_is_reinforce(tmp_path):
     trainer.optimise(examples, range(32), torch.arange(32), torch.Generator())
     r, total = experience.rollout, torch.zeros(())
     for k in range(8):
-        law = trainer.policy.transition(r.states[k], torch.full((32,), k), r.condition)
-        total = total - (examples.advantages * law.log_prob(r.states[k + 1])).sum() / 32
+        transition = trainer.policy.transition(r.states[k], torch.full((32,), k), r.condition)
+        total = total - (examples.advantages * transition.log_prob(r.states[k + 1])).sum() / 32
     (expected,) = torch.autograd.grad(total, trainer.policy.model.module.mean)
     torch.testing.assert_close(gradients[0], expected, atol=1e-5, rtol=1e-4)
     assert expected.abs().max() > 0.01
@@ -149,9 +149,9 @@ def test_balanced_steps_have_gradients_of_like_noise(model):
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
     for k in range(8):
         output = torch.randn(1, 4, 8, 8, dtype=torch.float64, requires_grad=True)
-        law = policy.sampler.step(torch.tensor([k]), x, lambda y, t, o=output: model.schedule.score(o, y, t))
+        transition = policy.sampler.step(torch.tensor([k]), x, lambda y, t, o=output: model.schedule.score(o, y, t))
         noise = torch.randn(1, 4, 8, 8, dtype=torch.float64)
-        (gradient,) = torch.autograd.grad(law.log_prob(law.sample(noise).detach()).sum(), output)
+        (gradient,) = torch.autograd.grad(transition.log_prob(transition.sample(noise).detach()).sum(), output)
         size = (gradient * weights[k]).abs() / noise.abs()
         if k == 0:
             first = size
@@ -254,11 +254,11 @@ def test_sums_over_many_dimensions_keep_their_digits():
     g = torch.Generator().manual_seed(0)
     mean, noise = torch.randn(8, 4, 64, 64, generator=g), torch.randn(8, 4, 64, 64, generator=g)
     std = torch.full((8, 1, 1, 1), 0.02)
-    law, x = Transition(mean, std), mean + std * noise
+    transition, x = Transition(mean, std), mean + std * noise
     rounded = Transition(mean + 1e-8 * torch.randn(mean.shape, generator=g), std)
-    assert (law.log_prob(x) - rounded.log_prob(x)).exp().sub(1).abs().max() < 1e-3
+    assert (transition.log_prob(x) - rounded.log_prob(x)).exp().sub(1).abs().max() < 1e-3
     exact = Independent(Normal(mean.double(), std.double().expand_as(mean)), 3).log_prob(x.double())
-    torch.testing.assert_close(law.log_prob(x), exact, rtol=1e-7, atol=2e-2)
+    torch.testing.assert_close(transition.log_prob(x), exact, rtol=1e-7, atol=2e-2)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
@@ -276,9 +276,9 @@ def test_sampling_by_seed_does_not_depend_on_the_batch(model):
     policy = Policy(model, make_sampler({"name": "ddim", "steps": 4, "spacing": None, "eta": 1.0}, model.schedule))
     condition = model.encode(["a red star", "a blue circle", "a red star"])
     with torch.no_grad():
-        together = sample(policy, condition, seeded([3, 4, 5]), batch=3)
+        synchronized = sample(policy, condition, seeded([3, 4, 5]), batch=3)
         apart = sample(policy, condition, seeded([3, 4, 5]), batch=1)
-    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(synchronized, apart, atol=1e-4, rtol=1e-4)
 
 
 def test_rng_depends_on_seed_epoch_and_phase(tmp_path):
@@ -410,7 +410,7 @@ def test_an_update_is_that_of_the_images_with_a_score(name, tmp_path):
         trainer = make_trainer(tmp_path, algorithm={"name": name}, rewards=FLAKY, train={"updates_per_epoch": 1})
         trainer.optimizer.step = lambda t=trainer: gradients.append(t.weights[0].grad.clone())
         experience = trainer.collect(0, clock())
-        failed = ~experience.good
+        failed = ~experience.scored
         assert failed.sum() == 1
         experience.rollout.states[1:, failed] += change
         trainer.update(trainer.examples(experience, 0), experience, 0)
@@ -418,7 +418,7 @@ def test_an_update_is_that_of_the_images_with_a_score(name, tmp_path):
     torch.testing.assert_close(gradients[0], gradients[1])
     advantages = experience.credit(group_advantages, experience.scores.total)
     assert advantages[failed] == 0
-    own = (experience.groups == experience.groups[failed]) & experience.good
+    own = (experience.groups == experience.groups[failed]) & experience.scored
     torch.testing.assert_close(advantages[own], group_advantages(experience.scores.total[own], experience.groups[own]))
 
 

@@ -28,8 +28,8 @@ def random_law(seed, std):
     return Transition(mean, torch.full((5, 1, 1), std, dtype=torch.float64))
 
 
-def as_torch(law):
-    return Independent(Normal(law.mean, law.std.expand_as(law.mean)), 2)
+def as_torch(transition):
+    return Independent(Normal(transition.mean, transition.std.expand_as(transition.mean)), 2)
 
 
 def test_log_prob_and_kl_are_those_of_torch_distributions():
@@ -63,9 +63,9 @@ def test_ddim_is_diffusers_step(eta, prediction, steps):
     g = torch.Generator().manual_seed(0)
     x, predicted, noise = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(3))
     for k, timestep in enumerate(scheduler.timesteps):
-        law = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
+        transition = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
         theirs = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=noise if eta else None).prev_sample
-        torch.testing.assert_close(law.sample(noise), theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(transition.sample(noise), theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("eta", [0.4, 1.0])
@@ -84,9 +84,9 @@ def test_log_probs_are_those_of_diffusers_step(eta, prediction, steps):
         mean = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=torch.zeros_like(noise)).prev_sample
         theirs = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=noise).prev_sample
         std = eta * scheduler._get_variance(timestep, timestep - 1000 // steps).sqrt()
-        law = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
+        transition = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
         reference = Normal(mean, std).log_prob(theirs).sum((1, 2, 3))
-        torch.testing.assert_close(law.log_prob(theirs), reference, atol=1e-5, rtol=0)
+        torch.testing.assert_close(transition.log_prob(theirs), reference, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
@@ -105,9 +105,9 @@ def test_ddims_steps_are_diffusers_for_every_spacing(spacing, steps, offset, to_
     for eta in (0.0, 1.0):
         ours = ddim(schedule, schedule.grid(steps), eta=eta)
         for k, timestep in enumerate(scheduler.timesteps):
-            law = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
+            transition = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
             theirs = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=noise if eta else None).prev_sample
-            torch.testing.assert_close(law.sample(noise), theirs, atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(transition.sample(noise), theirs, atol=1e-9, rtol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------- zero terminal SNR
@@ -134,9 +134,9 @@ def test_a_chain_from_pure_noise_is_diffusers(eta, prediction, steps):
     g = torch.Generator().manual_seed(0)
     x, predicted, noise = torch.randn(3, 2, 4, generator=g, dtype=torch.float64)
     for k, timestep in enumerate(scheduler.timesteps):
-        law = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
+        transition = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
         theirs = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=noise if eta else None).prev_sample
-        torch.testing.assert_close(law.sample(noise), theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(transition.sample(noise), theirs, atol=1e-5, rtol=1e-5)
     first = ours.step(torch.zeros(2, dtype=torch.long), x, lambda y, t: schedule.score(predicted, y, t))
     below = schedule.alpha(ours.times[1]), schedule.sigma(ours.times[1])
     clean = -predicted if prediction == "v_prediction" else predicted
@@ -151,10 +151,10 @@ def test_other_samplers_start_from_pure_noise_too(name, eta):
     schedule = zero_snr()
     x, v = torch.randn(2, 1, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ours = make_sampler({"name": name, "steps": 10, "spacing": "trailing", "eta": eta}, schedule)
-    law = ours.step(torch.zeros(1, dtype=torch.long), x, lambda y, t: schedule.score(v, y, t))
+    transition = ours.step(torch.zeros(1, dtype=torch.long), x, lambda y, t: schedule.score(v, y, t))
     alpha, sigma = schedule.alpha(ours.times[1]), schedule.sigma(ours.times[1])
-    torch.testing.assert_close(law.mean, -alpha * v + (sigma * x if eta == 0 else 0))
-    assert law.std.item() == pytest.approx(0.0 if eta == 0 else sigma.item())
+    torch.testing.assert_close(transition.mean, -alpha * v + (sigma * x if eta == 0 else 0))
+    assert transition.std.item() == pytest.approx(0.0 if eta == 0 else sigma.item())
     assert ours.stochastic[:-1].eq(eta > 0).all()
 
 
@@ -202,11 +202,11 @@ def test_steps_may_differ_within_a_batch():
     schedule = schedule_from_diffusers(SD15)
     ours = ddim(schedule, schedule.grid(10))
     x, k = torch.randn(3, 4, 2, 2), torch.tensor([0, 4, 9])
-    together = ours.step(k, x, lambda y, t: -y)
+    synchronized = ours.step(k, x, lambda y, t: -y)
     for i in range(3):
         alone = ours.step(k[i : i + 1], x[i : i + 1], lambda y, t: -y)
-        torch.testing.assert_close(together.mean[i : i + 1], alone.mean)
-        torch.testing.assert_close(together.std[i : i + 1], alone.std)
+        torch.testing.assert_close(synchronized.mean[i : i + 1], alone.mean)
+        torch.testing.assert_close(synchronized.std[i : i + 1], alone.std)
 
 
 def test_listed_generators_do_not_depend_on_the_batch():

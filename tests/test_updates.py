@@ -241,7 +241,7 @@ def test_images_without_a_score_teach_nothing(algorithm, tmp_path):
         move(trainer)
         trainer.optimizer.step = lambda t=trainer: gradients.append([p.grad.clone() for p in t.parameters])
         experience = trainer.collect(0, Clock())
-        assert (~experience.good).nonzero().flatten().tolist() == [0, 1]
+        assert (~experience.scored).nonzero().flatten().tolist() == [0, 1]
         experience.rollout.states[1:, :2] += change
         examples = trainer.examples(experience, 0)
         trainer.update(examples, experience, 0)
@@ -266,19 +266,19 @@ def test_a_budget_is_of_the_path_kl(shape, tmp_path):
     """The run ends with the first epoch that was rolled out above it; the KL is measured before its updates."""
     train = {"epochs": 12, "lr": 0.01, "kl_budget": 0.15}
     trainer = trainer_of(tmp_path, shape, algorithm={"name": "reinforce"}, train=train)
-    spent, collect = [], trainer.collect
+    budget_exhausted, collect = [], trainer.collect
 
     def collected(epoch, clock):
         experience = collect(epoch, clock)
         with torch.no_grad():
-            spent.append(kl_by_hand(trainer, experience.rollout))
+            budget_exhausted.append(kl_by_hand(trainer, experience.rollout))
         return experience
 
     trainer.collect = collected
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["base_kl"] for line in lines] == pytest.approx(spent, rel=1e-3, abs=1e-5)
-    assert spent[-1] > 0.15 >= max(spent[:-1])
+    assert [line["base_kl"] for line in lines] == pytest.approx(budget_exhausted, rel=1e-3, abs=1e-5)
+    assert budget_exhausted[-1] > 0.15 >= max(budget_exhausted[:-1])
     assert 2 < len(lines) < 12
 
 

@@ -33,28 +33,28 @@ class Experience:
     rollout: Rollout
     rows: list[Row]
     scores: Scores
-    shown: Tensor  # (P, ...) the first sample of the first prompts
+    preview: Tensor  # (P, ...) the first sample of the first prompts
     score: Callable[[Tensor, Tensor], Tensor]  # the total reward (b,) of samples (b, ...) for the images (b,)'s rows
     processes: Processes
-    places: range  # of these images among those of all processes
+    indices: range  # of these images among those of all processes
     total: int  # how many those are
-    good: Tensor  # (total,) bool: which of those have a score
+    scored: Tensor  # (total,) bool: which of those have a score
 
     @property
     def groups(self) -> Tensor:
         """(B,) the prompt row of each image."""
         return torch.tensor([row.index for row in self.rows], device=self.scores.total.device)
 
-    def everyone(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """Values (..., total) of all processes' images from those of these (..., B)."""
-        return self.processes.gather(x, self.places, self.total)
+        return self.processes.gather(x, self.indices, self.total)
 
     def credit(self, f: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> Tensor:
         """f(values, groups) of all processes' images that have a score, (..., B) of these; 0 for those that do not."""
-        everyone, good = self.everyone(values), self.good
-        found = torch.zeros_like(everyone)
-        found[..., good] = f(everyone[..., good], self.everyone(self.groups)[good])
-        return found[..., self.places.start : self.places.stop]
+        gather, scored = self.gather(values), self.scored
+        found = torch.zeros_like(gather)
+        found[..., scored] = f(gather[..., scored], self.gather(self.groups)[scored])
+        return found[..., self.indices.start : self.indices.stop]
 
 
 class Examples(Protocol):

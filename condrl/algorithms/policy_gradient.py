@@ -30,17 +30,17 @@ class Steps:
     old_log_prob: Tensor  # (B,) nats, at roll-out
     advantage: Tensor  # (B,)
     condition: Tensor  # (B,)
-    memory: Tensor | None = None  # (B, ...) of a multi-step sampler
-    base: Transition | None = None  # the pretrained model's law of `next_x`
+    solver_state: Tensor | None = None  # (B, ...) of a multi-step sampler
+    base: Transition | None = None  # the pretrained model's distribution of `next_x`
     kl_weight: Tensor | None = None  # (B,) of the KL to it
 
-    def law(self, policy: Policy) -> Transition:
-        """The policy's law of `next_x`."""
-        return policy.transition(self.x, self.k, self.condition, self.memory)
+    def transition(self, policy: Policy) -> Transition:
+        """The policy's distribution of `next_x`."""
+        return policy.transition(self.x, self.k, self.condition, self.solver_state)
 
     def log_prob(self, policy: Policy) -> Tensor:
         """What `old_log_prob` is under this policy."""
-        return self.law(policy).log_prob(self.next_x)
+        return self.transition(policy).log_prob(self.next_x)
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Transitions:
             old_log_prob=r.log_probs[k, where],
             advantage=self.advantages[where] if self.advantages.dim() == 1 else self.advantages[k, where],
             condition=r.condition[images],
-            memory=None if r.memories is None else r.memories[k, where],
-            base=None if self.base is None else self.base.law(k, where),
+            solver_state=None if r.solver_states is None else r.solver_states[k, where],
+            base=None if self.base is None else self.base.transition(k, where),
             kl_weight=None if self.kl_weights is None else self.kl_weights[where],
         )
 
@@ -130,13 +130,13 @@ class PolicyGradient(Algorithm):
         return base.to_go
 
     def loss(self, policy: Policy, batch: Steps) -> tuple[Tensor, Metrics]:
-        law = batch.law(policy)
-        loss, metrics = self.surrogate(policy, law, batch)
+        transition = batch.transition(policy)
+        loss, metrics = self.surrogate(policy, transition, batch)
         if batch.base is not None and batch.kl_weight is not None:
-            loss = loss + batch.kl_weight * law.kl(batch.base)
+            loss = loss + batch.kl_weight * transition.kl(batch.base)
         return loss, metrics
 
-    def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
+    def surrogate(self, policy: Policy, transition: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
         """A loss (B,) whose gradient at the roll-out's policy is -A grad log p, and means to log."""
         raise NotImplementedError
 
@@ -151,12 +151,12 @@ class ClippedPolicyGradient(PolicyGradient):
         super().__post_init__()
         self.require_positive("clip_range")
 
-    def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
+    def surrogate(self, policy: Policy, transition: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
         """PPO's loss with a bound that scales with the square root of the step (THEORY 9.2)."""
         times = policy.sampler.times
         step = (times[batch.k] - times[batch.k + 1]) / times[0]
         bound = self.clip_range * (50 * step).sqrt()
-        return clipped(law.log_prob(batch.next_x) - batch.old_log_prob, batch.advantage, bound)
+        return clipped(transition.log_prob(batch.next_x) - batch.old_log_prob, batch.advantage, bound)
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, bound: Tensor | float) -> tuple[Tensor, Metrics]:

@@ -29,7 +29,7 @@ from condrl.errors import (
     UsageError,
     exit_code,
     naming,
-    say,
+    print_main,
     visible,
     warn_of_address_limit,
 )
@@ -80,7 +80,7 @@ def finetune(words: list[str]) -> dict[str, Any]:
     for reward in [*make_rewards(config), *make_measures(config)]:
         reward.load()
     if warning := transfer_warning(config):
-        say(f"warning: {warning}")
+        print_main(f"warning: {warning}")
     result = run(config, train, heldout[: config.evaluate.prompts], begun, dry)
     if copy and result and os.environ.get("RANK", "0") == "0":
         write_json(copy, result)
@@ -127,7 +127,7 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
     torch.manual_seed(config.run.seed)
     processes = Processes(make_accelerator(config))
     try:
-        return processes.together(lambda: tried_and_tuned(config, train, heldout, begun, dry, processes))
+        return processes.synchronized(lambda: tried_and_tuned(config, train, heldout, begun, dry, processes))
     finally:
         processes.end()
 
@@ -142,7 +142,7 @@ def tried_and_tuned(
 
     trainer = make_trainer(config, train, heldout, processes)
     for line in [*preflight(trainer, heldout, make_measures(config)), *announcement(config, train, heldout)]:
-        say(line)
+        print_main(line)
     return {} if dry else measure_and_tune(trainer, heldout, begun)
 
 
@@ -156,18 +156,18 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
 
     config, model, processes, folder = trainer.config, trainer.policy.model, trainer.processes, trainer.folder
     origin = provenance()
-    with folder.locked() if processes.first else nullcontext():
-        if processes.first:
+    with folder.locked() if processes.is_main else nullcontext():
+        if processes.is_main:
             check_folder(config, is_locked=True)  # again: another process may have tuned in it meanwhile
-        processes.meet()
+        processes.barrier()
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
             trainer.check_state(checkpoint[1], checkpoint[0])
-            say(f"going on from {checkpoint[0]}")
-        processes.meet()  # all have read what is now replaced
-        if processes.first:
+            print_main(f"going on from {checkpoint[0]}")
+        processes.barrier()  # all have read what is now replaced
+        if processes.is_main:
             prepare(trainer, checkpoint)
-        processes.meet()
+        processes.barrier()
         start_trackers(config, processes, folder)
         before = folder.files_in(TRACKED)
         base = heldout_evaluation(trainer, heldout, "base")
@@ -190,7 +190,7 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
             "seed": config.run.seed,
             **origin,
         }
-        if processes.first:
+        if processes.is_main:
             write_json(folder.file("result.json"), result)
             pictures = save_pictures(trainer, base, tuned)
             processes.accelerator.log(tracked_result(result), step=trainer.epoch)
@@ -229,7 +229,7 @@ def tune(trainer: Trainer) -> None:
         try:
             save_lora(trainer)
         except (OSError, RunError) as error:
-            say(f"warning: the LoRA cannot be written: {error}")
+            print_main(f"warning: the LoRA cannot be written: {error}")
         raise
     save_lora(trainer)
 
@@ -237,7 +237,7 @@ def tune(trainer: Trainer) -> None:
 def save_lora(trainer: Trainer) -> None:
     from condrl.training.build import weights_in_words
 
-    if trainer.processes.first:
+    if trainer.processes.is_main:
         with trainer.folder.replacing("lora") as folder:
             trainer.policy.model.save_adapter(folder, {"rewards": weights_in_words(trainer.config)})
 
@@ -257,7 +257,7 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
             pieces = trainer.policy, trainer.rows, trainer.rewards, kappa
             save_plots(*pieces, trainer.metrics_file, trainer.folder.file)
         except UsageError as error:  # of a policy so far off that exact answers do not reach it
-            say(f"warning: no pictures: {error}")
+            print_main(f"warning: no pictures: {error}")
     return []
 
 
@@ -267,7 +267,7 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
-        say("\nstopping with a checkpoint; once more to stop at once")
+        print_main("\nstopping with a checkpoint; once more to stop at once")
         trainer.processes.stop(number)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
@@ -296,7 +296,7 @@ def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Ev
         pictures=config.evaluate.pictures,
         processes=trainer.processes,
     )
-    if trainer.processes.first:
+    if trainer.processes.is_main:
         means = ", ".join(f"{name} {e.mean:.3f}" for name, e in found.measures.items())
         print(f"held-out, {who}: {means}", flush=True)
     return found

@@ -27,7 +27,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 from condrl.config import typed_options
-from condrl.errors import UsageError, brief, exit_code, say
+from condrl.errors import UsageError, brief, exit_code, print_main
 from condrl.io.records import to_json
 from condrl.overrides import is_setting, merged, read_word, retyped
 from condrl.registry import load_file
@@ -81,7 +81,7 @@ class Server(ThreadingHTTPServer):
         """Say nothing of a client that has gone, or of one that waits while the server ends."""
         error = sys.exception()
         if error and not isinstance(error, OSError | CancelledError):
-            say(f"warning: no answer to {client_address[0]}: {brief(error)}")
+            print_main(f"warning: no answer to {client_address[0]}: {brief(error)}")
 
     def server_close(self) -> None:
         super().server_close()

@@ -20,12 +20,12 @@ class Noise:
     function of the seed, n and the places, so parts of it (`noise[rows]`) begin anew.
     """
 
-    def __init__(self, seed: str, places: range, group: int) -> None:
-        self.seed, self.places, self.group = seed, places, group
+    def __init__(self, seed: str, indices: range, group: int) -> None:
+        self.seed, self.indices, self.group = seed, indices, group
         self.draws = itertools.count()
 
     def __getitem__(self, rows: slice) -> Noise:
-        return Noise(self.seed, self.places[rows], self.group)
+        return Noise(self.seed, self.indices[rows], self.group)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal (B, *shape)."""
@@ -40,11 +40,11 @@ class Noise:
         return seeded_by(f"{self.seed} {purpose}")
 
     def _draw(self, kind: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
-        draw, parts, places = next(self.draws), [], self.places
-        for stream in range(places.start // self.group, -(-places.stop // self.group)):
+        draw, parts, indices = next(self.draws), [], self.indices
+        for stream in range(indices.start // self.group, -(-indices.stop // self.group)):
             start = stream * self.group
             whole = kind((self.group, *shape), generator=self.shared(f"{stream} {draw}"))
-            parts.append(whole[max(0, places.start - start) : places.stop - start])
+            parts.append(whole[max(0, indices.start - start) : indices.stop - start])
         return torch.cat(parts)
 
 

@@ -15,13 +15,13 @@ from condrl.diffusion.transition import Transition
 
 @dataclass(frozen=True)
 class PathKL:
-    """The pretrained model's laws along trajectories, and the KL of each of their steps."""
+    """The pretrained model's distributions along trajectories, and the KL of each of their steps."""
 
     means: Tensor  # (K, B, ...)
     stds: Tensor  # (K, B)
     kl: Tensor  # (K, B) nats, 0 where a step is deterministic
 
-    def law(self, k: Tensor, images: Tensor) -> Transition:
+    def transition(self, k: Tensor, images: Tensor) -> Transition:
         means = self.means[k, images]
         return Transition(means, like(self.stds[k, images], means))
 
@@ -41,10 +41,10 @@ def path_kl(policy: Policy, rollout: Rollout, batch: int) -> PathKL:
         for start in range(0, count, batch):
             rows = slice(start, start + batch)
             x, condition = rollout.states[k, rows], rollout.condition[rows]
-            memory = None if rollout.memories is None else rollout.memories[k, rows]
-            place = x, torch.full((len(x),), k), condition, memory
-            law = policy.transition(*place)
+            solver_state = None if rollout.solver_states is None else rollout.solver_states[k, rows]
+            place = x, torch.full((len(x),), k), condition, solver_state
+            transition = policy.transition(*place)
             with policy.model.reference():
                 base = policy.transition(*place)
-            means[k, rows], stds[k, rows], kl[k, rows] = base.mean, base.std.flatten(), law.kl(base)
+            means[k, rows], stds[k, rows], kl[k, rows] = base.mean, base.std.flatten(), transition.kl(base)
     return PathKL(means, stds, kl)

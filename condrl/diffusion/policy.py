@@ -15,9 +15,9 @@ class Policy:
         self.model, self.sampler = model, sampler
         self.steps = len(sampler.times) - 1
 
-    def transition(self, x: Tensor, k: Tensor, condition: Tensor, memory: Tensor | None = None) -> Transition:
-        """The law of the state after step k (B,) from x (B, ...)."""
-        return self.sampler.step(k, x, lambda y, t: self.model.score(y, t, condition), memory)
+    def transition(self, x: Tensor, k: Tensor, condition: Tensor, solver_state: Tensor | None = None) -> Transition:
+        """The distribution of the state after step k (B,) from x (B, ...)."""
+        return self.sampler.step(k, x, lambda y, t: self.model.score(y, t, condition), solver_state)
 
     def action(self, x: Tensor, k: Tensor, condition: Tensor) -> Tensor:
         """The score at x (B, ...) and the beginning of step k (B,)."""

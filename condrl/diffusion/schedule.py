@@ -65,7 +65,7 @@ class Schedule(ABC):
     def g2(self, t: Tensor) -> Tensor:
         """g(t)^2 = d(sigma^2)/dt - 2 f sigma^2."""
 
-    def churn(self, times: Tensor) -> Tensor:
+    def noise_rate(self, times: Tensor) -> Tensor:
         """The g^2 (K,) that scales the noise of an Euler-Maruyama step between times (K + 1,)."""
         return self.g2(times[:-1])
 
@@ -194,7 +194,7 @@ class RectifiedFlow(Schedule):
     def g2(self, t: Tensor) -> Tensor:
         return 2 * t.double() / (1 - t.double())
 
-    def churn(self, times: Tensor) -> Tensor:
+    def noise_rate(self, times: Tensor) -> Tensor:
         """g^2, with 1 - t taken at the end of the first step, which begins where it is singular (Liu et al. 2025)."""
         left = 1 - times[:-1]
         return 2 * times[:-1] / torch.cat([1 - times[1:2], left[1:]])

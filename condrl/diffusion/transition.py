@@ -18,17 +18,17 @@ from torch import Tensor
 from condrl.diffusion.schedule import Schedule, like
 from condrl.errors import UsageError
 
-Act = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> action
+ModelFn = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> action
 Numbers = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # noise levels eta (K,) -> A, B, S (K,)
 
 
 @dataclass(frozen=True)
 class Transition:
-    """The law N(mean, std^2 I) of the next state; mean (B, ...), std broadcastable to it."""
+    """The distribution N(mean, std^2 I) of the next state; mean (B, ...), std broadcastable to it."""
 
     mean: Tensor
     std: Tensor
-    memory: Tensor | None = None  # what a multi-step sampler hands on to its next step, (B, ...)
+    solver_state: Tensor | None = None  # what a multi-step sampler hands on to its next step, (B, ...)
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + self.std * noise
@@ -50,7 +50,7 @@ class Transition:
 
 
 class Sampler(Protocol):
-    """What a sampler plugin returns: times (K + 1,) and the law of each of its K steps.
+    """What a sampler plugin returns: times (K + 1,) and the distribution of each of its K steps.
 
     For `sampler.noise_steps` it has `with_noise(mask)` as well: itself with noise at the steps in a mask (K,) alone.
     """
@@ -63,8 +63,8 @@ class Sampler(Protocol):
         """(K,) bool: the steps that have a log-probability."""
         ...
 
-    def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
-        """The law of the state after step k (B,) from x (B, ...), calling `act` for actions."""
+    def step(self, k: Tensor, x: Tensor, act: ModelFn, solver_state: Tensor | None = None) -> Transition:
+        """The distribution of the state after step k (B,) from x (B, ...), calling `act` for actions."""
         ...
 
 
@@ -101,7 +101,7 @@ class Coefficients:
             )
         return self.at(self.times, self.eta.where(mask, 0.0), self.numbers)
 
-    def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
+    def step(self, k: Tensor, x: Tensor, act: ModelFn, solver_state: Tensor | None = None) -> Transition:
         action = act(x, self.times[k])
         A, B, S = (like(c[k], x) for c in (self.A, self.B, self.S))
         return Transition(A * x + B * action, S)
@@ -112,8 +112,8 @@ def euler_maruyama(schedule: Schedule, times: Tensor, eta: Tensor | float) -> Co
     t, step = times[:-1], times[:-1] - times[1:]
 
     def numbers(level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        churn = level.square() * schedule.churn(times) * step
-        return 1 - schedule.f(t) * step, (schedule.g2(t) * step + churn) / 2, churn.sqrt()
+        noise_rate = level.square() * schedule.noise_rate(times) * step
+        return 1 - schedule.f(t) * step, (schedule.g2(t) * step + noise_rate) / 2, noise_rate.sqrt()
 
     return Coefficients.at(times, eta, numbers)
 
@@ -122,16 +122,16 @@ def euler_maruyama(schedule: Schedule, times: Tensor, eta: Tensor | float) -> Co
 class Overshoot:
     """S4: any deterministic solver, made stochastic by going too far and adding noise back (THEORY 1.3).
 
-    From t it goes to w with lambda_w = lambda_u + eta^2 h, then noise brings w back to u: an exact Gaussian law.
+    From t it goes to w with lambda_w = lambda_u + eta^2 h, then noise brings w back to u: exactly Gaussian.
     """
 
     schedule: Schedule
     times: Tensor  # (K + 1,)
     eta: Tensor  # (K,)
-    solver: Callable[[Tensor, Tensor, Tensor, Act], Tensor]  # (x, t, w, act) -> the state at w
+    solver: Callable[[Tensor, Tensor, Tensor, ModelFn], Tensor]  # (x, t, w, act) -> the state at w
 
     @cached_property
-    def aims(self) -> Tensor:
+    def targets(self) -> Tensor:
         """(K,) the times w."""
         t, u = self.times[:-1], self.times[1:]
         level = self.schedule.log_snr(u)
@@ -140,13 +140,13 @@ class Overshoot:
 
     @property
     def stochastic(self) -> Tensor:
-        return self.aims < self.times[1:]
+        return self.targets < self.times[1:]
 
     def with_noise(self, mask: Tensor) -> Overshoot:
         return replace(self, eta=self.eta.where(mask, 0.0))
 
-    def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
-        t, u, w = self.times[k], self.times[k + 1], self.aims[k]
+    def step(self, k: Tensor, x: Tensor, act: ModelFn, solver_state: Tensor | None = None) -> Transition:
+        t, u, w = self.times[k], self.times[k + 1], self.targets[k]
         alpha_u, alpha_w, sigma_u, sigma_w = (
             like(c, x) for c in (self.schedule.alpha(u), self.schedule.alpha(w), *map(self.schedule.sigma, (u, w)))
         )

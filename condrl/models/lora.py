@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from condrl.errors import UsageError, say
+from condrl.errors import UsageError, print_main
 from condrl.io.files import load_metadata, load_tensors, save_tensors
 from condrl.io.records import from_json
 
@@ -158,7 +158,9 @@ def load_lora(unet: nn.Module, source: Path) -> None:
         _refuse(path, f"has weights for {extra[0]}, which model.lora_targets leaves out: add its name there")
     untouched = [name for name in layers if name not in found]
     if untouched:
-        say(f"the LoRA {path} has nothing for {len(untouched)} of {len(layers)} modules: {untouched[0]} ... start at 0")
+        print_main(
+            f"the LoRA {path} has nothing for {len(untouched)} of {len(layers)} modules: {untouched[0]} ... start at 0"
+        )
     fitted = {name: fit(factors, _rank(layers[name])) for name, factors in found.items()}
     if any(factors is None for factors in fitted.values()):
         needed = max(len(factors.down) for factors in found.values())

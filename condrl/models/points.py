@@ -17,9 +17,9 @@ from condrl.registry import suggestion
 
 
 class Points:
-    """A model of points (B, d), with one law for each prompt that its config names."""
+    """A model of points (B, d), with one distribution for each prompt that its config names."""
 
-    laws_option: ClassVar[str]  # the option that names the prompts
+    distributions_option: ClassVar[str]  # the option that names the prompts
     device: torch.device
     prompts: list[str]
     schedule: Schedule
@@ -29,14 +29,14 @@ class Points:
     tuned = True  # False within `reference`
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Rows (B,) of the prompts' laws.
+        """Rows (B,) of the prompts' distributions.
 
         Raises: UsageError on a prompt without one.
         """
         for prompt in prompts:
             if prompt not in self.prompts:
                 known = suggestion(prompt, self.prompts)
-                raise UsageError(f"config model.{self.laws_option}: nothing is said of {prompt!r}.{known}")
+                raise UsageError(f"config model.{self.distributions_option}: nothing is said of {prompt!r}.{known}")
         return torch.tensor([self.prompts.index(prompt) for prompt in prompts])
 
     def features(self, condition: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import NamedTuple, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-from condrl.errors import LENGTH, UsageError, say
+from condrl.errors import LENGTH, UsageError, print_main
 from condrl.io.records import from_json
 from condrl.rewards.wire import MOST_BYTES, read_secret
 from condrl.threads import DaemonPool
@@ -179,7 +179,7 @@ def read_address(url: str, what: str) -> SplitResult:
 def announce(section: str, variable: str, address: SplitResult) -> None:
     """Say once where a secret goes: a recipe that somebody else wrote may name both."""
     plain = address.scheme == "http" and address.hostname not in LOCAL
-    say(f"{section} sends what is in {variable} to {address.netloc}" + (", not encrypted" if plain else ""))
+    print_main(f"{section} sends what is in {variable} to {address.netloc}" + (", not encrypted" if plain else ""))
 
 
 def hang_up(line: socket.socket) -> None:

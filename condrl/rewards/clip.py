@@ -182,7 +182,7 @@ class Clip:
         """Of the embeddings of images (B, 3, H, W) and their prompts, (B,); differentiable."""
         return (self.images(samples) * self.texts(prompts, samples.device)).sum(1)
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """Make room on the device until it is used again."""
         self.model.to("cpu")
 
@@ -191,7 +191,7 @@ class ClipReward:
     """What rewards with a Clip share: the cosine of image and prompt, and its place on the device."""
 
     clip: Clip
-    offload: bool  # keep the model off the device between roll-outs
+    offloads: bool  # keep the model off the device between roll-outs
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.clip.cosine(samples, prompts)
@@ -199,9 +199,9 @@ class ClipReward:
     def load(self) -> None:
         self.clip.load()
 
-    def rest(self) -> None:
-        if self.offload:
-            self.clip.rest()
+    def offload(self) -> None:
+        if self.offloads:
+            self.clip.offload()
 
 
 def check_weights(path: Path) -> None:

@@ -3,7 +3,7 @@
 A class may have, beside `__call__`, any of these methods:
 
     load()                      open the files that it needs, so that what is wrong with them is said at the start
-    rest()                      make room on the device until it is called again
+    offload()                   make room on the device until it is called again
     state_dict()                what its next scores depend on, as tensors, numbers and text by name
     load_state_dict(state)      go on from there
 """
@@ -28,7 +28,7 @@ from condrl.errors import LESS, RewardError, RunError, UsageError, brief, out_of
 from condrl.prompts import Row
 from condrl.registry import reward as registry
 
-MOST_KNOWN = 100_000  # scores that a reward remembers
+MOST_CACHED = 100_000  # scores that a reward remembers
 
 
 class MissingKey(KeyError):
@@ -65,7 +65,7 @@ class Reward:
     weight: float
     call: Callable[..., Any]
     differentiable: bool = True
-    known: dict[bytes, float] | None = None  # scores by digest of image and row, of a reward that remembers them
+    cache: dict[bytes, float] | None = None  # scores by digest of image and row, of a reward that remembers them
 
     @functools.cached_property
     def takes_metadata(self) -> bool:
@@ -78,17 +78,17 @@ class Reward:
 
         Raises: RewardError naming the reward and the prompt when the reward raises, or a score is missing.
         """
-        if self.known is None or (torch.is_grad_enabled() and samples.requires_grad):
+        if self.cache is None or (torch.is_grad_enabled() and samples.requires_grad):
             return self._scored(samples, rows)
         keys = [digest(sample, row) for sample, row in zip(samples, rows, strict=True)]
-        new = {key: i for i, key in enumerate(keys) if key not in self.known}
-        found = {key: self.known[key] for key in keys if key in self.known}
+        new = {key: i for i, key in enumerate(keys) if key not in self.cache}
+        found = {key: self.cache[key] for key in keys if key in self.cache}
         if new:
             scores = self._scored(samples[list(new.values())], [rows[i] for i in new.values()])
             found |= zip(new, scores.tolist(), strict=True)
-            self.known.update((key, value) for key, value in found.items() if math.isfinite(value))
-            for oldest in list(self.known)[: max(0, len(self.known) - MOST_KNOWN)]:
-                del self.known[oldest]
+            self.cache.update((key, value) for key, value in found.items() if math.isfinite(value))
+            for oldest in list(self.cache)[: max(0, len(self.cache) - MOST_CACHED)]:
+                del self.cache[oldest]
         return torch.tensor([found[key] for key in keys], device=samples.device)
 
     def _scored(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -146,10 +146,10 @@ class Reward:
             with self.blamed():
                 self.call.load_state_dict(dict(state))
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """Tell a reward that it will not be called for a while."""
         with self.blamed():
-            getattr(self.call, "rest", lambda: None)()
+            getattr(self.call, "offload", lambda: None)()
 
     def failure(self, scores: Tensor, rows: Sequence[Row]) -> str | None:
         """What to say of the first failed score of (B,); None when there is none."""
@@ -182,12 +182,12 @@ def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
     weight, target = options.pop("weight", 1.0), plugin.target
     with usage_errors(), Reward(name, weight, target).blamed():
         call: Any = target(**options) if inspect.isclass(target) else functools.partial(target, **options)
-    known = _known(json.dumps([name, options], sort_keys=True, default=str)) if plugin.cached else None
-    return Reward(name, weight, call, plugin.differentiable, known)
+    cache = _cache_of(json.dumps([name, options], sort_keys=True, default=str)) if plugin.cached else None
+    return Reward(name, weight, call, plugin.differentiable, cache)
 
 
 @functools.cache
-def _known(reward: str) -> dict[bytes, float]:
+def _cache_of(reward: str) -> dict[bytes, float]:
     """One for all that ask for the same reward with the same options."""
     return {}
 

@@ -43,7 +43,7 @@ def check_reward(
 
     Raises: AssertionError saying what is wrong.
     """
-    reward = dataclasses.replace(make_reward(name, options), known=None)  # nothing from memory
+    reward = dataclasses.replace(make_reward(name, options), cache=None)  # nothing from memory
     x = smooth_images(len(prompts)) if samples is None else samples
     rows = [Row(i, prompt, (metadata or [{}] * len(prompts))[i]) for i, prompt in enumerate(prompts)]
     with torch.no_grad():

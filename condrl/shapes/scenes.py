@@ -25,7 +25,7 @@ import numpy as np
 from condrl.errors import UsageError
 
 SIDE = 64  # pixels
-GROUND = (236, 236, 232)
+BACKGROUND = (236, 236, 232)
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "orange": (244, 140, 30),
@@ -49,7 +49,7 @@ UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object in an image: centre and bounding-box diameter in pixels."""
 
     shape: str
@@ -138,9 +138,11 @@ def _parse_phrase(text: str, prompt: str) -> Phrase:
     )
 
 
-def describe(scene: Sequence[Thing], rng: random.Random, mention_size: float = 0.4, relate: float = 0.65) -> Request:
+def describe(
+    scene: Sequence[SceneObject], rng: random.Random, mention_size: float = 0.4, relate: float = 0.65
+) -> Request:
     """A true description of a scene, one of many: order, sizes and relation are drawn by `rng`."""
-    groups: dict[tuple[str, str], list[Thing]] = {}
+    groups: dict[tuple[str, str], list[SceneObject]] = {}
     for thing in scene:
         groups.setdefault((thing.shape, thing.color), []).append(thing)
     members = list(groups.values())
@@ -151,7 +153,7 @@ def describe(scene: Sequence[Thing], rng: random.Random, mention_size: float = 0
     return Request(phrases)
 
 
-def _describe_group(group: list[Thing], rng: random.Random, mention_size: float) -> Phrase:
+def _describe_group(group: list[SceneObject], rng: random.Random, mention_size: float) -> Phrase:
     sizes = {thing.size for thing in group}
     size = sizes.pop() if len(sizes) == 1 and rng.random() < mention_size else None
     return Phrase(group[0].shape, group[0].color, size, len(group))
@@ -165,7 +167,7 @@ def meaning(request: Request) -> tuple[str, ...]:
     return (first, request.relation, *rest) if request.relation else tuple(sorted([first, *rest]))
 
 
-def relation_between(first: Thing, second: Thing) -> str | None:
+def relation_between(first: SceneObject, second: SceneObject) -> str | None:
     """Where `first` lies seen from `second`, along the longer axis; None when they are too close to say."""
     dx, dy = first.x - second.x, first.y - second.y
     if max(abs(dx), abs(dy)) < RELATION_GAP:
@@ -178,13 +180,13 @@ def relation_between(first: Thing, second: Thing) -> str | None:
 # ---------------------------------------------------------------------------------------------- drawing
 
 
-def random_scene(rng: random.Random, weights: Sequence[float] = (2, 4, 3), repeat: float = 0.35) -> list[Thing]:
+def random_scene(rng: random.Random, weights: Sequence[float] = (2, 4, 3), repeat: float = 0.35) -> list[SceneObject]:
     """Objects that do not touch; `weights` are of one, two, ... objects.
 
     With probability `repeat` an object copies the one before.
     """
     while True:
-        scene: list[Thing] = []
+        scene: list[SceneObject] = []
         for _ in range(rng.choices(range(1, len(weights) + 1), weights)[0]):
             shape, color, size = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(list(DIAMETERS))
             if scene and rng.random() < repeat:
@@ -197,27 +199,27 @@ def random_scene(rng: random.Random, weights: Sequence[float] = (2, 4, 3), repea
             return scene
 
 
-def place(scene: list[Thing], shape: str, color: str, size: str, rng: random.Random) -> Thing | None:
+def place(scene: list[SceneObject], shape: str, color: str, size: str, rng: random.Random) -> SceneObject | None:
     """A thing at a random place clear of the scene's, with a random diameter of its size; None when none is found."""
     for _ in range(40):
         diameter = rng.randint(*DIAMETERS[size])
         low, high = diameter / 2 + 2, SIDE - diameter / 2 - 2
-        thing = Thing(shape, color, rng.uniform(low, high), rng.uniform(low, high), diameter)
+        thing = SceneObject(shape, color, rng.uniform(low, high), rng.uniform(low, high), diameter)
         if all(_gap(thing, other) >= 4 for other in scene):
             return thing
     return None
 
 
-def _gap(a: Thing, b: Thing) -> float:
+def _gap(a: SceneObject, b: SceneObject) -> float:
     """Pixels between two bounding boxes, along the axis that separates them best."""
     return max(abs(a.x - b.x), abs(a.y - b.y)) - (a.diameter + b.diameter) / 2
 
 
-def draw(scene: Sequence[Thing], supersample: int = 4) -> np.ndarray:
+def draw(scene: Sequence[SceneObject], supersample: int = 4) -> np.ndarray:
     """The image of a scene, uint8 (SIDE, SIDE, 3), anti-aliased."""
     from PIL import Image, ImageDraw
 
-    canvas = Image.new("RGB", (SIDE * supersample, SIDE * supersample), GROUND)
+    canvas = Image.new("RGB", (SIDE * supersample, SIDE * supersample), BACKGROUND)
     pen = ImageDraw.Draw(canvas)
     for thing in scene:
         corners = [
@@ -246,7 +248,7 @@ def outline(shape: str) -> tuple[tuple[float, float], ...]:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def read(image: np.ndarray) -> list[Thing]:
+def read(image: np.ndarray) -> list[SceneObject]:
     """Find the objects in an image, float (3, SIDE, SIDE) in [0, 1]; shape or colour is 'unknown' where it is neither.
 
     Raises: UsageError on an image of another size.
@@ -254,7 +256,7 @@ def read(image: np.ndarray) -> list[Thing]:
     if image.shape != (3, SIDE, SIDE):
         raise UsageError(f"the shapes checker reads images of {SIDE} x {SIDE} pixels, got shape {image.shape}")
     pixels = image.transpose(1, 2, 0)
-    ground = np.array(GROUND) / 255
+    ground = np.array(BACKGROUND) / 255
     foreground = np.abs(pixels - ground).max(-1) > 0.25
     return [_identify(pixels, blob) for blob in connected_components(foreground) if blob.sum() >= SPECK]
 
@@ -272,11 +274,11 @@ def connected_components(mask: np.ndarray) -> list[np.ndarray]:
         labels = spread
 
 
-def _identify(pixels: np.ndarray, blob: np.ndarray) -> Thing:
+def _identify(pixels: np.ndarray, blob: np.ndarray) -> SceneObject:
     rows, columns = np.flatnonzero(blob.any(1)), np.flatnonzero(blob.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     crop = blob[top:bottom, left:right]
-    return Thing(
+    return SceneObject(
         _shape_of(crop),
         _color_of(pixels[blob]),
         float(left + right) / 2,
@@ -287,7 +289,7 @@ def _identify(pixels: np.ndarray, blob: np.ndarray) -> Thing:
 
 def _color_of(pixels: np.ndarray) -> str:
     """The palette colour of a blob; unknown unless 70 % of its core (the half farthest from the ground) agree."""
-    distance = np.abs(pixels - np.array(GROUND) / 255).sum(-1)
+    distance = np.abs(pixels - np.array(BACKGROUND) / 255).sum(-1)
     core = pixels[distance >= np.median(distance)]
     palette = np.array(list(COLORS.values())) / 255
     errors = np.linalg.norm(core[:, None] - palette, axis=-1)
@@ -323,23 +325,23 @@ def _template(shape: str, height: int, width: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- scoring
 
 
-def obey(images: np.ndarray, prompts: Sequence[str]) -> list[float]:
+def grade(images: np.ndarray, prompts: Sequence[str]) -> list[float]:
     """The obedience of each image, float (B, 3, H, W) in [0, 1], to its prompt.
 
     Raises: UsageError on a prompt outside the vocabulary.
     """
     return [
-        _obedience(np.ascontiguousarray(image, np.float32).tobytes(), image.shape, prompt)
+        _grade_cached(np.ascontiguousarray(image, np.float32).tobytes(), image.shape, prompt)
         for image, prompt in zip(images, prompts, strict=True)
     ]
 
 
 @functools.lru_cache(maxsize=512)  # `shapes` and `shapes_exact` ask about the same images
-def _obedience(pixels: bytes, shape: tuple[int, ...], prompt: str) -> float:
-    return obedience(read(np.frombuffer(pixels, np.float32).reshape(shape)), parse(prompt))
+def _grade_cached(pixels: bytes, shape: tuple[int, ...], prompt: str) -> float:
+    return grade_scene(read(np.frombuffer(pixels, np.float32).reshape(shape)), parse(prompt))
 
 
-def obedience(things: Sequence[Thing], request: Request) -> float:
+def grade_scene(things: Sequence[SceneObject], request: Request) -> float:
     """How well the objects obey the request, in [0, 1]; 1 if and only if they do so exactly.
 
     Each wanted object earns shape .4, colour .4 and size .2 from the object matched to it, missing and
@@ -357,13 +359,13 @@ def obedience(things: Sequence[Thing], request: Request) -> float:
     return round(best, 6)
 
 
-def _likeness(thing: Thing | None, phrase: Phrase) -> float:
+def _likeness(thing: SceneObject | None, phrase: Phrase) -> float:
     if thing is None:
         return 0.0
     size_right = phrase.size is None or thing.size == phrase.size
     return 0.4 * (thing.shape == phrase.shape) + 0.4 * (thing.color == phrase.color) + 0.2 * size_right
 
 
-def _related(match: Sequence[Thing | None], relation: str) -> bool:
+def _related(match: Sequence[SceneObject | None], relation: str) -> bool:
     first, second = match[0], match[1]
     return first is not None and second is not None and relation_between(first, second) == relation

@@ -1,4 +1,4 @@
-"""Data sets of points, and the score of their noised law by the ratio estimator of Gao et al. 2024."""
+"""Data sets of points, and the score of their noised distribution by the ratio estimator of Gao et al. 2024."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances between laws that are known by samples."""
+"""Distances between distributions that are known by samples."""
 
 from __future__ import annotations
 

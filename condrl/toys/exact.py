@@ -26,7 +26,7 @@ class Case:
     reward: Tensor
     pretrained: Audit
     optimal: Audit
-    target: Tensor  # masses of p* ~ p exp(r / kappa), from the exact law of the data
+    target: Tensor  # masses of p* ~ p exp(r / kappa), from the exact distribution of the data
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def solve(
     Raises: UsageError unless the model is a 1-D mixture and its sampler has no memory.
     """
     model = policy.model
-    if not hasattr(model, "law") or model.state_shape != (1,):
+    if not hasattr(model, "distribution") or model.state_shape != (1,):
         raise UsageError("exact answers need a one-dimensional model=mixture")
     line, prior = Line(-reach, reach, cells), model.schedule.prior_std
     origin, first = torch.zeros(1, 1, device=model.device), torch.zeros(1, dtype=torch.long)
-    if policy.transition(origin, first, first).memory is not None:
+    if policy.transition(origin, first, first).solver_state is not None:
         raise UsageError("exact answers need a sampler whose steps depend on the state alone")
     std = (
         torch.cat([policy.transition(origin, torch.tensor([k]), first).std.flatten() for k in range(policy.steps)])
@@ -100,9 +100,9 @@ def solve(
     )
     start = line.masses(-line.x.square() / (2 * prior**2))
     cases = [_case(policy, row, rewards, kappa, line, std, start) for row in rows]
-    laws = [law for case in cases for law in (case.pretrained.masses, case.optimal.masses, case.target)]
-    if max(law[[0, -1]].max().item() for law in laws) > 1e-6:
-        raise UsageError(f"exact answers: a law reaches beyond [-{reach:g}, {reach:g}]")
+    masses = [m for case in cases for m in (case.pretrained.masses, case.optimal.masses, case.target)]
+    if max(m[[0, -1]].max().item() for m in masses) > 1e-6:
+        raise UsageError(f"exact answers: a distribution reaches beyond [-{reach:g}, {reach:g}]")
     return Problem(line, rows, kappa, std, start, cases)
 
 
@@ -115,7 +115,7 @@ def monte_carlo_value(
     kappa: float,
     particles: int,
     generator: torch.Generator,
-    memory: Tensor | None = None,
+    solver_state: Tensor | None = None,
 ) -> ValueEstimate:
     """V = kappa log E exp(r / kappa) at a state x (...) before step k, place = (x, k), for any model and reward.
 
@@ -125,7 +125,7 @@ def monte_carlo_value(
     (state, first), model = place, policy.model
     condition = model.encode([row.prompt] * particles)
     final = state.to(model.device).expand(particles, *state.shape)
-    carried = None if memory is None else memory.to(model.device).expand(particles, *memory.shape)
+    carried = None if solver_state is None else solver_state.to(model.device).expand(particles, *solver_state.shape)
     with model.reference():
         for x, _ in continued(policy, final, first, condition, generator, carried):
             final = x
@@ -135,12 +135,12 @@ def monte_carlo_value(
 def _case(
     policy: Policy, row: Row, rewards: Sequence[Reward], kappa: float, line: Line, std: Tensor, start: Tensor
 ) -> Case:
-    model: Any = policy.model  # which knows the law of its data
+    model: Any = policy.model  # which knows the distribution of its data
     with model.reference():
         base = means_of(policy, line, row)
     reward = score(rewards, line.x[:, None].float(), [row] * line.cells).total.double()
     program = oracle.dynamic_program(line, base, std, reward, kappa)
-    law = model.law.rows(model.encode([row.prompt] * line.cells))
-    target, _ = oracle.tilted_masses(line, law.log_prob(line.x[:, None]), reward, kappa)
+    distribution = model.distribution.rows(model.encode([row.prompt] * line.cells))
+    target, _ = oracle.tilted_masses(line, distribution.log_prob(line.x[:, None]), reward, kappa)
     audits = [oracle.audit(line, means, base, std, start, reward, kappa) for means in (base, program.means)]
     return Case(base, reward, audits[0], audits[1], target)

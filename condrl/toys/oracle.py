@@ -21,7 +21,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """B laws sum_i w_i N(m_i, U_i diag(l_i) U_i^T) in d dimensions."""
+    """B distributions sum_i w_i N(m_i, U_i diag(l_i) U_i^T) in d dimensions."""
 
     log_weights: Tensor  # (B, n)
     means: Tensor  # (B, n, d)
@@ -39,7 +39,7 @@ class GaussianMixture:
         return self.bases @ torch.diag_embed(self.variances) @ self.bases.mT
 
     def rows(self, index: Tensor) -> GaussianMixture:
-        """The laws of the conditions index (B,)."""
+        """The distributions of the conditions index (B,)."""
         return GaussianMixture(self.log_weights[index], self.means[index], self.variances[index], self.bases[index])
 
     def to(self, x: Tensor) -> GaussianMixture:
@@ -47,7 +47,7 @@ class GaussianMixture:
         return GaussianMixture(*(v.to(x) for v in (self.log_weights, self.means, self.variances, self.bases)))
 
     def noised(self, alpha: Tensor, sigma: Tensor) -> GaussianMixture:
-        """The laws of alpha X + sigma eps, for alpha, sigma (B,) or scalars."""
+        """The distributions of alpha X + sigma eps, for alpha, sigma (B,) or scalars."""
         a, s = (c.reshape(-1, 1, 1) for c in (alpha, sigma))
         return GaussianMixture(self.log_weights, a * self.means, a**2 * self.variances + s**2, self.bases)
 
@@ -69,7 +69,7 @@ class GaussianMixture:
         return -(log_joint.softmax(-1)[..., None] * pulls).sum(1)
 
     def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> GaussianMixture:
-        """The law of X_0 given alpha X_0 + sigma eps = x (B, d) (THEORY 8.1)."""
+        """The distribution of X_0 given alpha X_0 + sigma eps = x (B, d) (THEORY 8.1)."""
         a, s = (c.reshape(-1, 1, 1) for c in (alpha, sigma))
         log_joint = self.noised(alpha, sigma)._whitened(x)[1]
         variances = 1 / (1 / self.variances + (a / s) ** 2)
@@ -83,7 +83,7 @@ class GaussianMixture:
         return (self.log_weights.exp()[..., None] * self.means).sum(1)
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """One draw of each law, (B, d)."""
+        """One draw of each distribution, (B, d)."""
         component = torch.multinomial(self.log_weights.exp(), 1, generator=generator)[:, 0]
         rows = torch.arange(len(component))
         noise = torch.randn(self.means[:, 0].shape, generator=generator, dtype=self.means.dtype)
@@ -108,37 +108,39 @@ class Quadratic:
         return (self.linear * x).sum(-1) - bend / 2 + self.constant
 
 
-def tilted(law: GaussianMixture, reward: Quadratic, kappa: float) -> tuple[GaussianMixture, Tensor]:
+def tilted(distribution: GaussianMixture, reward: Quadratic, kappa: float) -> tuple[GaussianMixture, Tensor]:
     """p* ~ p exp(r / kappa) and log Z = log E_p exp(r / kappa) (B,) (THEORY 8.2).
 
-    Needs S_i^{-1} + Q / kappa > 0, else the tilted law does not exist.
+    Needs S_i^{-1} + Q / kappa > 0, else the tilted distribution does not exist.
     """
-    precision = torch.linalg.inv(law.covariances)
+    precision = torch.linalg.inv(distribution.covariances)
     bend, slope = reward.curvature[:, None] / kappa, reward.linear[:, None] / kappa
     P = precision + bend
-    pull = torch.einsum("bnij,bnj->bni", precision, law.means)
+    pull = torch.einsum("bnij,bnj->bni", precision, distribution.means)
     means = torch.linalg.solve(P, pull + slope)
     log_z = (
         reward.constant[:, None] / kappa
-        - torch.logdet(P @ law.covariances) / 2
+        - torch.logdet(P @ distribution.covariances) / 2
         + torch.einsum("bni,bnij,bnj->bn", means, P, means) / 2
-        - torch.einsum("bni,bni->bn", law.means, pull) / 2
+        - torch.einsum("bni,bni->bn", distribution.means, pull) / 2
     )
-    log_weights = law.log_weights + log_z
+    log_weights = distribution.log_weights + log_z
     star = GaussianMixture.of(log_weights.softmax(-1), means, torch.linalg.inv(P))
     return star, log_weights.logsumexp(-1)
 
 
-def value(law: GaussianMixture, reward: Quadratic, kappa: float, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def value(
+    distribution: GaussianMixture, reward: Quadratic, kappa: float, x: Tensor, alpha: Tensor, sigma: Tensor
+) -> Tensor:
     """V = kappa log E[exp(r(X_0) / kappa) | X_t = x], (B,) at x (B, d) (THEORY 8.2, 3.1)."""
-    return kappa * tilted(law.posterior(x, alpha, sigma), reward, kappa)[1]
+    return kappa * tilted(distribution.posterior(x, alpha, sigma), reward, kappa)[1]
 
 
 def optimal_score(
-    law: GaussianMixture, reward: Quadratic, kappa: float, x: Tensor, alpha: Tensor, sigma: Tensor
+    distribution: GaussianMixture, reward: Quadratic, kappa: float, x: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
     """The optimal action at eta = 1: the score of the noised p*, (B, d) at x (B, d) (THEORY 3.1)."""
-    return tilted(law, reward, kappa)[0].noised(alpha, sigma).score(x)
+    return tilted(distribution, reward, kappa)[0].noised(alpha, sigma).score(x)
 
 
 # ---------------------------------------------------------------------------------------------- Riccati
@@ -189,7 +191,7 @@ def gaussian_chain(
 
 @dataclass(frozen=True)
 class Line:
-    """n equal cells of the real line; laws are masses (n,) of the cells, functions are values (n,) at their centres."""
+    """n equal cells of the real line; distributions are masses (n,), functions values (n,) at the cells' centres."""
 
     low: float
     high: float
@@ -223,7 +225,7 @@ class Line:
         )
 
     def push(self, masses: Tensor, means: Tensor, std: float) -> Tensor:
-        """The law of mean(x) + std z: each cell's mass (n,) spread over the cells by the normal law around its mean."""
+        """The distribution of mean(x) + std z: each cell's mass (n,) spread normally around its mean."""
         if std < self.width / 2:
             return self._share(masses, means)
         edges = self.low + self.width * torch.arange(1, self.cells, dtype=torch.float64)
@@ -319,7 +321,7 @@ def kl_of_masses(p: Tensor, q: Tensor) -> float:
 
 
 def wasserstein(line: Line, p: Tensor, q: Tensor) -> float:
-    """W_1 of two laws on a line."""
+    """W_1 of two distributions on a line."""
     return ((p - q).cumsum(0).abs().sum() * line.width).item()
 
 

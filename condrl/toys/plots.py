@@ -1,4 +1,4 @@
-"""Plots of toy runs: laws before and after beside the optimal one, the learned control, the objective as it rose."""
+"""Plots of toy runs: densities before, after and at the optimum, the learned control, the objective as it rose."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save_plots(
     file: Callable[[str], Path],
 ) -> None:
     """Write density.png (1-D) or plane.png (2-D), and objective.png, to where `file` says that images/NAME lies."""
-    if not hasattr(policy.model, "law"):
+    if not hasattr(policy.model, "distribution"):
         return
     problem = None
     if policy.model.state_shape == (1,) and isinstance(policy.sampler, Coefficients) and kappa > 0:

@@ -37,7 +37,7 @@ def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
     sampler: Sampler = make("sampler", options, schedule, times)
     if not schedule.alpha(times[0]) > 0:
         check_start(sampler, schedule, section["name"])
-    return sampler if chosen is None else quietened(sampler, chosen, section["name"])
+    return sampler if chosen is None else with_noise_at(sampler, chosen, section["name"])
 
 
 def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
@@ -58,7 +58,7 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
         )
 
 
-def quietened(sampler: Any, chosen: Sequence[int], name: str) -> Sampler:
+def with_noise_at(sampler: Any, chosen: Sequence[int], name: str) -> Sampler:
     """The sampler with noise at the chosen steps alone (THEORY 7.5, partial SDE).
 
     Raises: UsageError when there are no such steps, or when the sampler cannot leave its noise out.

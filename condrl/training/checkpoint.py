@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condrl.errors import RunError, UsageError, brief, say
+from condrl.errors import RunError, UsageError, brief, print_main
 
 FILES = TENSORS, PLAIN, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -101,7 +101,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, read_checkpoint(path)
         except UsageError as error:
-            say(f"warning: {error}; trying the one before")
+            print_main(f"warning: {error}; trying the one before")
     return None
 
 

@@ -87,7 +87,7 @@ def check_combination(config: Config) -> None:
                     f"the algorithm {config.algorithm['name']} differentiates the reward, and {reward.name} has no "
                     "gradient: use nft, ddpo or another algorithm that needs none"
                 )
-    if "Markov steps" in algorithm.needs and getattr(sampler, "has_memory", False):
+    if "Markov steps" in algorithm.needs and getattr(sampler, "has_solver_state", False):
         raise UsageError(
             f"the algorithm {config.algorithm['name']}, as configured, needs a sampler whose steps depend on the state "
             f"alone, and {config.sampler['name']} remembers earlier steps: use another sampler (a policy gradient: or "
@@ -122,7 +122,7 @@ def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None
         raise UsageError(
             "config train.kl_budget: what the algorithm rolls out, as configured, is not the policy: leave it out"
         )
-    if not sampler.stochastic.any() or getattr(sampler, "has_memory", False):
+    if not sampler.stochastic.any() or getattr(sampler, "has_solver_state", False):
         raise UsageError(
             "config train.kl_budget: the path KL needs steps with noise that depend on the state alone: use ddim with "
             "sampler.eta=1"

@@ -15,18 +15,18 @@ def spread_metrics(experience: Experience) -> dict[str, float]:
     `flat_groups` is the share of prompts with one reward for all their images, `diversity` the root mean square
     deviation of the samples from their prompt's mean.
     """
-    whole, places = experience.everyone(experience.groups), experience.places
+    whole, indices = experience.gather(experience.groups), experience.indices
     _, index, count = whole.unique(return_inverse=True, return_counts=True)
-    several, own = count > 1, index[places.start : places.stop]
+    several, own = count > 1, index[indices.start : indices.stop]
     if not several.any():
         return {}
-    rewards, scored = experience.everyone(experience.scores.total)[experience.good], index[experience.good]
+    rewards, scored = experience.gather(experience.scores.total)[experience.scored], index[experience.scored]
     nothing = rewards.new_zeros(len(count))
     high, low = (nothing.scatter_reduce(0, scored, rewards, r, include_self=False) for r in ("amax", "amin"))
     samples = experience.rollout.samples.flatten(1)
     sums = samples.new_zeros(len(count), samples.shape[1]).index_add(0, own, samples)
     mean = experience.processes.sum(sums) / count[:, None]
-    spread = experience.everyone((samples - mean[own]).square().mean(1))[several[index]].mean().sqrt()
+    spread = experience.gather((samples - mean[own]).square().mean(1))[several[index]].mean().sqrt()
     return {"flat_groups": (high == low)[several].float().mean().item(), "diversity": spread.item()}
 
 

@@ -151,8 +151,8 @@ def evaluate(
     Two policies evaluated with the same arguments start from the same noise. The first process has the pictures.
     """
     count = len(rows) * per_prompt
-    share = processes.share(len(rows)) if processes else range(len(rows))
-    places = range(share.start * per_prompt, share.stop * per_prompt)
+    share = processes.local_indices(len(rows)) if processes else range(len(rows))
+    indices = range(share.start * per_prompt, share.stop * per_prompt)
     more = [rows[0]] * processes.padding(len(rows)) if processes else []  # sampled, and left out of what is measured
     rows = [row for row in [*(rows[i] for i in share), *more] for _ in range(per_prompt)]
     condition = policy.model.encode([row.prompt for row in rows])
@@ -160,16 +160,16 @@ def evaluate(
     shown: list[Tensor] = []
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        seeds = [seed + places.start + i for i in range(len(rows))[part]]
+        seeds = [seed + indices.start + i for i in range(len(rows))[part]]
         images = policy.model.decode(sample(policy, condition[part], seeded(seeds), batch))
         for name, values in score(measures, images, rows[part]).each.items():
             scores[name].append(values.cpu())
-        shown.extend(images[: max(0, min(pictures, len(places)) - len(shown))].cpu())
+        shown.extend(images[: max(0, min(pictures, len(indices)) - len(shown))].cpu())
     for measure in measures:
-        measure.rest()
-    found = {name: torch.cat([*values, torch.zeros(0)])[: len(places)] for name, values in scores.items()}
+        measure.offload()
+    found = {name: torch.cat([*values, torch.zeros(0)])[: len(indices)] for name, values in scores.items()}
     if processes:
-        found = {name: processes.gather(values, places, count) for name, values in found.items()}
+        found = {name: processes.gather(values, indices, count) for name, values in found.items()}
     measured = {name: estimate(values, per_prompt) for name, values in found.items()}
     means = {name: prompt_means(values, per_prompt) for name, values in found.items()}
     return Evaluation(measured, means, shown, [row.prompt for row in rows[: len(shown)]])

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from condrl.errors import RunError, UsageError, naming, say
+from condrl.errors import RunError, UsageError, naming, print_main
 
 MANIFEST = "condrl_files.txt"  # the list: a path per line
 LOCK = "lock"
@@ -219,7 +219,7 @@ class RunFolder:
                 except BlockingIOError:
                     raise UsageError(f"another process is tuning in {self.path}: choose another run.name=") from None
                 except OSError as error:  # some network file systems have no locks
-                    say(f"warning: {self.path} cannot be locked ({error}): see that no other run uses it")
+                    print_main(f"warning: {self.path} cannot be locked ({error}): see that no other run uses it")
             yield
 
 

@@ -122,12 +122,12 @@ def keep_freed_memory() -> None:
 
 def start_trackers(config: Config, processes: Processes, folder: RunFolder) -> None:
     """Start what `run.trackers` names, with the config beside the metrics."""
-    if processes.first and config.run.trackers:
+    if processes.is_main and config.run.trackers:
         (folder.path / TRACKED).mkdir(exist_ok=True)
     before = folder.files_in(TRACKED)
     here = {"wandb": {"dir": str(folder.path / TRACKED)}} if "wandb" in config.run.trackers else {}
     processes.accelerator.init_trackers(TRACKED, config=flatten(dataclasses.asdict(config)), init_kwargs=here)
-    if processes.first:
+    if processes.is_main:
         folder.adopt(folder.files_in(TRACKED) - before)
 
 

@@ -86,7 +86,7 @@ def memory(trainer: Trainer, trial: Trial) -> str:
     parameters = list(policy.model.module.parameters())
     weights = sum(here(p).nbytes for p in parameters) / 1e9
     trained = 3 * sum(p.nbytes for p in trainer.parameters) / 1e9  # gradients and Adam's moments
-    images = len(trainer.processes.share(train.prompts_per_epoch)) * train.images_per_prompt
+    images = len(trainer.processes.local_indices(train.prompts_per_epoch)) * train.images_per_prompt
     stored = 4e-9 * images * (policy.steps + 1) * torch.Size(policy.model.state_shape).numel()
     if any(here(p) is not p for p in parameters):  # what is held for the backward pass has gathered weights in it
         return (
@@ -150,8 +150,8 @@ def attempt(trainer: Trainer) -> Trial:
         rewards=rewards.tolist(),
         spread=(groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
         kl_gradient=kl_gradient(twin, experience.rollout.states[0], experience.rollout.condition),
-        image=experience.shown[:1].to(model.device),
-        failed=int((~experience.good).sum()),
+        image=experience.preview[:1].to(model.device),
+        failed=int((~experience.scored).sum()),
         failure=experience.scores.failure,
     )
     model.evaluations = before
@@ -173,7 +173,7 @@ def untouched(rewards: Sequence[Reward]) -> Iterator[None]:
 
 def check_scores(trainer: Trainer, experience: Experience) -> None:
     """Raises: RewardError when most of the images have no score; a few images say little of a small share."""
-    failed = int((~experience.good).sum())
+    failed = int((~experience.scored).sum())
     if failed > MOST_FAILED * experience.total:
         said = next(text for text in trainer.processes.gather_objects(experience.scores.failure) if text)
         raise RewardError(f"{said} ({failed} of the {experience.total} images tried have no score)")
@@ -185,11 +185,11 @@ def try_rows(rewards: Sequence[Reward], image: Tensor, rows: Sequence[Row], proc
     Raises: RewardError when a reward cannot score most of them, UsageError when it says so of a prompt.
     """
     for reward in rewards:
-        some = typical(rows, ROWS if reward.known is None else DEAR_ROWS)
-        own = [some[i] for i in processes.share(len(some))]
+        some = typical(rows, ROWS if reward.cache is None else DEAR_ROWS)
+        own = [some[i] for i in processes.local_indices(len(some))]
         with torch.no_grad():
             scores = reward(image.expand(len(own), *image.shape[1:]), own) if own else image.new_zeros(0)
-        reward.rest()
+        reward.offload()
         failed = int(processes.sum(scores.isnan().sum().float()))
         if failed > MOST_FAILED * len(some):
             said = next(text for text in processes.gather_objects(reward.failure(scores, own)) if text)

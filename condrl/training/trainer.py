@@ -21,7 +21,7 @@ from condrl.config import Config
 from condrl.diffusion.noise import Noise, rng_state, seeded_by, set_rng_state
 from condrl.diffusion.path_kl import path_kl
 from condrl.diffusion.policy import Policy
-from condrl.errors import RunError, Stopped, UsageError, brief, naming, say
+from condrl.errors import RunError, Stopped, UsageError, brief, naming, print_main
 from condrl.io.records import to_json
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
@@ -68,7 +68,7 @@ class Trainer:
         self.bad_updates = self.skipped = 0  # updates without a finite gradient: in a row, in all
         self.first: dict[str, float] = {}  # what the first epoch recorded, with the base model's held-out measures
         self.heldout: Callable[[], dict[str, float]] | None = None  # measures the policy, for `evaluate.every`
-        self.spent = False  # whether the run is to end because of train.kl_budget
+        self.budget_exhausted = False  # whether the run is to end because of train.kl_budget
         self.said: set[str] = set()  # the diagnoses that were printed
 
     # ------------------------------------------------------------------------------------------ phases
@@ -79,21 +79,21 @@ class Trainer:
         Raises: RunError when a ratio is not 1 before the first update or a reward fails; Stopped when asked to stop. If
         the epoch was long, or the processes could agree, there is then a checkpoint from before it.
         """
-        self.processes.together(self._fit)
+        self.processes.synchronized(self._fit)
 
     def _fit(self) -> None:
-        epochs, shown = self.config.train.epochs, self.processes.first
+        epochs, shown = self.config.train.epochs, self.processes.is_main
         todo = range(self.epoch, epochs)
         bar = tqdm(todo, initial=self.epoch, total=epochs, desc="tuning", unit="epoch", disable=not shown)
         saved = ended = time.monotonic()
         long = True
         for epoch in bar:
-            if self.spent:
-                say(f"ended after epoch {self.epoch}: train.kl_budget is spent")
+            if self.budget_exhausted:
+                print_main(f"ended after epoch {self.epoch}: train.kl_budget is spent")
                 break
             before = copy.deepcopy(self.state_dict()) if long or self.asks_elsewhere else None
             try:
-                reward = self.run_epoch(epoch, heeds=before is not None)
+                reward = self.run_epoch(epoch, is_interruptible=before is not None)
             except (Exception, Stopped) as error:
                 if before is not None and (self.processes.count == 1 or isinstance(error, Stopped)):
                     self.rescue(before)
@@ -101,8 +101,8 @@ class Trainer:
             bar.set_postfix(reward=f"{reward:.3f}")
             now = time.monotonic()
             due, took_long, ended = now - saved >= self.config.run.checkpoint_seconds, now - ended >= LONG, now
-            stopping, (due, long) = self.processes.agree(due, took_long)
-            if stopping or due or self.spent or self.epoch == epochs:
+            stopping, (due, long) = self.processes.broadcast(due, took_long)
+            if stopping or due or self.budget_exhausted or self.epoch == epochs:
                 self.checkpoint()
                 saved = now
             if stopping:
@@ -114,14 +114,14 @@ class Trainer:
         try:
             self.checkpoint()
         except RunError as error:
-            say(f"warning: {error}")
+            print_main(f"warning: {error}")
 
-    def run_epoch(self, epoch: int, heeds: bool = False) -> float:
+    def run_epoch(self, epoch: int, is_interruptible: bool = False) -> float:
         """Roll out, score, credit, update, record; returns the mean reward.
 
-        Raises: Stopped, if it `heeds`, when the run is asked to stop before the record.
+        Raises: Stopped, if it `is_interruptible`, when the run is asked to stop before the record.
         """
-        with self.processes.heeding(heeds):
+        with self.processes.interruptible(is_interruptible):
             clock = Clock()
             experience = self.collect(epoch, clock)
             self.picture(experience, epoch)
@@ -145,11 +145,11 @@ class Trainer:
         """Roll out this process's share of an epoch's prompts and score the images."""
         train, model = self.config.train, self.policy.model
         drawn = epoch_rows(self.rows, self.config.run.seed, epoch, train.prompts_per_epoch)
-        share, group = self.processes.share(len(drawn)), train.images_per_prompt
+        share, group = self.processes.local_indices(len(drawn)), train.images_per_prompt
         rows = [drawn[i] for i in share for _ in range(group)]
-        places = range(share.start * group, share.stop * group)
+        indices = range(share.start * group, share.stop * group)
         condition = model.encode([row.prompt for row in rows])
-        noise = self.noise(epoch, "rollout", places)
+        noise = self.noise(epoch, "rollout", indices)
         trajectories = self.algorithm.rollout(self.policy, condition, noise, train.rollout_batch)
         clock.lap("rollout")
         with torch.no_grad():
@@ -157,26 +157,26 @@ class Trainer:
             clock.lap("decode")
             scores = score(self.rewards, samples, rows)
         for reward in self.rewards:
-            reward.rest()
+            reward.offload()
         images = len(drawn) * group
-        weights = self.weights_of(scores, places, images)
+        weights = self.weights_of(scores, indices, images)
         scores = replace(scores, total=weighted(scores.each, weights))
         clock.lap("score")
 
         def total(points: Tensor, of: Tensor) -> Tensor:
             return weighted(score(self.rewards, points, [rows[i] for i in of.tolist()]).each, weights)
 
-        good = self.processes.gather(scores.total.isfinite().float(), places, images) > 0
+        good = self.processes.gather(scores.total.isfinite().float(), indices, images) > 0
         self.check_failures(scores, good)
         shown = samples[::group][:PICTURES].cpu()
-        return Experience(trajectories, rows, scores, shown, total, self.processes, places, images, good)
+        return Experience(trajectories, rows, scores, shown, total, self.processes, indices, images, good)
 
-    def weights_of(self, scores: Scores, places: range, images: int) -> dict[str, float]:
+    def weights_of(self, scores: Scores, indices: range, images: int) -> dict[str, float]:
         """What each reward is multiplied by in an epoch's total."""
         weights = {reward.name: reward.weight for reward in self.rewards}
         if not self.config.train.normalise_rewards:
             return weights
-        every = {name: self.processes.gather(scores.each[name], places, images) for name in weights}
+        every = {name: self.processes.gather(scores.each[name], indices, images) for name in weights}
         stds = {name: values[values.isfinite()].std(correction=0).item() for name, values in every.items()}
         return {name: weight / (stds[name] + 1e-6) for name, weight in weights.items()}
 
@@ -191,7 +191,7 @@ class Trainer:
     def examples(self, experience: Experience, epoch: int) -> Examples:
         """What the epoch's updates learn from."""
         train = self.config.train
-        noise = self.noise(epoch, "examples", experience.places)
+        noise = self.noise(epoch, "examples", experience.indices)
         examples = self.algorithm.examples(self.policy, experience, train, noise)
         if self.half and isinstance(examples, RatioExamples):
             return recomputed(examples, self.policy, train.loss_batch)
@@ -203,17 +203,17 @@ class Trainer:
         generator = seeded_by(self.seed(epoch, "update"))
         for _ in range(train.inner_epochs):
             for part in self.minibatches(generator):
-                part = part[experience.good.cpu()[part]]
+                part = part[experience.scored.cpu()[part]]
                 if not len(part):
                     continue
-                metrics, norm = self.optimise(examples, experience.places, part, generator)
+                metrics, norm = self.optimise(examples, experience.indices, part, generator)
                 if norm is not None:
                     norms.append(norm)
                     for name, value in metrics.items():
                         totals[name].append(value)
         means = {name: torch.stack(values).sum().item() / len(norms) for name, values in totals.items()}
         found = self.processes.add_up(means)
-        own = experience.good[experience.places.start : experience.places.stop]
+        own = experience.scored[experience.indices.start : experience.indices.stop]
         measured = {name: value.item() for name, value in examples.metrics.items()}
         found |= self.processes.average(measured, own.sum().item())
         return found | ({"grad_norm": torch.stack(norms).mean().item()} if norms else {})
@@ -222,8 +222,8 @@ class Trainer:
         """The path KL to the base model of the policy that was rolled out, where there is a budget, by a few images."""
         if self.config.train.kl_budget is None:
             return None
-        places, kl = experience.places, torch.zeros((), dtype=torch.float64)
-        own = min(places.stop, KL_IMAGES) - places.start
+        indices, kl = experience.indices, torch.zeros((), dtype=torch.float64)
+        own = min(indices.stop, KL_IMAGES) - indices.start
         if own > 0:
             some = path_kl(self.policy, experience.rollout.first(own), self.config.train.rollout_batch)
             kl = some.kl.sum(dtype=torch.float64).cpu()
@@ -236,7 +236,7 @@ class Trainer:
             return {}
         found = {"base_kl": kl, "kl_budget": budget}
         if self.config.train.over_budget == "stop":
-            self.spent = kl > budget
+            self.budget_exhausted = kl > budget
             return found
         least, now = self.config.algorithm["kappa"], self.algorithm.kappa
         self.algorithm.kappa = 1.2 * now if kl > budget else max(least, now / 1.2)
@@ -250,7 +250,7 @@ class Trainer:
         return order.chunk(train.updates_per_epoch)
 
     def optimise(
-        self, examples: Examples, places: range, part: Tensor, generator: torch.Generator
+        self, examples: Examples, indices: range, part: Tensor, generator: torch.Generator
     ) -> tuple[Metrics, Tensor | None]:
         """One optimiser step on the mean over the images at `part` of the loss summed over columns.
 
@@ -259,8 +259,8 @@ class Trainer:
         train, totals = self.config.train, defaultdict[str, list[Tensor]](list)
         columns = self.draw_columns(examples.columns, len(part), generator)
         weight = len(examples.columns) / columns.numel()  # a subset of the columns stands for all of them
-        own = (part >= places.start) & (part < places.stop)
-        pairs = torch.stack([(part - places.start)[:, None].expand_as(columns), columns], -1)[own].flatten(0, 1)
+        own = (part >= indices.start) & (part < indices.stop)
+        pairs = torch.stack([(part - indices.start)[:, None].expand_as(columns), columns], -1)[own].flatten(0, 1)
         self.set_lr()
         for some in pairs.split(train.loss_batch) if len(pairs) else ():
             loss, metrics = self.algorithm.loss(self.policy, examples.minibatch(*some.unbind(1)))
@@ -310,7 +310,7 @@ class Trainer:
         name, state = f"epoch_{self.epoch:08d}", self.state_dict()
         failure = None
         try:
-            if self.processes.first:
+            if self.processes.is_main:
                 self.folder.claim_all(f"checkpoints/{file}" for file in checkpoint_files(name))
                 save_checkpoint(self.folder.path / "checkpoints", name, state, self.config.run.keep_checkpoints)
         except (RunError, OSError) as error:
@@ -330,7 +330,7 @@ class Trainer:
             "bad_updates": self.bad_updates,
             "skipped": self.skipped,
             "first": self.first,
-            "spent": self.spent,
+            "spent": self.budget_exhausted,
             "kappa": getattr(self.algorithm, "kappa", None),
             "evaluations": self.processes.add_up({"calls": self.policy.model.evaluations})["calls"],
             "rewards": self.processes.gather_objects({reward.name: reward.state_dict() for reward in self.rewards}),
@@ -387,10 +387,10 @@ class Trainer:
         """Go on from what `state_dict` gave; lines that were recorded after it are taken back."""
         self.epoch, self.updates, self.images = state["epoch"], state["updates"], state["images"]
         self.bad_updates, self.skipped, self.first = state["bad_updates"], state["skipped"], state["first"]
-        self.spent = state["spent"]
+        self.budget_exhausted = state["spent"]
         if state["kappa"] is not None:
             self.algorithm.kappa = state["kappa"]
-        self.policy.model.evaluations = state["evaluations"] if self.processes.first else 0
+        self.policy.model.evaluations = state["evaluations"] if self.processes.is_main else 0
         for weight, value in zip(self.weights, state["weights"], strict=True):
             weight.copy_(value)
         for name, (module, _) in self.algorithm.modules().items():
@@ -401,7 +401,7 @@ class Trainer:
         self.optimizer.load_state_dict({"state": theirs["state"], "param_groups": groups})
         self.load_memories(state)
         recorded = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
-        if self.processes.first and recorded > state["metrics_bytes"]:
+        if self.processes.is_main and recorded > state["metrics_bytes"]:
             os.truncate(self.folder.claim(self.metrics_file.name), state["metrics_bytes"])
 
     def load_memories(self, state: dict[str, Any]) -> None:
@@ -451,9 +451,9 @@ class Trainer:
         """What randomness is a function of."""
         return f"{self.config.run.seed} {epoch} {phase}"
 
-    def noise(self, epoch: int, phase: str, places: range) -> Noise:
+    def noise(self, epoch: int, phase: str, indices: range) -> Noise:
         """Randomness of the images at some places of an epoch."""
-        return Noise(self.seed(epoch, phase), places, self.config.train.images_per_prompt)
+        return Noise(self.seed(epoch, phase), indices, self.config.train.images_per_prompt)
 
     def set_lr(self) -> None:
         """The learning rate of the next update: warm-up, then constant or falling."""
@@ -470,14 +470,14 @@ class Trainer:
         """Append a line to metrics.jsonl and pass it to the trackers; returns the mean reward."""
         line: dict[str, Any] = {"epoch": self.epoch, "images": self.images, "updates": self.updates}
         for name, own in {"total": experience.scores.total, **experience.scores.each}.items():
-            values = experience.everyone(own)[experience.good]
+            values = experience.gather(own)[experience.scored]
             line[f"reward/{name}"], line[f"reward/{name}_std"] = values.mean().item(), values.std(correction=0).item()
-        line["failed_scores"] = experience.total - int(experience.good.sum())
+        line["failed_scores"] = experience.total - int(experience.scored.sum())
         line |= {**metrics, "lr": self.optimizer.param_groups[0]["lr"], "skipped_updates": self.skipped}
         line |= self.processes.add_up({"network_calls": self.policy.model.evaluations}) | spread_metrics(experience)
         self.first = {**line, **self.first}  # of the first epoch, and of the base model what was measured of it
         found = diagnose(self.first, line)
-        if self.processes.first:
+        if self.processes.is_main:
             self.write(line, found, clock)
         return float(line["reward/total"])
 
@@ -495,13 +495,13 @@ class Trainer:
 
     def picture(self, experience: Experience, epoch: int) -> None:
         """Save the first image of the first prompts, with prompts and rewards; images only, not points."""
-        if experience.shown.dim() != 4 or not self.processes.first:
+        if experience.preview.dim() != 4 or not self.processes.is_main:
             return
         every, total = self.config.train.images_per_prompt, experience.scores.total
         chosen = range(0, len(experience.rows), every)[:PICTURES]
         labels = [f"{experience.rows[i].prompt} [{total[i].item():.2f}]" for i in chosen]
         path = self.folder.file(f"images/epoch_{epoch + 1:04d}.png")
-        save_grid(path, list(experience.shown), labels)
+        save_grid(path, list(experience.preview), labels)
         log_picture(self.processes.accelerator, "images", path, epoch + 1)
 
 

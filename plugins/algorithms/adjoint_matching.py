@@ -88,5 +88,5 @@ class AdjointMatching(Algorithm):
 
     def loss(self, policy: Policy, batch: Targets) -> tuple[Tensor, Metrics]:
         """|mean - target|^2 / 2 S^2 of each step, (B,), nats."""
-        law = policy.transition(batch.x, batch.k, batch.condition)
-        return ((law.mean - batch.mean) / law.std).square().flatten(1).sum(1) / 2, {}
+        transition = policy.transition(batch.x, batch.k, batch.condition)
+        return ((transition.mean - batch.mean) / transition.std).square().flatten(1).sum(1) / 2, {}

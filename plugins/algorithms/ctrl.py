@@ -150,7 +150,7 @@ class CTRL(Algorithm):
         td = values[1:] - values[:-1] - self.kappa * kl
         scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
         targets, path = rewards - self.kappa * to_go, kl.sum(0).mean()
-        errors, wanted = (experience.everyone(x)[:, experience.good] for x in (targets - values[:-1], targets))
+        errors, wanted = (experience.gather(x)[:, experience.scored] for x in (targets - values[:-1], targets))
         fit = 1 - errors.var(1) / wanted.var(1).clamp(min=1e-12)
         metrics = {"path_kl": path, "objective": rewards.nanmean() - self.kappa * path, "value_explains": fit.max()}
         every = torch.arange(policy.steps)

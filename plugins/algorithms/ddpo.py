@@ -50,8 +50,8 @@ class DDPO(ClippedPolicyGradient):
             return super().advantages(rewards, groups)
         return self.bounded(self.tracker.advantages(rewards, groups.tolist()))
 
-    def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
-        loss, metrics = super().surrogate(policy, law, batch)
+    def surrogate(self, policy: Policy, transition: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
+        loss, metrics = super().surrogate(policy, transition, batch)
         if self.balance_steps:
             loss = loss * step_weights(policy)[batch.k].to(loss)
         return loss, metrics
@@ -65,9 +65,9 @@ def step_weights(policy: Policy) -> Tensor:
     """
     schedule, zero = policy.model.schedule, torch.zeros(policy.steps, 1, dtype=torch.float64)
 
-    def law(output: float) -> Transition:
+    def transition(output: float) -> Transition:
         return policy.sampler.step(torch.arange(policy.steps), zero, lambda x, t: schedule.score(zero + output, x, t))
 
-    at_zero, at_one = law(0.0), law(1.0)
+    at_zero, at_one = transition(0.0), transition(1.0)
     weights = (at_one.std / (at_one.mean - at_zero.mean).abs()).flatten()
     return weights / weights.max()

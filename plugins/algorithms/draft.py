@@ -73,10 +73,10 @@ class DRaFT(Algorithm):
         first = policy.steps - len(batch.states) + 1
         for i, visited in enumerate(batch.states[1:]):
             k = torch.full((len(x),), first + i)
-            law = policy.transition(x, k, batch.condition)
+            transition = policy.transition(x, k, batch.condition)
             if self.kappa > 0 and policy.sampler.stochastic[first + i]:
                 with policy.model.reference():
-                    kl = kl + law.kl(policy.transition(x, k, batch.condition))
-            x = law.mean + (visited - law.mean).detach()  # the visited state: at the roll-out's policy, its own noise
+                    kl = kl + transition.kl(policy.transition(x, k, batch.condition))
+            x = transition.mean + (visited - transition.mean).detach()  # the visited state, by the roll-out's own noise
         reward = batch.score(policy.model.decode(x))
         return self.kappa * kl - reward, {"path_kl": kl.mean()} if self.kappa > 0 else {}

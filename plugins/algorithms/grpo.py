@@ -40,9 +40,9 @@ class GRPO(ClippedPolicyGradient):
         centred = group_advantages(rewards, groups, False, self.leave_one_out)
         return self.bounded(centred * self.scale(rewards, groups))
 
-    def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
+    def surrogate(self, policy: Policy, transition: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
         dimensions = batch.next_x[0].numel()
-        log_ratio = law.log_prob(batch.next_x) - batch.old_log_prob
+        log_ratio = transition.log_prob(batch.next_x) - batch.old_log_prob
         loss, metrics = clipped(log_ratio / dimensions, batch.advantage, self.clip_range)
         with torch.no_grad():
             metrics["approx_kl"] = (torch.expm1(log_ratio.clamp(max=20)) - log_ratio).float().mean()  # nats per step

@@ -83,7 +83,7 @@ class QLearning(Algorithm):
     E sum_k g^2 |s_0 - mu|^2 dt.
     """
 
-    beta: float = 1.0  # weight of the reward; kappa is 2 / beta, and 0 learns the law of the data alone
+    beta: float = 1.0  # weight of the reward; kappa is 2 / beta, and 0 learns the distribution of the data alone
     temperature: float = 5.0  # of exploration: the variance of an action is this over 2 g^2
     score: Literal["samples", "all", "paired", "pretrained"] = "samples"  # of the data, by points: see below; or given
     samples: int = 300  # points drawn for each step and batch of the roll-out

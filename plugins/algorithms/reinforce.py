@@ -21,5 +21,5 @@ class REINFORCE(PolicyGradient):
     def needs(self) -> Sequence[Need]:
         return (*super().needs, "one pass")
 
-    def surrogate(self, policy: Policy, law: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
-        return -batch.advantage * (law.log_prob(batch.next_x) - batch.old_log_prob).float(), {}
+    def surrogate(self, policy: Policy, transition: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
+        return -batch.advantage * (transition.log_prob(batch.next_x) - batch.old_log_prob).float(), {}

@@ -21,7 +21,7 @@ from condrl.toys.datasets import make_dataset
 class Empirical(Points):
     """Points (B, d) with a data set for each prompt, and the network of Gao et al. 2024 (Table 1) as their score."""
 
-    laws_option = "data"
+    distributions_option = "data"
 
     def __init__(
         self,

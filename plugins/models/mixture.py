@@ -20,13 +20,13 @@ from condrl.toys import oracle
 class Mixture(Points):
     """Points (B, d) whose pretrained score is known exactly or learned, plus a trained correction that starts at 0."""
 
-    laws_option = "laws"
+    distributions_option = "distributions"
 
     def __init__(
         self,
         device: torch.device,
         *,
-        laws: dict[str, Any],  # prompt -> weights (n), means (n x d) and variances (n, n x d or n x d x d)
+        distributions: dict[str, Any],  # prompt -> weights (n), means (n x d) and variances (n, n x d or n x d x d)
         schedule: Literal["vp", "ou", "rectified_flow"] = "vp",  # the forward process
         schedule_options: dict[str, float] | None = None,  # its parameters: b0, b1, rate, noise, end, final_time
         pretrained: Literal["exact", "network"] = "exact",  # the score that tuning starts from
@@ -36,15 +36,17 @@ class Mixture(Points):
         knots: int = 32,  # intervals of time in the tables of correction=affine
         seed: int = 0,  # of the networks' initial weights and of the data
     ) -> None:
-        self.device, self.prompts = device, list(laws)
-        self.law = read_laws(laws)
+        self.device, self.prompts = device, list(distributions)
+        self.distribution = read_distributions(distributions)
         self.schedule = make_schedule(schedule, schedule_options or {})
-        self.state_shape = (self.law.means.shape[-1],)
+        self.state_shape = (self.distribution.means.shape[-1],)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            shape = (len(laws), *self.state_shape)
+            shape = (len(distributions), *self.state_shape)
             learned = pretrained == "network"
-            self._network = pretrain(self.law, self.schedule, width, pretrain_steps).to(device) if learned else None
+            self._network = (
+                pretrain(self.distribution, self.schedule, width, pretrain_steps).to(device) if learned else None
+            )
             make, size = (Correction, width) if correction == "mlp" else (Affine, knots)
             self.module: nn.Module = make(self.schedule, *shape, size)
         self.module.to(device)
@@ -59,8 +61,8 @@ class Mixture(Points):
         """The score (B, d) that tuning started from."""
         if self._network is not None:
             return self._network(x, t, condition) / like(self.schedule.sigma(t), x)
-        law = self.law.rows(condition).noised(self.schedule.alpha(t), self.schedule.sigma(t))
-        return law.to(x).score(x)
+        distribution = self.distribution.rows(condition).noised(self.schedule.alpha(t), self.schedule.sigma(t))
+        return distribution.to(x).score(x)
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -99,16 +101,18 @@ class Affine(nn.Module):
         return gain * x + offset
 
 
-def pretrain(law: oracle.GaussianMixture, schedule: Schedule, width: int, steps: int, batch: int = 512) -> nn.Module:
+def pretrain(
+    distribution: oracle.GaussianMixture, schedule: Schedule, width: int, steps: int, batch: int = 512
+) -> nn.Module:
     """A network that says -epsilon, by denoising score matching on fresh data of every prompt."""
-    prompts, _, dimensions = law.means.shape
+    prompts, _, dimensions = distribution.means.shape
     network = Correction(schedule, prompts, dimensions, width)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(torch.initial_seed())
     for _ in range(steps):
         condition = torch.randint(prompts, (batch,), generator=generator)
-        clean = law.rows(condition).sample(generator).float()
+        clean = distribution.rows(condition).sample(generator).float()
         span = schedule.end - schedule.final_time
         t = schedule.final_time + span * torch.rand(batch, generator=generator, dtype=torch.float64)
         noise = torch.randn(clean.shape, generator=generator)
@@ -124,27 +128,29 @@ def pretrain(law: oracle.GaussianMixture, schedule: Schedule, width: int, steps:
 # ---------------------------------------------------------------------------------------------- options
 
 
-def read_laws(laws: Mapping[str, Any]) -> oracle.GaussianMixture:
+def read_distributions(distributions: Mapping[str, Any]) -> oracle.GaussianMixture:
     """The mixtures of the prompts, one row each.
 
-    Raises: UsageError when a law's numbers do not fit together.
+    Raises: UsageError when a distribution's numbers do not fit together.
     """
-    if not laws:
-        raise UsageError("config model.laws: no prompt has a law")
-    rows = [_read_law(prompt, law) for prompt, law in laws.items()]
+    if not distributions:
+        raise UsageError("config model.distributions: no prompt has a distribution")
+    rows = [_read_distribution(prompt, distribution) for prompt, distribution in distributions.items()]
     shapes = {tuple(means.shape) for _, means, _ in rows}
     if len(shapes) > 1:
-        raise UsageError(f"config model.laws: all prompts need as many components and dimensions, got {sorted(shapes)}")
+        raise UsageError(
+            f"config model.distributions: all prompts need as many components and dimensions, got {sorted(shapes)}"
+        )
     return oracle.GaussianMixture.of(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
 
-def _read_law(prompt: str, law: Any) -> tuple[Tensor, Tensor, Tensor]:
-    where = f"config model.laws.{prompt}"
-    if not isinstance(law, Mapping) or set(law) != {"weights", "means", "variances"}:
+def _read_distribution(prompt: str, distribution: Any) -> tuple[Tensor, Tensor, Tensor]:
+    where = f"config model.distributions.{prompt}"
+    if not isinstance(distribution, Mapping) or set(distribution) != {"weights", "means", "variances"}:
         raise UsageError(f"{where}: expected weights, means and variances")
     try:
         weights, means, variances = (
-            torch.tensor(law[key], dtype=torch.float64) for key in ("weights", "means", "variances")
+            torch.tensor(distribution[key], dtype=torch.float64) for key in ("weights", "means", "variances")
         )
         means = means[:, None] if means.dim() == 1 else means
         if variances.dim() == 1:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import condrl
 from condrl.diffusion.schedule import schedule_from_diffusers
-from condrl.errors import UsageError, quoted, say
+from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
 from condrl.models.embeddings import Embeddings
 from condrl.models.loading import load_pipeline
@@ -108,7 +108,9 @@ class StableDiffusion:
         if long:
             prompt, count = long[0]
             others = f", the first of {len(long)} that are too long," if len(long) > 1 else ""
-            say(f"warning: the prompt {quoted(prompt)}{others} has {count} tokens; the model reads the first {most}")
+            print_main(
+                f"warning: the prompt {quoted(prompt)}{others} has {count} tokens; the model reads the first {most}"
+            )
 
     @torch.no_grad()
     def _encoded(self, prompts: Sequence[str]) -> list[Tensor]:

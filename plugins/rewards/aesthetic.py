@@ -40,7 +40,7 @@ class Aesthetic(ClipReward):
             self.weight, self.bias = affine(layers)
         except (RuntimeError, ValueError, AttributeError) as error:
             raise condrl.UsageError(f"config {option}: {file} is not an aesthetic head: {error}") from error
-        self.clip, self.offload = shared_clip(model, weights, config, sha256, dtype), offload
+        self.clip, self.offloads = shared_clip(model, weights, config, sha256, dtype), offload
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         found = self.clip.images(samples)

@@ -18,4 +18,4 @@ class CLIPScore(ClipReward):
         dtype: Precision = "float32",  # of its weights
         offload: bool = False,  # keep the model off the device between roll-outs
     ) -> None:
-        self.clip, self.offload = shared_clip(model, weights, config, sha256, dtype), offload
+        self.clip, self.offloads = shared_clip(model, weights, config, sha256, dtype), offload

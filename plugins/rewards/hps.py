@@ -25,4 +25,4 @@ class HPS(ClipReward):
         if version not in FILES:
             raise condrl.UsageError(f"config rewards.hps.version: {version!r} is not one of {', '.join(FILES)}")
         file = hub_file(weights, FILES[version], "rewards.hps.weights")
-        self.clip, self.offload = shared_clip(model, file, config, sha256, dtype), offload
+        self.clip, self.offloads = shared_clip(model, file, config, sha256, dtype), offload

@@ -119,7 +119,7 @@ class ImageReward:
         self.file = Path(hub_file(weights, FILE, "rewards.image_reward.weights"))
         check_same(self.file, sha256, "rewards.image_reward.weights")
         self.source = folder_or_id(tokenizer, "rewards.image_reward.tokenizer")
-        self.dtype, self.offload = getattr(torch, dtype), offload
+        self.dtype, self.offloads = getattr(torch, dtype), offload
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -145,8 +145,8 @@ class ImageReward:
         found = blip.features(pixels, text.input_ids, text.attention_mask).float()
         return (found @ weight.to(found) + bias.to(found) - SCORE_MEAN) / SCORE_STD
 
-    def rest(self) -> None:
-        if self.offload:
+    def offload(self) -> None:
+        if self.offloads:
             self.model[0].to("cpu")
 
 

@@ -28,7 +28,7 @@ class PickScore:
     ) -> None:
         self.path = folder_or_id(path, "rewards.pickscore.path")
         self.processor = folder_or_id(processor, "rewards.pickscore.processor")
-        self.revision, self.dtype, self.offload = revision, dtype, offload
+        self.revision, self.dtype, self.offloads = revision, dtype, offload
         self._texts = Embeddings(self._encoded)
 
     @property
@@ -72,8 +72,8 @@ class PickScore:
             (embedding,) = self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
             yield nn.functional.normalize(embedding.float(), dim=-1)
 
-    def rest(self) -> None:
-        if self.offload:
+    def offload(self) -> None:
+        if self.offloads:
             self.model.to("cpu")
 
 

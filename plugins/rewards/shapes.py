@@ -12,4 +12,4 @@ from condrl.shapes import scenes
 @condrl.reward(differentiable=False)
 def shapes(samples: Tensor, prompts: Sequence[str]) -> Tensor:
     """How well the coloured shapes obey the prompt, in [0, 1]; 1 means exactly."""
-    return torch.tensor(scenes.obey(samples.float().cpu().numpy(), prompts))
+    return torch.tensor(scenes.grade(samples.float().cpu().numpy(), prompts))

@@ -17,4 +17,4 @@ def dance_sde(
     """DanceGRPO's sampler: Euler-Maruyama with eta(t) g(t) constant (THEORY 1.3)."""
     if noise_level < 0:
         raise condrl.UsageError(f"config sampler.noise_level: dance_sde needs at least 0, got {noise_level}")
-    return euler_maruyama(schedule, times, noise_level / schedule.churn(times).sqrt())
+    return euler_maruyama(schedule, times, noise_level / schedule.noise_rate(times).sqrt())

@@ -9,21 +9,21 @@ from torch import Tensor
 
 import condrl
 from condrl.diffusion.schedule import Schedule, like, x0_from_score
-from condrl.diffusion.transition import Act, Transition
+from condrl.diffusion.transition import ModelFn, Transition
 
 
 @dataclass(frozen=True)
 class MultistepDPM:
     """The state is (sigma_u / sigma_t) e^{-eta^2 h} x + alpha_u (1 - e^{-(1 + eta^2) h}) D, plus noise.
 
-    D extrapolates from the last two denoised predictions. The law is exact given the earlier one, its memory; a policy
-    gradient takes that memory as given, so it misses how earlier actions act through it.
+    D extrapolates from the last two denoised predictions. The distribution is exact given the earlier one, the solver
+    state; a policy gradient takes that state as given, so it misses how earlier actions act through it.
     """
 
     schedule: Schedule
     times: Tensor  # (K + 1,)
     eta: Tensor  # (K,)
-    has_memory = True
+    has_solver_state = True
 
     @property
     def stochastic(self) -> Tensor:
@@ -32,7 +32,7 @@ class MultistepDPM:
     def with_noise(self, mask: Tensor) -> MultistepDPM:
         return replace(self, eta=self.eta.where(mask, 0.0))
 
-    def step(self, k: Tensor, x: Tensor, act: Act, memory: Tensor | None = None) -> Transition:
+    def step(self, k: Tensor, x: Tensor, act: ModelFn, solver_state: Tensor | None = None) -> Transition:
         t, u = self.times[k], self.times[k + 1]
         alpha_t, sigma_t, alpha_u, sigma_u = (
             c(time) for c, time in zip((self.schedule.alpha, self.schedule.sigma) * 2, (t, t, u, u), strict=True)
@@ -41,10 +41,10 @@ class MultistepDPM:
         gain = (sigma_u * alpha_t) / (sigma_t * alpha_u)  # e^{-h}
         kept = gain ** self.eta[k].square()  # e^{-eta^2 h}
         target = denoised
-        if memory is not None:
-            target = denoised + like(self._slope(k), x) * (denoised - memory)
+        if solver_state is not None:
+            target = denoised + like(self._slope(k), x) * (denoised - solver_state)
         mean = like(sigma_u / sigma_t * kept, x) * x + like(alpha_u * (1 - gain * kept), x) * target
-        return Transition(mean, like(sigma_u * (1 - kept.square()).sqrt(), x), memory=denoised.detach())
+        return Transition(mean, like(sigma_u * (1 - kept.square()).sqrt(), x), solver_state=denoised.detach())
 
     def _slope(self, k: Tensor) -> Tensor:
         """1 / (2 rho), rho = h_{k-1} / h_k; 0 at the first step and at one that goes to the data."""

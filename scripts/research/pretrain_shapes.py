@@ -109,7 +109,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def draw_batch(batch: list[list[scenes.Thing]]) -> Tensor:
+def draw_batch(batch: list[list[scenes.SceneObject]]) -> Tensor:
     """Images (B, 3, 64, 64) in [-1, 1]."""
     pixels = np.stack([scenes.draw(scene) for scene in batch])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -136,7 +136,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def cached_latents(args: argparse.Namespace, vae: Any) -> tuple[list[list[scenes.Thing]], Tensor]:
+def cached_latents(args: argparse.Namespace, vae: Any) -> tuple[list[list[scenes.SceneObject]], Tensor]:
     """Scenes, and their latents (n, 4, 8, 8) scaled as the pipeline scales them."""
     rng = random.Random(1)
     drawn = [scenes.random_scene(rng, weights=OBJECTS) for _ in range(args.scenes)]
@@ -211,7 +211,7 @@ def denoise(args: argparse.Namespace, name: str, steps: int, rate: Callable[[int
 
 # ---------------------------------------------------------------------------------------------- CLIP
 
-Scene = list[scenes.Thing]
+Scene = list[scenes.SceneObject]
 
 
 def altered(scene: Scene, rng: random.Random) -> Scene:
@@ -219,7 +219,7 @@ def altered(scene: Scene, rng: random.Random) -> Scene:
     while True:
         at = rng.randrange(len(scene))
         others, thing = scene[:at] + scene[at + 1 :], scene[at]
-        new: scenes.Thing | None = thing
+        new: scenes.SceneObject | None = thing
         match rng.choice(("color", "shape", "size", "fewer", "more", "place")):
             case "color":
                 new = replace(thing, color=rng.choice([c for c in scenes.COLORS if c != thing.color]))
@@ -257,7 +257,7 @@ def true_of(drawn: list[Scene], captions: list[scenes.Request]) -> Tensor:
     asked = [Counter((phrase.shape, phrase.color) for phrase in caption.objects) for caption in captions]
     there = [Counter((thing.shape, thing.color) for thing in scene) for scene in drawn]
     rows = [
-        [a == b and scenes.obedience(scene, caption) == 1 for a, caption in zip(asked, captions, strict=True)]
+        [a == b and scenes.grade_scene(scene, caption) == 1 for a, caption in zip(asked, captions, strict=True)]
         for b, scene in zip(there, drawn, strict=True)
     ]
     return torch.tensor(rows)
@@ -468,11 +468,11 @@ def pipeline_measures(folder: Path) -> dict[str, float]:
         things = [scenes.read(image) for image in images]
         kinds: dict[str, list[float]] = {}
         for seen, request in zip(things, requests, strict=True):
-            exact = float(scenes.obedience(seen, request) == 1)
+            exact = float(scenes.grade_scene(seen, request) == 1)
             kind = "relation" if request.relation else f"{len(request.objects)} objects"
             for name in (kind, "all"):
                 kinds.setdefault(name, []).append(exact)
-            if request.relation and scenes.obedience(seen, scenes.Request(request.phrases)) == 1:
+            if request.relation and scenes.grade_scene(seen, scenes.Request(request.phrases)) == 1:
                 kinds.setdefault("relation, given both", []).append(exact)
         found |= {f"{name}, {steps} steps": sum(values) / len(values) for name, values in sorted(kinds.items())}
     return found

@@ -115,7 +115,7 @@ NOTES = {  # below the titles
 (`algorithm.score=paired`), less what does not depend on the action; the network adds to the score of a Gaussian as wide
 as the data (`model.preconditioned`); exploration is a fifth, steps are 50, and the learning rate falls from 6e-3 to 0
 (the value's from 2e-3): `configs/paper/swiss_roll_paired.yaml`. An episode is 300 steps at each time. The first row has
-learned the data's law from nothing, and the others start from it, for as many episodes again.
+learned the data's distribution from nothing, and the others start from it, for as many episodes again.
 """,
 }
 FIGURES = """## Figures
@@ -239,7 +239,7 @@ def generated(trainer: Trainer, prompt: int, count: int) -> Tensor:
 
 
 def fresh_data(trainer: Trainer, prompt: int, count: int) -> Tensor:
-    """Points (count, d) of the data's law that no training has seen."""
+    """Points (count, d) of the data's distribution that no training has seen."""
     name = trainer.rows[prompt].prompt
     return make_dataset(name, trainer.config.model["data"][name], count, torch.Generator().manual_seed(10_000_001))
 
@@ -288,8 +288,8 @@ def spec_of(cell: Cell, seed: int, args: argparse.Namespace) -> Spec:
         free = replace(good, episodes=args.simulator_episodes, simulator=simulator, steps=int(steps), start=good)
         return free if cell.table == "table5" else replace(free, episodes=args.q_episodes, start=free)
     if cell.table == "ours":
-        law = Spec("q_learning", seed, args.ours_episodes, steps=50, config="swiss_roll_paired")
-        return law if cell.target is None else replace(law, start=law)
+        distribution = Spec("q_learning", seed, args.ours_episodes, steps=50, config="swiss_roll_paired")
+        return distribution if cell.target is None else replace(distribution, start=distribution)
     if cell.table == "conditional":  # one weight, p*'s for the reward asked for: both prompts in one run
         weight = 2 * (logit(0.8) - logit(DATA_REWARD))
         return replace(good, episodes=args.scratch_episodes, weight=weight, config="conditional")
@@ -504,7 +504,7 @@ def claims(rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("and below that of B itself", better_than_b),
         ("the simulators' order in Table 5", lambda: ordered("table5", None)),
         ("the simulators' order in Table 6", lambda: ordered("table6", 0.8)),
-        ("beta = 0 recovers the law of the data", recovers),
+        ("beta = 0 recovers the distribution of the data", recovers),
         ("(ours) q-learning's KL is no higher than the paper's and our interval", no_worse),
         ("(ours) half the paper's distance to the bound", halfway),
     ]
@@ -537,7 +537,7 @@ def main() -> None:
     parser.add_argument("--q-episodes", type=int, default=50_000, help="of q-learning from a pretrained model")
     parser.add_argument("--scratch-episodes", type=int, default=50_000, help="of conditional and the line's figure")
     parser.add_argument("--simulator-episodes", type=int, default=2_000, help="of table5's models, from A")
-    parser.add_argument("--ours-episodes", type=int, default=3_000, help="of ours, for the law and from it")
+    parser.add_argument("--ours-episodes", type=int, default=3_000, help="of ours, for the distribution and from it")
     parser.add_argument("--tuning-episodes", type=int, default=3_000, help="of DDPO and DPOK")
     parser.add_argument(
         "--settings", nargs="+", help="of the tables, the rows to make: A, 'SDE 50', upright; default all"
