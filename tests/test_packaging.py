@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import zipfile
@@ -53,6 +54,45 @@ def test_wheel_has_plugins_assets_and_types(wheel, tmp_path):
     assert 1e6 < int(size) < 20e6
     assert (wheel / "condrl" / "py.typed").is_file()
     assert sum(f.stat().st_size for f in (wheel / "condrl" / "assets").rglob("*") if f.is_file()) < 20e6
+
+
+def test_a_shipped_config_is_tuned_from_an_empty_folder(wheel, tmp_path):
+    words = ["toy/g1", "train.epochs=2", "algorithm.name=nft"]
+    done = run_python("-m", "condrl", "finetune", *words, cwd=tmp_path, PYTHONPATH=str(wheel))
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "result.json").is_file()
+    command = json.loads((run / "result.json").read_text())["command"]
+    assert command[1:] == ["finetune", *words]
+    wrong = run_python("-m", "condrl", "finetune", "toy/g2", cwd=tmp_path, PYTHONPATH=str(wheel))
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "there is no config file 'toy/g2'" in wrong.stderr
+
+
+NOTEBOOK = """
+import condrl
+
+@condrl.reward
+def redness(samples, prompts, *, channel: int = 0):
+    return samples[:, channel].mean((1, 2)) - samples.mean((1, 2, 3))
+
+short = ["train.epochs=1", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "evaluate.prompts=2", "sampler.steps=3"]
+result = condrl.finetune("rewards.redness.weight=1", *short, "train.updates_per_epoch=1", "train.rollout_batch=8")
+images = condrl.sample("runs/quickstart", prompts=["a red star", "a cat"], seeds=[0, 1])
+print(sorted(result["heldout"]), [image.size for image in images])
+try:
+    condrl.finetune("train.epochz=1")
+except condrl.UsageError as error:
+    print(error)
+"""
+
+
+def test_a_notebook_tunes_and_draws(wheel, tmp_path):
+    done = run_python("-c", NOTEBOOK, cwd=tmp_path, PYTHONPATH=str(wheel))
+    assert done.returncode == 0, done.stderr
+    *_, drawn, refused = done.stdout.splitlines()
+    assert drawn == "['redness', 'shapes', 'shapes_exact'] [(64, 64), (64, 64), (64, 64), (64, 64)]"
+    assert refused.startswith("config train.epochz: there is no such key.")
 
 
 def test_editable_install_reads_the_checkout(tmp_path):

@@ -8,6 +8,8 @@ python scripts/plugins.py my_reward.py        all of them, with those of your fi
 from __future__ import annotations
 
 import inspect
+import json
+import types
 import typing
 from typing import Any
 
@@ -32,16 +34,22 @@ def describe(plugin: Plugin) -> str:
 
 
 def option_line(option: Option) -> str:
-    default = "must be given" if option.default is inspect.Parameter.empty else repr(option.default)
+    default = "must be given" if option.default is inspect.Parameter.empty else json.dumps(option.default, default=str)
     return f"    {option.name}: {type_name(option.type)} = {default}" + (
         f"  # {option.comment}" if option.comment else ""
     )
 
 
 def type_name(kind: Any) -> str:
+    """A type as one would say it of a config: words to choose from, and null for None."""
+    parts = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
-        return " | ".join(map(repr, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
+        return " | ".join(map(str, parts))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " | ".join(map(type_name, parts))
+    if kind is type(None):
+        return "null"
+    return kind.__name__ if isinstance(kind, type) and not parts else str(kind).replace("typing.", "")
 
 
 def main(words: list[str]) -> int:

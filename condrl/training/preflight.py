@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -120,6 +119,8 @@ def free_gb(device: torch.device) -> float | None:
     if device.type == "cpu" and sys.platform == "linux":
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
         free = next(float(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable"))
+        import resource  # not on Windows
+
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v
         taken = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
         return free if limit == resource.RLIM_INFINITY else min(free, (limit - taken) / 1e9)
