@@ -51,9 +51,9 @@ class Experience:
 
     def credit(self, f: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> Tensor:
         """f(values, groups) of all processes' images that have a score, (..., B) of these; 0 for those that do not."""
-        gather, scored = self.gather(values), self.scored
-        found = torch.zeros_like(gather)
-        found[..., scored] = f(gather[..., scored], self.gather(self.groups)[scored])
+        whole, scored = self.gather(values), self.scored
+        found = torch.zeros_like(whole)
+        found[..., scored] = f(whole[..., scored], self.gather(self.groups)[scored])
         return found[..., self.indices.start : self.indices.stop]
 
 

@@ -3,6 +3,7 @@
     accelerate launch scripts/finetune.py                                       configs/quickstart.yaml
     accelerate launch scripts/finetune.py my.yaml train.lr=1e-4                 later words win
     accelerate launch scripts/finetune.py plugins=[my_reward.py] rewards.redness.weight=1
+    condrl finetune toy/p1                                                      a config that comes with it, by name
 
 Writes runs/<run.name>/: config.yaml, metrics.jsonl (a line per epoch), images/, lora/, result.json.
 --json FILE writes the result there too. --dry-run checks everything, tries a few images, and says what the run would
