@@ -126,7 +126,7 @@ def move(trainer: Trainer, size: float = 0.2, seed: int = 0) -> None:
     """Take the policy away from where it is."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in trainer.weights:
+        for weight in trainer.learner.weights:
             weight += size * torch.randn(weight.shape, generator=generator)
 
 

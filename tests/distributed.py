@@ -24,17 +24,17 @@ def gradients(name: str, folder: Path) -> dict[str, torch.Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.run.seed)
     trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
-    found, step = {}, trainer.optimizer.step
+    found, step = {}, trainer.learner.optimizer.step
 
     def note() -> None:
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainer.parameters]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainer.learner.parameters]
         found[f"{name} {len(found)}"] = torch.cat([part.flatten() for part in parts])
         step()
 
-    trainer.optimizer.step = note
+    trainer.learner.optimizer.step = note
     for epoch in range(2):
         reward = trainer.run_epoch(epoch)
-    trainer.processes.check_same(trainer.parameters)
+    trainer.processes.check_same(trainer.learner.parameters)
     if name == ALGORITHMS[-1]:
         trainer.processes.end()
     found[f"{name} reward"] = torch.tensor(reward)

@@ -37,13 +37,13 @@ def trainer_of(problem: str, folder: Path, *words: str, rows: int | None = None)
 
 def gradients(trainer: Trainer, epochs: int) -> torch.Tensor:
     """The gradient of each epoch's loss in the trained table, (epochs, ...), the weights held still."""
-    (table,) = trainer.weights
+    (table,) = trainer.learner.weights
     found = []
-    trainer.optimizer.step = lambda: found.append(table.grad.clone())
+    trainer.learner.optimizer.step = lambda: found.append(table.grad.clone())
     for epoch in range(epochs):
         examples = trainer.examples(trainer.collect(epoch, Clock()), epoch)
         count = examples.images
-        trainer.optimise(examples, range(count), torch.arange(count), torch.Generator())
+        trainer.learner.step(examples, range(count), torch.arange(count), torch.Generator())
     return torch.stack(found).double()
 
 
@@ -63,7 +63,7 @@ def exact_gradient(
     (a, c, S), sampler, (b, Q) = chain_of(trainer), trainer.policy.sampler, reward
     added = torch.as_tensor(exploration).expand(len(a))
     # the table runs from the data to the noise; its first knot, at the final time, is never used
-    table = trainer.weights[0].detach().double()[:, 0, 1:, 0].flip(1).requires_grad_()
+    table = trainer.learner.weights[0].detach().double()[:, 0, 1:, 0].flip(1).requires_grad_()
     m, v, kl = torch.zeros((), dtype=torch.float64), trainer.policy.model.schedule.prior_std**2, 0.0
     for k in range(len(a)):
         dg, do = sampler.B[k] * table[0, k], sampler.B[k] * table[1, k]
@@ -131,8 +131,8 @@ def test_gradient_with_the_kl(name, tmp_path):
     ]
     trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(6, *words, *reward, *GROUPS), rows=500)
     with torch.no_grad():
-        trainer.weights[0].copy_(
-            0.6 * torch.randn(trainer.weights[0].shape, generator=torch.Generator().manual_seed(3))
+        trainer.learner.weights[0].copy_(
+            0.6 * torch.randn(trainer.learner.weights[0].shape, generator=torch.Generator().manual_seed(3))
         )
     expected = exact_gradient(trainer, (2.0, 2.0), 0.3)
     assert z_scores(gradients(trainer, 16), expected).abs().max() < 5
@@ -150,8 +150,8 @@ def test_gradient_of_ctrl(memory, tmp_path):
     words += ["algorithm.advantage_clip=1e9", "algorithm.exploration=0.5"]
     trainer = trainer_of("g1", tmp_path, "algorithm.name=ctrl", *small(6, *words, *reward, *GROUPS), rows=500)
     with torch.no_grad():
-        trainer.weights[0].copy_(
-            0.4 * torch.randn(trainer.weights[0].shape, generator=torch.Generator().manual_seed(3))
+        trainer.learner.weights[0].copy_(
+            0.4 * torch.randn(trainer.learner.weights[0].shape, generator=torch.Generator().manual_seed(3))
         )
     added = trainer.policy.sampler.B.square() * 0.5 / 2  # exploration / (2 g^2), with g = 1
     expected = exact_gradient(trainer, (2.0, 2.0), 0.3, added)
@@ -165,8 +165,8 @@ def test_the_truncated_chain_of_draft_is_biased(tmp_path):
     reward = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]", "algorithm.kappa=0.3"]
     trainer = trainer_of("g1", tmp_path, "algorithm.name=draft", *small(6, *reward, *GROUPS), rows=500)
     with torch.no_grad():
-        trainer.weights[0].copy_(
-            0.6 * torch.randn(trainer.weights[0].shape, generator=torch.Generator().manual_seed(3))
+        trainer.learner.weights[0].copy_(
+            0.6 * torch.randn(trainer.learner.weights[0].shape, generator=torch.Generator().manual_seed(3))
         )
     expected = exact_gradient(trainer, (2.0, 2.0), 0.3)
     assert z_scores(gradients(trainer, 12), expected).abs().max() < 5
@@ -318,7 +318,7 @@ def test_monte_carlo_value_is_the_dynamic_programs(tmp_path):
 def test_path_kl_is_the_exact_one_on_average(tmp_path):
     trainer = trainer_of("g1", tmp_path, "train.images_per_prompt=8000", "train.rollout_batch=8000", *small(10))
     with torch.no_grad():
-        trainer.weights[0].normal_(0, 0.4, generator=torch.Generator().manual_seed(1))
+        trainer.learner.weights[0].normal_(0, 0.4, generator=torch.Generator().manual_seed(1))
     solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
     examples = trainer.examples(trainer.collect(0, Clock()), 0)
     kl = examples.base.kl.sum(0)
@@ -344,11 +344,13 @@ def test_every_algorithm_tunes_stable_diffusion(name, pipeline, tmp_path):
         words += ["algorithm.kappa=0.01"]
     config = load_config([*words, "sampler.steps=3", "train.loss_batch=8", "train.lr=1e-2"])
     trainer = make_trainer(config, [Row(0, "a red star"), Row(1, "a blue circle")])
-    before = [p.detach().clone() for p in trainer.weights]
+    before = [p.detach().clone() for p in trainer.learner.weights]
     trainer.fit()
-    moved = [p for p, q in zip(trainer.weights, before, strict=True) if not q.any() and p.any()]  # lora_B starts at 0
+    moved = [
+        p for p, q in zip(trainer.learner.weights, before, strict=True) if not q.any() and p.any()
+    ]  # lora_B starts at 0
     assert moved
-    assert all(p.isfinite().all() for p in trainer.weights)
+    assert all(p.isfinite().all() for p in trainer.learner.weights)
 
 
 @pytest.mark.slow
@@ -378,7 +380,7 @@ def test_the_path_kl_bounds_the_terminal_one(eta, tmp_path):
 @pytest.mark.slow
 def test_clipping_without_the_min_misses_the_optimum(tmp_path, monkeypatch):
     """THEORY 4.2: without the min a ratio that has gone the wrong way loses its gradient too."""
-    import condrl.algorithms.base as module
+    import condrl.algorithms.policy_gradient as module
 
     words = ["algorithm.kappa=0.5", "algorithm.clip_range=0.02", "train.epochs=40", "train.inner_epochs=8"]
     words += [

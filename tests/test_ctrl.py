@@ -126,7 +126,7 @@ def test_credit_and_loss_are_the_formulas(case, shape, eta, tmp_path):
     loss, _ = trainer.algorithm.loss(trainer.policy, batch)
     expected = formulas.loss(credit)
     torch.testing.assert_close(loss.view(5, 16), expected, rtol=1e-3, atol=1e-3)
-    weights = [*trainer.weights, *trainer.algorithm.value.parameters()]
+    weights = [*trainer.learner.weights, *trainer.algorithm.value.parameters()]
     found, wanted = (torch.autograd.grad(x.sum(), weights) for x in (loss, expected))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * b.abs().max().item())
@@ -190,4 +190,4 @@ def test_the_value_network_has_its_own_rate_and_width(tmp_path):
     )
     assert trainer.algorithm.value.head[0].out_features == 24
     trainer.run_epoch(0)
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.025, 0.005])
+    assert [group["lr"] for group in trainer.learner.optimizer.param_groups] == pytest.approx([0.025, 0.005])

@@ -90,7 +90,7 @@ def test_an_update_without_a_finite_gradient_is_skipped(tmp_path):
     last = lines(tmp_path)[-1]
     assert 0 < last["skipped_updates"] < 6
     assert last["updates"] == 6 - last["skipped_updates"]
-    assert all(p.isfinite().all() for p in trainer.weights)
+    assert all(p.isfinite().all() for p in trainer.learner.weights)
 
 
 def test_many_of_them_stop_the_run(tmp_path):
@@ -98,7 +98,7 @@ def test_many_of_them_stop_the_run(tmp_path):
     trainer = g1(tmp_path, *words, "rewards.sometimes_steep.every=1", "train.max_bad_updates=2")
     with pytest.raises(RunError, match="2 updates in a row, the last after update 0"):
         trainer.fit()
-    assert not any(p.any() for p in trainer.weights)  # it starts at zero
+    assert not any(p.any() for p in trainer.learner.weights)  # it starts at zero
 
 
 @pytest.mark.slow
@@ -154,7 +154,12 @@ def test_a_budget_that_cannot_be_kept_is_refused(words, error, tmp_path):
 def test_a_reward_that_is_exploited(tmp_path, capsys):
     steep = ["rewards.quadratic.linear=[3]", "rewards.quadratic.curvature=[0]"]
     trainer = g1(tmp_path, "train.epochs=30", "algorithm.kappa=0.01", "train.lr=5e-2", "evaluate.every=10", *steep)
-    trainer.first = {"heldout/other": 1.0, "heldout/other_ci95": 0.1, "heldout/same": 1.0, "heldout/same_ci95": 0.1}
+    trainer.recorder.first = {
+        "heldout/other": 1.0,
+        "heldout/other_ci95": 0.1,
+        "heldout/same": 1.0,
+        "heldout/same_ci95": 0.1,
+    }
     values = iter((0.95, 0.8, 0.5))
     trainer.heldout = lambda: {
         "heldout/other": next(values),

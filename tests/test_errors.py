@@ -207,12 +207,12 @@ def test_a_record_and_a_checkpoint_that_do_not_fit_leave_the_earlier_checkpoint(
     trainer = make("dpok", tmp_path)
     trainer.run_epoch(0)
     trainer.checkpoint()
-    size = trainer.metrics_file.stat().st_size + 100
+    size = trainer.recorder.metrics_file.stat().st_size + 100
     with largest_file(size):
         code = exit_code(trainer.fit)
     said = capsys.readouterr().err
     assert code == 1
-    assert f"stopped: [Errno 27] File too large: '{trainer.metrics_file}'" in said
+    assert f"stopped: [Errno 27] File too large: '{trainer.recorder.metrics_file}'" in said
     with largest_file(1000):
         assert exit_code(trainer.checkpoint) == 1
     said = capsys.readouterr().err

@@ -68,7 +68,7 @@ def ends(folder, algorithm, epochs=3, **train):
     model = Shaped((2,), data=data)
     trainer = trainer_of(folder, model=model, algorithm=algorithm, train={**usual, **train})
     trainer.fit()
-    return torch.cat([p.detach().flatten() for p in trainer.parameters])
+    return torch.cat([p.detach().flatten() for p in trainer.learner.parameters])
 
 
 def _options(algorithm):

@@ -101,7 +101,7 @@ def test_the_loss_is_the_formulas(case, name, shape, tmp_path):
     given = examples.advantages.expand_as(advantages)
     torch.testing.assert_close(given, advantages, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(loss.view(5, 16), expected, rtol=1e-3, atol=1e-3)
-    found, wanted = (torch.autograd.grad(x.sum(), trainer.weights) for x in (loss, expected))
+    found, wanted = (torch.autograd.grad(x.sum(), trainer.learner.weights) for x in (loss, expected))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * b.abs().max().item())
     if options["normalise"] and options["advantage_clip"] < 1:

@@ -36,7 +36,7 @@ def test_the_trial_leaves_no_trace_and_counts_what_an_epoch_calls(name, tmp_path
     trainer.config.run.check_ratios = other.config.run.check_ratios = False
     trainer.run_epoch(0)
     other.run_epoch(0)
-    for mine, theirs in zip(trainer.parameters, other.parameters, strict=True):
+    for mine, theirs in zip(trainer.learner.parameters, other.parameters, strict=True):
         assert torch.equal(mine, theirs)
     images = trainer.config.images_per_epoch
     assert images * (trial.calls_to_gather + trial.calls_to_learn) == trainer.policy.model.evaluations
@@ -85,7 +85,7 @@ def test_a_kl_without_a_gradient_is_refused(tmp_path, monkeypatch):
 
     def cut(x, k, condition, memory=None):
         transition = whole(x, k, condition, memory)
-        return dataclasses.replace(transition, mean=transition.mean.detach() + 0 * trainer.weights[0].sum())
+        return dataclasses.replace(transition, mean=transition.mean.detach() + 0 * trainer.learner.weights[0].sum())
 
     assert attempt(trainer).kl_gradient > 0
     monkeypatch.setattr(trainer.policy, "transition", cut)

@@ -166,7 +166,7 @@ def test_at_the_fixed_point_the_error_is_a_martingale_difference(tmp_path, monke
     with torch.no_grad():
         algorithm.value.table.copy_(values)
         correction = torch.stack([(best.gain - a) / sampler.B, (best.offset - c) / sampler.B])
-        trainer.weights[0][:, 0, 1:, 0].copy_(correction.flip(1))  # the table runs from the data to the noise
+        trainer.learner.weights[0][:, 0, 1:, 0].copy_(correction.flip(1))  # the table runs from the data to the noise
     assert max(errors(trainer)) < 1e-4
 
     actions = torch.linspace(-60, 60, 200_001, dtype=torch.float64)[:, None]
@@ -345,7 +345,7 @@ def paired_trainer(folder: Path, *words: str) -> Trainer:
     trainer = roll_trainer(folder, *words)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in trainer.weights:
+        for parameter in trainer.learner.weights:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return trainer
 
@@ -452,7 +452,7 @@ def test_a_model_without_data_needs_a_pretrained_score(tmp_path):
 def test_the_network_is_saved_and_is_the_next_runs_reference(tmp_path):
     trainer = roll_trainer(tmp_path)
     with torch.no_grad():
-        for parameter in trainer.weights:
+        for parameter in trainer.learner.weights:
             parameter.add_(0.1)
     model = trainer.policy.model
     model.save_adapter(tmp_path / "lora")

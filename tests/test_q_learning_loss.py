@@ -50,7 +50,7 @@ def test_the_gradient_is_the_papers(case, shape, tmp_path):
         expected = expected - error * (values[k] + q * (step[k] if options["rule"] == "loss" else 1))
         errors.append(error)
         cost = cost + g * (base - r.means[k]).square().sum(1).mean() * step[k]
-    weights = [*trainer.weights, *trainer.algorithm.value.parameters()]
+    weights = [*trainer.learner.weights, *trainer.algorithm.value.parameters()]
     found, wanted = (torch.autograd.grad(value.sum(), weights) for value in (loss, expected))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
@@ -149,4 +149,4 @@ def test_the_value_network_has_its_own_rate_and_width(tmp_path):
     trainer = trainer_of(tmp_path, algorithm=options, train={"lr": 0.1})
     assert trainer.algorithm.value.layers[0].out_features == 24
     trainer.run_epoch(0)
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.1, 0.02])
+    assert [group["lr"] for group in trainer.learner.optimizer.param_groups] == pytest.approx([0.1, 0.02])

@@ -67,7 +67,7 @@ def test_going_on_is_not_having_stopped(name, tmp_path):
     again = make(name, tmp_path / "parts")
     again.load_state_dict(newest_checkpoint(tmp_path / "parts" / "checkpoints")[1])
     again.fit()
-    for a, b in zip(whole.weights, again.weights, strict=True):
+    for a, b in zip(whole.learner.weights, again.learner.weights, strict=True):
         assert torch.equal(a, b)
     for (a, _), (b, _) in zip(whole.algorithm.modules().values(), again.algorithm.modules().values(), strict=True):
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
@@ -113,7 +113,7 @@ def test_what_a_run_remembers_goes_on(what, tmp_path):
     again.fit()
     records = [(tmp_path / part / "metrics.jsonl").read_text().splitlines() for part in ("whole", "parts")]
     assert records[0] == records[1]
-    for a, b in zip(whole.weights, again.weights, strict=True):
+    for a, b in zip(whole.learner.weights, again.learner.weights, strict=True):
         assert torch.equal(a, b)
     if what == "adapted kappa":
         kappas = [json.loads(line)["kappa"] for line in records[0]]
@@ -152,7 +152,7 @@ def test_a_diagnosis_is_against_the_runs_first_epoch(tmp_path):
     again = short()
     again.load_state_dict(first.state_dict())
     with torch.no_grad():  # all points go to the same place
-        table = again.weights[0]
+        table = again.learner.weights[0]
         table[0] -= 1 / again.policy.sampler.B.max()
     again.fit()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -352,18 +352,18 @@ def test_a_run_without_its_record_is_not_resumed(tmp_path):
     path, _ = find_checkpoint(load_config(words))
     record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     advice = rf"put it back, or go on in another folder with run\.name=\.\.\. run\.resume={path}$"
-    trainer.metrics_file.write_bytes(record[:-1])
+    trainer.recorder.metrics_file.write_bytes(record[:-1])
     with pytest.raises(
         UsageError, match=rf"metrics\.jsonl has {len(record) - 1:,} of the {len(record):,} bytes.*{advice}"
     ):
         find_checkpoint(load_config(words))
-    trainer.metrics_file.unlink()
+    trainer.recorder.metrics_file.unlink()
     for which in ("auto", path):
         with pytest.raises(UsageError, match=rf"metrics\.jsonl is missing.*{advice}"):
             find_checkpoint(load_config([*words, f"run.resume={which}"]))
     found, state = find_checkpoint(load_config([*toy_words("dpok", tmp_path / "other"), f"run.resume={path}"]))
     assert (found, state["epoch"]) == (path, 2)
-    trainer.metrics_file.write_bytes(record + b"a line more")  # of an epoch that is taken back
+    trainer.recorder.metrics_file.write_bytes(record + b"a line more")  # of an epoch that is taken back
     assert find_checkpoint(load_config(words))[0] == path
 
 
@@ -506,7 +506,7 @@ def test_a_signal_at_any_point_loses_nothing(name, phase, number, tmp_path, monk
     again.load_state_dict(state)
     again.fit()
     assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    for a, b in zip(whole.weights, again.weights, strict=True):
+    for a, b in zip(whole.learner.weights, again.learner.weights, strict=True):
         assert torch.equal(a, b)
 
 
@@ -531,7 +531,7 @@ def test_a_run_whose_reward_fails_goes_on_from_that_epoch(tmp_path, monkeypatch)
     again = make("dpok", tmp_path / "parts")
     again.load_state_dict(state)
     again.fit()
-    for a, b in zip(whole.weights, again.weights, strict=True):
+    for a, b in zip(whole.learner.weights, again.learner.weights, strict=True):
         assert torch.equal(a, b)
 
 

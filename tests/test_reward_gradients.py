@@ -67,7 +67,7 @@ def test_draft_differentiates_the_chain(kappa, last, shape, tmp_path):
         x = distributions[0].mean + noise
     expected = kappa * kl - reward_of(trainer, experience, x)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
-    found, wanted = (torch.autograd.grad(value.sum(), trainer.weights) for value in (loss, expected))
+    found, wanted = (torch.autograd.grad(value.sum(), trainer.learner.weights) for value in (loss, expected))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 

@@ -13,6 +13,7 @@ from torch.distributions import Independent, Normal
 
 import condrl
 from condrl import RunError
+from condrl.algorithms.base import check_ratios
 from condrl.algorithms.credit import group_advantages
 from condrl.config import build_config
 from condrl.diffusion.noise import seeded
@@ -111,9 +112,9 @@ def test_gradient_at_the_start_is_reinforce(tmp_path):
     trainer = make_trainer(tmp_path, train={"loss_batch": 7, "max_grad_norm": 1e9})
     experience = trainer.collect(0, clock())
     gradients = []
-    trainer.optimizer.step = lambda: gradients.append(trainer.policy.model.module.mean.grad.clone())
+    trainer.learner.optimizer.step = lambda: gradients.append(trainer.policy.model.module.mean.grad.clone())
     examples = trainer.examples(experience, 0)
-    trainer.optimise(examples, range(32), torch.arange(32), torch.Generator())
+    trainer.learner.step(examples, range(32), torch.arange(32), torch.Generator())
     r, total = experience.rollout, torch.zeros(())
     for k in range(8):
         transition = trainer.policy.transition(r.states[k], torch.full((32,), k), r.condition)
@@ -129,10 +130,10 @@ def test_a_subset_of_steps_has_the_same_gradient_on_average(tmp_path):
     for name, per_image in (("all", None), ("some", 3)):
         full.config.train.steps_per_image = per_image
         grads = []
-        full.optimizer.step = lambda grads=grads: grads.append(full.policy.model.module.mean.grad.clone())
+        full.learner.optimizer.step = lambda grads=grads: grads.append(full.policy.model.module.mean.grad.clone())
         generator = torch.Generator().manual_seed(0)
         for _ in range(400 if per_image else 1):
-            full.optimise(full.examples(experience, 0), range(32), torch.arange(32), generator)
+            full.learner.step(full.examples(experience, 0), range(32), torch.arange(32), generator)
         found[name] = torch.stack(grads)
     error = found["some"].std(0) / 400**0.5
     assert ((found["some"].mean(0) - found["all"][0]).abs() < 4 * error + 1e-9).all()
@@ -164,16 +165,16 @@ def test_learning_rate_warms_up_and_falls_linearly(tmp_path):
     )
     rates = []
     for update in range(4):
-        trainer.updates = update
-        trainer.set_lr()
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.learner.updates = update
+        trainer.learner.set_lr()
+        rates.append(trainer.learner.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.05, 0.075, 0.05, 0.025])
 
 
 def test_only_chosen_steps_are_trained(tmp_path):
     trainer = make_trainer(tmp_path, train={"steps": [2, 5], "steps_per_image": 1})
     columns = trainer.examples(trainer.collect(0, clock()), 0).columns
-    drawn = trainer.draw_columns(columns, 1000, torch.Generator().manual_seed(0))
+    drawn = trainer.learner.draw_columns(columns, 1000, torch.Generator().manual_seed(0))
     assert drawn.shape == (1000, 1)
     assert set(drawn.flatten().tolist()) == {2, 5}
 
@@ -219,11 +220,11 @@ def test_clipping_is_one_sided(tmp_path):
 def test_a_changed_policy_is_caught_before_the_first_update(tmp_path):
     trainer = make_trainer(tmp_path)
     examples = trainer.examples(trainer.collect(0, clock()), 0)
-    trainer.check_ratios(examples)
+    check_ratios(examples, trainer.policy, trainer.config.train.loss_batch)
     with torch.no_grad():
         trainer.policy.model.module.mean += 0.01
     with pytest.raises(RunError, match=r"ratio should be 1, but one is off by .*0\.001"):
-        trainer.check_ratios(examples)
+        check_ratios(examples, trainer.policy, trainer.config.train.loss_batch)
 
 
 @pytest.mark.slow
@@ -240,13 +241,13 @@ def test_ratios_are_one_on_stable_diffusion(dtype, pipeline, tmp_path):
         rewards={"jpeg_compressibility": {}, "rightwards": {"weight": 0}},
     )
     examples = trainer.examples(trainer.collect(0, clock()), 0)
-    trainer.check_ratios(examples)
+    check_ratios(examples, trainer.policy, trainer.config.train.loss_batch)
     if dtype == "float32":
         with torch.no_grad():
             for layer in lora_layers(model.module).values():
                 layer.lora_B["default"].weight.mul_(1.2)
         with pytest.raises(RunError, match="ratio should be 1"):
-            trainer.check_ratios(examples)
+            check_ratios(examples, trainer.policy, trainer.config.train.loss_batch)
 
 
 def test_sums_over_many_dimensions_keep_their_digits():
@@ -268,7 +269,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     examples.advantages.fill_(float("nan"))
     before = trainer.policy.model.module.mean.detach().clone()
     with pytest.raises(RunError, match="1 updates in a row, the last after update 0"):
-        trainer.update(examples, experience, 0)
+        trainer.learner.update(examples, experience, 0)
     assert torch.equal(trainer.policy.model.module.mean, before)
 
 
@@ -408,12 +409,12 @@ def test_an_update_is_that_of_the_images_with_a_score(name, tmp_path):
     gradients = []
     for change in (0.0, 3.0):
         trainer = make_trainer(tmp_path, algorithm={"name": name}, rewards=FLAKY, train={"updates_per_epoch": 1})
-        trainer.optimizer.step = lambda t=trainer: gradients.append(t.weights[0].grad.clone())
+        trainer.learner.optimizer.step = lambda t=trainer: gradients.append(t.learner.weights[0].grad.clone())
         experience = trainer.collect(0, clock())
         failed = ~experience.scored
         assert failed.sum() == 1
         experience.rollout.states[1:, failed] += change
-        trainer.update(trainer.examples(experience, 0), experience, 0)
+        trainer.learner.update(trainer.examples(experience, 0), experience, 0)
     assert gradients[0].norm() > 0
     torch.testing.assert_close(gradients[0], gradients[1])
     advantages = experience.credit(group_advantages, experience.scores.total)

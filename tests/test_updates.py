@@ -71,7 +71,7 @@ def test_updates_are_those_of_a_loop_by_hand(options, own, tmp_path):
     train = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.999), "max_grad_norm": 1e9, "epochs": 2, **options}
     trainer = trainer_of(tmp_path, own=Recorded(own=own), train=train)
     move(trainer, 0.5)
-    groups = [trainer.weights, *([list(trainer.algorithm.own.parameters())] if own else [])]
+    groups = [trainer.learner.weights, *([list(trainer.algorithm.own.parameters())] if own else [])]
     before = [[p.detach().clone() for p in group] for group in groups]
     trainer.fit()
     total = len(trainer.algorithm.calls)
@@ -95,7 +95,7 @@ def test_the_gradients_norm_is_recorded_before_it_is_clipped(tmp_path):
     for most in (1e9, 0.01):
         trainer = trainer_of(tmp_path / str(most), own=Recorded(), train={"max_grad_norm": most})
         move(trainer, 0.5)
-        before = [p.detach().clone() for p in trainer.weights]
+        before = [p.detach().clone() for p in trainer.learner.weights]
         trainer.fit()
         norms.append(json.loads((tmp_path / str(most) / "metrics.jsonl").read_text())["grad_norm"])
     pull = 4 * trainer.algorithm.table.mean()
@@ -147,7 +147,7 @@ def test_batches_of_memory_do_not_change_the_run(name, shape, tmp_path):
         trainer = trainer_of(tmp_path / str(len(found)), shape, algorithm=options, train=train)
         trainer.fit()
         lines = (tmp_path / str(len(found)) / "metrics.jsonl").read_text().splitlines()
-        found.append(([p.detach() for p in trainer.weights], json.loads(lines[-1])))
+        found.append(([p.detach() for p in trainer.learner.weights], json.loads(lines[-1])))
     for weights, line in found[1:]:
         for a, b in zip(weights, found[0][0], strict=True):
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
@@ -191,7 +191,7 @@ def test_a_run_stops_after_so_many_bad_updates_in_a_row(bad, most, stops, tmp_pa
         trainer.fit()
         line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
         assert (line["skipped_updates"], line["updates"]) == (len(bad), 7 - len(bad))
-    assert all(p.isfinite().all() for p in trainer.weights)
+    assert all(p.isfinite().all() for p in trainer.learner.weights)
 
 
 @condrl.reward(name="some_fail")
@@ -239,12 +239,14 @@ def test_images_without_a_score_teach_nothing(algorithm, tmp_path):
     for change in (0.0, 0.7):
         trainer = trainer_of(tmp_path, algorithm=algorithm, rewards=rewards, train={"max_failed": 0.2})
         move(trainer)
-        trainer.optimizer.step = lambda t=trainer: gradients.append([p.grad.clone() for p in t.parameters])
+        trainer.learner.optimizer.step = lambda t=trainer: gradients.append(
+            [p.grad.clone() for p in t.learner.parameters]
+        )
         experience = trainer.collect(0, Clock())
         assert (~experience.scored).nonzero().flatten().tolist() == [0, 1]
         experience.rollout.states[1:, :2] += change
         examples = trainer.examples(experience, 0)
-        trainer.update(examples, experience, 0)
+        trainer.learner.update(examples, experience, 0)
     for a, b in zip(*gradients, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

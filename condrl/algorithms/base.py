@@ -14,12 +14,13 @@ from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout, rollout
 from condrl.diffusion.transition import Sampler
-from condrl.errors import UsageError
+from condrl.errors import RunError, UsageError
 from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import Scores
 
 Metrics = dict[str, Tensor]
+RATIO_TOLERANCE = {"full": 1e-3, "half": 2e-2}  # by the precision of the frozen weights
 # noise: some steps have it; stochastic steps: and `train.steps` chooses among them; affine steps: a sampler that is
 # three numbers per step; Markov steps: none depends on earlier ones; groups: several images of a prompt in an epoch;
 # one pass: one update on each image
@@ -105,6 +106,35 @@ def recomputed(examples: RatioExamples, policy: Policy, batch: int) -> RatioExam
         images, k = part.to(log_probs.device).unbind(1)
         log_probs[k, images] = examples.minibatch(*part.unbind(1)).log_prob(policy)
     return examples.with_log_probs(log_probs)
+
+
+def check_ratios(examples: RatioExamples, policy: Policy, batch: int, most: int | None = None) -> None:
+    """Compare the update's own log-probabilities, at most so many, with those that it takes for the roll-out's.
+
+    `batch` pairs are taken at a time, as an update does.
+
+    Raises: RunError unless every likelihood ratio is 1.
+    """
+    pairs = every_pair(examples)
+    pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))][:most]
+    worst = 0.0
+    for part in pairs.split(batch):
+        some = examples.minibatch(*part.unbind(1))
+        log_prob = some.log_prob(policy)  # with gradients, as the update does
+        worst = max(worst, (log_prob - some.old_log_prob).exp().sub(1).abs().max().item())
+    allowed = RATIO_TOLERANCE["half" if has_half_precision(policy) else "full"]
+    if not worst <= allowed:
+        raise RunError(
+            f"before the first update every likelihood ratio should be 1, but one is off by {worst:.2g} "
+            f"(allowed: {allowed:g}): the loss does not see the policy that was rolled out. Dropout, or kernels "
+            "whose result depends on the batch, can cause this; model.dtype=float32 and "
+            "train.loss_batch=train.rollout_batch reduce it, run.check_ratios=false goes on regardless."
+        )
+
+
+def has_half_precision(policy: Policy) -> bool:
+    """Whether the frozen weights have half precision."""
+    return any(p.dtype.itemsize == 2 for p in policy.model.module.parameters())
 
 
 class Algorithm:

@@ -153,7 +153,7 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
     from condrl.training.evaluate import compared
     from condrl.training.host import TRACKED, peak_memory_gb, provenance, start_trackers
     from condrl.training.pictures import log_picture
-    from condrl.training.resume import check_folder, find_checkpoint
+    from condrl.training.resume import check_folder, check_state, find_checkpoint
 
     config, model, processes, folder = trainer.config, trainer.policy.model, trainer.processes, trainer.folder
     origin = provenance()
@@ -163,7 +163,7 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
         processes.barrier()
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
-            trainer.check_state(checkpoint[1], checkpoint[0])
+            check_state(trainer, checkpoint[1], checkpoint[0])
             print_main(f"going on from {checkpoint[0]}")
         processes.barrier()  # all have read what is now replaced
         if processes.is_main:
@@ -172,8 +172,8 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
         start_trackers(config, processes, folder)
         before = folder.files_in(TRACKED)
         base = heldout_evaluation(trainer, heldout, "base")
-        trainer.first = flat(base)
-        processes.accelerator.log(trainer.first, step=0)
+        trainer.recorder.first = flat(base)
+        processes.accelerator.log(trainer.recorder.first, step=0)
         if config.evaluate.every and heldout:
             trainer.heldout = lambda: flat(heldout_evaluation(trainer, heldout, f"after {trainer.epoch + 1} epochs"))
         if checkpoint is not None:
@@ -256,7 +256,7 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
         try:
             kappa = getattr(trainer.algorithm, "kappa", 0.0)
             pieces = trainer.policy, trainer.rows, trainer.rewards, kappa
-            save_plots(*pieces, trainer.metrics_file, trainer.folder.file)
+            save_plots(*pieces, trainer.recorder.metrics_file, trainer.folder.file)
         except UsageError as error:  # of a policy so far off that exact answers do not reach it
             print_main(f"warning: no pictures: {error}")
     return []

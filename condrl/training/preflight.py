@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from condrl.algorithms.base import Examples, Experience, RatioExamples, every_pair
+from condrl.algorithms.base import Examples, Experience, RatioExamples, check_ratios, every_pair
 from condrl.diffusion.noise import rng_state, set_rng_state
 from condrl.errors import RewardError, RunError
 from condrl.processes import Processes
@@ -84,7 +84,7 @@ def memory(trainer: Trainer, trial: Trial) -> str:
     train, policy = trainer.config.train, trainer.policy
     parameters = list(policy.model.module.parameters())
     weights = sum(here(p).nbytes for p in parameters) / 1e9
-    trained = 3 * sum(p.nbytes for p in trainer.parameters) / 1e9  # gradients and Adam's moments
+    trained = 3 * sum(p.nbytes for p in trainer.learner.parameters) / 1e9  # gradients and Adam's moments
     images = len(trainer.processes.local_indices(train.prompts_per_epoch)) * train.images_per_prompt
     stored = 4e-9 * images * (policy.steps + 1) * torch.Size(policy.model.state_shape).numel()
     if any(here(p) is not p for p in parameters):  # what is held for the backward pass has gathered weights in it
@@ -137,7 +137,7 @@ def attempt(trainer: Trainer) -> Trial:
     examples = twin.examples(experience, 0)
     images, gathered = len(experience.rows), model.evaluations - before
     if isinstance(examples, RatioExamples) and trainer.config.run.check_ratios:
-        twin.check_ratios(examples)
+        check_ratios(examples, twin.policy, twin.config.train.loss_batch)
     learning = model.evaluations
     saved = differentiate(twin, examples)
     passes = (trainer.config.train.steps_per_image or len(examples.columns)) / len(examples.columns)
@@ -227,7 +227,7 @@ def differentiate(twin: Trainer, examples: Examples) -> float:
             loss, _ = twin.algorithm.loss(twin.policy, examples.minibatch(*some.unbind(1)))
         loss.sum().backward()
         most = max(most, sum(held.values()) / len(some) / 1e9)
-    for parameter in twin.parameters:
+    for parameter in twin.learner.parameters:
         parameter.grad = None
     return most
 
@@ -254,18 +254,18 @@ def kl_gradient(twin: Trainer, x: Tensor, condition: Tensor) -> float | None:
     x, condition = x[: twin.config.train.loss_batch], condition[: twin.config.train.loss_batch]
     if not getattr(twin.algorithm, "kappa", 0) or not len(steps):
         return None
-    weights = [w.detach().clone() for w in twin.weights]
+    weights = [w.detach().clone() for w in twin.learner.weights]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in twin.weights:
+        for weight in twin.learner.weights:
             weight.add_(1e-2 * torch.randn(weight.shape, generator=generator).to(weight))
     k = steps[:1].expand(len(x))
     with policy.model.reference(), torch.no_grad():
         base = policy.transition(x, k, condition)
     policy.transition(x, k, condition).kl(base).sum().backward()
-    norm = torch.stack([w.grad.norm() for w in twin.weights if w.grad is not None] or [torch.zeros(())]).norm()
+    norm = torch.stack([w.grad.norm() for w in twin.learner.weights if w.grad is not None] or [torch.zeros(())]).norm()
     with torch.no_grad():
-        for weight, value in zip(twin.weights, weights, strict=True):
+        for weight, value in zip(twin.learner.weights, weights, strict=True):
             weight.copy_(value)
             weight.grad = None
     return norm.item()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from condrl.config import Config, to_yaml
-from condrl.errors import UsageError
+from condrl.errors import UsageError, brief
 from condrl.io.files import expanded
 from condrl.io.records import from_json
 from condrl.overrides import read_word
 from condrl.training.checkpoint import newest_checkpoint, read_checkpoint, unlike
 from condrl.training.folder import RunFolder
 from condrl.training.host import flatten
+from condrl.training.trainer import Trainer
 
 
 def check_folder(config: Config, is_locked: bool = False) -> None:
@@ -107,3 +110,45 @@ def check_same_settings(config: Config, saved: Path) -> None:
                 f"run.resume: that run had {key}={then.get(key)}, and this config has {now.get(key)}: "
                 "use its settings, or another run.name="
             )
+
+
+def check_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    """Check that a checkpoint is like one that this run would write; what is tried on the way is undone.
+
+    Raises: UsageError saying what is not.
+    """
+    why = difference(trainer, state)
+    before = copy.deepcopy(trainer.state_dict())
+    try:
+        if not why:
+            trainer.load_memories(state)
+    except Exception as error:  # the algorithm, a reward or a generator cannot take what is there
+        why = f"its algorithm, rewards or rng: {brief(error)}"
+    finally:
+        trainer.load_memories(before)
+    if why:
+        raise UsageError(f"the checkpoint {path} is not one of this run: {why}")
+
+
+def difference(trainer: Trainer, state: dict[str, Any]) -> str | None:
+    """How a checkpoint differs from those of this run, but for `load_memories`; None when it does not."""
+    try:
+        known, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
+        found = {"state": known, "param_groups": [{"lr": group["lr"]} for group in groups]}
+        used = [i for i in range(len(trainer.learner.parameters)) if i in known]
+    except (LookupError, TypeError) as error:
+        return f"its optimizer lacks a state, or param_groups with an lr ({brief(error)})"
+    moments = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in trainer.learner.parameters]
+    expected = {"state": {i: moments[i] for i in used}, "param_groups": [{"lr": lr} for lr in trainer.learner.rates]}
+    memories = dict.fromkeys(("first", "rewards", "algorithm", "rng"))
+    own = {**trainer.state_dict(), **memories, "optimizer": expected}
+    if why := unlike(own, {**state, **{name: None for name in memories if name in state}, "optimizer": found}):
+        return why
+    if below := [i for i, moment in known.items() if (moment["exp_avg_sq"] < 0).any()]:
+        return f"optimizer.state.{below[0]}.exp_avg_sq is below zero"
+    train = trainer.config.train
+    if state["updates"] > state["epoch"] * train.inner_epochs * train.updates_per_epoch:
+        return f"it has more updates ({state['updates']}) than there are in {state['epoch']} epochs"
+    if not isinstance(state["first"], dict) or not all(isinstance(v, int | float) for v in state["first"].values()):
+        return "first is not what an epoch recorded"
+    return None

@@ -36,7 +36,7 @@ import torch
 from full_size import REWARDS, save_sd15
 from tqdm import tqdm
 
-from condrl.algorithms.base import RatioExamples
+from condrl.algorithms.base import RatioExamples, check_ratios
 from condrl.config import Config, load_config
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.transition import Coefficients
@@ -92,7 +92,7 @@ def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         examples = trainer.examples(experience, epoch)
         clock.lap("examples")
         counts["examples"], before = model.evaluations - before, model.evaluations
-        trainer.update(examples, experience, epoch)
+        trainer.learner.update(examples, experience, epoch)
         clock.lap("update")
         counts["update"] = model.evaluations - before
         with model.reference():
@@ -151,7 +151,7 @@ def safety(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         config.run.dir = folder
         trainer = quickstart_trainer(config)
         parts: dict[str, list[float]] = {"epoch": [], "diagnosis": [], "copy": [], "checkpoint": []}
-        record = trainer.record
+        record = trainer.recorder.record
 
         def timed(*arguments: Any) -> float:
             begun = time.perf_counter()
@@ -159,7 +159,7 @@ def safety(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             parts["diagnosis"].append(time.perf_counter() - begun)
             return reward
 
-        vars(trainer)["record"] = timed
+        vars(trainer.recorder)["record"] = timed
         for number in range(args.repeats + 1):
             parts["epoch"].append(seconds(functools.partial(trainer.run_epoch, number)))
             parts["copy"].append(seconds(lambda: copy.deepcopy(trainer.state_dict())))
@@ -192,7 +192,7 @@ def epoch(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     trainer = quickstart_trainer(config)
     for number in range(3):
         experience = trainer.collect(number, Clock())
-        trainer.update(trainer.examples(experience, number), experience, number)
+        trainer.learner.update(trainer.examples(experience, number), experience, number)
         stored = experience.rollout.states.nbytes / 1e9
         del experience
     return {"peak_memory_gb": peak_memory_gb(trainer.policy.model.device), "stored_gb": stored}
@@ -217,9 +217,9 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     experience = trainer.collect(0, clock)
     examples = trainer.examples(experience, 0)
     if isinstance(examples, RatioExamples):
-        trainer.check_ratios(examples)
+        check_ratios(examples, trainer.policy, config.train.loss_batch)
     clock.lap("check")
-    metrics = trainer.update(examples, experience, 0)
+    metrics = trainer.learner.update(examples, experience, 0)
     clock.lap("update")
     weights = sum(p.numel() for p in trainer.policy.model.module.parameters())
     return {
@@ -432,7 +432,7 @@ class PlainLoop:
     def __init__(self, trainer: Trainer) -> None:
         self.policy, self.algorithm, self.rewards = trainer.policy, trainer.algorithm, trainer.rewards
         self.row, self.batch = trainer.rows[0], trainer.config.train.images_per_prompt
-        self.parameters = [*trainer.weights, *self.algorithm.modules()["value"][0].parameters()]
+        self.parameters = [*trainer.learner.weights, *self.algorithm.modules()["value"][0].parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, 1e-3)
 
     def __call__(self) -> None:

@@ -1,0 +1,86 @@
+"""What a run writes down as it goes: metrics.jsonl, timings.jsonl, images, and what is going wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from condrl.algorithms.base import Experience
+from condrl.errors import naming
+from condrl.io.records import to_json
+from condrl.processes import Processes
+from condrl.training.diagnose import diagnose, spread_metrics
+from condrl.training.folder import RunFolder
+from condrl.training.pictures import log_picture, save_grid
+
+PICTURES = 8  # images in an epoch's picture
+
+
+class Recorder:
+    """Writes an epoch's lines and picture into the run's folder, and passes them to the trackers."""
+
+    def __init__(self, folder: RunFolder, processes: Processes) -> None:
+        self.folder, self.processes = folder, processes
+        self.metrics_file = folder.path / "metrics.jsonl"  # the same whenever a run is repeated or resumed
+        self.first: dict[str, float] = {}  # what the first epoch recorded, with the base model's held-out measures
+        self.printed: set[str] = set()  # the diagnoses that were printed
+
+    @property
+    def size(self) -> int:
+        """Bytes of metrics.jsonl."""
+        return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+
+    def take_back(self, size: int) -> None:
+        """Cut metrics.jsonl to its first `size` bytes."""
+        if self.processes.is_main and self.size > size:
+            os.truncate(self.folder.claim(self.metrics_file.name), size)
+
+    def record(
+        self,
+        counts: Mapping[str, int],
+        experience: Experience,
+        metrics: Mapping[str, float],
+        seconds: Mapping[str, float],
+    ) -> float:
+        """Append a line to metrics.jsonl and pass it to the trackers; returns the mean reward.
+
+        `counts` are the epoch's number and what there has been of images and updates.
+        """
+        line: dict[str, Any] = dict(counts)
+        for name, own in {"total": experience.scores.total, **experience.scores.each}.items():
+            values = experience.gather(own)[experience.scored]
+            line[f"reward/{name}"], line[f"reward/{name}_std"] = values.mean().item(), values.std(correction=0).item()
+        line["failed_scores"] = experience.total - int(experience.scored.sum())
+        line |= {**metrics, **spread_metrics(experience)}
+        self.first = {**line, **self.first}  # of the first epoch, and of the base model what was measured of it
+        found = diagnose(self.first, line)
+        if self.processes.is_main:
+            self.write(line, found, seconds)
+        return float(line["reward/total"])
+
+    def write(self, line: dict[str, Any], found: Mapping[str, str], seconds: Mapping[str, float]) -> None:
+        """Append to the record what an epoch measured, print the diagnoses that are new."""
+        for name in found.keys() - self.printed:
+            tqdm.write(f"warning, epoch {line['epoch']}: {found[name]}", file=sys.stderr)
+        self.printed |= found.keys()
+        timing = {"epoch": line["epoch"], **{f"seconds/{name}": round(s, 4) for name, s in seconds.items()}}
+        for name, content in (("metrics", line | {"diagnosis": sorted(found)}), ("timings", timing)):
+            path = self.folder.file(f"{name}.jsonl")
+            with naming(path), path.open("a", encoding="utf-8") as record:
+                record.write(to_json(content) + "\n")
+        self.processes.accelerator.log(line | timing, step=line["epoch"])
+
+    def picture(self, experience: Experience, epoch: int, images_per_prompt: int) -> None:
+        """Save the first image of the first prompts, with prompts and rewards; images only, not points."""
+        if experience.preview.dim() != 4 or not self.processes.is_main:
+            return
+        total = experience.scores.total
+        chosen = range(0, len(experience.rows), images_per_prompt)[:PICTURES]
+        labels = [f"{experience.rows[i].prompt} [{total[i].item():.2f}]" for i in chosen]
+        path = self.folder.file(f"images/epoch_{epoch + 1:04d}.png")
+        save_grid(path, list(experience.preview), labels)
+        log_picture(self.processes.accelerator, "images", path, epoch + 1)
