@@ -36,7 +36,7 @@ def test_the_trial_leaves_no_trace_and_counts_what_an_epoch_calls(name, tmp_path
     trainer.config.run.check_ratios = other.config.run.check_ratios = False
     trainer.run_epoch(0)
     other.run_epoch(0)
-    for mine, theirs in zip(trainer.learner.parameters, other.parameters, strict=True):
+    for mine, theirs in zip(trainer.learner.parameters, other.learner.parameters, strict=True):
         assert torch.equal(mine, theirs)
     images = trainer.config.images_per_epoch
     assert images * (trial.calls_to_gather + trial.calls_to_learn) == trainer.policy.model.evaluations
