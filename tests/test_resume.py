@@ -52,7 +52,6 @@ def make(name: str, folder: Path, *more: str) -> Trainer:
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_going_on_is_not_having_stopped(name, tmp_path):
     """Weights, value networks and every recorded number, to the last bit, for each algorithm there is."""
@@ -84,6 +83,17 @@ def drawn_by_chance(samples, prompts):
     return samples[:, 0] + torch.tensor(scores)
 
 
+def test_a_budget_that_is_spent_stays_spent(tmp_path):
+    words = ["train.kl_budget=1e-9", "train.over_budget=stop"]
+    first = make("dpok", tmp_path, *words)
+    first.fit()
+    assert 0 < first.epoch < first.config.train.epochs
+    again = make("dpok", tmp_path, *words)
+    again.load_state_dict(newest_checkpoint(tmp_path / "checkpoints")[1])
+    again.fit()
+    assert again.epoch == first.epoch
+
+
 REMEMBERED = {
     "global generators": ("dpok", ["rewards.drawn_by_chance.weight=1"]),
     "adapted kappa": ("dpok", ["train.kl_budget=1e-6", "train.over_budget=adapt", "algorithm.kappa=0.5"]),
@@ -93,7 +103,6 @@ REMEMBERED = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", REMEMBERED)
 def test_what_a_run_remembers_goes_on(what, tmp_path):
     """Whatever epochs to come depend on: each of these runs ends otherwise if it is forgotten."""
