@@ -172,7 +172,6 @@ def test_the_held_out_prompts_are_measured_and_not_the_training_prompts(tmp_path
 MEASURE = "evaluate.measures.number_of_row={}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("prompts", "mean"), [("null", 37.0), ("2", 5.5)])
 def test_the_first_so_many_prompts_are_measured(prompts, mean, tmp_path):
     result, _ = toy(tmp_path, MEASURE, f"evaluate.prompts={prompts}")
@@ -192,7 +191,6 @@ def test_so_many_images_of_each_held_out_prompt_all_different(tmp_path):
     assert [many - few for many, few in zip(asked[3], asked[1], strict=True)] == [4, 4, 4]  # two more, base and tuned
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("every", "when"), [("null", []), ("2", [2, 4]), ("5", [5])])
 def test_held_out_measures_are_taken_after_so_many_epochs(every, when, tmp_path):
     result, lines = toy(tmp_path, "train.lr=1e-2", f"evaluate.every={every}")
