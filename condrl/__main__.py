@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from condrl.errors import UsageError, exit_code
+from condrl.commands.console import exit_code
+from condrl.errors import UsageError
 from condrl.registry import suggestion
 
 COMMANDS = {

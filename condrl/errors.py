@@ -1,20 +1,15 @@
-"""The ways a run stops with a sentence instead of a traceback, and the exit codes of the scripts."""
+"""The ways a run stops with a sentence instead of a traceback."""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from condrl.streams import surviving_streams
-
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
 NO_MEMORY = (  # what torch, CUDA, the system, C++, the loader of libraries and Python say
     *("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "failed to map segment"),
     "can't start new thread",
@@ -75,6 +70,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def warn_of_address_limit() -> None:
     """Say that there is a limit (ulimit -v): libraries that meet it abort the process without a word of ours."""
+    if sys.platform == "win32":
+        return
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -93,41 +90,3 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
-
-
-def exit_code(work: Callable[[], object]) -> int:
-    """Do the work of a script; its errors become one line and an exit code, 130 after Ctrl+C.
-
-    With CONDRL_DEBUG=1 in the environment their traceback is shown as well, by each process.
-    """
-    with surviving_streams():
-        try:
-            work()
-        except (Exception, Stopped, KeyboardInterrupt) as error:
-            line, code = last_words(error)
-            if os.environ.get("CONDRL_DEBUG", "") not in ("", "0"):
-                traceback.print_exc()
-            print_main(line)
-            return code
-        return 0
-
-
-def last_words(error: BaseException) -> tuple[str, int]:
-    """The line and the exit code for an error.
-
-    Raises: the error itself, when it is not one that a line explains.
-    """
-    match error:
-        case UsageError():
-            return f"error: {' '.join(str(error).splitlines())}", 2
-        case RunError():
-            return f"stopped: {' '.join(str(error).splitlines())}", 1
-        case Stopped():
-            return f"stopped by {error}; the same command with run.resume=auto goes on", 128 + error.number
-        case KeyboardInterrupt():
-            return "interrupted", 130
-        case _ if out_of_memory(error):
-            return f"stopped: out of memory: {LESS} ({brief(error)})", 1
-        case OSError() if error.errno in DISK:
-            return f"stopped: {error}", 1
-    raise error

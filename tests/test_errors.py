@@ -16,7 +16,8 @@ from PIL import Image
 from test_resume import make
 
 import condrl
-from condrl.errors import exit_code, naming, warn_of_address_limit
+from condrl.commands.console import exit_code
+from condrl.errors import naming, warn_of_address_limit
 from condrl.io.records import write_json
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward
@@ -28,7 +29,8 @@ TALKS = """
 import sys
 from pathlib import Path
 from tqdm import tqdm
-from condrl.errors import exit_code, print_main
+from condrl.errors import print_main
+from condrl.commands.console import exit_code
 
 def work():
     for number in tqdm(range(20000), mininterval=0):
@@ -81,7 +83,7 @@ def test_streams_that_the_shell_closed_are_nowhere(tmp_path):
     "env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )
 def test_letters_that_a_terminal_lacks_are_escapes(env, tmp_path):
-    code = "from condrl.errors import *; exit_code(lambda: (print('\\u732b \\U0001f600'), print_main('\\u732b')))"
+    code = "from condrl.commands.console import *; exit_code(lambda: (print('\\u732b \\U0001f600'), print_main('\\u732b')))"
     out, said = python(code, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env).communicate(timeout=60)
     assert out == b"\\u732b \\U0001f600\n"
     assert said == b"\\u732b\n"

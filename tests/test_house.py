@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT, run_python
 
 ROOMS = (  # from the ground up: a module imports from its own room and from those before it
-    ("streams", "threads", "errors"),
+    ("errors",),
     ("io", "registry", "overrides"),
     ("config", "prompts", "processes"),
     ("diffusion",),

@@ -6,7 +6,7 @@ from helpers import ROOT
 
 import condrl.training.build
 from condrl.commands import finetune, sample
-from condrl.errors import exit_code
+from condrl.commands.console import exit_code
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 TREE = {
@@ -172,7 +172,7 @@ CASES = [
     ),
     ("rewards.remote.url=http://h rewards.remote.backoff=1e300", "remote.backoff: must be at most a day"),
     ("run.name=a\udcffb", "run.name: 'a\\udcffb' holds bytes that are no UTF-8 text"),
-    ("run.name=a\x1b[31mb", "use letters that can be printed"),
+    ("run.name=a\x1b[31mb", "there are control characters in its name"),
     ("rewards.hps.version=v3", "rewards.hps.version"),
     ("rewards.similarity.images=nowhere.png", "nowhere.png"),
     ("rewards.clip.model=ViT-L-41", "ViT-L-41"),
@@ -241,8 +241,8 @@ CASES = [
     (f"run.name={'x' * 300}", "the run's folder cannot be made"),
     (f"run.dir=a/{'x' * 300}/b", "the run's folder cannot be made"),
     (f"run.dir={'x/' * 3000}", "the run's folder cannot be made"),
-    (f"{QUICKSTART} nul_name.yaml", "use letters that can be printed"),
-    (f"{QUICKSTART} nul_dir.yaml", "use letters that can be printed"),
+    (f"{QUICKSTART} nul_name.yaml", "there are control characters in its name"),
+    (f"{QUICKSTART} nul_dir.yaml", "there are control characters in its name"),
     (f"{QUICKSTART} nul_path.yaml", "prompts.train: the prompt file 'a\\x00b.txt' cannot be read"),
     (f"{QUICKSTART} surrogate.yaml", "cannot read surrogate.yaml"),
     ("run.dir=~nobody_of_that_name/x", "run.dir: ~nobody_of_that_name/x: there is no user of that name"),

@@ -6,7 +6,8 @@ from PIL import Image
 
 import condrl
 from condrl import RunError, UsageError
-from condrl.errors import RewardError, Stopped, exit_code
+from condrl.commands.console import exit_code
+from condrl.errors import RewardError, Stopped
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward, score
 from condrl.shapes import scenes

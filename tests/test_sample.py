@@ -9,8 +9,8 @@ from PIL import Image
 
 from condrl import UsageError
 from condrl.commands import sample as command
+from condrl.commands.console import exit_code
 from condrl.config import load_config, to_yaml
-from condrl.errors import exit_code
 from condrl.models.lora import LORA_FILE
 from condrl.models.points import MODULE_FILE
 from condrl.plugins.models.stable_diffusion import StableDiffusion

@@ -22,18 +22,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from condrl.commands.console import exit_code
 from condrl.config import config_help, load_config, to_yaml
-from condrl.errors import (
-    SIGNALS,
-    RunError,
-    Stopped,
-    UsageError,
-    exit_code,
-    naming,
-    print_main,
-    visible,
-    warn_of_address_limit,
-)
+from condrl.errors import SIGNALS, RunError, Stopped, UsageError, naming, print_main, visible, warn_of_address_limit
 from condrl.io.files import CONFIGS
 
 if TYPE_CHECKING:
@@ -207,13 +198,14 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint) -> None:
     from condrl.training.checkpoint import drop_later
     from condrl.training.resume import continues
 
+    text = to_yaml(trainer.config)  # before anything is removed
     if checkpoint is None or not continues(trainer.config, checkpoint[0]):
         trainer.folder.clear()
     else:
         drop_later(checkpoint[0])
     path = trainer.folder.file("config.yaml")
     with naming(path):
-        path.write_text(to_yaml(trainer.config), "utf-8")
+        path.write_text(text, "utf-8")
 
 
 def tracked_result(result: dict[str, Any]) -> dict[str, float]:

@@ -13,8 +13,9 @@ import types
 import typing
 from typing import Any
 
+from condrl.commands.console import exit_code
 from condrl.config import GridConfig, WeightConfig
-from condrl.errors import UsageError, exit_code
+from condrl.errors import UsageError
 from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
 
 COMMON = {"sampler": GridConfig, "reward": WeightConfig}

@@ -20,13 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from condrl.commands.console import exit_code
 from condrl.config import Config, load_for_drawing
-from condrl.errors import (
-    UsageError,
-    exit_code,
-    visible,
-    warn_of_address_limit,
-)
+from condrl.errors import UsageError, visible, warn_of_address_limit
 from condrl.io.files import CONFIGS
 from condrl.overrides import exists, is_setting, setting_keys
 
@@ -185,7 +181,7 @@ def check_suffix(path: Path) -> None:
     try:
         Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.EXTENSION.get(path.suffix.lower(), "none"))
         writable = not is_folder
-    except Exception:  # the format is not known, not for writing, or not for colours
+    except (KeyError, ValueError, OSError):  # the format is not known, not for writing, or not for colours
         writable = False
     if not writable:
         raise UsageError(f"--out {path}: give the name of an image, as {path.stem or 'samples'}.png")

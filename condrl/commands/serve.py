@@ -26,13 +26,14 @@ from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
+from condrl.commands.console import exit_code
 from condrl.config import typed_options
-from condrl.errors import UsageError, brief, exit_code, print_main
+from condrl.errors import UsageError, brief, print_main
 from condrl.io.records import to_json
 from condrl.overrides import is_setting, merged, read_word, retyped
 from condrl.registry import load_file
 from condrl.registry import reward as registry
-from condrl.threads import DaemonPool
+from condrl.rewards.threads import DaemonPool
 
 if TYPE_CHECKING:
     from condrl.rewards.scoring import Reward

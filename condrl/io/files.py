@@ -1,4 +1,4 @@
-"""Files of weights. Reading one ends in tensors, or in a line that says what is wrong, whatever a user put there."""
+"""Where files lie, and files of weights: reading one ends in tensors, or in a line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condrl.errors import UsageError
+from condrl.io.records import from_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-from condrl.io.records import from_json
 
 PACKAGE = Path(__file__).parents[1]
 ASSETS = PACKAGE / "assets"
@@ -24,6 +22,27 @@ TEXTS = {  # how texts begin that lie where a file of weights should be
     b"<!doctype html": "is a web page, not the file: download it again",
     b"<html": "is a web page, not the file: download it again",
 }
+
+
+def locate(path: str) -> Path:
+    """A path as the user wrote it; `asset:NAME` lies in the package's own assets.
+
+    Raises: UsageError when the name leads out of them.
+    """
+    if not path.startswith("asset:"):
+        return expanded(path)
+    name = path.removeprefix("asset:")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UsageError(f"{path} is not in the package's assets: give a path without asset:")
+    return ASSETS / name
+
+
+def expanded(path: str) -> Path:
+    """The path with ~ for a home folder; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def why_unreadable(path: Path) -> str | None:
@@ -68,7 +87,9 @@ def _why_no_safetensors(path: Path, start: bytes) -> str | None:
 
 def _why_no_json(path: Path) -> str | None:
     try:
-        value = from_json(path.read_bytes())
+        value = json.loads(path.read_bytes())  # as the libraries read it, which write NaN and Infinity themselves
+    except RecursionError:
+        return "is not valid JSON: it is nested too deeply"
     except ValueError as error:
         return f"is not valid JSON: {error}"
     return None if isinstance(value, dict) else "is not a JSON object"
@@ -146,24 +167,3 @@ def _check(path: Path, what: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
-
-
-def locate(path: str) -> Path:
-    """A path as the user wrote it; `asset:NAME` lies in the package's own assets.
-
-    Raises: UsageError when the name leads out of them.
-    """
-    if not path.startswith("asset:"):
-        return expanded(path)
-    name = path.removeprefix("asset:")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise UsageError(f"{path} is not in the package's assets: give a path without asset:")
-    return ASSETS / name
-
-
-def expanded(path: str) -> Path:
-    """The path with ~ for a home folder; as it is where there is no such user."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)

@@ -17,8 +17,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from condrl.errors import LENGTH, UsageError, print_main
 from condrl.io.records import from_json
+from condrl.rewards.threads import DaemonPool
 from condrl.rewards.wire import MOST_BYTES, read_secret
-from condrl.threads import DaemonPool
 
 T = TypeVar("T")
 PASSING = (429, 500, 502, 503, 504)  # statuses that may be over when one tries again

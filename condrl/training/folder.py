@@ -66,8 +66,8 @@ class RunFolder:
 
         Raises: UsageError when it cannot, or when the folder belongs to somebody else.
         """
-        if not str(self.path).isprintable():
-            raise UsageError(f"the run's folder cannot be {str(self.path)!r}: use letters that can be printed")
+        if re.search(r"[\x00-\x1f\x7f-\x9f]", str(self.path)):
+            raise UsageError(f"the run's folder cannot be {str(self.path)!r}: there are control characters in its name")
         try:
             there, _ = self.path.exists(), os.fsencode(self.path)
             existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())

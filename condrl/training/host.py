@@ -25,11 +25,7 @@ from condrl.registry import REGISTRIES
 from condrl.training.folder import RunFolder
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
-
-
 UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
-
-
 TRACKED = "condrl"  # the trackers' folder in a run's, and their project
 
 
@@ -163,7 +159,11 @@ def peak_memory_gb(device: torch.device) -> float:
     """Highest memory so far in GB (1e9 bytes): allocated on a GPU, resident in a CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        import psutil  # which accelerate needs
+
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -35,7 +35,7 @@ from condrl.training.learner import Learner
 from condrl.training.recorder import PICTURES, Recorder
 
 KL_IMAGES = 32  # of an epoch, for train.kl_budget
-LONG = 1.0  # seconds: longer epochs are given up when the run is asked to stop, shorter ones are finished
+LONG = 1.0  # seconds: an epoch that follows a longer one is abandoned when the run is asked to stop, others end first
 
 
 class Trainer:
@@ -284,14 +284,12 @@ class Trainer:
             reward.load_state_dict(own[reward.name])
         set_rng_state(state["rng"][self.processes.rank % len(state["rng"])])
 
-    # ------------------------------------------------------------------------------------------ checks
+    # ------------------------------------------------------------------------------------------ helpers
 
     @property
     def asks_elsewhere(self) -> bool:
         """Whether a reward is served elsewhere: then even a quick epoch may become a long one."""
         return any(hasattr(reward.call, "errors") for reward in self.rewards)
-
-    # ------------------------------------------------------------------------------------------ helpers
 
     def seed(self, epoch: int, phase: str) -> str:
         """What randomness is a function of."""
@@ -300,8 +298,6 @@ class Trainer:
     def noise(self, epoch: int, phase: str, indices: range) -> Noise:
         """Randomness of the images at some places of an epoch."""
         return Noise(self.seed(epoch, phase), indices, self.config.train.images_per_prompt)
-
-    # ------------------------------------------------------------------------------------------ record
 
 
 class Clock:

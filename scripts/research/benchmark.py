@@ -37,10 +37,11 @@ from full_size import REWARDS, save_sd15
 from tqdm import tqdm
 
 from condrl.algorithms.base import RatioExamples, check_ratios
+from condrl.commands.console import exit_code
 from condrl.config import Config, load_config
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.transition import Coefficients
-from condrl.errors import UsageError, exit_code
+from condrl.errors import UsageError
 from condrl.io.records import write_json
 from condrl.prompts import Row as Prompt
 from condrl.prompts import load_prompts

@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condrl.commands.console import exit_code
 from condrl.config import load_config
 from condrl.diffusion.rollout import rollout
-from condrl.errors import UsageError, exit_code
+from condrl.errors import UsageError
 from condrl.io.records import write_json
 from condrl.prompts import load_prompts
 from condrl.rewards.scoring import score

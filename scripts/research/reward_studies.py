@@ -19,8 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from condrl.commands.console import exit_code
 from condrl.config import load_config
-from condrl.errors import exit_code
 from condrl.io.records import write_json
 from condrl.toys.plots import axes_of
 from condrl.training.resume import check_same_settings

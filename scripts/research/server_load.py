@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from condrl.errors import exit_code
+from condrl.commands.console import exit_code
 from condrl.io.records import write_json
 from condrl.prompts import Row
 from condrl.rewards.client import Client

@@ -1,14 +1,20 @@
-"""Standard output and error that print any letter and outlive whoever reads them."""
+"""How a command ends: in one line and an exit code, whoever has stopped reading what it prints."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from condrl.errors import LESS, RunError, Stopped, UsageError, brief, out_of_memory, print_main
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
 
 
 class Surviving:
@@ -60,3 +66,41 @@ def surviving_streams() -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
             sys.stdout, sys.stderr = before
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Do the work of a script; its errors become one line and an exit code, 130 after Ctrl+C.
+
+    With CONDRL_DEBUG=1 in the environment their traceback is shown as well, by each process.
+    """
+    with surviving_streams():
+        try:
+            work()
+        except (Exception, Stopped, KeyboardInterrupt) as error:
+            line, code = last_words(error)
+            if os.environ.get("CONDRL_DEBUG", "") not in ("", "0"):
+                traceback.print_exc()
+            print_main(line)
+            return code
+        return 0
+
+
+def last_words(error: BaseException) -> tuple[str, int]:
+    """The line and the exit code for an error.
+
+    Raises: the error itself, when it is not one that a line explains.
+    """
+    match error:
+        case UsageError():
+            return f"error: {' '.join(str(error).splitlines())}", 2
+        case RunError():
+            return f"stopped: {' '.join(str(error).splitlines())}", 1
+        case Stopped():
+            return f"stopped by {error}; the same command with run.resume=auto goes on", 128 + error.number
+        case KeyboardInterrupt():
+            return "interrupted", 130
+        case _ if out_of_memory(error):
+            return f"stopped: out of memory: {LESS} ({brief(error)})", 1
+        case OSError() if error.errno in DISK:
+            return f"stopped: {error}", 1
+    raise error
