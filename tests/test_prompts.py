@@ -61,9 +61,13 @@ def refused(path):
         (
             "a.jsonl",
             '{"prompt": "a"}\n{"prompt": "b", "k": NaN}',
-            "line 2: not JSON that can be used: NaN is no number",
+            "line 2: not JSON that can be used: NaN is not a JSON number",
         ),
-        ("a.jsonl", '{"prompt": "a", "k": [-Infinity]}', "line 1: not JSON that can be used: -Infinity is no number"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "k": [-Infinity]}',
+            "line 1: not JSON that can be used: -Infinity is not a JSON number",
+        ),
         ("a.jsonl", '{"prompt": "a", "k": 1e999}', "line 1: not JSON that can be used: 1e999 is too large"),
         (
             "a.jsonl",

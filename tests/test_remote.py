@@ -22,7 +22,7 @@ from helpers import ROOT, answering, run_python, toy_words
 from condrl import UsageError
 from condrl.commands import serve
 from condrl.prompts import Row
-from condrl.rewards.client import Client, seconds_in
+from condrl.rewards.client import Client, retry_after_seconds
 from condrl.rewards.scoring import make_reward
 from condrl.rewards.testing import check_reward, smooth_images
 from condrl.rewards.wire import pack, unpack
@@ -173,7 +173,7 @@ def test_garbage_is_no_score(body):
         reward = make_reward("remote", {"url": url, **QUICK})
         found = reward(torch.zeros(2, 2), rows(2))
     assert found.isnan().all()
-    assert "gave an answer that is none" in reward.failure(found, rows(2))
+    assert "sent an invalid answer" in reward.failure(found, rows(2))
 
 
 @contextmanager
@@ -267,9 +267,11 @@ def test_a_server_that_asks_for_a_pause_gets_it():
 
 
 def test_the_pause_that_a_server_asks_for_is_seconds_or_a_date():
-    assert seconds_in("7") == 7
-    assert 50 < seconds_in(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
-    assert [seconds_in(text) for text in (None, "", "soon", "-1", "9" * 40, "Mon, 01 Jan 1990 00:00:00 GMT")] == [0] * 6
+    assert retry_after_seconds("7") == 7
+    assert 50 < retry_after_seconds(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
+    assert [
+        retry_after_seconds(text) for text in (None, "", "soon", "-1", "9" * 40, "Mon, 01 Jan 1990 00:00:00 GMT")
+    ] == [0] * 6
 
 
 def test_nobody_is_followed_elsewhere():

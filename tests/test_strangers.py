@@ -599,11 +599,11 @@ def test_pictures_are_not_drawn_through_links(ran, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- LoRA files and texts
 
 SETTINGS = {
-    '{"unet.lora_alpha": NaN}': "NaN is no number in JSON",
+    '{"unet.lora_alpha": NaN}': "NaN is not a JSON number",
     '{"unet.lora_alpha": 1e999}': "1e999 is too large for a number",
     '{"unet.lora_alpha": 1' + "0" * 400 + "}": "too large",
     '{"unet.lora_alpha": 1e300}': "has a scale of",
-    '{"unet.alpha_pattern": {"to_q": -Infinity}}': "-Infinity is no number in JSON",
+    '{"unet.alpha_pattern": {"to_q": -Infinity}}': "-Infinity is not a JSON number",
     '{"unet.alpha_pattern": {"(": 1}}': "in alpha_pattern is not the name of a module",
     '{"unet.alpha_pattern": {"(([a-z0-9_.])*)*!": 1}}': "is not the name of a module",  # matching it takes for ever
     "[" * 200_000: "nested too deeply",

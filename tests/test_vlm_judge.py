@@ -99,7 +99,7 @@ def test_a_number_is_read_or_the_score_has_failed(text, score):
         found = reward(smooth_images(1), rows(1))
     if score is None:
         assert found.isnan().all()
-        assert "gave an answer that is none" in reward.failure(found, rows(1))
+        assert "sent an invalid answer" in reward.failure(found, rows(1))
     else:
         assert found.tolist() == [score]
 

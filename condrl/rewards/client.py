@@ -96,12 +96,12 @@ class Client:
                 try:
                     return read(answer.content)
                 except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-                    reason = f"{self.url} gave an answer that is none: {self.printable(str(error))}"
+                    reason = f"{self.url} sent an invalid answer: {self.printable(str(error))}"
                     continue
-            reason = f"{self.url} answered {answer.status}: {self.printable(said_in(answer))}"
+            reason = f"{self.url} answered {answer.status}: {self.printable(error_message(answer))}"
             if answer.status not in PASSING:
                 break
-            asked = seconds_in(answer.retry_after)
+            asked = retry_after_seconds(answer.retry_after)
             if asked > LONGEST_PAUSE:
                 reason += f" (and asks to wait {asked:.0f} s)"
                 break
@@ -128,7 +128,7 @@ class Client:
         begun = time.monotonic()
         try:
             connection.connect()
-            with self.hung_up_after(self.timeout - (time.monotonic() - begun), connection.sock):
+            with self.with_deadline(self.timeout - (time.monotonic() - begun), connection.sock):
                 connection.request("POST", self.address.path or "/", body, headers)
                 response = connection.getresponse()
                 content = response.read(MOST_BYTES + 1)
@@ -145,7 +145,7 @@ class Client:
         return Answer(response.status, response.headers["Retry-After"], content)
 
     @contextmanager
-    def hung_up_after(self, seconds: float, line: socket.socket) -> Iterator[None]:
+    def with_deadline(self, seconds: float, line: socket.socket) -> Iterator[None]:
         """Within it, whoever reads from a socket is woken after so many seconds: its own timeout is for each read."""
         timer = threading.Timer(seconds, hang_up, [line])
         timer.daemon = True
@@ -188,7 +188,7 @@ def hang_up(line: socket.socket) -> None:
         line.shutdown(socket.SHUT_RDWR)
 
 
-def said_in(answer: Answer) -> str:
+def error_message(answer: Answer) -> str:
     """The reason that a server gave: {"error": reason}, or {"error": {"message": reason}} as OpenAI's do."""
     try:
         said = from_json(answer.content)["error"]
@@ -197,7 +197,7 @@ def said_in(answer: Answer) -> str:
         return http.client.responses.get(answer.status, "no reason")
 
 
-def seconds_in(retry_after: str | None) -> float:
+def retry_after_seconds(retry_after: str | None) -> float:
     """The seconds of a Retry-After header, a number or a date; 0 where there is none that can be read."""
     if not retry_after:
         return 0.0

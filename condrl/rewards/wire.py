@@ -125,5 +125,5 @@ def number(value: Any) -> float:
     Raises: ValueError on anything else, such as "0.7" and true; OverflowError on an integer beyond floats.
     """
     if type(value) not in (int, float):
-        raise ValueError(f"{str(value)[:60]!r} is no number")
+        raise ValueError(f"{str(value)[:60]!r} is not a number")
     return float(value)
