@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from test_resume import make
 
 import condrl
 from condrl.commands.console import exit_code
-from condrl.errors import naming, warn_of_address_limit
+from condrl.errors import UsageError, naming, warn_of_address_limit
 from condrl.io.records import write_json
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward
@@ -265,3 +266,17 @@ def test_a_run_whose_output_nobody_reads_leaves_everything_behind(tmp_path):
     for name in ("result.json", "lora/network.safetensors", "images/objective.png", "metrics.jsonl"):
         assert (tmp_path / "run" / name).is_file()
     assert "\u732b" in (tmp_path / "run" / "config.yaml").read_text("utf-8")
+
+
+def test_the_process_that_prints_an_error_is_not_killed_before(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr("condrl.commands.console.time", SimpleNamespace(sleep=slept.append))
+
+    def fail():
+        raise UsageError("wrong")
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert exit_code(fail) == 2
+    assert slept == [2.0]
+    assert capsys.readouterr().err == "error: wrong\n"

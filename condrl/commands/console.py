@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 from condrl.errors import LESS, RunError, Stopped, UsageError, brief, out_of_memory, print_main
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
+HEAD_START = 2.0  # seconds that the process which prints an error gets before the others leave
 
 
 class Surviving:
@@ -81,6 +83,8 @@ def exit_code(work: Callable[[], object]) -> int:
             if os.environ.get("CONDRL_DEBUG", "") not in ("", "0"):
                 traceback.print_exc()
             print_main(line)
+            if os.environ.get("LOCAL_RANK", "0") != "0":  # the launcher kills the others as soon as one leaves
+                time.sleep(HEAD_START)
             return code
         return 0
 
