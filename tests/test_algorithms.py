@@ -10,7 +10,7 @@ from helpers import ROOT, load_script
 import condrl
 from condrl import UsageError
 from condrl.config import load_config
-from condrl.diffusion.transition import Coefficients
+from condrl.diffusion.rollout import Place
 from condrl.prompts import Row
 from condrl.toys import oracle
 from condrl.toys.exact import Problem, monte_carlo_value, solve
@@ -49,7 +49,7 @@ def gradients(trainer: Trainer, epochs: int) -> torch.Tensor:
 
 def chain_of(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sampler, schedule = trainer.policy.sampler, trainer.policy.model.schedule
-    assert isinstance(sampler, Coefficients)
+    assert sampler.affine is not None
     return oracle.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
 
 
@@ -308,7 +308,7 @@ def test_monte_carlo_value_is_the_dynamic_programs(tmp_path):
         values = (line.interpolate(values, points) + w.log()).logsumexp(1)
     for x in (-1.0, 0.3, 1.2):
         found = monte_carlo_value(
-            policy, (torch.tensor([x]), 6), trainer.rows[0], trainer.rewards, 0.5, 20_000, generator
+            policy, Place(torch.tensor([[x]]), 6, None), trainer.rows[0], trainer.rewards, 0.5, 20_000, generator
         )
         exact = 0.5 * line.interpolate(values, torch.tensor([x], dtype=torch.float64)).item()
         assert abs(found.value - exact) < 4 * found.error + 1e-3

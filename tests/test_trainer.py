@@ -20,7 +20,7 @@ from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import sample
 from condrl.diffusion.schedule import schedule_from_diffusers
-from condrl.diffusion.transition import Transition
+from condrl.diffusion.transition import Gaussian
 from condrl.models.lora import lora_layers
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.processes import Processes
@@ -150,7 +150,7 @@ def test_balanced_steps_have_gradients_of_like_noise(model):
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
     for k in range(8):
         output = torch.randn(1, 4, 8, 8, dtype=torch.float64, requires_grad=True)
-        transition = policy.sampler.step(torch.tensor([k]), x, lambda y, t, o=output: model.schedule.score(o, y, t))
+        transition, _ = policy.sampler.step(torch.tensor([k]), x, lambda y, t, o=output: model.schedule.score(o, y, t))
         noise = torch.randn(1, 4, 8, 8, dtype=torch.float64)
         (gradient,) = torch.autograd.grad(transition.log_prob(transition.sample(noise).detach()).sum(), output)
         size = (gradient * weights[k]).abs() / noise.abs()
@@ -255,8 +255,8 @@ def test_sums_over_many_dimensions_keep_their_digits():
     g = torch.Generator().manual_seed(0)
     mean, noise = torch.randn(8, 4, 64, 64, generator=g), torch.randn(8, 4, 64, 64, generator=g)
     std = torch.full((8, 1, 1, 1), 0.02)
-    transition, x = Transition(mean, std), mean + std * noise
-    rounded = Transition(mean + 1e-8 * torch.randn(mean.shape, generator=g), std)
+    transition, x = Gaussian(mean, std), mean + std * noise
+    rounded = Gaussian(mean + 1e-8 * torch.randn(mean.shape, generator=g), std)
     assert (transition.log_prob(x) - rounded.log_prob(x)).exp().sub(1).abs().max() < 1e-3
     exact = Independent(Normal(mean.double(), std.double().expand_as(mean)), 3).log_prob(x.double())
     torch.testing.assert_close(transition.log_prob(x), exact, rtol=1e-7, atol=2e-2)

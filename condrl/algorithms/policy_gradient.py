@@ -15,7 +15,7 @@ from condrl.diffusion.noise import Noise
 from condrl.diffusion.path_kl import PathKL, path_kl
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout
-from condrl.diffusion.transition import Transition
+from condrl.diffusion.transition import Gaussian, Transition
 
 MAX_LOG_RATIO = 20.0  # nats: no float32 overflow where the min leaves the ratio unbounded (negative advantages)
 
@@ -31,7 +31,7 @@ class Steps:
     advantage: Tensor  # (B,)
     condition: Tensor  # (B,)
     solver_state: Tensor | None = None  # (B, ...) of a multi-step sampler
-    base: Transition | None = None  # the pretrained model's distribution of `next_x`
+    base: Gaussian | None = None  # the pretrained model's distribution of `next_x`
     kl_weight: Tensor | None = None  # (B,) of the KL to it
 
     def transition(self, policy: Policy) -> Transition:

@@ -10,7 +10,7 @@ from torch import Tensor
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout
 from condrl.diffusion.schedule import like
-from condrl.diffusion.transition import Transition
+from condrl.diffusion.transition import Gaussian
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class PathKL:
     stds: Tensor  # (K, B)
     kl: Tensor  # (K, B) nats, 0 where a step is deterministic
 
-    def transition(self, k: Tensor, images: Tensor) -> Transition:
+    def transition(self, k: Tensor, images: Tensor) -> Gaussian:
         means = self.means[k, images]
-        return Transition(means, like(self.stds[k, images], means))
+        return Gaussian(means, like(self.stds[k, images], means))
 
     @property
     def to_go(self) -> Tensor:

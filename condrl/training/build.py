@@ -37,7 +37,7 @@ def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
     sampler: Sampler = make("sampler", options, schedule, times)
     if not schedule.alpha(times[0]) > 0:
         check_start(sampler, schedule, section["name"])
-    return sampler if chosen is None else with_noise_at(sampler, chosen, section["name"])
+    return sampler if chosen is None else with_noise_at(sampler, chosen)
 
 
 def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
@@ -50,7 +50,8 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
             "the sampler starts where there is no signal (zero terminal SNR), and the noise that the model predicts "
             "says nothing there: use sampler.spacing=leading"
         )
-    first = sampler.step(torch.zeros(1, dtype=torch.long), torch.ones(1, 1), lambda x, t: torch.zeros_like(x))
+    x, k = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
+    first, _ = sampler.step(k, x, lambda x, t: torch.zeros_like(x), sampler.init(x))
     if not (first.mean.isfinite().all() and first.std.isfinite().all()):
         raise UsageError(
             f"the sampler {name} cannot start where there is no signal (zero terminal SNR): use sampler.name=ddim, or "
@@ -58,7 +59,7 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
         )
 
 
-def with_noise_at(sampler: Any, chosen: Sequence[int], name: str) -> Sampler:
+def with_noise_at(sampler: Sampler, chosen: Sequence[int]) -> Sampler:
     """The sampler with noise at the chosen steps alone (THEORY 7.5, partial SDE).
 
     Raises: UsageError when there are no such steps, or when the sampler cannot leave its noise out.
@@ -66,14 +67,9 @@ def with_noise_at(sampler: Any, chosen: Sequence[int], name: str) -> Sampler:
     count = len(sampler.times) - 1
     if not set(chosen) <= set(range(count)):
         raise UsageError(f"config sampler.noise_steps: {chosen} are not all among the {count} steps")
-    if not hasattr(sampler, "with_noise"):
-        raise UsageError(
-            f"config sampler.noise_steps: the sampler {name} has no with_noise, which would leave noise out"
-        )
     mask = torch.zeros(count, dtype=torch.bool)
     mask[list(chosen)] = True
-    quiet: Sampler = sampler.with_noise(mask)
-    return quiet
+    return sampler.with_noise(mask)
 
 
 def make_rewards(config: Config) -> list[Reward]:

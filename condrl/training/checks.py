@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from condrl.algorithms.base import Algorithm, trained_steps
 from condrl.config import Config
-from condrl.diffusion.transition import Coefficients, Sampler
+from condrl.diffusion.transition import Sampler
 from condrl.errors import UsageError
 from condrl.prompts import Row, duplicate_note
 from condrl.training.build import make, make_rewards, make_sampler, stand_in, weights_in_words
@@ -33,7 +31,7 @@ def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -
 
 def noise_level(sampler: Sampler) -> float | None:
     """A sampler's eta; None where its steps differ or it does not say."""
-    levels: Tensor | None = getattr(sampler, "eta", None)
+    levels = sampler.noise_level
     return levels[0].item() if levels is not None and (levels == levels[0]).all() else None
 
 
@@ -87,13 +85,13 @@ def check_combination(config: Config) -> None:
                     f"the algorithm {config.algorithm['name']} differentiates the reward, and {reward.name} has no "
                     "gradient: use nft, ddpo or another algorithm that needs none"
                 )
-    if "Markov steps" in algorithm.needs and getattr(sampler, "has_solver_state", False):
+    if "Markov steps" in algorithm.needs and not sampler.is_markov:
         raise UsageError(
             f"the algorithm {config.algorithm['name']}, as configured, needs a sampler whose steps depend on the state "
             f"alone, and {config.sampler['name']} remembers earlier steps: use another sampler (a policy gradient: or "
             "algorithm.kappa=0)"
         )
-    if "affine steps" in algorithm.needs and not isinstance(sampler, Coefficients):
+    if "affine steps" in algorithm.needs and sampler.affine is None:
         raise UsageError(
             f"the algorithm {config.algorithm['name']} needs a sampler whose steps are affine in the score, and "
             f"{config.sampler['name']} is not: use ddim, exponential or euler_maruyama"
@@ -122,7 +120,7 @@ def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None
         raise UsageError(
             "config train.kl_budget: what the algorithm rolls out, as configured, is not the policy: leave it out"
         )
-    if not sampler.stochastic.any() or getattr(sampler, "has_solver_state", False):
+    if not sampler.stochastic.any() or not sampler.is_markov:
         raise UsageError(
             "config train.kl_budget: the path KL needs steps with noise that depend on the state alone: use ddim with "
             "sampler.eta=1"

@@ -18,7 +18,6 @@ from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import like, x0_from_score
-from condrl.diffusion.transition import Coefficients
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,8 @@ class CTRL(Algorithm):
 
     def costs(self, policy: Policy) -> Tensor:
         """w (K,) with KL_k = w |mu - s_pre|^2: B^2 / 2 S^2, or g^2 D / 2 where a step has no noise."""
-        sampler = policy.sampler
-        assert isinstance(sampler, Coefficients)  # needs
+        sampler = policy.sampler.affine
+        assert sampler is not None  # needs
         fiat = policy.model.schedule.g2(sampler.times[:-1]) * -sampler.times.diff() / 2
         return fiat.where(sampler.S == 0, sampler.B.square() / (2 * sampler.S.square()))
 

@@ -66,7 +66,8 @@ def step_weights(policy: Policy) -> Tensor:
     schedule, zero = policy.model.schedule, torch.zeros(policy.steps, 1, dtype=torch.float64)
 
     def transition(output: float) -> Transition:
-        return policy.sampler.step(torch.arange(policy.steps), zero, lambda x, t: schedule.score(zero + output, x, t))
+        k, state = torch.arange(policy.steps), policy.sampler.init(zero)
+        return policy.sampler.step(k, zero, lambda x, t: schedule.score(zero + output, x, t), state)[0]
 
     at_zero, at_one = transition(0.0), transition(1.0)
     weights = (at_one.std / (at_one.mean - at_zero.mean).abs()).flatten()

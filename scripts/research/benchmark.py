@@ -40,7 +40,6 @@ from condrl.algorithms.base import RatioExamples, check_ratios
 from condrl.commands.console import exit_code
 from condrl.config import Config, load_config
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.transition import Coefficients
 from condrl.errors import UsageError
 from condrl.io.records import write_json
 from condrl.prompts import Row as Prompt
@@ -368,15 +367,16 @@ def shift(trainer: Trainer, eta: float, count: int) -> float:
     """How far a tuned Gaussian's mean moves under a sampler of another noise level and step count, over b v / kappa."""
     model, line, row = trainer.policy.model, Line(-9, 9, 1000), trainer.rows[0]
     section = {**trainer.config.sampler, "steps": count, "eta": eta}
-    policy = Policy(model, make_sampler(section, model.schedule))
-    assert isinstance(policy.sampler, Coefficients)
+    sampler = make_sampler(section, model.schedule)
+    policy = Policy(model, sampler)
+    assert sampler.affine is not None
     tuned = means_of(policy, line, row)
     with model.reference():
         base = means_of(policy, line, row)
     ends = []
     for means in (tuned, base):
         masses = line.masses(-line.x.square() / (2 * model.schedule.prior_std**2))
-        for mean, std in zip(means, policy.sampler.S.tolist(), strict=True):
+        for mean, std in zip(means, sampler.affine.S.tolist(), strict=True):
             masses = line.push(masses, mean, std)
         ends.append((masses * line.x).sum().item())
     return (ends[0] - ends[1]) / (0.9 * 0.49 / trainer.config.algorithm["kappa"])
