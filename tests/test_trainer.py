@@ -13,8 +13,8 @@ from torch.distributions import Independent, Normal
 
 import condrl
 from condrl import RunError
-from condrl.algorithms.base import check_ratios
 from condrl.algorithms.credit import group_advantages
+from condrl.algorithms.examples import check_ratios
 from condrl.config import build_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
@@ -118,7 +118,7 @@ def test_gradient_at_the_start_is_reinforce(tmp_path):
     r, total = experience.rollout, torch.zeros(())
     for k in range(8):
         transition = trainer.policy.transition(r.states[k], torch.full((32,), k), r.condition)
-        total = total - (examples.advantages * transition.log_prob(r.states[k + 1])).sum() / 32
+        total = total - (examples.advantage[k] * transition.log_prob(r.states[k + 1])).sum() / 32
     (expected,) = torch.autograd.grad(total, trainer.policy.model.module.mean)
     torch.testing.assert_close(gradients[0], expected, atol=1e-5, rtol=1e-4)
     assert expected.abs().max() > 0.01
@@ -173,8 +173,8 @@ def test_learning_rate_warms_up_and_falls_linearly(tmp_path):
 
 def test_only_chosen_steps_are_trained(tmp_path):
     trainer = make_trainer(tmp_path, train={"steps": [2, 5], "steps_per_image": 1})
-    columns = trainer.examples(trainer.collect(0, clock()), 0).columns
-    drawn = trainer.learner.draw_columns(columns, 1000, torch.Generator().manual_seed(0))
+    columns = trainer.examples(trainer.collect(0, clock()), 0).k
+    drawn = trainer.learner.draw_steps(columns, 1000, torch.Generator().manual_seed(0))
     assert drawn.shape == (1000, 1)
     assert set(drawn.flatten().tolist()) == {2, 5}
 
@@ -197,7 +197,7 @@ def test_clipping_is_one_sided(tmp_path):
     """The min stops a ratio that has gone the right way too far, and never one that has gone the wrong way."""
     trainer = make_trainer(tmp_path)
     experience = trainer.collect(0, clock())
-    batch = trainer.examples(experience, 0).minibatch(torch.arange(32), torch.full((32,), 4))
+    batch = trainer.examples(experience, 0).at(torch.arange(32), torch.full((32,), 4))
     algorithm, module = trainer.algorithm, trainer.policy.model.module
     with torch.no_grad():
         module.mean += 1.5
@@ -266,7 +266,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     trainer = make_trainer(tmp_path, train={"max_bad_updates": 1})
     experience = trainer.collect(0, clock())
     examples = trainer.examples(experience, 0)
-    examples.advantages.fill_(float("nan"))
+    examples = dataclasses.replace(examples, advantage=torch.full_like(examples.advantage, float("nan")))
     before = trainer.policy.model.module.mean.detach().clone()
     with pytest.raises(RunError, match="1 updates in a row, the last after update 0"):
         trainer.learner.update(examples, experience, 0)
@@ -303,7 +303,7 @@ def test_nft_is_diffusionnft(tmp_path):
     """The loss is a / b times r |e - b d|^2 + (1 - r) |e + b d|^2 of Zheng et al. 2025, up to a constant in theta."""
     trainer = nft_trainer(tmp_path, algorithm={"temperature": 1.5, "draws": 2})
     examples = trainer.examples(trainer.collect(0, clock()), 0)
-    batch = examples.minibatch(torch.arange(32), torch.arange(32) % 2)
+    batch = examples.at(torch.arange(32), torch.arange(32) % 2)
     a, b, mean = 3.0, 0.5, trainer.policy.model.module.mean
     alpha, sigma = SCHEDULE.alpha(batch.t)[:, None].float(), SCHEDULE.sigma(batch.t)[:, None].float()
     clean = (batch.x - sigma * batch.noise) / alpha
@@ -343,7 +343,7 @@ def test_nft_aims_at_the_tilted_law(tmp_path):
             optimizer.zero_grad()
             images = torch.arange(8000).repeat(8)
             loss, _ = trainer.algorithm.loss(
-                trainer.policy, examples.minibatch(images, torch.arange(8).repeat_interleave(8000))
+                trainer.policy, examples.at(images, torch.arange(8).repeat_interleave(8000))
             )
             loss.mean().backward()
             return loss.mean()

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from condrl.algorithms.base import Algorithm, trained_steps
+from condrl.algorithms.base import Algorithm
+from condrl.algorithms.needs import Setting, check_needs
 from condrl.config import Config, GridConfig
 from condrl.diffusion.model import Model
 from condrl.diffusion.policy import Policy
@@ -116,13 +117,7 @@ def make_trainer(
     if processes.sharded:
         policy.model.shard()  # type: ignore[attr-defined]
     algorithm: Algorithm = make("algorithm", config.algorithm)
-    if "stochastic steps" in algorithm.needs:
-        trained_steps(policy.sampler, config.train)  # now with the model's own schedule
-    if "affine steps" in algorithm.needs and not policy.model.schedule.alpha(policy.sampler.times[0]) > 0:
-        raise UsageError(
-            f"the algorithm {config.algorithm['name']} needs the score at every step, which says nothing where "
-            "there is no signal (zero terminal SNR): use sampler.spacing=leading"
-        )
+    check_needs(algorithm.needs, Setting(config, policy.sampler))  # now with the model's own schedule
     return Trainer(config, policy, algorithm, make_rewards(config), train, processes)
 
 

@@ -1,6 +1,5 @@
 """DDPO: policy gradients on denoising steps, importance-sampled and clipped (Black et al. 2024)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms.base import Metrics, Need
 from condrl.algorithms.credit import PromptTracker
+from condrl.algorithms.examples import Metrics
+from condrl.algorithms.needs import Need, noisy_steps
 from condrl.algorithms.policy_gradient import ClippedPolicyGradient, Steps
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.transition import Transition
@@ -42,8 +42,8 @@ class DDPO(ClippedPolicyGradient):
         self.tracker.load_state_dict(state)
 
     @property
-    def needs(self) -> Sequence[Need]:
-        return ("stochastic steps", "groups") if self.advantage == "group" else ("stochastic steps",)
+    def needs(self) -> tuple[Need, ...]:
+        return super().needs if self.advantage == "group" else (noisy_steps,)
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         if self.advantage == "group":

@@ -36,7 +36,7 @@ import torch
 from full_size import REWARDS, save_sd15
 from tqdm import tqdm
 
-from condrl.algorithms.base import RatioExamples, check_ratios
+from condrl.algorithms.examples import RatioExamples, check_ratios
 from condrl.commands.console import exit_code
 from condrl.config import Config, load_config
 from condrl.diffusion.policy import Policy
@@ -153,11 +153,11 @@ def safety(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         parts: dict[str, list[float]] = {"epoch": [], "diagnosis": [], "copy": [], "checkpoint": []}
         record = trainer.recorder.record
 
-        def timed(*arguments: Any) -> float:
+        def timed(*arguments: Any) -> dict[str, Any]:
             begun = time.perf_counter()
-            reward = record(*arguments)
+            line = record(*arguments)
             parts["diagnosis"].append(time.perf_counter() - begun)
-            return reward
+            return line
 
         vars(trainer.recorder)["record"] = timed
         for number in range(args.repeats + 1):
@@ -191,7 +191,7 @@ def epoch(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """One epoch's peak memory, for `memory`."""
     trainer = quickstart_trainer(config)
     for number in range(3):
-        experience = trainer.collect(number, Clock())
+        experience: Any = trainer.collect(number, Clock())
         trainer.learner.update(trainer.examples(experience, number), experience, number)
         stored = experience.rollout.states.nbytes / 1e9
         del experience
@@ -433,7 +433,7 @@ class PlainLoop:
     def __init__(self, trainer: Trainer) -> None:
         self.policy, self.algorithm, self.rewards = trainer.policy, trainer.algorithm, trainer.rewards
         self.row, self.batch = trainer.rows[0], trainer.config.train.images_per_prompt
-        self.parameters = [*trainer.learner.weights, *self.algorithm.modules()["value"][0].parameters()]
+        self.parameters = [*trainer.learner.weights, *self.algorithm.networks()["value"].module.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, 1e-3)
 
     def __call__(self) -> None:
