@@ -19,7 +19,7 @@ from condrl.errors import UsageError
 from condrl.io.files import load_tensors, load_torch, locate
 from condrl.io.hub import WEIGHTS, check_file, fetching, folder_or_id
 from condrl.io.records import from_json
-from condrl.models.embeddings import Embeddings
+from condrl.models.embeddings import Embeddings, Encoded
 from condrl.registry import suggestion
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -169,14 +169,14 @@ class Clip:
     def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """Unit embeddings (B, F) float32 of prompts."""
         self.model.to(device)
-        return self._texts(prompts).to(device)
+        return self._texts(prompts)[0].to(device)
 
     @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+    def _encoded(self, prompts: Sequence[str]) -> Iterator[Encoded]:
         device = next(self.model.parameters()).device
         for prompt in prompts:
             (embedding,) = self.model.encode_text(self.tokenizer([prompt]).to(device))
-            yield nn.functional.normalize(embedding.float(), dim=-1)
+            yield (nn.functional.normalize(embedding.float(), dim=-1),)
 
     def cosine(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         """Of the embeddings of images (B, 3, H, W) and their prompts, (B,); differentiable."""

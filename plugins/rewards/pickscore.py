@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import condrl
 from condrl.io.hub import fetching, folder_or_id
-from condrl.models.embeddings import Embeddings
+from condrl.models.embeddings import Embeddings, Encoded
 from condrl.rewards.clip import Precision, fitted
 
 
@@ -61,16 +61,16 @@ class PickScore:
     def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """Unit embeddings (B, F) of prompts."""
         self.model.to(device)
-        return self._texts(prompts).to(device)
+        return self._texts(prompts)[0].to(device)
 
     @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+    def _encoded(self, prompts: Sequence[str]) -> Iterator[Encoded]:
         fill = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         length = self.model.config.text_config.max_position_embeddings
         for prompt in prompts:
             tokens = self.settings[0]([prompt], max_length=length, **fill)
             (embedding,) = self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
-            yield nn.functional.normalize(embedding.float(), dim=-1)
+            yield (nn.functional.normalize(embedding.float(), dim=-1),)
 
     def offload(self) -> None:
         if self.offloads:

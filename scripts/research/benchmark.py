@@ -119,7 +119,7 @@ def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 def bare(trainer: Trainer, count: int, batch: int, train: bool) -> None:
     """`count` UNet evaluations in batches, and their backward passes when training."""
     model: Any = trainer.policy.model
-    x = torch.randn(batch, *model.state_shape, device=model.device).to(model.dtype)
+    x = torch.randn(batch, *model.state_shape, device=model.device).to(model.torch_dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.randint(0, 1000, (batch,), device=model.device)
     embedded = model.embeddings(torch.zeros(batch, dtype=torch.long))
