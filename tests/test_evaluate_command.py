@@ -31,9 +31,9 @@ def evaluated_sometimes(samples, prompts):
 
 @condrl.reward
 def evaluated_until(samples, prompts):
-    """Ctrl+C in the fourth batch, that is the tuned model's second of two."""
+    """Ctrl+C in the tuned model's second batch of two, after the trial and the base's."""
     evaluated_until.calls += 1
-    if evaluated_until.calls == 4:
+    if evaluated_until.calls == 5:
         raise KeyboardInterrupt
     return samples.flatten(1).mean(1)
 
@@ -135,7 +135,7 @@ def test_the_summary_is_that_of_the_lines(toy, tmp_path):
 def test_the_diversity_is_the_deviation_from_the_prompts_mean(toy, tmp_path):
     evaluated_noted.seen.clear()
     _, result, _ = evaluate(toy, "evaluate.measures.evaluated_noted={}", "--batch", 7, out=tmp_path / "x")
-    drawn = torch.cat(evaluated_noted.seen).double().view(2, 4, 30)  # base and tuned
+    drawn = torch.cat(evaluated_noted.seen[1:]).double().view(2, 4, 30)  # base and tuned, after the trial
     expected = drawn.sub(drawn.mean(2, keepdim=True)).square().mean(2).sqrt().mean(1)
     found = result["evaluations"][0]["diversity"]
     assert [found[who]["mean"] for who in ("base", "tuned")] == pytest.approx(expected.tolist(), rel=1e-6)
@@ -260,7 +260,19 @@ def test_from_python(toy, tmp_path):
         condrl.evaluate(str(toy), out=str(tmp_path / "x"))
 
 
+@condrl.reward
+def evaluated_needing(samples, prompts, metadata):
+    return torch.tensor([float(row["count"]) for row in metadata])
+
+
 # ---------------------------------------------------------------------------------------------- where it is written
+
+
+def test_a_measure_that_cannot_be_called_leaves_an_earlier_evaluation_alone(toy, tmp_path, capsys):
+    _, _, lines = evaluate(toy, out=tmp_path / "x")
+    words = ["evaluate.measures.evaluated_needing={}", "--overwrite", "--out", tmp_path / "x"]
+    assert "the reward 'evaluated_needing' needs 'count'" in refused(capsys, toy, *words)
+    assert len((tmp_path / "x" / "evaluation.jsonl").read_text().splitlines()) == len(lines)
 
 
 def test_an_evaluation_lies_in_its_run_and_is_replaced_when_asked(run, capsys):
@@ -299,7 +311,7 @@ def test_ctrl_c_keeps_the_lines_so_far(toy, tmp_path, capsys):
     assert len((tmp_path / "x" / "evaluation.jsonl").read_text().splitlines()) == 60
     assert not (tmp_path / "x" / "evaluation.json").exists()
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
-    assert command.main([*words, "--overwrite"]) == 0  # the fourth call has been
+    assert command.main([*words, "--overwrite"]) == 0  # it is interrupted once
 
 
 def test_the_summary_is_written_where_json_says(toy, tmp_path, capsys):

@@ -284,6 +284,7 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
     from condrl.training.host import provenance
 
     policies = make_policies(plan)
+    try_measures(plan, policies[0])
     images = len(plan.rows) * plan.per_prompt * len(policies) * (1 + len(plan.strengths))
     with started(plan.folder) as record, tqdm(total=images, unit="image", disable=None) as bar:
         evaluations = list(compared_with_base(plan, policies, bar, Writer(plan, record)))
@@ -312,6 +313,27 @@ def make_policies(plan: Plan) -> list[Policy]:
     policy = make_policy(plan.config, plan.device)
     policy.model.encode([row.prompt for row in plan.rows])
     return [deployed(config, policy) for config in plan.configs]
+
+
+def try_measures(plan: Plan, policy: Policy) -> None:
+    """Score one image as if it had been made for each of many prompts, before an earlier evaluation is replaced.
+
+    Raises: UsageError when a measure cannot.
+    """
+    import torch
+
+    from condrl.diffusion.noise import seeded
+    from condrl.diffusion.rollout import sample
+    from condrl.rewards.scoring import usage_errors
+    from condrl.training.preflight import DEAR_ROWS, ROWS, typical
+
+    condition = policy.model.encode([plan.rows[0].prompt])
+    with usage_errors(), torch.no_grad():
+        image = policy.model.decode(sample(policy, condition, seeded([0]), 1))
+        for measure in measures_of(plan.config):
+            rows = typical(plan.rows, ROWS if measure.cache is None else DEAR_ROWS)
+            measure(image.expand(len(rows), *image.shape[1:]), rows)
+            measure.offload()
 
 
 def compared_with_base(
