@@ -181,9 +181,13 @@ class Diversity:
 
     def take(self, samples: Tensor) -> None:
         """Samples (B, ...) that follow those before."""
+        if self.images_per_prompt == 1:
+            self.found += [float("nan")] * len(samples)
+            return
+        samples = samples.flatten(1).cpu()  # not every device has float64
         while len(samples):
             part, samples = samples.tensor_split([self.images_per_prompt - self._taken])
-            part = part.flatten(1).double()
+            part = part.double()
             self._sum = self._sum + part.sum(0) if self._taken else part.sum(0)
             self._squares += part.square().sum().item()
             self._taken += len(part)
@@ -194,7 +198,7 @@ class Diversity:
         """E (x - m)^2 = E x^2 - m^2."""
         mean = self._sum / self._taken
         variance = self._squares / (self._taken * mean.numel()) - mean.square().mean().item()
-        self.found.append(max(0.0, variance) ** 0.5 if self._taken > 1 else float("nan"))
+        self.found.append(max(0.0, variance) ** 0.5)
         self._taken, self._squares = 0, 0.0
 
 
