@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 import condrl
-from condrl.algorithms.base import Algorithm, every_pair
+from condrl.algorithms.base import Algorithm, OwnNetwork
+from condrl.algorithms.examples import Examples, per_step
 from condrl.config import Config, RunConfig, TrainConfig
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import VP
@@ -131,10 +132,10 @@ def move(trainer: Trainer, size: float = 0.2, seed: int = 0) -> None:
 
 
 def an_epoch(trainer: Trainer) -> tuple[Any, Any, Any]:
-    """What an epoch rolls out, what is learned from it, and all of that as one minibatch, (columns * images)."""
+    """What an epoch rolls out, what is learned from it, and all of that as one batch, (steps * images)."""
     experience = trainer.collect(0, Clock())
     examples = trainer.examples(experience, 0)
-    return experience, examples, examples.minibatch(*every_pair(examples).unbind(1))
+    return experience, examples, examples.at(*examples.every_pair().unbind(1))
 
 
 def transition(mean: Tensor, std: Tensor | float) -> Independent:
@@ -157,34 +158,28 @@ def at(trainer: Trainer, k: int, count: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------- an algorithm
 
 
-@dataclass
-class Pulls:
-    """A number for each image and column, towards which the weights are drawn."""
+@dataclass(frozen=True, kw_only=True)
+class Pulls(Examples):
+    """A number for each image and step, towards which the weights are drawn."""
 
-    targets: Tensor  # (n, B)
-    columns: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def images(self) -> int:
-        return self.targets.shape[1]
-
-    def minibatch(self, images: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return images, columns, self.targets[columns, images]
+    images: Tensor = per_step()
+    target: Tensor = per_step()
 
 
 class Recorded(Algorithm):
-    """The loss of image i and column j is (|w|^2 / 2 - target_ji sum(w)), w all the weights; each call is kept.
+    """The loss of image i and step j is (|w|^2 / 2 - target_ji sum(w)), w all the weights; each call is kept.
 
-    The calls of numbers `bad` are nan; with `own` it has a network that is trained too, at a rate of .07.
+    The calls of numbers `bad` are nan; with `own` it has a network that is trained too, at a rate of .07 and with
+    `settings` of its own.
     """
 
-    def __init__(self, columns: int = 4, bad: Sequence[int] = (), own: bool = False) -> None:
-        self.count, self.bad, self.calls, self.rolled = columns, set(bad), [], []
+    def __init__(self, steps: int = 4, bad: Sequence[int] = (), own: bool = False, **settings: Any) -> None:
+        self.settings = settings
+        self.count, self.bad, self.calls, self.rolled = steps, set(bad), [], []
         self.own = nn.Linear(3, 1) if own else None
 
-    def modules(self):
-        return {"own": (self.own, 0.07)} if self.own else {}
+    def networks(self):
+        return {"own": OwnNetwork(self.own, 0.07, **self.settings)} if self.own else {}
 
     def rollout(self, policy, condition, noise, batch):
         self.rolled.append((len(condition), batch))
@@ -192,13 +187,20 @@ class Recorded(Algorithm):
 
     def examples(self, policy, experience, train, noise):
         self.table = torch.randn(self.count, 16, generator=torch.Generator().manual_seed(len(self.rolled)))
-        return Pulls(self.table, torch.arange(self.count))
+        images = torch.arange(16).expand(self.count, 16)
+        return Pulls(condition=torch.zeros(16), k=torch.arange(self.count), images=images, target=self.table)
 
     def loss(self, policy, batch):
-        images, columns, target = batch
-        self.calls.append((images.tolist(), columns.tolist()))
-        loss = sum(
-            p.square().sum() / 2 - target * p.sum()
-            for p in [*policy.model.module.parameters(), *(self.own.parameters() if self.own else ())]
-        )
+        target = batch.target
+        self.calls.append((batch.images.tolist(), batch.k.tolist()))
+        own = self.own_loss("own", policy, batch) if self.own else 0.0
+        loss = pulled(policy.model.module, target) + own
         return loss * (torch.nan if len(self.calls) in self.bad else 1), {"seen": target.mean()}
+
+    def own_loss(self, name, policy, batch):
+        return pulled(self.own, batch.target)
+
+
+def pulled(module: nn.Module, target: Tensor) -> Tensor:
+    """|w|^2 / 2 - target sum(w), (B,), w all of a module's weights."""
+    return sum(p.square().sum() / 2 - target * p.sum() for p in module.parameters())

@@ -116,8 +116,8 @@ def test_credit_and_loss_are_the_formulas(case, shape, eta, tmp_path):
     formulas = Formulas(trainer, experience, options)
     with torch.no_grad():
         credit = advantages, returns, kl, scale = formulas.credit()
-    torch.testing.assert_close(examples.advantages, advantages, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(examples.targets, returns, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(examples.advantage, advantages, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(examples.target, returns, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(examples.scale, scale)
     torch.testing.assert_close(examples.metrics["path_kl"], kl.sum(0).mean(), rtol=1e-4, atol=1e-5)
     objective = experience.scores.total.mean() - options["kappa"] * kl.sum(0).mean()
@@ -165,7 +165,7 @@ def test_how_much_of_the_returns_the_value_explains(tmp_path):
         values = torch.stack([formulas.value(k) for k in range(5)])
     unexplained = [
         ((e := t - v) - e.mean()).square().mean() / (t - t.mean()).square().mean()
-        for t, v in zip(examples.targets, values, strict=True)
+        for t, v in zip(examples.target, values, strict=True)
     ]
     assert examples.metrics["value_explains"].item() == pytest.approx(1 - min(unexplained).item(), abs=1e-4)
 

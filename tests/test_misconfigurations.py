@@ -207,7 +207,7 @@ CASES = [
     # samplers and algorithms
     ("sampler.steps=0", "sampler.steps"),
     ("sampler.steps=2000", "sampler.steps"),
-    ("sampler.eta=2", "needs a value in [0, 1], got 2.0"),
+    ("sampler.eta=2", "must be in [0, 1], got 2.0"),
     ("sampler.eta=-1", "sampler.eta"),
     ("sampler.noise_steps=[99]", "sampler.noise_steps"),
     ("algorithm.name=ddpo sampler.eta=0", "ddpo needs steps with noise"),

@@ -38,6 +38,7 @@ OPTIONS = {
         "clip_range": 0.01,
         "memory": 0.3,
         "value_lr": 0.05,
+        "value_steps": 3,
         "value_width": 16,
         "value_hint": True,
         "normalise": False,
@@ -152,7 +153,7 @@ def test_every_key_of_evaluate_has_a_test():
 
 def test_a_seed_is_of_everything_drawn(tmp_path):
     trainers = [trainer_of(tmp_path, algorithm={"name": "nft"}, run={"seed": seed}) for seed in (0, 0, 1)]
-    draws = [t.examples(t.collect(0, Clock()), 0).draws for t in trainers]
+    draws = [t.examples(t.collect(0, Clock()), 0) for t in trainers]
     assert torch.equal(draws[0].x, draws[1].x)
     assert not (draws[0].t == draws[2].t).any()
     assert not (draws[0].noise == draws[2].noise).any()

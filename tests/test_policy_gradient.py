@@ -5,7 +5,7 @@ import torch
 from chains import SHAPES, an_epoch, at, move, step_of, trainer_of
 from torch.distributions import kl_divergence
 
-from condrl.algorithms.base import every_pair, recomputed
+from condrl.algorithms.examples import recomputed
 from condrl.algorithms.policy_gradient import clipped
 from condrl.training.build import make
 from condrl.training.trainer import Clock
@@ -98,7 +98,7 @@ def test_the_loss_is_the_formulas(case, name, shape, tmp_path):
     move(trainer, 0.1, seed=1)
     loss, metrics = trainer.algorithm.loss(trainer.policy, batch)
     expected, advantages = expected_loss(trainer, experience, options, clip_range)
-    given = examples.advantages.expand_as(advantages)
+    given = examples.advantage.expand_as(advantages)
     torch.testing.assert_close(given, advantages, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(loss.view(5, 16), expected, rtol=1e-3, atol=1e-3)
     found, wanted = (torch.autograd.grad(x.sum(), trainer.learner.weights) for x in (loss, expected))
@@ -121,7 +121,7 @@ def test_grpo_divides_by_the_spread_of_the_epoch(kappa, shape, tmp_path):
     experience, examples, batch = an_epoch(trainer)
     move(trainer, 0.1, seed=1)
     expected, advantages = expected_loss(trainer, experience, options, 0.03)
-    torch.testing.assert_close(examples.advantages.expand_as(advantages), advantages, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(examples.advantage.expand_as(advantages), advantages, rtol=1e-3, atol=1e-3)
     loss, _ = trainer.algorithm.loss(trainer.policy, batch)
     torch.testing.assert_close(loss.view(5, 16), expected, rtol=1e-3, atol=2e-3)
 
@@ -135,7 +135,7 @@ def test_dpok_may_leave_out_the_kl_of_later_steps(truncated, shape, tmp_path):
     remember(trainer)
     experience, examples, _ = an_epoch(trainer)
     _, advantages = expected_loss(trainer, experience, options, 0.2)
-    torch.testing.assert_close(examples.advantages, advantages, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(examples.advantage, advantages, rtol=1e-3, atol=1e-3)
     assert (advantages[0] - advantages[-1]).abs().max() > 0.05 or truncated
 
 
@@ -145,7 +145,7 @@ def test_only_the_chosen_steps_are_in_the_loss(steps, shape, tmp_path):
     trainer = trainer_of(tmp_path, shape, algorithm={"name": "ddpo"}, train={"steps": steps})
     experience, examples, batch = an_epoch(trainer)
     chosen = steps or list(range(5))
-    assert examples.columns.tolist() == chosen
+    assert examples.k.tolist() == chosen
     states = experience.rollout.states
     assert torch.equal(batch.x, states[chosen].flatten(0, 1))
     assert torch.equal(batch.next_x, states[[k + 1 for k in chosen]].flatten(0, 1))
@@ -200,7 +200,7 @@ def advantages_of_epochs(folder, epochs=4, **options):
     """The rewards (E, B) of some epochs without learning, and the advantages that ddpo gives them."""
     trainer = trainer_of(folder, algorithm={"name": "ddpo", "advantage": "prompt", **options})
     experiences = [trainer.collect(epoch, Clock()) for epoch in range(epochs)]
-    found = [trainer.examples(e, i).advantages for i, e in enumerate(experiences)]
+    found = [trainer.examples(e, i).advantage[0] for i, e in enumerate(experiences)]
     rewards = [e.scores.total for e in experiences]
     rows = [[row.index for row in e.rows] for e in experiences]
     return torch.stack(rewards), rows, torch.stack(found)
@@ -243,7 +243,7 @@ def test_every_ratio_is_one_at_the_start_with_every_sampler(name, shape, tmp_pat
         trainer = trainer_of(tmp_path, shape, algorithm={"name": "ddpo"}, sampler=options)
         move(trainer)
         _, examples, batch = an_epoch(trainer)
-        assert examples.columns.tolist() == (noisy or list(range(5)))
+        assert examples.k.tolist() == (noisy or list(range(5)))
         with torch.no_grad():
             torch.testing.assert_close(batch.log_prob(trainer.policy), batch.old_log_prob, rtol=1e-5, atol=1e-4)
 
@@ -255,9 +255,9 @@ def test_log_probabilities_can_be_made_anew(name, tmp_path):
     _, examples, batch = an_epoch(trainer)
     move(trainer)
     again = recomputed(examples, trainer.policy, batch=7)
-    pairs = every_pair(again)
-    assert torch.equal(pairs, every_pair(examples))
-    new = again.minibatch(*pairs.unbind(1))
+    pairs = again.every_pair()
+    assert torch.equal(pairs, examples.every_pair())
+    new = again.at(*pairs.unbind(1))
     with torch.no_grad():
         torch.testing.assert_close(new.old_log_prob, batch.log_prob(trainer.policy), rtol=1e-6, atol=1e-6)
     assert (new.old_log_prob - batch.old_log_prob).abs().max() > 0.1

@@ -179,7 +179,7 @@ def test_at_the_fixed_point_the_error_is_a_martingale_difference(tmp_path, monke
     density = ((q - normaliser) / TEMPERATURE).exp()
     assert torch.trapezoid(density, actions[:, 0]).item() == pytest.approx(1, abs=1e-9)
 
-    batch = trainer.examples(trainer.collect(0, Clock()), 0).minibatch(torch.arange(100_000), torch.zeros(1))
+    batch = trainer.examples(trainer.collect(0, Clock()), 0).at(torch.arange(100_000), torch.zeros(1))
     k = torch.arange(policy.steps).repeat_interleave(100_000)
     x, none = batch.states.flatten(0, 1), torch.zeros(len(k), dtype=torch.long)
     with torch.no_grad():
@@ -358,7 +358,7 @@ def test_paired_steps_look_ahead_to_where_they_end(tmp_path):
     left = drift - B[:, None, None] * r.actions
     torch.testing.assert_close(left.std((1, 2)), policy.sampler.S.to(left), atol=0, rtol=0.15)
     assert torch.equal(r.nexts[-1], r.states[-1])  # whose reward it is
-    batch = trainer.examples(experience, 0).minibatch(torch.arange(300), torch.zeros(1))
+    batch = trainer.examples(experience, 0).at(torch.arange(300), torch.zeros(1))
     _, metrics = algorithm.loss(policy, batch)
     duration = -policy.sampler.times.diff().to(batch.states)
     squares = []

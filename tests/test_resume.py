@@ -69,8 +69,8 @@ def test_going_on_is_not_having_stopped(name, tmp_path):
     again.fit()
     for a, b in zip(whole.learner.weights, again.learner.weights, strict=True):
         assert torch.equal(a, b)
-    for (a, _), (b, _) in zip(whole.algorithm.modules().values(), again.algorithm.modules().values(), strict=True):
-        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+    for a, b in zip(whole.algorithm.networks().values(), again.algorithm.networks().values(), strict=True):
+        for p, q in zip(a.module.parameters(), b.module.parameters(), strict=True):
             assert torch.equal(p, q)
     records = [(tmp_path / part / "metrics.jsonl").read_bytes() for part in ("whole", "parts")]
     assert records[0] == records[1]

@@ -31,7 +31,7 @@ def test_adjoint_matching_regresses_on_the_lean_adjoint(kappa, steps, shape, tmp
     trainer = trainer_of(tmp_path, shape, algorithm=options, train={"steps": steps})
     move(trainer)
     experience, examples, batch = an_epoch(trainer)
-    assert examples.columns.tolist() == (steps or list(range(5)))
+    assert examples.k.tolist() == (steps or list(range(5)))
     loss, _ = trainer.algorithm.loss(trainer.policy, batch)
     r, model, sampler, rows = experience.rollout, trainer.policy.model, trainer.policy.sampler, []
     for k in steps or range(5):

@@ -14,9 +14,9 @@ from condrl import UsageError
 from condrl.config import load_config
 from condrl.diffusion.noise import randn
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.rollout import continued, rollout
-from condrl.diffusion.schedule import OU, VP, RectifiedFlow, schedule_from_diffusers
-from condrl.diffusion.transition import Coefficients, Transition
+from condrl.diffusion.rollout import Place, advance, rollout
+from condrl.diffusion.schedule import OU, VP, RectifiedFlow, Schedule, schedule_from_diffusers
+from condrl.diffusion.transition import Coefficients, Sampler
 from condrl.plugins.models.mixture import Mixture
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward, score
@@ -103,19 +103,19 @@ def test_overshooting_with_ddim_is_the_exponential_sampler(eta):
     schedule = VP()
     exact = sampler(schedule, "exponential", eta=eta)
 
-    def ddim(x, t, w, act):
+    def ddim(x, action, t, w, model):
         a_t, a_w, s_t, s_w = (
             c(v)[:, None]
             for c, v in ((schedule.alpha, t), (schedule.alpha, w), (schedule.sigma, t), (schedule.sigma, w))
         )
-        noise = -s_t * act(x, t)
+        noise = -s_t * action
         return a_w * (x - s_t * noise) / a_t + s_w * noise
 
     ours = Overshoot(schedule, exact.times, torch.full((10,), eta, dtype=torch.float64), ddim)
     k = torch.arange(10)
     x = torch.randn(10, 3, dtype=torch.float64)
     act = lambda y, t: torch.sin(y) * t[:, None]  # noqa: E731
-    a, b = ours.step(k, x, act), exact.step(k, x, act)
+    (a, _), (b, _) = ours.step(k, x, act), exact.step(k, x, act)
     torch.testing.assert_close(a.mean, b.mean, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(a.std, b.std, atol=1e-9, rtol=1e-9)
 
@@ -133,7 +133,7 @@ def on_a_line(line, schedule, name, steps, spacing, **options):
 
     masses = line.masses(at(schedule.end).log_prob(x))
     for k in range(steps):
-        step = chain.step(
+        step, _ = chain.step(
             torch.full((line.cells,), k),
             x,
             lambda y, t: transition.noised(schedule.alpha(t), schedule.sigma(t)).score(y),
@@ -181,15 +181,16 @@ def test_second_order_convergence(name):
     schedule, start = model.schedule, torch.linspace(-1.5, 1.5, 5, dtype=torch.float64)[:, None]
 
     def final(name, steps):
-        chain, x, solver_state = sampler(schedule, name, steps, "log_snr", eta=0.0), start, None
+        chain, x = sampler(schedule, name, steps, "log_snr", eta=0.0), start
+        solver_state = chain.init(x)
         for k in range(steps):
-            step = chain.step(
+            step, solver_state = chain.step(
                 torch.full((5,), k),
                 x,
                 lambda y, t: transition.noised(schedule.alpha(t), schedule.sigma(t)).score(y),
                 solver_state,
             )
-            x, solver_state = step.mean, step.solver_state
+            x = step.mean
         return x
 
     truth = final("heun", 2000)
@@ -218,11 +219,11 @@ def test_dpm_solver_pp_is_its_formula_with_unequal_steps(eta, spacing):
     for k in (0, 2, 5):
         alpha, sigma = schedule.alpha(ours.times[k]), schedule.sigma(ours.times[k])
         act = lambda y, t, a=alpha, s=sigma: (a * clean - y) / s**2  # noqa: E731
-        transition = ours.step(torch.tensor([k]), x, act, earlier if k else None)
+        transition, state = ours.step(torch.tensor([k]), x, act, earlier if k else ours.init(x))
         mean, std = dpm_formula(schedule, ours.times, k, eta, x, clean, earlier if k else None)
         torch.testing.assert_close(transition.mean, mean, atol=1e-9, rtol=1e-9)
         assert transition.std.item() == pytest.approx(std.item(), abs=1e-9)
-        torch.testing.assert_close(transition.solver_state, clean, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(state, clean, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("eta", "kind"), [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
@@ -235,14 +236,14 @@ def test_dpm_solver_pp_is_diffusers(eta, kind):
     ours = sampler(schedule, "dpm_solver_pp", 7, "trailing", eta=eta)
     assert torch.equal(schedule.network_time(ours.times[:-1]).long(), theirs.timesteps)
     g = torch.Generator().manual_seed(0)
-    x, solver_state = torch.randn(2, 4, generator=g), None
+    x = torch.randn(2, 4, generator=g)
+    solver_state = ours.init(x)
     for k, timestep in enumerate(theirs.timesteps):
         predicted, noise = torch.randn(2, 2, 4, generator=g)
         act = lambda y, t, p=predicted: schedule.score(p, y, t)  # noqa: E731
-        transition = ours.step(torch.full((2,), k), x, act, solver_state)
+        transition, solver_state = ours.step(torch.full((2,), k), x, act, solver_state)
         x = theirs.step(predicted, timestep, x, variance_noise=noise).prev_sample
         torch.testing.assert_close(transition.sample(noise), x, atol=1e-4, rtol=1e-4)
-        solver_state = transition.solver_state
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,18 +254,86 @@ def test_a_chain_entered_on_its_way_is_the_whole_chain(name, first):
     options = {"noise_level": 0.0} if name.endswith("_sde") else {"eta": 0.0}
     policy = Policy(model, sampler(model.schedule, name, 8, **options))
     whole = rollout(policy, torch.zeros(3, dtype=torch.long), torch.Generator().manual_seed(0), 3)
-    solver_state = None if whole.solver_states is None else whole.solver_states[first]
-    noise = torch.Generator().manual_seed(1)
-    entered = [x for x, _ in continued(policy, whole.states[first], first, whole.condition, noise, solver_state)]
+    noise, place, entered = torch.Generator().manual_seed(1), whole.place(first, torch.arange(3)), []
+    while place.k < policy.steps:
+        _, place = advance(policy, place, whole.condition, noise)
+        entered.append(place.x)
     assert torch.equal(torch.stack(entered), whole.states[first + 1 :])
     if name == "dpm_solver_pp":
-        with pytest.raises(UsageError, match=f"cannot be entered at step {first} without the memory"):
-            next(continued(policy, whole.states[first], first, whole.condition, noise))
-        row, rewards = Row(0, "m1", {}), [make_reward("quadratic", {"weight": 1.0})]
-        place = whole.states[first, 0], first
-        value = monte_carlo_value(policy, place, row, rewards, 0.5, 4, noise, solver_state=solver_state[0])
-        expected = score(rewards, whole.samples[:1], [row]).total
-        assert value.value == pytest.approx(expected.item(), abs=1e-5)
+        with pytest.raises(UsageError, match="cannot be entered at a step without the solver state"):
+            advance(policy, Place(whole.states[first], first, None), whole.condition, noise)
+    row, rewards = Row(0, "m1", {}), [make_reward("quadratic", {"weight": 1.0})]
+    value = monte_carlo_value(policy, whole.place(first, torch.arange(1)), row, rewards, 0.5, 4, noise)
+    expected = score(rewards, whole.samples[:1], [row]).total
+    assert value.value == pytest.approx(expected.item(), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- from pure noise
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("level", [0.0, 0.7])
+def test_a_flow_that_starts_at_pure_noise_rolls_out(name, level):
+    """From t = 1, where the network says the denoised prediction; the first step is the limit of steps from below."""
+    option = "noise_level" if name.endswith("_sde") else "eta"
+    model = Mixture(torch.device("cpu"), distributions=LAWS, schedule="rectified_flow", schedule_options={"end": 1.0})
+    if (name, level) == ("heun", 0.7):
+        with pytest.raises(UsageError, match=r"sampler\.eta: heun would overshoot"):
+            sampler(model.schedule, name, 6, eta=level)
+        return
+    policy = Policy(model, sampler(model.schedule, name, 6, **{option: level}))
+    assert not model.schedule.alpha(policy.sampler.times[0])
+    found = rollout(policy, torch.zeros(64, dtype=torch.long), torch.Generator().manual_seed(0), 64)
+    assert found.states.isfinite().all()
+    assert torch.equal(found.log_probs.isfinite().all(1), policy.sampler.stochastic)
+    transition, _ = advance(policy, found.place(0, torch.arange(64)), found.condition, torch.Generator())
+    torch.testing.assert_close(transition.denoised, model.distribution.mean().float().expand(64, 1))
+
+    x, clean = torch.randn(2, 1, 4, dtype=torch.float64)
+
+    def first(end):
+        schedule = RectifiedFlow(end=end)
+        ours = sampler(schedule, name, 6, **{option: level})
+
+        def model(y, t):
+            alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+            return ((alpha * clean - y) / sigma**2).where(alpha > 0, clean)
+
+        return ours.step(torch.zeros(1, dtype=torch.long), x, model, ours.init(x))[0]
+
+    exact, limit = first(1.0), first(1 - 1e-10)
+    torch.testing.assert_close(exact.mean, limit.mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(exact.std, limit.std, atol=1e-4, rtol=1e-4)
+
+
+def test_flow_sde_starts_as_flow_grpo_does():
+    """At t = 1, Liu et al. 2025: x (1 + s^2 / 2 dt) + v dt, s = a sqrt(1 / (1 - t_1)), v = x - x0."""
+    schedule, a = RectifiedFlow(end=1.0), 0.7
+    ours = sampler(schedule, "flow_sde", noise_level=a)
+    x, clean = torch.randn(2, 1, 4, dtype=torch.float64)
+    transition, _ = ours.step(torch.zeros(1, dtype=torch.long), x, lambda y, t: clean)
+    dt = ours.times.diff()[0]
+    level = a * (1 / (1 - ours.times[1])).sqrt()
+    torch.testing.assert_close(transition.mean, x * (1 + level**2 / 2 * dt) + (x - clean) * dt)
+    assert transition.std.item() == pytest.approx((level * (-dt).sqrt()).item())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_transition_says_what_the_network_said(name):
+    """The action, and the denoised prediction by Tweedie's formula, without a second call."""
+    schedule, calls = OU(), []
+    ours = sampler(schedule, name)
+    x = torch.randn(10, 3, dtype=torch.float64)
+
+    def model(y, t):
+        calls.append(len(y))
+        return torch.sin(y) - y * t[:, None]
+
+    transition, _ = ours.step(torch.arange(10), x, model, ours.init(x))
+    alpha, sigma = (c(ours.times[:-1])[:, None] for c in (schedule.alpha, schedule.sigma))
+    assert calls == [10] * (2 if name == "heun" else 1)
+    torch.testing.assert_close(transition.action, torch.sin(x) - x * ours.times[:-1, None])
+    torch.testing.assert_close(transition.denoised, (x + sigma**2 * transition.action) / alpha)
 
 
 # ---------------------------------------------------------------------------------------------- noise_steps
@@ -281,7 +350,7 @@ def test_noise_at_chosen_steps_alone(name, schedule):
     )
     x, act = torch.randn(6, 3, dtype=torch.float64), lambda y, t: torch.sin(y) - y * t[:, None]
     solver_state = torch.randn(6, 3, dtype=torch.float64) if name == "dpm_solver_pp" else None
-    found, high, low = (s.step(k, x, act, solver_state) for s in (mixed, noisy, quiet))
+    found, high, low = (s.step(k, x, act, solver_state)[0] for s in (mixed, noisy, quiet))
     chosen = torch.tensor([False, True, False, False, True, False])[:, None]
     torch.testing.assert_close(found.mean, high.mean.where(chosen, low.mean))
     torch.testing.assert_close(found.std, high.std.where(chosen, torch.zeros(())))
@@ -290,9 +359,10 @@ def test_noise_at_chosen_steps_alone(name, schedule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Wobbly:
+class Wobbly(Sampler):
     """A user's sampler with an option of another name."""
 
+    schedule: Schedule
     times: torch.Tensor
     spread: torch.Tensor
 
@@ -300,24 +370,26 @@ class Wobbly:
     def stochastic(self):
         return self.spread > 0
 
-    def step(self, k, x, act, solver_state=None):
-        return Transition(x + act(x, self.times[k]), self.spread[k, None])
+    def step(self, k, x, model, state=None):
+        action = model(x, self.times[k])
+        return self.transition(k, x, action, x + action, self.spread[k, None]), None
 
 
 @dataclasses.dataclass(frozen=True)
 class Quietable(Wobbly):
     def with_noise(self, mask):
-        return Quietable(self.times, self.spread.where(mask, 0.0))
+        return dataclasses.replace(self, spread=self.spread.where(mask, 0.0))
 
 
 def test_noise_steps_of_a_users_sampler():
     """By `with_noise`, whatever its options are called; one line where it has none."""
     times, every = VP().grid(4), torch.ones(4, dtype=torch.float64)
-    assert with_noise_at(Quietable(times, every), [0, 2], "mine").stochastic.tolist() == [True, False, True, False]
-    with pytest.raises(UsageError, match=r"config sampler\.noise_steps: the sampler mine has no with_noise"):
-        with_noise_at(Wobbly(times, every), [0], "mine")
+    quiet = with_noise_at(Quietable(VP(), times, every), [0, 2])
+    assert quiet.stochastic.tolist() == [True, False, True, False]
+    with pytest.raises(UsageError, match=r"config sampler\.noise_steps: this sampler has no with_noise"):
+        with_noise_at(Wobbly(VP(), times, every), [0])
     with pytest.raises(UsageError, match=r"config sampler\.noise_steps: .*Coefficients\.at"):
-        with_noise_at(Coefficients(times, every, every, every), [0], "mine")
+        with_noise_at(Coefficients(VP(), times, every, every, every), [0])
 
 
 @pytest.mark.parametrize(

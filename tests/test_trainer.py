@@ -13,14 +13,14 @@ from torch.distributions import Independent, Normal
 
 import condrl
 from condrl import RunError
-from condrl.algorithms.base import check_ratios
 from condrl.algorithms.credit import group_advantages
+from condrl.algorithms.examples import check_ratios
 from condrl.config import build_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import sample
 from condrl.diffusion.schedule import schedule_from_diffusers
-from condrl.diffusion.transition import Transition
+from condrl.diffusion.transition import Gaussian
 from condrl.models.lora import lora_layers
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.processes import Processes
@@ -118,7 +118,7 @@ def test_gradient_at_the_start_is_reinforce(tmp_path):
     r, total = experience.rollout, torch.zeros(())
     for k in range(8):
         transition = trainer.policy.transition(r.states[k], torch.full((32,), k), r.condition)
-        total = total - (examples.advantages * transition.log_prob(r.states[k + 1])).sum() / 32
+        total = total - (examples.advantage[k] * transition.log_prob(r.states[k + 1])).sum() / 32
     (expected,) = torch.autograd.grad(total, trainer.policy.model.module.mean)
     torch.testing.assert_close(gradients[0], expected, atol=1e-5, rtol=1e-4)
     assert expected.abs().max() > 0.01
@@ -150,7 +150,7 @@ def test_balanced_steps_have_gradients_of_like_noise(model):
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
     for k in range(8):
         output = torch.randn(1, 4, 8, 8, dtype=torch.float64, requires_grad=True)
-        transition = policy.sampler.step(torch.tensor([k]), x, lambda y, t, o=output: model.schedule.score(o, y, t))
+        transition, _ = policy.sampler.step(torch.tensor([k]), x, lambda y, t, o=output: model.schedule.score(o, y, t))
         noise = torch.randn(1, 4, 8, 8, dtype=torch.float64)
         (gradient,) = torch.autograd.grad(transition.log_prob(transition.sample(noise).detach()).sum(), output)
         size = (gradient * weights[k]).abs() / noise.abs()
@@ -173,8 +173,8 @@ def test_learning_rate_warms_up_and_falls_linearly(tmp_path):
 
 def test_only_chosen_steps_are_trained(tmp_path):
     trainer = make_trainer(tmp_path, train={"steps": [2, 5], "steps_per_image": 1})
-    columns = trainer.examples(trainer.collect(0, clock()), 0).columns
-    drawn = trainer.learner.draw_columns(columns, 1000, torch.Generator().manual_seed(0))
+    columns = trainer.examples(trainer.collect(0, clock()), 0).k
+    drawn = trainer.learner.draw_steps(columns, 1000, torch.Generator().manual_seed(0))
     assert drawn.shape == (1000, 1)
     assert set(drawn.flatten().tolist()) == {2, 5}
 
@@ -197,7 +197,7 @@ def test_clipping_is_one_sided(tmp_path):
     """The min stops a ratio that has gone the right way too far, and never one that has gone the wrong way."""
     trainer = make_trainer(tmp_path)
     experience = trainer.collect(0, clock())
-    batch = trainer.examples(experience, 0).minibatch(torch.arange(32), torch.full((32,), 4))
+    batch = trainer.examples(experience, 0).at(torch.arange(32), torch.full((32,), 4))
     algorithm, module = trainer.algorithm, trainer.policy.model.module
     with torch.no_grad():
         module.mean += 1.5
@@ -255,8 +255,8 @@ def test_sums_over_many_dimensions_keep_their_digits():
     g = torch.Generator().manual_seed(0)
     mean, noise = torch.randn(8, 4, 64, 64, generator=g), torch.randn(8, 4, 64, 64, generator=g)
     std = torch.full((8, 1, 1, 1), 0.02)
-    transition, x = Transition(mean, std), mean + std * noise
-    rounded = Transition(mean + 1e-8 * torch.randn(mean.shape, generator=g), std)
+    transition, x = Gaussian(mean, std), mean + std * noise
+    rounded = Gaussian(mean + 1e-8 * torch.randn(mean.shape, generator=g), std)
     assert (transition.log_prob(x) - rounded.log_prob(x)).exp().sub(1).abs().max() < 1e-3
     exact = Independent(Normal(mean.double(), std.double().expand_as(mean)), 3).log_prob(x.double())
     torch.testing.assert_close(transition.log_prob(x), exact, rtol=1e-7, atol=2e-2)
@@ -266,7 +266,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     trainer = make_trainer(tmp_path, train={"max_bad_updates": 1})
     experience = trainer.collect(0, clock())
     examples = trainer.examples(experience, 0)
-    examples.advantages.fill_(float("nan"))
+    examples = dataclasses.replace(examples, advantage=torch.full_like(examples.advantage, float("nan")))
     before = trainer.policy.model.module.mean.detach().clone()
     with pytest.raises(RunError, match="1 updates in a row, the last after update 0"):
         trainer.learner.update(examples, experience, 0)
@@ -303,7 +303,7 @@ def test_nft_is_diffusionnft(tmp_path):
     """The loss is a / b times r |e - b d|^2 + (1 - r) |e + b d|^2 of Zheng et al. 2025, up to a constant in theta."""
     trainer = nft_trainer(tmp_path, algorithm={"temperature": 1.5, "draws": 2})
     examples = trainer.examples(trainer.collect(0, clock()), 0)
-    batch = examples.minibatch(torch.arange(32), torch.arange(32) % 2)
+    batch = examples.at(torch.arange(32), torch.arange(32) % 2)
     a, b, mean = 3.0, 0.5, trainer.policy.model.module.mean
     alpha, sigma = SCHEDULE.alpha(batch.t)[:, None].float(), SCHEDULE.sigma(batch.t)[:, None].float()
     clean = (batch.x - sigma * batch.noise) / alpha
@@ -343,7 +343,7 @@ def test_nft_aims_at_the_tilted_law(tmp_path):
             optimizer.zero_grad()
             images = torch.arange(8000).repeat(8)
             loss, _ = trainer.algorithm.loss(
-                trainer.policy, examples.minibatch(images, torch.arange(8).repeat_interleave(8000))
+                trainer.policy, examples.at(images, torch.arange(8).repeat_interleave(8000))
             )
             loss.mean().backward()
             return loss.mean()

@@ -6,7 +6,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 from condrl import UsageError
 from condrl.diffusion.noise import randn
 from condrl.diffusion.schedule import schedule_from_diffusers
-from condrl.diffusion.transition import Transition
+from condrl.diffusion.transition import Gaussian
 from condrl.registry import sampler
 from condrl.training.build import make_sampler
 
@@ -22,10 +22,10 @@ SD15 = dict(
 ddim = sampler.find("ddim").target
 
 
-def random_law(seed, std):
+def random_gaussian(seed, std):
     g = torch.Generator().manual_seed(seed)
     mean = torch.randn(5, 3, 4, generator=g, dtype=torch.float64)
-    return Transition(mean, torch.full((5, 1, 1), std, dtype=torch.float64))
+    return Gaussian(mean, torch.full((5, 1, 1), std, dtype=torch.float64))
 
 
 def as_torch(transition):
@@ -33,15 +33,15 @@ def as_torch(transition):
 
 
 def test_log_prob_and_kl_are_those_of_torch_distributions():
-    p, q, x = random_law(0, 0.3), random_law(1, 0.7), random_law(2, 1.0).mean
+    p, q, x = random_gaussian(0, 0.3), random_gaussian(1, 0.7), random_gaussian(2, 1.0).mean
     torch.testing.assert_close(p.log_prob(x), as_torch(p).log_prob(x))
     torch.testing.assert_close(p.kl(q), kl_divergence(as_torch(p), as_torch(q)))
     torch.testing.assert_close(p.kl(p), torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-def test_log_ratio_of_two_laws_has_mean_minus_kl():
+def test_log_ratio_of_two_distributions_has_mean_minus_kl():
     """THEORY 4.1: with equal S the log-ratio is linear in the noise, mean -KL and variance 2 KL."""
-    old, new = random_law(0, 0.5), Transition(random_law(0, 0.5).mean + 0.1, random_law(0, 0.5).std)
+    old, new = random_gaussian(0, 0.5), Gaussian(random_gaussian(0, 0.5).mean + 0.1, random_gaussian(0, 0.5).std)
     g = torch.Generator().manual_seed(3)
     ratios = []
     for _ in range(4000):
@@ -63,7 +63,7 @@ def test_ddim_is_diffusers_step(eta, prediction, steps):
     g = torch.Generator().manual_seed(0)
     x, predicted, noise = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(3))
     for k, timestep in enumerate(scheduler.timesteps):
-        transition = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
+        transition, _ = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
         theirs = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=noise if eta else None).prev_sample
         torch.testing.assert_close(transition.sample(noise), theirs, atol=1e-5, rtol=1e-5)
 
@@ -84,7 +84,7 @@ def test_log_probs_are_those_of_diffusers_step(eta, prediction, steps):
         mean = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=torch.zeros_like(noise)).prev_sample
         theirs = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=noise).prev_sample
         std = eta * scheduler._get_variance(timestep, timestep - 1000 // steps).sqrt()
-        transition = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
+        transition, _ = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
         reference = Normal(mean, std).log_prob(theirs).sum((1, 2, 3))
         torch.testing.assert_close(transition.log_prob(theirs), reference, atol=1e-5, rtol=0)
 
@@ -105,7 +105,7 @@ def test_ddims_steps_are_diffusers_for_every_spacing(spacing, steps, offset, to_
     for eta in (0.0, 1.0):
         ours = ddim(schedule, schedule.grid(steps), eta=eta)
         for k, timestep in enumerate(scheduler.timesteps):
-            transition = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
+            transition, _ = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
             theirs = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=noise if eta else None).prev_sample
             torch.testing.assert_close(transition.sample(noise), theirs, atol=1e-9, rtol=1e-9)
 
@@ -134,10 +134,10 @@ def test_a_chain_from_pure_noise_is_diffusers(eta, prediction, steps):
     g = torch.Generator().manual_seed(0)
     x, predicted, noise = torch.randn(3, 2, 4, generator=g, dtype=torch.float64)
     for k, timestep in enumerate(scheduler.timesteps):
-        transition = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
+        transition, _ = ours.step(torch.full((2,), k), x, lambda y, t: schedule.score(predicted, y, t))
         theirs = scheduler.step(predicted, timestep, x, eta=eta, variance_noise=noise if eta else None).prev_sample
         torch.testing.assert_close(transition.sample(noise), theirs, atol=1e-5, rtol=1e-5)
-    first = ours.step(torch.zeros(2, dtype=torch.long), x, lambda y, t: schedule.score(predicted, y, t))
+    first, _ = ours.step(torch.zeros(2, dtype=torch.long), x, lambda y, t: schedule.score(predicted, y, t))
     below = schedule.alpha(ours.times[1]), schedule.sigma(ours.times[1])
     clean = -predicted if prediction == "v_prediction" else predicted
     torch.testing.assert_close(first.mean, below[0] * clean + below[1] * (1 - eta**2) ** 0.5 * x)
@@ -151,20 +151,20 @@ def test_other_samplers_start_from_pure_noise_too(name, eta):
     schedule = zero_snr()
     x, v = torch.randn(2, 1, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ours = make_sampler({"name": name, "steps": 10, "spacing": "trailing", "eta": eta}, schedule)
-    transition = ours.step(torch.zeros(1, dtype=torch.long), x, lambda y, t: schedule.score(v, y, t))
+    transition, _ = ours.step(torch.zeros(1, dtype=torch.long), x, lambda y, t: schedule.score(v, y, t), ours.init(x))
     alpha, sigma = schedule.alpha(ours.times[1]), schedule.sigma(ours.times[1])
     torch.testing.assert_close(transition.mean, -alpha * v + (sigma * x if eta == 0 else 0))
     assert transition.std.item() == pytest.approx(0.0 if eta == 0 else sigma.item())
     assert ours.stochastic[:-1].eq(eta > 0).all()
 
 
-def test_law_and_kl_from_pure_noise_are_those_of_torch_distributions():
+def test_distribution_and_kl_from_pure_noise_are_those_of_torch_distributions():
     schedule = zero_snr()
     ours = make_sampler({"name": "ddim", "steps": 5, "spacing": "trailing", "eta": 1.0}, schedule)
     g = torch.Generator().manual_seed(0)
     x, v, other = torch.randn(3, 4, 3, 2, generator=g, dtype=torch.float64)
     k = torch.zeros(4, dtype=torch.long)
-    p, q = (ours.step(k, x, lambda y, t, v=v: schedule.score(v, y, t)) for v in (v, other))
+    p, q = (ours.step(k, x, lambda y, t, v=v: schedule.score(v, y, t))[0] for v in (v, other))
     alpha, sigma = schedule.alpha(ours.times[1]), schedule.sigma(ours.times[1])
     mine, theirs = (Independent(Normal(-alpha * v, sigma.expand_as(v)), 2) for v in (v, other))
     y = p.sample(torch.randn(x.shape, generator=g, dtype=torch.float64))
@@ -202,9 +202,9 @@ def test_steps_may_differ_within_a_batch():
     schedule = schedule_from_diffusers(SD15)
     ours = ddim(schedule, schedule.grid(10))
     x, k = torch.randn(3, 4, 2, 2), torch.tensor([0, 4, 9])
-    synchronized = ours.step(k, x, lambda y, t: -y)
+    synchronized, _ = ours.step(k, x, lambda y, t: -y)
     for i in range(3):
-        alone = ours.step(k[i : i + 1], x[i : i + 1], lambda y, t: -y)
+        alone, _ = ours.step(k[i : i + 1], x[i : i + 1], lambda y, t: -y)
         torch.testing.assert_close(synchronized.mean[i : i + 1], alone.mean)
         torch.testing.assert_close(synchronized.std[i : i + 1], alone.std)
 

@@ -15,8 +15,11 @@ from condrl.prompts import Row
 from condrl.training.trainer import Clock
 
 
-def by_hand(trainer, before, rates, epochs, clip, betas, decay, factor):
-    """The weights after AdamW steps on the recorded minibatches; `factor` is of the learning rate of update n."""
+def by_hand(trainer, before, rates, epochs, clip, betas, decay, factor, extra=0, own=()):
+    """The weights after AdamW steps on the recorded minibatches; `factor` is of the learning rate of update n.
+
+    A network of the algorithm's has `own` settings, and takes `extra` steps after each.
+    """
     algorithm, calls, update = trainer.algorithm, iter(trainer.algorithm.calls), 0
     groups = [[torch.nn.Parameter(p.clone()) for p in group] for group in before]
     optimizer = torch.optim.AdamW(
@@ -24,21 +27,28 @@ def by_hand(trainer, before, rates, epochs, clip, betas, decay, factor):
         betas=betas,
         weight_decay=decay,
     )
+    optimizer.param_groups[-1].update(own)
     train = trainer.config.train
     for epoch in range(epochs):
         table = torch.randn(algorithm.count, 16, generator=torch.Generator().manual_seed(epoch + 1))
         for _ in range(train.inner_epochs * train.updates_per_epoch):
-            images, columns = map(torch.tensor, next(calls))
-            drawn = len(columns) / len(images.unique())  # columns of an image
-            loss = sum(
-                (p.square().sum() / 2 - table[columns, images] * p.sum()).sum() for group in groups for p in group
-            )
+            images, steps = map(torch.tensor, next(calls))
+            drawn = len(steps) / len(images.unique())  # steps of an image
+            weight = algorithm.count / drawn / len(images.unique())
+
+            def pull(*parts, target=table[steps, images]):
+                return sum((p.square().sum() / 2 - target * p.sum()).sum() for part in parts for p in part)
+
             optimizer.zero_grad()
-            (loss * algorithm.count / drawn / len(images.unique())).backward()
+            (pull(*groups) * weight).backward()
             torch.nn.utils.clip_grad_norm_(groups[0], clip)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor(update)
             optimizer.step()
+            for _ in range(extra):
+                optimizer.zero_grad()
+                (pull(groups[1]) * weight).backward()
+                optimizer.step()
             update += 1
     return groups
 
@@ -90,6 +100,24 @@ def test_updates_are_those_of_a_loop_by_hand(options, own, tmp_path):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+def test_an_own_network_has_its_own_settings_and_extra_steps(tmp_path):
+    """It takes them after each update of the policy, which they do not move."""
+    own = {"betas": (0.3, 0.4), "weight_decay": 0.9}
+    train = {"lr": 0.1, "weight_decay": 0.1, "epochs": 2, "updates_per_epoch": 2, "rollout_batch": 4}
+    trainer = trainer_of(tmp_path, own=Recorded(own=True, extra_steps=3, **own), train=train)
+    move(trainer, 0.5)
+    groups = [trainer.learner.weights, list(trainer.algorithm.own.parameters())]
+    before = [[p.detach().clone() for p in group] for group in groups]
+    trainer.fit()
+    train = trainer.config.train
+    expected = by_hand(
+        trainer, before, [0.1, 0.07], 2, train.max_grad_norm, train.betas, 0.1, lambda update: 1.0, 3, own
+    )
+    for group, wanted in zip(groups, expected, strict=True):
+        for p, q in zip(group, wanted, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
 def test_the_gradients_norm_is_recorded_before_it_is_clipped(tmp_path):
     norms = []
     for most in (1e9, 0.01):
@@ -109,9 +137,9 @@ def test_minibatches_have_as_many_images_of_each_prompt(updates, tmp_path):
     trainer.fit()
     calls = trainer.algorithm.calls
     assert len(calls) == 6 * updates
-    for images, columns in calls:
+    for images, steps in calls:
         assert sum(i < 8 for i in images) == sum(i >= 8 for i in images) == 4 * 8 / updates
-        assert sorted(zip(images, columns, strict=True)) == sorted({(i, j) for i in images for j in range(4)})
+        assert sorted(zip(images, steps, strict=True)) == sorted({(i, j) for i in images for j in range(4)})
     passes = [calls[start : start + updates] for start in range(0, len(calls), updates)]
     for one in passes:
         assert sorted({i for images, _ in one for i in images}) == list(range(16))
@@ -124,11 +152,11 @@ def test_steps_are_drawn_anew_for_each_image_and_pass(count, tmp_path):
     trainer = trainer_of(tmp_path, own=Recorded(), train={"steps_per_image": count, "inner_epochs": 30})
     trainer.fit()
     seen = torch.zeros(16, 4)
-    for images, columns in trainer.algorithm.calls:
-        pairs = set(zip(images, columns, strict=True))
+    for images, steps in trainer.algorithm.calls:
+        pairs = set(zip(images, steps, strict=True))
         assert len(pairs) == len(images) == 16 * count  # without replacement
         assert all(images.count(i) == count for i in range(16))
-        seen[images, columns] += 1
+        seen[images, steps] += 1
     assert (seen > 0).all()
     assert (seen.sum(0) / seen.sum() - 0.25).abs().max() < 0.06
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from condrl.diffusion.noise import Noise, randn
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout
-from condrl.diffusion.transition import Coefficients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +53,8 @@ def explore(policy: Policy, condition: Tensor, noise: Noise, batch: int, varianc
 
 
 def _explore(policy: Policy, condition: Tensor, noise: Noise, variance: Tensor) -> Actions:
-    sampler, model = policy.sampler, policy.model
-    assert isinstance(sampler, Coefficients)
+    sampler, model = policy.sampler.affine, policy.model
+    assert sampler is not None  # needs
     shape = (len(condition), *model.state_shape)
     x = randn(shape, noise, model.device) * model.schedule.prior_std
     draws = noise.normal((policy.steps, 2, *model.state_shape)).transpose(0, 1).to(model.device)
@@ -84,8 +83,8 @@ def noised_pairs(policy: Policy, data: Tensor, condition: Tensor, noise: Noise, 
 
     The action, of variance (K,), does not know x_0; the sampler's steps must be affine in the score.
     """
-    sampler, schedule = policy.sampler, policy.model.schedule
-    assert isinstance(sampler, Coefficients)
+    sampler, schedule = policy.sampler.affine, policy.model.schedule
+    assert sampler is not None  # needs
     count, steps = len(condition), policy.steps
     drawn = (noise.uniform((steps,)).T * data.shape[1]).long().to(data.device)  # (K, B)
     eps, explored, moved = noise.normal((steps, 3, data.shape[2])).permute(2, 1, 0, 3).to(data.device)

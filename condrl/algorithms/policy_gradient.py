@@ -2,78 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from condrl.algorithms.base import Algorithm, Experience, Metrics, Need, trained_steps
+from condrl.algorithms.base import Algorithm, Experience
 from condrl.algorithms.credit import group_advantages, group_scale
+from condrl.algorithms.examples import Metrics, RatioExamples, per_image, per_step
+from condrl.algorithms.needs import Need, groups, markov_steps, noisy_steps, trained_steps
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.path_kl import PathKL, path_kl
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.rollout import Rollout
-from condrl.diffusion.transition import Transition
+from condrl.diffusion.schedule import like
+from condrl.diffusion.transition import Gaussian, Transition
 
 MAX_LOG_RATIO = 20.0  # nats: no float32 overflow where the min leaves the ratio unbounded (negative advantages)
 
 
-@dataclass(frozen=True)
-class Steps:
-    """B (image, step) pairs."""
+@dataclass(frozen=True, kw_only=True)
+class Steps(RatioExamples):
+    """The denoising steps of an epoch's images."""
 
-    x: Tensor  # (B, ...) state before the step
-    k: Tensor  # (B,) step index
-    next_x: Tensor  # (B, ...) state after it
-    old_log_prob: Tensor  # (B,) nats, at roll-out
-    advantage: Tensor  # (B,)
-    condition: Tensor  # (B,)
-    solver_state: Tensor | None = None  # (B, ...) of a multi-step sampler
-    base: Transition | None = None  # the pretrained model's distribution of `next_x`
-    kl_weight: Tensor | None = None  # (B,) of the KL to it
+    x: Tensor = per_step()  # state before the step
+    next_x: Tensor = per_step()  # state after it
+    advantage: Tensor = per_step()
+    solver_state: Tensor | None = per_step(default=None)
+    base_mean: Tensor | None = per_step(default=None)  # of the pretrained model's distribution of `next_x`
+    base_std: Tensor | None = per_step(default=None)
+    kl_weight: Tensor | None = per_image(default=None)  # of the KL to it
 
     def transition(self, policy: Policy) -> Transition:
-        """The policy's distribution of `next_x`."""
+        """The policy's distribution of `next_x`, of pairs."""
         return policy.transition(self.x, self.k, self.condition, self.solver_state)
 
     def log_prob(self, policy: Policy) -> Tensor:
-        """What `old_log_prob` is under this policy."""
         return self.transition(policy).log_prob(self.next_x)
 
-
-@dataclass(frozen=True)
-class Transitions:
-    """The denoising steps of an epoch's images; a column is a step."""
-
-    rollout: Rollout
-    advantages: Tensor  # (B,), or (K, B) where they differ from step to step
-    columns: Tensor  # (n,)
-    base: PathKL | None = None
-    kl_weights: Tensor | None = None  # (B,)
-    metrics: Metrics = field(default_factory=dict)
-
-    @property
-    def images(self) -> int:
-        return self.advantages.shape[-1]
-
-    def minibatch(self, images: Tensor, columns: Tensor) -> Steps:
-        r, where, k = self.rollout, images.to(self.advantages.device), columns.to(self.advantages.device)
-        return Steps(
-            x=r.states[k, where],
-            k=columns,
-            next_x=r.states[k + 1, where],
-            old_log_prob=r.log_probs[k, where],
-            advantage=self.advantages[where] if self.advantages.dim() == 1 else self.advantages[k, where],
-            condition=r.condition[images],
-            solver_state=None if r.solver_states is None else r.solver_states[k, where],
-            base=None if self.base is None else self.base.transition(k, where),
-            kl_weight=None if self.kl_weights is None else self.kl_weights[where],
-        )
-
-    def with_log_probs(self, log_probs: Tensor) -> Transitions:
-        return replace(self, rollout=replace(self.rollout, log_probs=log_probs))
+    def kl(self, transition: Transition) -> Tensor | None:
+        """The weighed KL (B,) of pairs to the pretrained model; None without one."""
+        if self.base_mean is None or self.base_std is None or self.kl_weight is None:
+            return None
+        return self.kl_weight * transition.kl(Gaussian(self.base_mean, like(self.base_std, self.base_mean)))
 
 
 @dataclass(kw_only=True)
@@ -94,8 +65,8 @@ class PolicyGradient(Algorithm):
         self.require_positive("advantage_clip")
 
     @property
-    def needs(self) -> Sequence[Need]:
-        return ("stochastic steps", "groups", *(("Markov steps",) if self.kappa > 0 else ()))
+    def needs(self) -> tuple[Need, ...]:
+        return (noisy_steps, groups, *((markov_steps,) if self.kappa > 0 else ()))
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Credit (B,) of rewards (B,) for images of prompt rows `groups` (B,), where there is no KL."""
@@ -109,18 +80,31 @@ class PolicyGradient(Algorithm):
         """Normalised advantages within the bound; in the reward's own unit a bound would change the objective."""
         return advantages.clamp(-self.advantage_clip, self.advantage_clip) if self.normalise else advantages
 
-    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Transitions:
-        columns, rollout = trained_steps(policy.sampler, train), experience.rollout
-        rewards = experience.scores.total
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Steps:
+        r, rewards = experience.rollout, experience.scores.total
+        steps = Steps(
+            condition=r.condition,
+            k=trained_steps(policy.sampler, train),
+            old_log_prob=r.log_probs,
+            x=r.states[:-1],
+            next_x=r.states[1:],
+            advantage=rewards.expand(policy.steps, -1),
+            solver_state=r.solver_states,
+        )
         if self.kappa == 0:
-            return Transitions(rollout, experience.credit(self.advantages, rewards), columns)
+            return replace(steps, advantage=experience.credit(self.advantages, rewards).expand(policy.steps, -1))
         scale = experience.credit(self.scale, rewards) if self.normalise else torch.ones_like(rewards)
-        base = path_kl(policy, rollout, train.rollout_batch)
-        returns = rewards - self.kappa * self.kl_to_go(base)
-        centred = experience.credit(self._centred, returns)
+        base = path_kl(policy, r, train.rollout_batch)
+        centred = experience.credit(self._centred, rewards - self.kappa * self.kl_to_go(base))
         total = base.kl.sum(0).mean()
-        metrics = {"path_kl": total, "objective": rewards.nanmean() - self.kappa * total}
-        return Transitions(rollout, self.bounded(centred * scale), columns, base, self.kappa * scale, metrics)
+        return replace(
+            steps,
+            advantage=self.bounded(centred * scale),
+            base_mean=base.means,
+            base_std=base.stds,
+            kl_weight=self.kappa * scale,
+            metrics={"path_kl": total, "objective": rewards.nanmean() - self.kappa * total},
+        )
 
     def _centred(self, returns: Tensor, groups: Tensor) -> Tensor:
         return torch.stack([group_advantages(g, groups, False, self.leave_one_out) for g in returns])
@@ -132,9 +116,8 @@ class PolicyGradient(Algorithm):
     def loss(self, policy: Policy, batch: Steps) -> tuple[Tensor, Metrics]:
         transition = batch.transition(policy)
         loss, metrics = self.surrogate(policy, transition, batch)
-        if batch.base is not None and batch.kl_weight is not None:
-            loss = loss + batch.kl_weight * transition.kl(batch.base)
-        return loss, metrics
+        kl = batch.kl(transition)
+        return loss if kl is None else loss + kl, metrics
 
     def surrogate(self, policy: Policy, transition: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
         """A loss (B,) whose gradient at the roll-out's policy is -A grad log p, and means to log."""

@@ -251,7 +251,7 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
         return save_comparison(path, base.pictures, tuned.pictures, base.labels)
     if len(trainer.policy.model.state_shape) == 1:
         try:
-            kappa = getattr(trainer.algorithm, "kappa", 0.0)
+            kappa = trainer.algorithm.kappa or 0.0
             pieces = trainer.policy, trainer.rows, trainer.rewards, kappa
             save_plots(*pieces, trainer.recorder.metrics_file, trainer.folder.file)
         except UsageError as error:  # of a policy so far off that exact answers do not reach it

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout
-from condrl.diffusion.schedule import like
-from condrl.diffusion.transition import Transition
 
 
 @dataclass(frozen=True)
@@ -20,10 +18,6 @@ class PathKL:
     means: Tensor  # (K, B, ...)
     stds: Tensor  # (K, B)
     kl: Tensor  # (K, B) nats, 0 where a step is deterministic
-
-    def transition(self, k: Tensor, images: Tensor) -> Transition:
-        means = self.means[k, images]
-        return Transition(means, like(self.stds[k, images], means))
 
     @property
     def to_go(self) -> Tensor:
@@ -42,9 +36,9 @@ def path_kl(policy: Policy, rollout: Rollout, batch: int) -> PathKL:
             rows = slice(start, start + batch)
             x, condition = rollout.states[k, rows], rollout.condition[rows]
             solver_state = None if rollout.solver_states is None else rollout.solver_states[k, rows]
-            place = x, torch.full((len(x),), k), condition, solver_state
-            transition = policy.transition(*place)
+            step = x, torch.full((len(x),), k), condition, solver_state
+            transition = policy.transition(*step)
             with policy.model.reference():
-                base = policy.transition(*place)
+                base = policy.transition(*step)
             means[k, rows], stds[k, rows], kl[k, rows] = base.mean, base.std.flatten(), transition.kl(base)
     return PathKL(means, stds, kl)

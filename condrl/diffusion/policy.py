@@ -15,9 +15,15 @@ class Policy:
         self.model, self.sampler = model, sampler
         self.steps = len(sampler.times) - 1
 
+    def step(
+        self, x: Tensor, k: Tensor, condition: Tensor, solver_state: Tensor | None
+    ) -> tuple[Transition, Tensor | None]:
+        """The distribution of the state after step k (B,) from x (B, ...), and the solver state of the next step."""
+        return self.sampler.step(k, x, lambda y, t: self.model.score(y, t, condition), solver_state)
+
     def transition(self, x: Tensor, k: Tensor, condition: Tensor, solver_state: Tensor | None = None) -> Transition:
         """The distribution of the state after step k (B,) from x (B, ...)."""
-        return self.sampler.step(k, x, lambda y, t: self.model.score(y, t, condition), solver_state)
+        return self.step(x, k, condition, solver_state)[0]
 
     def action(self, x: Tensor, k: Tensor, condition: Tensor) -> Tensor:
         """The score at x (B, ...) and the beginning of step k (B,)."""

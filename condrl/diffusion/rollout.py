@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,19 @@ from torch import Tensor
 from condrl.diffusion.noise import Noise, Source, randn
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.transition import Transition
-from condrl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where B chains are."""
+
+    x: Tensor  # (B, ...)
+    k: int  # the step that comes next; K at the end
+    solver_state: Tensor | None  # (B, ...) before it, of a sampler that has one
+
+    def __getitem__(self, rows: Tensor) -> Place:
+        """Those of some rows, also repeated ones, as resampling needs."""
+        return Place(self.x[rows], self.k, None if self.solver_state is None else self.solver_state[rows])
 
 
 @dataclass(frozen=True)
@@ -21,45 +32,37 @@ class Rollout:
     states: Tensor  # (K + 1, B, ...) float32: x_0 is noise, x_K the sample
     log_probs: Tensor  # (K, B) float64, nats; nan where the step is deterministic
     condition: Tensor  # (B,) the prompts' numbers, as the model counts them
-    solver_states: Tensor | None = None  # (K, B, ...) what a multi-step sampler carried into each step
+    solver_states: Tensor | None = None  # (K, B, ...) before each step; None if steps depend on the state alone
 
     @property
     def samples(self) -> Tensor:
         return self.states[-1]
 
+    def place(self, k: int, images: Tensor) -> Place:
+        """Where some images (n,) were before step k."""
+        solver_state = None if self.solver_states is None else self.solver_states[k, images]
+        return Place(self.states[k, images], k, solver_state)
+
     def first(self, count: int) -> Rollout:
-        """The first so many of them."""
+        """The first `count` of them."""
         solver_states = None if self.solver_states is None else self.solver_states[:, :count]
         return Rollout(self.states[:, :count], self.log_probs[:, :count], self.condition[:count], solver_states)
 
 
-def chain(policy: Policy, condition: Tensor, noise: Source) -> Iterator[tuple[Tensor, Transition | None]]:
-    """Yield x_0 with no distribution, then each next state with the distribution it was drawn from."""
-    x = randn((len(condition), *policy.model.state_shape), noise, policy.model.device)
-    x = x * policy.model.schedule.prior_std
-    yield x, None
-    yield from continued(policy, x, 0, condition, noise)
+def start(policy: Policy, count: int, noise: Source) -> Place:
+    """The beginning of `count` chains: noise."""
+    x = randn((count, *policy.model.state_shape), noise, policy.model.device) * policy.model.schedule.prior_std
+    return Place(x, 0, policy.sampler.init(x))
 
 
-def continued(
-    policy: Policy, x: Tensor, first: int, condition: Tensor, noise: Source, solver_state: Tensor | None = None
-) -> Iterator[tuple[Tensor, Transition]]:
-    """Yield the states after step `first` and later ones, from x (B, ...) before it, with their distributions.
-
-    A multi-step sampler goes on from what it carried into that step (B, ...), as a roll-out's `solver_states` has it.
-
-    Raises: UsageError when that is missing.
-    """
-    if first > 0 and solver_state is None and getattr(policy.sampler, "has_solver_state", False):
-        raise UsageError(
-            f"a chain of this sampler cannot be entered at step {first} without the memory of step {first - 1}"
-        )
-    for k in range(first, policy.steps):
-        transition = policy.transition(x, torch.full((len(condition),), k), condition, solver_state)
-        solver_state = transition.solver_state
-        drawn = policy.sampler.stochastic[k]
-        x = transition.sample(randn(tuple(x.shape), noise, x.device)) if drawn else transition.mean
-        yield x, transition
+def advance(policy: Policy, place: Place, condition: Tensor, noise: Source) -> tuple[Transition, Place]:
+    """Take the next step of chains with conditions (B,): its distribution, and where they are after it."""
+    k = torch.full((len(condition),), place.k)
+    transition, solver_state = policy.step(place.x, k, condition, place.solver_state)
+    x = transition.mean
+    if policy.sampler.stochastic[place.k]:
+        x = transition.sample(randn(tuple(x.shape), noise, x.device))
+    return transition, Place(x, place.k + 1, solver_state)
 
 
 @torch.no_grad()
@@ -68,18 +71,21 @@ def rollout(policy: Policy, condition: Tensor, noise: Noise | torch.Generator, b
     model, count = policy.model, len(condition)
     states = torch.empty((policy.steps + 1, count, *model.state_shape), device=model.device)
     log_probs = torch.full((policy.steps, count), torch.nan, dtype=torch.float64, device=model.device)
-    solver_states = None
+    solver_states = None if policy.sampler.is_markov else torch.empty_like(states[1:])
     with model.merged():
-        for start in range(0, count, batch):
-            rows = slice(start, start + batch)
+        for first in range(0, count, batch):
+            rows = slice(first, first + batch)
             part = noise[rows] if isinstance(noise, Noise) else noise
-            for k, (x, transition) in enumerate(chain(policy, condition[rows], part)):
-                states[k, rows] = x
-                if transition is not None and policy.sampler.stochastic[k - 1]:
-                    log_probs[k - 1, rows] = transition.log_prob(x)
-                if transition is not None and transition.solver_state is not None and k < policy.steps:
-                    solver_states = torch.zeros_like(states[1:]) if solver_states is None else solver_states
-                    solver_states[k, rows] = transition.solver_state
+            place = start(policy, len(condition[rows]), part)
+            states[0, rows] = place.x
+            while place.k < policy.steps:
+                k, solver_state = place.k, place.solver_state
+                transition, place = advance(policy, place, condition[rows], part)
+                states[place.k, rows] = place.x
+                if policy.sampler.stochastic[k]:
+                    log_probs[k, rows] = transition.log_prob(place.x)
+                if solver_states is not None and solver_state is not None:
+                    solver_states[k, rows] = solver_state
     return Rollout(states, log_probs, condition, solver_states)
 
 
@@ -88,9 +94,10 @@ def sample(policy: Policy, condition: Tensor, generators: list[torch.Generator],
     """Final states (B, ...) only, image i drawn by generator i: the same whatever the batch."""
     final = []
     with policy.model.merged():
-        for start in range(0, len(condition), batch):
-            rows = slice(start, start + batch)
-            for state, _ in chain(policy, condition[rows], generators[rows]):
-                x = state
-            final.append(x)
+        for first in range(0, len(condition), batch):
+            rows = slice(first, first + batch)
+            place = start(policy, len(condition[rows]), generators[rows])
+            while place.k < policy.steps:
+                _, place = advance(policy, place, condition[rows], generators[rows])
+            final.append(place.x)
     return torch.cat(final)

@@ -10,6 +10,7 @@ it, and `coefficients` has the A and B that go with it. All other statistics fol
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +66,18 @@ class Schedule(ABC):
     def g2(self, t: Tensor) -> Tensor:
         """g(t)^2 = d(sigma^2)/dt - 2 f sigma^2."""
 
+    def velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What x and E[x_0 | x] are multiplied by in dx/dt of the probability flow at times t."""
+        half = self.g2(t) / (2 * self.sigma(t).square())
+        return self.f(t) + half, -half * self.alpha(t)
+
+    def flow(self, x: Tensor, t: Tensor, action: Tensor) -> Tensor:
+        """dx/dt of the probability flow at x (B, ...) and times t (B,), given the action there."""
+        has_signal = self.alpha(t) > 0
+        from_x, from_denoised = self.velocity(t)
+        f, half = self.f(t).where(has_signal, from_x), (-self.g2(t) / 2).where(has_signal, from_denoised)
+        return like(f, x) * x + like(half, x) * action
+
     def noise_rate(self, times: Tensor) -> Tensor:
         """The g^2 (K,) that scales the noise of an Euler-Maruyama step between times (K + 1,)."""
         return self.g2(times[:-1])
@@ -99,7 +112,9 @@ class Schedule(ABC):
         if spacing != "log_snr":
             return torch.linspace(self.end, self.final_time, steps + 1, dtype=torch.float64)
         if not self.alpha(ends[0]) > 0:
-            raise UsageError("config sampler.spacing: log_snr is infinite at zero terminal SNR: use trailing")
+            raise UsageError(
+                "config sampler.spacing: log_snr is infinite where there is no signal: use another spacing"
+            )
         last = self._least_time
         extra = int(last > self.final_time)  # lambda is infinite at 0, so one step goes there from the least time
         if steps == extra:
@@ -177,7 +192,7 @@ class OU(Schedule):
 
 @dataclass(frozen=True)
 class RectifiedFlow(Schedule):
-    """X_t = (1 - t) X_0 + t eps, singular at t = 1, where `end` keeps away from it; THEORY 1.1."""
+    """X_t = (1 - t) X_0 + t eps (Lipman et al. 2023); at t = 1, f and g^2 are infinite and the velocity is not."""
 
     end: float = 1 - 1e-3
     final_time: float = 1e-3
@@ -193,6 +208,9 @@ class RectifiedFlow(Schedule):
 
     def g2(self, t: Tensor) -> Tensor:
         return 2 * t.double() / (1 - t.double())
+
+    def velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 / t.double(), -1 / t.double()
 
     def noise_rate(self, times: Tensor) -> Tensor:
         """g^2, with 1 - t taken at the end of the first step, which begins where it is singular (Liu et al. 2025)."""
@@ -210,8 +228,9 @@ def make_schedule(name: str, options: Mapping[str, float]) -> Schedule:
     except TypeError as error:
         raise UsageError(f"config model.schedule_options: {name} {str(error).split('__init__() ')[-1]}") from error
     ends = torch.tensor([schedule.final_time, schedule.end], dtype=torch.float64)
-    sane = 0 <= schedule.final_time < schedule.end and schedule.alpha(ends).gt(0).all() and schedule.sigma(ends)[1] > 0
-    if not sane or not (schedule.sigma(ends).isfinite().all() and schedule.g2(ends[1:]).isfinite().all()):
+    (alpha, least), (_, sigma) = schedule.alpha(ends), schedule.sigma(ends)
+    sane = 0 <= schedule.final_time < schedule.end and alpha > 0 and least >= 0 and 0 < sigma < math.inf
+    if not sane or not torch.stack(schedule.velocity(ends[1:])).isfinite().all():
         raise UsageError(
             f"config model.schedule_options: {name} with {dict(options)} is not a schedule from data to noise"
         )

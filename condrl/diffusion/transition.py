@@ -1,34 +1,34 @@
 """The affine Gaussian step x' ~ N(A x + B a, S^2 I): its mean, sample, log-probability and KL divergence.
 
-An action `a` is a score (condrl.diffusion.schedule says what it is where there is no signal). A sampler is the three
-numbers (A, B, S) of every step; whatever is learned, measured or differentiated follows from them.
+An action `a` is a score (condrl.diffusion.schedule says what it is where there is no signal). Most samplers are the
+three numbers (A, B, S) of every step; whatever is learned, measured or differentiated follows from them.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from condrl.diffusion.schedule import Schedule, like
+from condrl.diffusion.schedule import Schedule, like, x0_from_score
 from condrl.errors import UsageError
 
 ModelFn = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> action
-Numbers = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # noise levels eta (K,) -> A, B, S (K,)
+Numbers = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # noise levels (K,) -> A, B, S (K,)
+Solver = Callable[[Tensor, Tensor, Tensor, Tensor, ModelFn], Tensor]  # (x, action at x, t, w, model) -> the state at w
 
 
 @dataclass(frozen=True)
-class Transition:
-    """The distribution N(mean, std^2 I) of the next state; mean (B, ...), std broadcastable to it."""
+class Gaussian:
+    """N(mean, std^2 I); mean (B, ...), std broadcastable to it."""
 
     mean: Tensor
     std: Tensor
-    solver_state: Tensor | None = None  # what a multi-step sampler hands on to its next step, (B, ...)
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + self.std * noise
@@ -42,114 +42,175 @@ class Transition:
         constant = self.std.log() + 0.5 * math.log(2 * math.pi)
         return -(0.5 * z.square() + constant).flatten(1).sum(1, dtype=torch.float64)
 
-    def kl(self, other: Transition) -> Tensor:
+    def kl(self, other: Gaussian) -> Tensor:
         """KL(self || other) in nats, summed over dimensions, (B,)."""
         ratio = self.std / other.std
         shift = (self.mean - other.mean) / other.std
         return (0.5 * (ratio.square() + shift.square() - 1) - ratio.log()).expand_as(shift).flatten(1).sum(1)
 
 
-class Sampler(Protocol):
+@dataclass(frozen=True)
+class Transition(Gaussian):
+    """The distribution of the next state, and what the network said of this one."""
+
+    action: Tensor  # (B, ...)
+    denoised: Tensor  # (B, ...) E[x_0 | x] by that action
+
+
+class Sampler(ABC):
     """What a sampler plugin returns: times (K + 1,) and the distribution of each of its K steps.
 
-    For `sampler.noise_steps` it has `with_noise(mask)` as well: itself with noise at the steps in a mask (K,) alone.
+    A chain can be entered, resampled and left at any step: whatever a step depends on beside x is its solver state,
+    which the caller carries from step to step.
     """
 
-    @property
-    def times(self) -> Tensor: ...
+    schedule: Schedule
+    times: Tensor  # (K + 1,) float64, from noise to data
+    noise_level: Tensor | None = None  # (K,) eta of each step, 1 for the reverse SDE; None where it is not known
 
     @property
+    @abstractmethod
     def stochastic(self) -> Tensor:
         """(K,) bool: the steps that have a log-probability."""
-        ...
 
-    def step(self, k: Tensor, x: Tensor, act: ModelFn, solver_state: Tensor | None = None) -> Transition:
-        """The distribution of the state after step k (B,) from x (B, ...), calling `act` for actions."""
-        ...
+    @property
+    def affine(self) -> Coefficients | None:
+        """The numbers A, B and S, where a step is affine in the action at its own state."""
+        return None
+
+    def with_noise(self, mask: Tensor) -> Sampler:
+        """The sampler with noise at the steps in mask (K,) alone, the others being its deterministic ones.
+
+        Raises: UsageError when it cannot leave its noise out.
+        """
+        raise UsageError("config sampler.noise_steps: this sampler has no with_noise, which would leave noise out")
+
+    def init(self, x: Tensor) -> Tensor | None:
+        """The solver state (B, ...) before the first step from x (B, ...); None if steps depend on x alone."""
+        return None
+
+    @abstractmethod
+    def step(
+        self, k: Tensor, x: Tensor, model: ModelFn, state: Tensor | None = None
+    ) -> tuple[Transition, Tensor | None]:
+        """The distribution of the state after step k (B,) from x (B, ...), and the next step's solver state."""
+
+    @property
+    def is_markov(self) -> bool:
+        """Whether steps depend on x alone."""
+        return self.init(torch.zeros(1, 1)) is None
+
+    def transition(self, k: Tensor, x: Tensor, action: Tensor, mean: Tensor, std: Tensor) -> Transition:
+        """A step's distribution, with what the action (B, ...) at x (B, ...) and the start of step k (B,) implies."""
+        alpha, sigma = (like(c[k], x) for c in self._levels)
+        return Transition(mean, std, action, x0_from_score(action, x, alpha, sigma))
+
+    @cached_property
+    def _levels(self) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at the beginning of each step, (K,)."""
+        return self.schedule.alpha(self.times[:-1]), self.schedule.sigma(self.times[:-1])
 
 
 @dataclass(frozen=True)
-class Coefficients:
+class Coefficients(Sampler):
     """A one-stage sampler: x_{k+1} ~ N(A_k x_k + B_k a_k, S_k^2 I), a_k the action at (x_k, times[k])."""
 
-    times: Tensor  # (K + 1,) float64
+    schedule: Schedule
+    times: Tensor
     A: Tensor  # (K,)
     B: Tensor  # (K,)
     S: Tensor  # (K,)
-    eta: Tensor | None = None  # (K,) noise levels, 1 for the reverse SDE; None where that is not known
+    noise_level: Tensor | None = None
     numbers: Numbers | None = None  # A, B and S at other noise levels
 
     @classmethod
-    def at(cls, times: Tensor, eta: Tensor | float, numbers: Numbers) -> Coefficients:
-        """The coefficients at noise levels eta, one for all steps or (K,); other levels can be asked for later."""
-        level = torch.as_tensor(eta, dtype=times.dtype).expand(len(times) - 1)
-        return cls(times, *numbers(level), level, numbers)
+    def at(cls, schedule: Schedule, times: Tensor, noise_level: Tensor | float, numbers: Numbers) -> Coefficients:
+        """The coefficients at noise levels, one for all steps or (K,); other levels can be asked for later."""
+        level = torch.as_tensor(noise_level, dtype=times.dtype).expand(len(times) - 1)
+        return cls(schedule, times, *numbers(level), level, numbers)
 
     @property
     def stochastic(self) -> Tensor:
         return self.S > 0
 
-    def with_noise(self, mask: Tensor) -> Coefficients:
-        """The sampler with its noise at the steps in mask (K,) alone, the others being its deterministic ones.
+    @property
+    def affine(self) -> Coefficients:
+        return self
 
-        Raises: UsageError when it was made for one noise level.
-        """
-        if self.numbers is None or self.eta is None:
+    def with_noise(self, mask: Tensor) -> Coefficients:
+        """Raises: UsageError when it was made for one noise level."""
+        if self.numbers is None or self.noise_level is None:
             raise UsageError(
                 "config sampler.noise_steps: this sampler says its coefficients at one noise level only; its plugin "
                 "has to make them with Coefficients.at"
             )
-        return self.at(self.times, self.eta.where(mask, 0.0), self.numbers)
+        return self.at(self.schedule, self.times, self.noise_level.where(mask, 0.0), self.numbers)
 
-    def step(self, k: Tensor, x: Tensor, act: ModelFn, solver_state: Tensor | None = None) -> Transition:
-        action = act(x, self.times[k])
+    def step(self, k: Tensor, x: Tensor, model: ModelFn, state: Tensor | None = None) -> tuple[Transition, None]:
+        action = model(x, self.times[k])
         A, B, S = (like(c[k], x) for c in (self.A, self.B, self.S))
-        return Transition(A * x + B * action, S)
+        return self.transition(k, x, action, A * x + B * action, S), None
 
 
-def euler_maruyama(schedule: Schedule, times: Tensor, eta: Tensor | float) -> Coefficients:
-    """S1: A = 1 - f D, B = (1 + eta^2) g^2 D / 2, S = eta g sqrt(D), for any noise level eta >= 0 (THEORY 1.3)."""
+def check_noise_level(value: float, option: str = "eta", most: float = math.inf) -> None:
+    """Raises: UsageError on a sampler's option that is not a noise level."""
+    if not 0 <= value <= most:
+        limits = "at least 0" if most == math.inf else f"in [0, {most:g}]"
+        raise UsageError(f"config sampler.{option}: must be {limits}, got {value}")
+
+
+def euler_maruyama(schedule: Schedule, times: Tensor, noise_level: Tensor | float) -> Coefficients:
+    """S1: A = 1 - f D, B = (1 + eta^2) g^2 D / 2, S = eta g sqrt(D), for any noise level eta >= 0 (THEORY 1.3).
+
+    Where there is no signal, f and g^2 may be infinite while the probability flow's velocity is not: there the mean is
+    x - D velocity + (noise rate / 2) score, with the score -x / sigma^2, and B belongs to the denoised prediction.
+    """
     t, step = times[:-1], times[:-1] - times[1:]
+    no_signal = schedule.alpha(t) == 0
+    from_x, from_denoised = schedule.velocity(t)
 
     def numbers(level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         noise_rate = level.square() * schedule.noise_rate(times) * step
-        return 1 - schedule.f(t) * step, (schedule.g2(t) * step + noise_rate) / 2, noise_rate.sqrt()
+        A, B = 1 - schedule.f(t) * step, (schedule.g2(t) * step + noise_rate) / 2
+        quiet = 1 - from_x * step - noise_rate / (2 * schedule.sigma(t).square())
+        return quiet.where(no_signal, A), (-from_denoised * step).where(no_signal, B), noise_rate.sqrt()
 
-    return Coefficients.at(times, eta, numbers)
+    return Coefficients.at(schedule, times, noise_level, numbers)
 
 
 @dataclass(frozen=True)
-class Overshoot:
+class Overshoot(Sampler):
     """S4: any deterministic solver, made stochastic by going too far and adding noise back (THEORY 1.3).
 
     From t it goes to w with lambda_w = lambda_u + eta^2 h, then noise brings w back to u: exactly Gaussian.
     """
 
     schedule: Schedule
-    times: Tensor  # (K + 1,)
-    eta: Tensor  # (K,)
-    solver: Callable[[Tensor, Tensor, Tensor, ModelFn], Tensor]  # (x, t, w, act) -> the state at w
+    times: Tensor
+    noise_level: Tensor = field()  # without the default of other samplers
+    solver: Solver = field()
 
     @cached_property
     def targets(self) -> Tensor:
         """(K,) the times w."""
         t, u = self.times[:-1], self.times[1:]
         level = self.schedule.log_snr(u)
-        aim = self.schedule.time_of(level + self.eta**2 * (level - self.schedule.log_snr(t)))
-        return u.where((self.eta == 0) | (u == 0), aim)
+        aim = self.schedule.time_of(level + self.noise_level**2 * (level - self.schedule.log_snr(t)))
+        return u.where((self.noise_level == 0) | (u == 0), aim)
 
     @property
     def stochastic(self) -> Tensor:
         return self.targets < self.times[1:]
 
     def with_noise(self, mask: Tensor) -> Overshoot:
-        return replace(self, eta=self.eta.where(mask, 0.0))
+        return replace(self, noise_level=self.noise_level.where(mask, 0.0))
 
-    def step(self, k: Tensor, x: Tensor, act: ModelFn, solver_state: Tensor | None = None) -> Transition:
+    def step(self, k: Tensor, x: Tensor, model: ModelFn, state: Tensor | None = None) -> tuple[Transition, None]:
         t, u, w = self.times[k], self.times[k + 1], self.targets[k]
         alpha_u, alpha_w, sigma_u, sigma_w = (
             like(c, x) for c in (self.schedule.alpha(u), self.schedule.alpha(w), *map(self.schedule.sigma, (u, w)))
         )
         back = alpha_u / alpha_w
         std = (sigma_u.square() - (back * sigma_w).square()).clamp(min=0).sqrt()
-        return Transition(back * self.solver(x, t, w, act), std)
+        action = model(x, t)
+        return self.transition(k, x, action, back * self.solver(x, action, t, w, model), std), None

@@ -70,6 +70,14 @@ class Points:
         load_module(self.module, folder)
 
 
+def check_signal(schedule: Schedule) -> None:
+    """Raises: UsageError when a schedule begins without signal, where a network for the score cannot say anything."""
+    if not schedule.alpha(torch.tensor(schedule.end)) > 0:
+        raise UsageError(
+            "config model.schedule_options: there is no signal at `end`, where a learned score says nothing: lower end"
+        )
+
+
 MODULE_FILE = "network.safetensors"
 
 

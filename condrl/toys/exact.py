@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.rollout import continued
+from condrl.diffusion.rollout import Place, advance
 from condrl.errors import UsageError
 from condrl.prompts import Row
 from condrl.rewards.scoring import Reward, score
@@ -91,7 +91,7 @@ def solve(
         raise UsageError("exact answers need a one-dimensional model=mixture")
     line, prior = Line(-reach, reach, cells), model.schedule.prior_std
     origin, first = torch.zeros(1, 1, device=model.device), torch.zeros(1, dtype=torch.long)
-    if policy.transition(origin, first, first).solver_state is not None:
+    if not policy.sampler.is_markov:
         raise UsageError("exact answers need a sampler whose steps depend on the state alone")
     std = (
         torch.cat([policy.transition(origin, torch.tensor([k]), first).std.flatten() for k in range(policy.steps)])
@@ -109,27 +109,24 @@ def solve(
 @torch.no_grad()
 def monte_carlo_value(
     policy: Policy,
-    place: tuple[Tensor, int],
+    place: Place,
     row: Row,
     rewards: Sequence[Reward],
     kappa: float,
     particles: int,
     generator: torch.Generator,
-    solver_state: Tensor | None = None,
 ) -> ValueEstimate:
-    """V = kappa log E exp(r / kappa) at a state x (...) before step k, place = (x, k), for any model and reward.
+    """V = kappa log E exp(r / kappa) at the place of one chain, for any model and reward.
 
-    By so many pretrained chains that go on from there (Feynman-Kac; THEORY 3.1); those of a multi-step sampler from
-    its memory (...) too.
+    By as many pretrained chains as there are particles (Feynman-Kac; THEORY 3.1).
     """
-    (state, first), model = place, policy.model
+    model, i = policy.model, torch.zeros(particles, dtype=torch.long)
     condition = model.encode([row.prompt] * particles)
-    final = state.to(model.device).expand(particles, *state.shape)
-    carried = None if solver_state is None else solver_state.to(model.device).expand(particles, *solver_state.shape)
+    place = place[i]
     with model.reference():
-        for x, _ in continued(policy, final, first, condition, generator, carried):
-            final = x
-    return oracle.feynman_kac(score(rewards, model.decode(final), [row] * particles).total, kappa)
+        while place.k < policy.steps:
+            _, place = advance(policy, place, condition, generator)
+    return oracle.feynman_kac(score(rewards, model.decode(place.x), [row] * particles).total, kappa)
 
 
 def _case(

@@ -11,7 +11,6 @@ import torch
 
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout
-from condrl.diffusion.transition import Coefficients
 from condrl.errors import naming
 from condrl.prompts import Row
 from condrl.rewards.scoring import Reward
@@ -30,7 +29,7 @@ def save_plots(
     if not hasattr(policy.model, "distribution"):
         return
     problem = None
-    if policy.model.state_shape == (1,) and isinstance(policy.sampler, Coefficients) and kappa > 0:
+    if policy.model.state_shape == (1,) and policy.sampler.is_markov and kappa > 0:
         problem = solve(policy, rows, rewards, kappa)
         plot_densities(problem, policy, file("images/density.png"))
     if policy.model.state_shape == (2,):

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from condrl.algorithms.base import Algorithm, trained_steps
+from condrl.algorithms.base import Algorithm
+from condrl.algorithms.needs import Setting, check_needs
 from condrl.config import Config, GridConfig
 from condrl.diffusion.model import Model
 from condrl.diffusion.policy import Policy
@@ -37,7 +38,7 @@ def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
     sampler: Sampler = make("sampler", options, schedule, times)
     if not schedule.alpha(times[0]) > 0:
         check_start(sampler, schedule, section["name"])
-    return sampler if chosen is None else with_noise_at(sampler, chosen, section["name"])
+    return sampler if chosen is None else with_noise_at(sampler, chosen)
 
 
 def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
@@ -50,7 +51,8 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
             "the sampler starts where there is no signal (zero terminal SNR), and the noise that the model predicts "
             "says nothing there: use sampler.spacing=leading"
         )
-    first = sampler.step(torch.zeros(1, dtype=torch.long), torch.ones(1, 1), lambda x, t: torch.zeros_like(x))
+    x, k = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
+    first, _ = sampler.step(k, x, lambda x, t: torch.zeros_like(x), sampler.init(x))
     if not (first.mean.isfinite().all() and first.std.isfinite().all()):
         raise UsageError(
             f"the sampler {name} cannot start where there is no signal (zero terminal SNR): use sampler.name=ddim, or "
@@ -58,7 +60,7 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
         )
 
 
-def with_noise_at(sampler: Any, chosen: Sequence[int], name: str) -> Sampler:
+def with_noise_at(sampler: Sampler, chosen: Sequence[int]) -> Sampler:
     """The sampler with noise at the chosen steps alone (THEORY 7.5, partial SDE).
 
     Raises: UsageError when there are no such steps, or when the sampler cannot leave its noise out.
@@ -66,14 +68,9 @@ def with_noise_at(sampler: Any, chosen: Sequence[int], name: str) -> Sampler:
     count = len(sampler.times) - 1
     if not set(chosen) <= set(range(count)):
         raise UsageError(f"config sampler.noise_steps: {chosen} are not all among the {count} steps")
-    if not hasattr(sampler, "with_noise"):
-        raise UsageError(
-            f"config sampler.noise_steps: the sampler {name} has no with_noise, which would leave noise out"
-        )
     mask = torch.zeros(count, dtype=torch.bool)
     mask[list(chosen)] = True
-    quiet: Sampler = sampler.with_noise(mask)
-    return quiet
+    return sampler.with_noise(mask)
 
 
 def make_rewards(config: Config) -> list[Reward]:
@@ -120,13 +117,7 @@ def make_trainer(
     if processes.sharded:
         policy.model.shard()  # type: ignore[attr-defined]
     algorithm: Algorithm = make("algorithm", config.algorithm)
-    if "stochastic steps" in algorithm.needs:
-        trained_steps(policy.sampler, config.train)  # now with the model's own schedule
-    if "affine steps" in algorithm.needs and not policy.model.schedule.alpha(policy.sampler.times[0]) > 0:
-        raise UsageError(
-            f"the algorithm {config.algorithm['name']} needs the score at every step, which says nothing where "
-            "there is no signal (zero terminal SNR): use sampler.spacing=leading"
-        )
+    check_needs(algorithm.needs, Setting(config, policy.sampler))  # now with the model's own schedule
     return Trainer(config, policy, algorithm, make_rewards(config), train, processes)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from condrl.algorithms.base import Algorithm, trained_steps
+from condrl.algorithms.base import Algorithm
+from condrl.algorithms.needs import Setting, affine_steps, check_needs, noisy_steps
 from condrl.config import Config
-from condrl.diffusion.transition import Coefficients, Sampler
+from condrl.diffusion.transition import Sampler
 from condrl.errors import UsageError
 from condrl.prompts import Row, duplicate_note
-from condrl.training.build import make, make_rewards, make_sampler, stand_in, weights_in_words
+from condrl.training.build import make, make_sampler, stand_in, weights_in_words
 
 
 def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -> list[str]:
@@ -33,7 +32,7 @@ def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -
 
 def noise_level(sampler: Sampler) -> float | None:
     """A sampler's eta; None where its steps differ or it does not say."""
-    levels: Tensor | None = getattr(sampler, "eta", None)
+    levels = sampler.noise_level
     return levels[0].item() if levels is not None and (levels == levels[0]).all() else None
 
 
@@ -48,7 +47,7 @@ def transfer(eta: float, deployed: float) -> float:
 def transfer_warning(config: Config) -> str | None:
     """What to say of a config that tunes at one noise level and evaluates at another; None when there is nothing."""
     algorithm: Algorithm = make("algorithm", config.algorithm)
-    if not config.evaluate.sampler or not {"stochastic steps", "affine steps"} & set(algorithm.needs):
+    if not config.evaluate.sampler or not {noisy_steps, affine_steps} & set(algorithm.needs):
         return None
     tuned, used = (noise_level(make_sampler(s, stand_in(s))) for s in (config.sampler, config.evaluate.sampler))
     if not tuned or used is None or tuned in (1.0, used):
@@ -69,51 +68,9 @@ def check_combination(config: Config) -> None:
     if config.evaluate.sampler:
         make_sampler(config.evaluate.sampler, stand_in(config.evaluate.sampler))
     algorithm: Algorithm = make("algorithm", config.algorithm)
-    if "groups" in algorithm.needs and config.train.images_per_prompt < 2:
-        raise UsageError(
-            f"the algorithm {config.algorithm['name']} compares images of one prompt with each other, and "
-            "train.images_per_prompt=1 leaves nothing to compare: raise it, or use ddpo with algorithm.advantage=prompt"
-        )
     if config.train.kl_budget is not None:
         check_budget(config, sampler, algorithm)
-    if "one pass" in algorithm.needs and config.train.inner_epochs > 1:
-        raise UsageError(
-            f"the algorithm {config.algorithm['name']} has no importance weights: set train.inner_epochs=1, or use ddpo"
-        )
-    if "reward gradients" in algorithm.needs:
-        for reward in make_rewards(config):
-            if not reward.differentiable:
-                raise UsageError(
-                    f"the algorithm {config.algorithm['name']} differentiates the reward, and {reward.name} has no "
-                    "gradient: use nft, ddpo or another algorithm that needs none"
-                )
-    if "Markov steps" in algorithm.needs and getattr(sampler, "has_solver_state", False):
-        raise UsageError(
-            f"the algorithm {config.algorithm['name']}, as configured, needs a sampler whose steps depend on the state "
-            f"alone, and {config.sampler['name']} remembers earlier steps: use another sampler (a policy gradient: or "
-            "algorithm.kappa=0)"
-        )
-    if "affine steps" in algorithm.needs and not isinstance(sampler, Coefficients):
-        raise UsageError(
-            f"the algorithm {config.algorithm['name']} needs a sampler whose steps are affine in the score, and "
-            f"{config.sampler['name']} is not: use ddim, exponential or euler_maruyama"
-        )
-    if {"stochastic steps", "noise"} & set(algorithm.needs) and not sampler.stochastic.any():
-        advice = "set sampler.eta=1, or look at the sampler's own options"
-        if config.sampler["steps"] == 1:
-            advice = "its one step goes to the data, where no noise is added; raise sampler.steps"
-        raise UsageError(
-            f"the algorithm {config.algorithm['name']} needs steps with noise, and the sampler "
-            f"{config.sampler['name']} has none as configured: {advice}"
-        )
-    if "stochastic steps" not in algorithm.needs:
-        if config.train.steps is not None or config.train.steps_per_image is not None:
-            raise UsageError(
-                f"the algorithm {config.algorithm['name']} does not choose among denoising steps: leave train.steps "
-                "and train.steps_per_image out"
-            )
-        return
-    trained_steps(sampler, config.train)
+    check_needs(algorithm.needs, Setting(config, sampler))
 
 
 def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None:
@@ -122,7 +79,7 @@ def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None
         raise UsageError(
             "config train.kl_budget: what the algorithm rolls out, as configured, is not the policy: leave it out"
         )
-    if not sampler.stochastic.any() or getattr(sampler, "has_solver_state", False):
+    if not sampler.stochastic.any() or not sampler.is_markov:
         raise UsageError(
             "config train.kl_budget: the path KL needs steps with noise that depend on the state alone: use ddim with "
             "sampler.eta=1"

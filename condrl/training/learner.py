@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from condrl.algorithms.base import Algorithm, Examples, Experience, Metrics
+from condrl.algorithms.base import Algorithm, Collected, OwnNetwork
+from condrl.algorithms.examples import Examples, Metrics
 from condrl.config import Config
 from condrl.diffusion.noise import seeded_by
 from condrl.diffusion.policy import Policy
@@ -22,17 +24,15 @@ class Learner:
     def __init__(self, config: Config, policy: Policy, algorithm: Algorithm, processes: Processes) -> None:
         self.config, self.policy, self.algorithm, self.processes = config, policy, algorithm, processes
         self.weights = [p for p in policy.model.module.parameters() if p.requires_grad]
-        train, own = config.train, algorithm.modules()
-        self.rates = [train.lr, *(lr for _, lr in own.values())]
-        groups = [self.weights, *(list(module.parameters()) for module, _ in own.values())]
-        self.parameters = [parameter for group in groups for parameter in group]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group} for group in groups], train.lr, train.betas, weight_decay=train.weight_decay, fused=True
-        )
+        train, self.networks = config.train, algorithm.networks()
+        self.rates = [train.lr, *(own.lr for own in self.networks.values())]
+        groups = [{"params": self.weights}, *(parameter_group(own) for own in self.networks.values())]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, train.lr, train.betas, weight_decay=train.weight_decay, fused=True)
         self.updates = 0
         self.bad_updates = self.skipped = 0  # updates without a finite gradient: in a row, in all
 
-    def update(self, examples: Examples, experience: Experience, epoch: int) -> dict[str, float]:
+    def update(self, examples: Examples, experience: Collected, epoch: int) -> dict[str, float]:
         """The epoch's optimiser steps; returns the means of their metrics."""
         train, totals, norms = self.config.train, defaultdict[str, list[Tensor]](list), []
         generator = seeded_by(f"{self.config.run.seed} {epoch} update")
@@ -63,28 +63,32 @@ class Learner:
     def step(
         self, examples: Examples, indices: range, part: Tensor, generator: torch.Generator
     ) -> tuple[Metrics, Tensor | None]:
-        """One optimiser step on the mean over the images at `part` of the loss summed over columns.
+        """One optimiser step on the mean over the images at `part` of the loss summed over steps, and the extra ones.
 
         Returns this process's part of the metrics' means, and the gradient's norm; None where the step was skipped.
         """
         train, totals = self.config.train, defaultdict[str, list[Tensor]](list)
-        columns = self.draw_columns(examples.columns, len(part), generator)
-        weight = len(examples.columns) / columns.numel()  # a subset of the columns stands for all of them
+        steps = self.draw_steps(examples.k, len(part), generator)
+        weight = len(examples.k) / steps.numel()  # a subset of the steps stands for all of them
         own = (part >= indices.start) & (part < indices.stop)
-        pairs = torch.stack([(part - indices.start)[:, None].expand_as(columns), columns], -1)[own].flatten(0, 1)
+        pairs = torch.stack([(part - indices.start)[:, None].expand_as(steps), steps], -1)[own].flatten(0, 1)
+        parts = pairs.split(train.loss_batch) if len(pairs) else ()
         self.set_lr()
-        for some in pairs.split(train.loss_batch) if len(pairs) else ():
-            loss, metrics = self.algorithm.loss(self.policy, examples.minibatch(*some.unbind(1)))
+        for some in parts:
+            loss, metrics = self.algorithm.loss(self.policy, examples.at(*some.unbind(1)))
             (loss.sum() * weight).backward()
             metrics["loss"] = loss.detach().mean()
             for name, value in metrics.items():
-                totals[name].append(value.detach() * (len(some) / columns.numel()))
+                totals[name].append(value.detach() * (len(some) / steps.numel()))
         self.processes.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, train.max_grad_norm)
         if finite := self.finite(norm):
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
+        if finite:
+            self.extra_steps(examples, parts, weight)
+            self.algorithm.after_update(self.policy)
         return {name: torch.stack(values).sum() for name, values in totals.items()}, norm if finite else None
 
     def finite(self, norm: Tensor) -> bool:
@@ -106,12 +110,24 @@ class Learner:
             )
         return False
 
-    def draw_columns(self, columns: Tensor, images: int, generator: torch.Generator) -> Tensor:
-        """The columns trained for each image, (images, n): all, or n drawn without replacement."""
-        count = self.config.train.steps_per_image or len(columns)
-        if count == len(columns):
-            return columns.expand(images, -1)
-        return columns[torch.rand(images, len(columns), generator=generator).argsort(1)[:, :count]]
+    def extra_steps(self, examples: Examples, parts: Sequence[Tensor], weight: float) -> None:
+        """The own optimiser steps of the algorithm's networks, on the same pairs."""
+        for name, network in self.networks.items():
+            for _ in range(network.extra_steps):
+                for some in parts:
+                    loss = self.algorithm.own_loss(name, self.policy, examples.at(*some.unbind(1)))
+                    torch.autograd.backward(loss.sum() * weight, inputs=list(network.module.parameters()))
+                self.processes.sum_gradients(list(network.module.parameters()))
+                if self.finite(torch.zeros(())):
+                    self.optimizer.step()  # of what has a gradient: this network alone
+                self.optimizer.zero_grad()
+
+    def draw_steps(self, steps: Tensor, images: int, generator: torch.Generator) -> Tensor:
+        """The steps trained for each image, (images, n): all, or n drawn without replacement."""
+        count = self.config.train.steps_per_image or len(steps)
+        if count == len(steps):
+            return steps.expand(images, -1)
+        return steps[torch.rand(images, len(steps), generator=generator).argsort(1)[:, :count]]
 
     def set_lr(self) -> None:
         """The learning rate of the next update: warm-up, then constant or falling."""
@@ -121,3 +137,9 @@ class Learner:
             factor *= 1 - self.updates / (train.epochs * train.inner_epochs * train.updates_per_epoch)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+
+
+def parameter_group(own: OwnNetwork) -> dict[str, Any]:
+    """What AdamW is told of an algorithm's own network; the rest is as for the policy."""
+    own_settings = {"betas": own.betas, "weight_decay": own.weight_decay}
+    return {"params": list(own.module.parameters())} | {k: v for k, v in own_settings.items() if v is not None}

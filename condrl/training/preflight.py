@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from condrl.algorithms.base import Examples, Experience, RatioExamples, check_ratios, every_pair
+from condrl.algorithms.base import Collected, Experience
+from condrl.algorithms.examples import Examples, RatioExamples, check_ratios
 from condrl.diffusion.noise import rng_state, set_rng_state
+from condrl.diffusion.rollout import Place
 from condrl.errors import RewardError, RunError
 from condrl.processes import Processes
 from condrl.prompts import Row
@@ -34,13 +36,9 @@ class Trial:
     images: int  # of a prompt
     calls_to_gather: float  # network calls for an image: roll-out and examples
     calls_to_learn: float  # in a pass of updates
-    saved_gb: float  # held for the backward pass, for a pair of image and column
-    rewards: list[float]  # of the first images
-    spread: float  # standard deviation of the reward within prompts, root mean square
+    saved_gb: float  # held for the backward pass, for a pair of image and step
+    collected: Collected
     kl_gradient: float | None  # its norm a small step away from the base; None without a KL
-    image: Tensor  # (1, ...), one of them
-    failed: int  # how many have no score
-    failure: str | None  # what to say of the first of them
 
 
 def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[Reward] = ()) -> list[str]:
@@ -50,18 +48,37 @@ def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[
     """
     with usage_errors(), untouched([*trainer.rewards, *measures]):
         trial = attempt(trainer)
-        try_rows(trainer.rewards, trial.image, trainer.rows, trainer.processes)
-        try_rows(measures, trial.image, heldout, trainer.processes)
-    train = trainer.config.train
-    lines = [arithmetic(trainer, trial), memory(trainer, trial)]
-    shown = ", ".join(f"{value:.4g}" for value in trial.rewards[:2])
-    lines.append(f"reward of two images of the base model: {shown}; spread within a prompt: {trial.spread:.3g}")
-    if trial.failed:
-        lines.append(f"warning: {trial.failed} of the images tried have no score: {trial.failure}")
-    if trial.spread == 0 and train.images_per_prompt > 1:
-        lines.append(f"warning: the reward is the same for the {trial.images} images tried of each prompt")
+        image = some_image(trainer, trial.collected)
+        try_rows(trainer.rewards, image, trainer.rows, trainer.processes)
+        try_rows(measures, image, heldout, trainer.processes)
     if trial.kl_gradient == 0:
         raise RunError("algorithm.kappa asks for a KL to the base model, but it has no gradient in what is trained")
+    lines = [arithmetic(trainer, trial), memory(trainer, trial)]
+    if isinstance(trial.collected, Experience):
+        lines += reward_lines(trial.collected, trial.images)
+    return lines
+
+
+def some_image(trainer: Trainer, collected: Collected) -> Tensor:
+    """An image (1, ...) of the base model, or what it decodes from zeros where nothing was rolled out."""
+    if isinstance(collected, Experience):
+        return collected.preview[:1].to(trainer.policy.model.device)
+    model = trainer.policy.model
+    with torch.no_grad():
+        return model.decode(torch.zeros(1, *model.state_shape, device=model.device))
+
+
+def reward_lines(experience: Experience, images_per_prompt: int) -> list[str]:
+    """What the rewards of the images tried show."""
+    rewards = experience.scores.total
+    groups = rewards.view(-1, images_per_prompt)
+    spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().item()
+    shown = ", ".join(f"{value:.4g}" for value in rewards.tolist()[:2])
+    lines = [f"reward of two images of the base model: {shown}; spread within a prompt: {spread:.3g}"]
+    if failed := int((~experience.scored).sum()):
+        lines.append(f"warning: {failed} of the images tried have no score: {experience.scores.failure}")
+    if spread == 0 and images_per_prompt > 1:
+        lines.append(f"warning: the reward is the same for the {images_per_prompt} images tried of each prompt")
     return lines
 
 
@@ -132,28 +149,25 @@ def attempt(trainer: Trainer) -> Trial:
     twin, model = smaller(trainer), trainer.policy.model
     before = model.evaluations
     drawn = rng_state()  # a reward may draw
-    experience = twin.collect(0, Clock())
-    check_scores(trainer, experience)
-    examples = twin.examples(experience, 0)
-    images, gathered = len(experience.rows), model.evaluations - before
+    collected = twin.collect(0, Clock())
+    if isinstance(collected, Experience):
+        check_scores(trainer, collected)
+    examples = twin.examples(collected, 0)
+    images, gathered = len(collected.rows), model.evaluations - before
     if isinstance(examples, RatioExamples) and trainer.config.run.check_ratios:
         check_ratios(examples, twin.policy, twin.config.train.loss_batch)
     learning = model.evaluations
     saved = differentiate(twin, examples)
-    passes = (trainer.config.train.steps_per_image or len(examples.columns)) / len(examples.columns)
-    rewards = experience.scores.total
-    groups = rewards.view(-1, twin.config.train.images_per_prompt)
+    passes = (trainer.config.train.steps_per_image or len(examples.k)) / len(examples.k)
     trial = Trial(
         images=twin.config.train.images_per_prompt,
         calls_to_gather=gathered / images,
         calls_to_learn=passes * (model.evaluations - learning) / images,
         saved_gb=saved,
-        rewards=rewards.tolist(),
-        spread=(groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().item(),
-        kl_gradient=kl_gradient(twin, experience.rollout.states[0], experience.rollout.condition),
-        image=experience.preview[:1].to(model.device),
-        failed=int((~experience.scored).sum()),
-        failure=experience.scores.failure,
+        collected=collected,
+        kl_gradient=kl_gradient(twin, collected.rollout.place(0, torch.arange(images)), collected.rollout.condition)
+        if isinstance(collected, Experience) and twin.algorithm.kappa
+        else None,
     )
     model.evaluations = before
     set_rng_state(drawn)
@@ -222,9 +236,9 @@ def smaller(trainer: Trainer) -> Trainer:
 def differentiate(twin: Trainer, examples: Examples) -> float:
     """Do the backward passes of all pairs; returns the GB that a pair's graph holds."""
     most = 0.0
-    for some in every_pair(examples).split(min(twin.config.train.loss_batch, examples.images)):
+    for some in examples.every_pair().split(min(twin.config.train.loss_batch, examples.count)):
         with held_bytes(twin) as held:
-            loss, _ = twin.algorithm.loss(twin.policy, examples.minibatch(*some.unbind(1)))
+            loss, _ = twin.algorithm.loss(twin.policy, examples.at(*some.unbind(1)))
         loss.sum().backward()
         most = max(most, sum(held.values()) / len(some) / 1e9)
     for parameter in twin.learner.parameters:
@@ -236,7 +250,7 @@ def differentiate(twin: Trainer, examples: Examples) -> float:
 def held_bytes(twin: Trainer) -> Iterator[dict[int, int]]:
     """The bytes of each storage that autograd keeps of what is computed within, the weights' aside."""
     held: dict[int, int] = {}
-    modules = [twin.policy.model.module, *(module for module, _ in twin.algorithm.modules().values())]
+    modules = [twin.policy.model.module, *(own.module for own in twin.algorithm.networks().values())]
     weights = {here(p).untyped_storage().data_ptr() for module in modules for p in module.parameters()}
 
     def keep(x: Tensor) -> Tensor:
@@ -248,21 +262,22 @@ def held_bytes(twin: Trainer) -> Iterator[dict[int, int]]:
         yield held
 
 
-def kl_gradient(twin: Trainer, x: Tensor, condition: Tensor) -> float | None:
-    """The norm of the gradient of a step's KL to the base model, a small step away from it; None without a KL."""
+def kl_gradient(twin: Trainer, start: Place, condition: Tensor) -> float | None:
+    """The norm of the gradient of a step's KL to the base model, a small step away from it; None without noise."""
     policy, steps = twin.policy, twin.policy.sampler.stochastic.nonzero().flatten()
-    x, condition = x[: twin.config.train.loss_batch], condition[: twin.config.train.loss_batch]
-    if not getattr(twin.algorithm, "kappa", 0) or not len(steps):
+    if not len(steps):
         return None
+    few = torch.arange(min(len(condition), twin.config.train.loss_batch))
+    place, condition = start[few], condition[few]
     weights = [w.detach().clone() for w in twin.learner.weights]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in twin.learner.weights:
             weight.add_(1e-2 * torch.randn(weight.shape, generator=generator).to(weight))
-    k = steps[:1].expand(len(x))
+    step = place.x, steps[:1].expand(len(few)), condition, place.solver_state
     with policy.model.reference(), torch.no_grad():
-        base = policy.transition(x, k, condition)
-    policy.transition(x, k, condition).kl(base).sum().backward()
+        base = policy.transition(*step)
+    policy.transition(*step).kl(base).sum().backward()
     norm = torch.stack([w.grad.norm() for w in twin.learner.weights if w.grad is not None] or [torch.zeros(())]).norm()
     with torch.no_grad():
         for weight, value in zip(twin.learner.weights, weights, strict=True):

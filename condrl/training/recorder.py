@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from condrl.algorithms.base import Experience
+from condrl.algorithms.base import Collected, Experience
 from condrl.errors import naming
 from condrl.io.records import to_json
 from condrl.processes import Processes
@@ -42,25 +42,24 @@ class Recorder:
     def record(
         self,
         counts: Mapping[str, int],
-        experience: Experience,
+        experience: Collected,
         metrics: Mapping[str, float],
         seconds: Mapping[str, float],
-    ) -> float:
-        """Append a line to metrics.jsonl and pass it to the trackers; returns the mean reward.
+    ) -> dict[str, Any]:
+        """Append a line to metrics.jsonl and pass it to the trackers, and return it.
 
         `counts` are the epoch's number and what there has been of images and updates.
         """
         line: dict[str, Any] = dict(counts)
-        for name, own in {"total": experience.scores.total, **experience.scores.each}.items():
-            values = experience.gather(own)[experience.scored]
-            line[f"reward/{name}"], line[f"reward/{name}_std"] = values.mean().item(), values.std(correction=0).item()
-        line["failed_scores"] = experience.total - int(experience.scored.sum())
-        line |= {**metrics, **spread_metrics(experience)}
+        if isinstance(experience, Experience):
+            line |= reward_metrics(experience) | dict(metrics) | spread_metrics(experience)
+        else:
+            line |= metrics
         self.first = {**line, **self.first}  # of the first epoch, and of the base model what was measured of it
         found = diagnose(self.first, line)
         if self.processes.is_main:
             self.write(line, found, seconds)
-        return float(line["reward/total"])
+        return line
 
     def write(self, line: dict[str, Any], found: Mapping[str, str], seconds: Mapping[str, float]) -> None:
         """Append to the record what an epoch measured, print the diagnoses that are new."""
@@ -84,3 +83,12 @@ class Recorder:
         path = self.folder.file(f"images/epoch_{epoch + 1:04d}.png")
         save_grid(path, list(experience.preview), labels)
         log_picture(self.processes.accelerator, "images", path, epoch + 1)
+
+
+def reward_metrics(experience: Experience) -> dict[str, float]:
+    """The mean and spread of each reward over all processes' images, and how many scores failed."""
+    found: dict[str, float] = {}
+    for name, own in {"total": experience.scores.total, **experience.scores.each}.items():
+        values = experience.gather(own)[experience.scored]
+        found[f"reward/{name}"], found[f"reward/{name}_std"] = values.mean().item(), values.std(correction=0).item()
+    return found | {"failed_scores": experience.total - int(experience.scored.sum())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,19 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from condrl.algorithms.base import (
-    Algorithm,
-    Examples,
-    Experience,
-    RatioExamples,
-    check_ratios,
-    has_half_precision,
-    recomputed,
-)
+from condrl.algorithms.base import Algorithm, Collected, Context, Experience
+from condrl.algorithms.examples import Examples, RatioExamples, check_ratios, has_half_precision, recomputed
 from condrl.config import Config
 from condrl.diffusion.noise import Noise, rng_state, set_rng_state
 from condrl.diffusion.path_kl import path_kl
 from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import Rollout
 from condrl.errors import RunError, Stopped, print_main
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
@@ -83,12 +78,13 @@ class Trainer:
                 break
             before = copy.deepcopy(self.state_dict()) if long or self.asks_elsewhere else None
             try:
-                reward = self.run_epoch(epoch, is_interruptible=before is not None)
+                line = self.run_epoch(epoch, is_interruptible=before is not None)
             except (Exception, Stopped) as error:
                 if before is not None and (self.processes.count == 1 or isinstance(error, Stopped)):
                     self.rescue(before)
                 raise
-            bar.set_postfix(reward=f"{reward:.3f}")
+            told = "reward/total" if "reward/total" in line else "loss"
+            bar.set_postfix({told.partition("/")[0]: f"{line.get(told, math.nan):.3f}"})
             now = time.monotonic()
             due, took_long, ended = now - saved >= self.config.run.checkpoint_seconds, now - ended >= LONG, now
             stopping, (due, long) = self.processes.broadcast(due, took_long)
@@ -106,16 +102,17 @@ class Trainer:
         except RunError as error:
             print_main(f"warning: {error}")
 
-    def run_epoch(self, epoch: int, is_interruptible: bool = False) -> float:
-        """Roll out, score, credit, update, record; returns the mean reward.
+    def run_epoch(self, epoch: int, is_interruptible: bool = False) -> dict[str, Any]:
+        """Roll out, score, credit, update, record; returns the line of the record.
 
         Raises: Stopped, if it `is_interruptible`, when the run is asked to stop before the record.
         """
         with self.processes.interruptible(is_interruptible):
             clock = Clock()
             experience = self.collect(epoch, clock)
-            self.recorder.picture(experience, epoch, self.config.train.images_per_prompt)
-            clock.lap("picture")
+            if isinstance(experience, Experience):
+                self.recorder.picture(experience, epoch, self.config.train.images_per_prompt)
+                clock.lap("picture")
             examples = self.examples(experience, epoch)
             clock.lap("examples")
             if epoch < 2 and self.config.run.check_ratios and isinstance(examples, RatioExamples):
@@ -123,7 +120,7 @@ class Trainer:
                 batch = self.config.train.loss_batch
                 check_ratios(examples, self.policy, batch, None if epoch == 0 else batch)
                 clock.lap("check")
-            budget = self.base_kl(experience)
+            budget = self.base_kl(experience) if isinstance(experience, Experience) else None
             metrics = self.learner.update(examples, experience, epoch) | self.keep_to_budget(budget)
             clock.lap("update")
             if self.heldout and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0:
@@ -135,24 +132,33 @@ class Trainer:
         metrics |= self.processes.add_up({"network_calls": self.policy.model.evaluations})
         return self.recorder.record(counts, experience, metrics, clock.seconds)
 
-    def collect(self, epoch: int, clock: Clock) -> Experience:
-        """Roll out this process's share of an epoch's prompts and score the images."""
-        train, model = self.config.train, self.policy.model
+    def collect(self, epoch: int, clock: Clock) -> Collected:
+        """What the algorithm learns from in an epoch: of its prompt rows, this process's share."""
+        train = self.config.train
         drawn = epoch_rows(self.rows, self.config.run.seed, epoch, train.prompts_per_epoch)
         share, group = self.processes.local_indices(len(drawn)), train.images_per_prompt
         rows = [drawn[i] for i in share for _ in range(group)]
-        indices = range(share.start * group, share.stop * group)
-        condition = model.encode([row.prompt for row in rows])
+        indices, images = range(share.start * group, share.stop * group), len(drawn) * group
         noise = self.noise(epoch, "rollout", indices)
-        trajectories = self.algorithm.rollout(self.policy, condition, noise, train.rollout_batch)
-        clock.lap("rollout")
+
+        def scored(trajectories: Rollout, rows: list[Row]) -> Experience:
+            clock.lap("rollout")
+            return self.scored(trajectories, rows, indices, images, clock)
+
+        context = Context(self.policy, train, noise, self.processes, indices, images, scored)
+        collected = self.algorithm.collect(context, rows)
+        clock.lap("collect")
+        return collected
+
+    def scored(self, trajectories: Rollout, rows: list[Row], indices: range, images: int, clock: Clock) -> Experience:
+        """Trajectories for rows, which are `indices` of all processes' images, with the scores of their samples."""
+        group = self.config.train.images_per_prompt
         with torch.no_grad():
-            samples = model.decode(trajectories.samples)
+            samples = self.policy.model.decode(trajectories.samples)
             clock.lap("decode")
             scores = score(self.rewards, samples, rows)
         for reward in self.rewards:
             reward.offload()
-        images = len(drawn) * group
         weights = self.weights_of(scores, indices, images)
         scores = replace(scores, total=weighted(scores.each, weights))
         clock.lap("score")
@@ -162,8 +168,17 @@ class Trainer:
 
         good = self.processes.gather(scores.total.isfinite().float(), indices, images) > 0
         self.check_failures(scores, good)
-        shown = samples[::group][:PICTURES].cpu()
-        return Experience(trajectories, rows, scores, shown, total, self.processes, indices, images, good)
+        return Experience(
+            rows=rows,
+            processes=self.processes,
+            indices=indices,
+            total=images,
+            scored=good,
+            rollout=trajectories,
+            scores=scores,
+            preview=samples[::group][:PICTURES].cpu(),
+            score=total,
+        )
 
     def weights_of(self, scores: Scores, indices: range, images: int) -> dict[str, float]:
         """What each reward is multiplied by in an epoch's total."""
@@ -182,7 +197,7 @@ class Trainer:
             most = self.config.train.max_failed
             raise RunError(f"{said} ({share:.0%} of the scores failed; at most train.max_failed={most:g} of them may)")
 
-    def examples(self, experience: Experience, epoch: int) -> Examples:
+    def examples(self, experience: Collected, epoch: int) -> Examples:
         """What the epoch's updates learn from."""
         train = self.config.train
         noise = self.noise(epoch, "examples", experience.indices)
@@ -212,6 +227,7 @@ class Trainer:
             self.budget_exhausted = kl > budget
             return found
         least, now = self.config.algorithm["kappa"], self.algorithm.kappa
+        assert now is not None  # check_budget
         self.algorithm.kappa = 1.2 * now if kl > budget else max(least, now / 1.2)
         return found | {"kappa": now}
 
@@ -244,11 +260,11 @@ class Trainer:
             "skipped": self.learner.skipped,
             "first": self.recorder.first,
             "spent": self.budget_exhausted,
-            "kappa": getattr(self.algorithm, "kappa", None),
+            "kappa": self.algorithm.kappa,
             "evaluations": self.processes.add_up({"calls": self.policy.model.evaluations})["calls"],
             "rewards": self.processes.gather_objects({reward.name: reward.state_dict() for reward in self.rewards}),
             "weights": list(self.learner.weights),
-            "modules": {name: module.state_dict() for name, (module, _) in self.algorithm.modules().items()},
+            "modules": {name: own.module.state_dict() for name, own in self.learner.networks.items()},
             "optimizer": self.learner.optimizer.state_dict(),
             "algorithm": self.algorithm.state_dict(),
             "rng": self.processes.gather_objects(rng_state()),
@@ -267,8 +283,8 @@ class Trainer:
         self.policy.model.evaluations = state["evaluations"] if self.processes.is_main else 0
         for weight, value in zip(learner.weights, state["weights"], strict=True):
             weight.copy_(value)
-        for name, (module, _) in self.algorithm.modules().items():
-            module.load_state_dict(state["modules"][name])
+        for name, own in self.learner.networks.items():
+            own.module.load_state_dict(state["modules"][name])
         theirs = state["optimizer"]
         groups = learner.optimizer.state_dict()["param_groups"]  # all but `lr` is as the config has it
         groups = [{**own, "lr": group["lr"]} for own, group in zip(groups, theirs["param_groups"], strict=True)]

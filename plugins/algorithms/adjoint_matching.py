@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms.base import Algorithm, Examples, Experience, Metrics, Need, trained_steps
+from condrl.algorithms.base import Algorithm, Experience
+from condrl.algorithms.examples import Examples, Metrics, per_step
+from condrl.algorithms.needs import Need, markov_steps, noisy_steps, reward_gradients, trained_steps
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.rollout import Rollout
 
 
-@dataclass(frozen=True)
-class Targets:
-    """B (image, step) pairs."""
+@dataclass(frozen=True, kw_only=True)
+class Targets(Examples):
+    """The denoising steps of an epoch's images."""
 
-    x: Tensor  # (B, ...)
-    k: Tensor  # (B,)
-    mean: Tensor  # (B, ...) that the step should have
-    condition: Tensor  # (B,)
-
-
-@dataclass(frozen=True)
-class TargetTable:
-    """The steps of an epoch's images; a column is a step."""
-
-    rollout: Rollout
-    means: Tensor  # (K, B, ...)
-    columns: Tensor  # (n,)
-    metrics: Metrics = field(default_factory=dict)
-
-    @property
-    def images(self) -> int:
-        return len(self.rollout.condition)
-
-    def minibatch(self, images: Tensor, columns: Tensor) -> Targets:
-        k, i = columns.to(self.means.device), images.to(self.means.device)
-        return Targets(self.rollout.states[k, i], columns, self.means[k, i], self.rollout.condition[images])
+    x: Tensor = per_step()
+    mean: Tensor = per_step()  # that the step should have
 
 
 @condrl.algorithm
@@ -59,16 +39,16 @@ class AdjointMatching(Algorithm):
         self.require_positive("kappa")
 
     @property
-    def needs(self) -> Sequence[Need]:
-        return ("reward gradients", "stochastic steps", "Markov steps")
+    def needs(self) -> tuple[Need, ...]:
+        return (reward_gradients, noisy_steps, markov_steps)
 
-    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Examples:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Targets:
         r, means = experience.rollout, torch.empty_like(experience.rollout.states[1:])
         for images in torch.arange(len(r.condition)).split(min(train.rollout_batch, train.loss_batch)):
             rows = images.to(means.device)
             for k, mean in self._targets(policy, r.states[:, rows], r.condition[images], images, experience):
                 means[k, rows] = mean
-        return TargetTable(r, means, trained_steps(policy.sampler, train))
+        return Targets(condition=r.condition, k=trained_steps(policy.sampler, train), x=r.states[:-1], mean=means)
 
     def _targets(
         self, policy: Policy, states: Tensor, condition: Tensor, images: Tensor, experience: Experience

@@ -2,83 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 import condrl
 from condrl.algorithms.actions import Actions, action_log_prob, action_variance, explore, pretrained_scores
-from condrl.algorithms.base import Algorithm, Experience, Metrics, Need
+from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
 from condrl.algorithms.credit import group_scale
+from condrl.algorithms.examples import Metrics, RatioExamples, per_image, per_step
+from condrl.algorithms.needs import Need, affine_steps, groups
 from condrl.algorithms.policy_gradient import clipped
 from condrl.algorithms.values import Value
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import like, x0_from_score
-from condrl.diffusion.transition import Coefficients
 
 
-@dataclass(frozen=True)
-class ActionSteps:
-    """B (image, step) pairs."""
+@dataclass(frozen=True, kw_only=True)
+class ActionSteps(RatioExamples):
+    """The scores that an epoch's images were made with; `old_log_prob` is that of the action."""
 
-    algorithm: CTRL
-    x: Tensor
-    k: Tensor  # (B,)
-    action: Tensor
-    base: Tensor
-    old_log_prob: Tensor  # (B,) of the action, nats
-    advantage: Tensor  # (B,)
-    scale: Tensor  # (B,) what the prompt's objective is multiplied by
-    target: Tensor  # (B,) the return that the value should predict
-    hint: Tensor | None  # (B,) r(x0hat)
-    condition: Tensor  # (B,)
+    x: Tensor = per_step()
+    action: Tensor = per_step()
+    variance: Tensor = per_step()  # of the action
+    base: Tensor = per_step()  # the pretrained score
+    advantage: Tensor = per_step()
+    scale: Tensor = per_image()  # what the prompt's objective is multiplied by
+    target: Tensor = per_step()  # the return that the value should predict
+    hint: Tensor | None = per_step(default=None)  # r(x0hat)
 
     def log_prob(self, policy: Policy) -> Tensor:
-        """What `old_log_prob` is under this policy."""
-        mean = policy.action(self.x, self.k, self.condition)
-        return self.algorithm.log_prob(policy, mean, self.action, self.k)
-
-
-@dataclass(frozen=True)
-class ActionTable:
-    """An epoch's steps; a column is a step."""
-
-    algorithm: CTRL
-    rollout: Actions
-    base: Tensor  # (K, B, ...) pretrained scores
-    columns: Tensor  # (K,)
-    advantages: Tensor  # (K, B)
-    scale: Tensor  # (B,)
-    targets: Tensor  # (K, B)
-    hints: Tensor | None  # (K, B)
-    metrics: Metrics
-
-    @property
-    def images(self) -> int:
-        return len(self.scale)
-
-    def minibatch(self, images: Tensor, columns: Tensor) -> ActionSteps:
-        r, i, k = self.rollout, images.to(self.scale.device), columns.to(self.scale.device)
-        return ActionSteps(
-            algorithm=self.algorithm,
-            x=r.states[k, i],
-            k=columns,
-            action=r.actions[k, i],
-            base=self.base[k, i],
-            old_log_prob=r.log_probs[k, i],
-            advantage=self.advantages[k, i],
-            scale=self.scale[i],
-            target=self.targets[k, i],
-            hint=None if self.hints is None else self.hints[k, i],
-            condition=r.condition[images],
-        )
-
-    def with_log_probs(self, log_probs: Tensor) -> ActionTable:
-        return replace(self, rollout=replace(self.rollout, log_probs=log_probs))
+        return action_log_prob(policy.action(self.x, self.k, self.condition), self.action, self.variance)
 
 
 @condrl.algorithm
@@ -96,6 +53,7 @@ class CTRL(Algorithm):
     clip_range: float = 0.2  # bound on |ratio - 1| of an action's probability
     memory: float = 5.0  # time constant of the advantage estimate, as a share of the schedule's time
     value_lr: float = 3e-3  # learning rate of the value network
+    value_steps: int = 1  # its optimiser steps for each update of the policy
     value_width: int = 64  # its hidden units
     value_hint: bool | None = None  # show it the reward of the denoised state; null: for images
     normalise: bool = True  # divide by the standard deviation of the rewards of a prompt's images
@@ -105,40 +63,37 @@ class CTRL(Algorithm):
 
     def __post_init__(self) -> None:
         self.require_positive("exploration", "clip_range", "memory", "value_lr", "value_width", "advantage_clip")
+        self.require_at_least(1, "value_steps")
         self.require_at_least(0, "kappa")
 
     @property
-    def needs(self) -> Sequence[Need]:
-        return ("affine steps", "groups")
+    def needs(self) -> tuple[Need, ...]:
+        return (affine_steps, groups)
 
     def setup(self, policy: Policy) -> None:
         features = policy.model.features(torch.zeros(1, dtype=torch.long)).shape[1]
         self.value = Value(policy.model.schedule, policy.model.state_shape, features, self.value_width)
         self.value.to(policy.model.device)
 
-    def modules(self) -> dict[str, tuple[torch.nn.Module, float]]:
-        return {"value": (self.value, self.value_lr)}
+    def networks(self) -> dict[str, OwnNetwork]:
+        return {"value": OwnNetwork(self.value, self.value_lr, extra_steps=self.value_steps - 1)}
 
     # ------------------------------------------------------------------------------------------ roll-out
 
-    def variance(self, policy: Policy) -> Tensor:
-        """Sigma of each step's action (K,)."""
-        return action_variance(policy, self.exploration)
-
     def costs(self, policy: Policy) -> Tensor:
         """w (K,) with KL_k = w |mu - s_pre|^2: B^2 / 2 S^2, or g^2 D / 2 where a step has no noise."""
-        sampler = policy.sampler
-        assert isinstance(sampler, Coefficients)  # needs
+        sampler = policy.sampler.affine
+        assert sampler is not None  # needs
         fiat = policy.model.schedule.g2(sampler.times[:-1]) * -sampler.times.diff() / 2
         return fiat.where(sampler.S == 0, sampler.B.square() / (2 * sampler.S.square()))
 
     def rollout(self, policy: Policy, condition: Tensor, noise: Noise, batch: int) -> Actions:
-        return explore(policy, condition, noise, batch, self.variance(policy))
+        return explore(policy, condition, noise, batch, action_variance(policy, self.exploration))
 
     # ------------------------------------------------------------------------------------------ credit
 
     @torch.no_grad()
-    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> ActionTable:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> ActionSteps:
         r, rewards = experience.rollout, experience.scores.total
         assert isinstance(r, Actions)  # from our own rollout
         base = pretrained_scores(policy, r, train.rollout_batch)
@@ -153,11 +108,23 @@ class CTRL(Algorithm):
         errors, wanted = (experience.gather(x)[:, experience.scored] for x in (targets - values[:-1], targets))
         fit = 1 - errors.var(1) / wanted.var(1).clamp(min=1e-12)
         metrics = {"path_kl": path, "objective": rewards.nanmean() - self.kappa * path, "value_explains": fit.max()}
-        every = torch.arange(policy.steps)
         advantages = self._accumulate(policy, td) * scale
         if self.normalise:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
-        return ActionTable(self, r, base, every, advantages, scale, targets, hints, metrics)
+        return ActionSteps(
+            condition=r.condition,
+            k=torch.arange(policy.steps),
+            old_log_prob=r.log_probs,
+            x=r.states[:-1],
+            action=r.actions,
+            variance=action_variance(policy, self.exploration)[:, None].expand_as(r.log_probs),
+            base=base,
+            advantage=advantages,
+            scale=scale,
+            target=targets,
+            hint=hints,
+            metrics=metrics,
+        )
 
     def _accumulate(self, policy: Policy, td: Tensor) -> Tensor:
         """A_k = TD_k + exp(-D_k / l) A_{k+1}: generalised advantages with a time constant l (THEORY 5.3)."""
@@ -187,21 +154,20 @@ class CTRL(Algorithm):
         t = policy.sampler.times[k].expand(len(r.condition))
         return self.value(r.states[k], t, policy.model.features(r.condition), None if hints is None else hints[k])
 
-    def log_prob(self, policy: Policy, mean: Tensor, action: Tensor, k: Tensor) -> Tensor:
-        """Of the action, but for its constant, (B,) float64."""
-        return action_log_prob(mean, action, self.variance(policy)[k])
-
     # ------------------------------------------------------------------------------------------ loss
 
     def loss(self, policy: Policy, batch: ActionSteps) -> tuple[Tensor, Metrics]:
         """PPO on the action, the running cost of its mean, the value's error weighed by the step (THEORY 5.5)."""
         mean = policy.action(batch.x, batch.k, batch.condition)
-        loss, metrics = clipped(
-            self.log_prob(policy, mean, batch.action, batch.k) - batch.old_log_prob, batch.advantage, self.clip_range
-        )
+        log_ratio = action_log_prob(mean, batch.action, batch.variance) - batch.old_log_prob
+        loss, metrics = clipped(log_ratio, batch.advantage, self.clip_range)
         cost = self.costs(policy)[batch.k].to(mean) * (mean - batch.base).square().flatten(1).sum(1)
-        t, times = policy.sampler.times[batch.k], policy.sampler.times
-        found = self.value(batch.x, t, policy.model.features(batch.condition), batch.hint)
-        share = ((times[batch.k] - times[batch.k + 1]) / times[0]).to(found)
-        error = share * (found - batch.target).square()
+        error = self.own_loss("value", policy, batch)
         return loss + self.kappa * batch.scale * cost + error, metrics | {"value_loss": error.mean()}
+
+    def own_loss(self, name: str, policy: Policy, batch: ActionSteps) -> Tensor:
+        """The value's squared error, weighed by the step (B,)."""
+        times = policy.sampler.times
+        found = self.value(batch.x, times[batch.k], policy.model.features(batch.condition), batch.hint)
+        share = ((times[batch.k] - times[batch.k + 1]) / times[0]).to(found)
+        return share * (found - batch.target).square()

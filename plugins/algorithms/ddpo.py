@@ -1,6 +1,5 @@
 """DDPO: policy gradients on denoising steps, importance-sampled and clipped (Black et al. 2024)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms.base import Metrics, Need
 from condrl.algorithms.credit import PromptTracker
+from condrl.algorithms.examples import Metrics
+from condrl.algorithms.needs import Need, noisy_steps
 from condrl.algorithms.policy_gradient import ClippedPolicyGradient, Steps
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.transition import Transition
@@ -42,8 +42,8 @@ class DDPO(ClippedPolicyGradient):
         self.tracker.load_state_dict(state)
 
     @property
-    def needs(self) -> Sequence[Need]:
-        return ("stochastic steps", "groups") if self.advantage == "group" else ("stochastic steps",)
+    def needs(self) -> tuple[Need, ...]:
+        return super().needs if self.advantage == "group" else (noisy_steps,)
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         if self.advantage == "group":
@@ -66,7 +66,8 @@ def step_weights(policy: Policy) -> Tensor:
     schedule, zero = policy.model.schedule, torch.zeros(policy.steps, 1, dtype=torch.float64)
 
     def transition(output: float) -> Transition:
-        return policy.sampler.step(torch.arange(policy.steps), zero, lambda x, t: schedule.score(zero + output, x, t))
+        k, state = torch.arange(policy.steps), policy.sampler.init(zero)
+        return policy.sampler.step(k, zero, lambda x, t: schedule.score(zero + output, x, t), state)[0]
 
     at_zero, at_one = transition(0.0), transition(1.0)
     weights = (at_one.std / (at_one.mean - at_zero.mean).abs()).flatten()

@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms.base import Algorithm, Examples, Experience, Metrics, Need
+from condrl.algorithms import needs
+from condrl.algorithms.base import Algorithm, Experience
+from condrl.algorithms.examples import Examples, Metrics, per_chain, per_image
+from condrl.algorithms.needs import Need, markov_steps, one_pass, reward_gradients
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
 
 
-@dataclass(frozen=True)
-class Chains:
-    """B trajectories from the first differentiated step on."""
+@dataclass(frozen=True, kw_only=True)
+class Chains(Examples):
+    """An epoch's trajectories from the first differentiated step on, which are one step of learning."""
 
-    states: Tensor  # (n + 1, B, ...)
-    condition: Tensor  # (B,)
-    score: Callable[[Tensor], Tensor]  # the total reward (B,) of other samples (B, ...) for these images
-
-
-@dataclass(frozen=True)
-class WholeChains:
-    """An epoch's trajectories; the only column is all of an image's differentiated steps."""
-
+    states: Tensor = per_chain()  # (n + 1, B, ...)
+    images: Tensor = per_image()  # their places in the experience
     experience: Experience
-    first: int
-    columns: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
-    metrics: Metrics = field(default_factory=dict)
 
-    @property
-    def images(self) -> int:
-        return len(self.experience.rows)
-
-    def minibatch(self, images: Tensor, columns: Tensor) -> Chains:
-        r = self.experience.rollout
-        states = r.states[self.first :, images.to(r.states.device)]
-        return Chains(states, r.condition[images], lambda samples: self.experience.score(samples, images))
+    def score(self, samples: Tensor) -> Tensor:
+        """The total reward (B,) of other samples (B, ...) for these images."""
+        return self.experience.score(samples, self.images)
 
 
 @condrl.algorithm(name="draft")
@@ -61,11 +48,18 @@ class DRaFT(Algorithm):
             self.require_at_least(1, "last")
 
     @property
-    def needs(self) -> Sequence[Need]:
-        return ("reward gradients", "Markov steps", "one pass", *(("noise",) if self.kappa > 0 else ()))
+    def needs(self) -> tuple[Need, ...]:
+        return (reward_gradients, markov_steps, one_pass, *((needs.noise,) if self.kappa > 0 else ()))
 
-    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Examples:
-        return WholeChains(experience, max(0, policy.steps - (self.last or policy.steps)))
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Chains:
+        r, first = experience.rollout, max(0, policy.steps - (self.last or policy.steps))
+        return Chains(
+            condition=r.condition,
+            k=torch.zeros(1, dtype=torch.long),
+            states=r.states[first:],
+            images=torch.arange(len(r.condition)),
+            experience=experience,
+        )
 
     def loss(self, policy: Policy, batch: Chains) -> tuple[Tensor, Metrics]:
         """-r + kappa KL of each image, (B,)."""

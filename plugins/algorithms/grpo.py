@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms.base import Metrics
 from condrl.algorithms.credit import group_advantages
+from condrl.algorithms.examples import Metrics
 from condrl.algorithms.policy_gradient import ClippedPolicyGradient, Steps, clipped
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.transition import Transition

@@ -1,14 +1,15 @@
 """NFT: reward-weighted matching of the policy's own noised samples (DiffusionNFT, Zheng et al. 2025)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 import condrl
-from condrl.algorithms.base import Algorithm, Examples, Experience, Metrics, Need
+from condrl.algorithms.base import Algorithm, Experience
 from condrl.algorithms.credit import group_advantages
+from condrl.algorithms.examples import Metrics
 from condrl.algorithms.forward import Noised, noised_samples
+from condrl.algorithms.needs import Need, groups
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
@@ -33,14 +34,14 @@ class NFT(Algorithm):
             raise condrl.UsageError(f"config algorithm.times: must rise within (0, 1), got {list(self.times)}")
 
     @property
-    def needs(self) -> Sequence[Need]:
-        return ("groups",)
+    def needs(self) -> tuple[Need, ...]:
+        return (groups,)
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Group advantages (B,), bounded by the temperature so that no density is asked to be negative."""
         return group_advantages(rewards, groups, self.normalise).clamp(-self.temperature, self.temperature)
 
-    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Examples:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Noised:
         advantages = experience.credit(self.advantages, experience.scores.total)
         return noised_samples(
             policy, experience.rollout, advantages, self.draws, self.times, train.rollout_batch, noise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 
 import condrl
 from condrl.algorithms.actions import Actions, Pairs, action_variance, explore, noised_pairs, pretrained_scores
-from condrl.algorithms.base import Algorithm, Experience, Metrics, Need
+from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
+from condrl.algorithms.examples import Examples, Metrics, per_chain, per_image
+from condrl.algorithms.needs import Need, affine_steps
 from condrl.algorithms.values import tanh_relu
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
@@ -20,38 +21,15 @@ from condrl.diffusion.rollout import Rollout
 from condrl.toys.datasets import ratio_score
 
 
-@dataclass(frozen=True)
-class Episodes:
-    """B whole trajectories, or as many steps at each time."""
+@dataclass(frozen=True, kw_only=True)
+class Episodes(Examples):
+    """An epoch's whole trajectories, or as many steps at each time, which are one step of learning."""
 
-    states: Tensor  # (K, B, d)
-    nexts: Tensor  # (K, B, d)
-    actions: Tensor  # (K, B, d)
-    running: Tensor  # (K, B) reward per unit of time, -g^2 |s - a|^2 (for paired scores in the mean)
-    reward: Tensor  # (B,) beta r of the samples
-    condition: Tensor  # (B,)
-
-
-@dataclass(frozen=True)
-class EpisodeTable:
-    """An epoch's trajectories; the only column is all of a trajectory."""
-
-    rollout: Actions
-    running: Tensor  # (K, B)
-    rewards: Tensor  # (B,)
-    metrics: Metrics
-    columns: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
-
-    @property
-    def images(self) -> int:
-        return len(self.rewards)
-
-    def minibatch(self, images: Tensor, columns: Tensor) -> Episodes:
-        r, i = self.rollout, images.to(self.rewards.device)
-        nexts = r.nexts if isinstance(r, Pairs) else r.states[1:]
-        return Episodes(
-            r.states[:-1, i], nexts[:, i], r.actions[:, i], self.running[:, i], self.rewards[i], r.condition[images]
-        )
+    states: Tensor = per_chain()
+    nexts: Tensor = per_chain()
+    actions: Tensor = per_chain()
+    running: Tensor = per_chain()  # reward per unit of time, -g^2 |s - a|^2 (for paired scores in the mean)
+    reward: Tensor = per_image()  # beta r of the samples
 
 
 class TimeValue(nn.Module):
@@ -100,8 +78,8 @@ class QLearning(Algorithm):
         self.require_at_least(0, "beta")
 
     @property
-    def needs(self) -> Sequence[Need]:
-        return ("affine steps",)
+    def needs(self) -> tuple[Need, ...]:
+        return (affine_steps,)
 
     def setup(self, policy: Policy) -> None:
         if self.score != "pretrained" and not hasattr(policy.model, "data"):
@@ -119,8 +97,8 @@ class QLearning(Algorithm):
             )
         self.value = TimeValue(shape[0], features.shape[1], self.value_width).to(policy.model.device)
 
-    def modules(self) -> dict[str, tuple[nn.Module, float]]:
-        return {"value": (self.value, self.value_lr)}
+    def networks(self) -> dict[str, OwnNetwork]:
+        return {"value": OwnNetwork(self.value, self.value_lr)}
 
     # ------------------------------------------------------------------------------------------ roll-out
 
@@ -131,7 +109,7 @@ class QLearning(Algorithm):
         return explore(policy, condition, noise, batch, action_variance(policy, self.temperature))
 
     @torch.no_grad()
-    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> EpisodeTable:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Episodes:
         r, schedule = experience.rollout, policy.model.schedule
         assert isinstance(r, Actions)  # from our own rollout
         g2 = schedule.g2(policy.sampler.times[:-1]).to(r.states)[:, None]
@@ -148,7 +126,16 @@ class QLearning(Algorithm):
         cost = (g2 * (scores - r.means).square().sum(2) * duration).sum(0).mean()
         rewards = self.beta * experience.scores.total
         metrics = {"denoising": cost} if self.off_policy else {"cost": cost, "objective": rewards.nanmean() - cost}
-        return EpisodeTable(r, running, rewards, metrics)
+        return Episodes(
+            condition=r.condition,
+            k=torch.zeros(1, dtype=torch.long),
+            states=r.states[:-1],
+            nexts=r.nexts if isinstance(r, Pairs) else r.states[1:],
+            actions=r.actions,
+            running=running,
+            reward=rewards,
+            metrics=metrics,
+        )
 
     def _excess(self, policy: Policy, r: Pairs, train: TrainConfig) -> Tensor:
         """|s_0 - mu|^2 - |s - mu|^2, (K, B), of the score s_0 given the point and the pretrained score s.

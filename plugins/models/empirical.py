@@ -13,7 +13,7 @@ import condrl
 from condrl.algorithms.values import tanh_relu
 from condrl.diffusion.schedule import Schedule, like, make_schedule
 from condrl.errors import UsageError
-from condrl.models.points import Points
+from condrl.models.points import Points, check_signal
 from condrl.toys.datasets import make_dataset
 
 
@@ -38,6 +38,7 @@ class Empirical(Points):
     ) -> None:
         self.device, self.prompts = device, list(data)
         self.schedule = make_schedule(schedule, schedule_options or {})
+        check_signal(self.schedule)
         generator = torch.Generator().manual_seed(seed)
         sets = [make_dataset(prompt, options, points, generator) for prompt, options in data.items()]
         if len({one.shape[1] for one in sets}) > 1:

@@ -12,7 +12,7 @@ import condrl
 from condrl.algorithms.values import mlp
 from condrl.diffusion.schedule import Schedule, like, make_schedule
 from condrl.errors import UsageError
-from condrl.models.points import Points
+from condrl.models.points import Points, check_signal
 from condrl.toys import oracle
 
 
@@ -39,6 +39,9 @@ class Mixture(Points):
         self.device, self.prompts = device, list(distributions)
         self.distribution = read_distributions(distributions)
         self.schedule = make_schedule(schedule, schedule_options or {})
+        if pretrained == "network":
+            check_signal(self.schedule)
+        self._data_means = self.distribution.mean()
         self.state_shape = (self.distribution.means.shape[-1],)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -58,11 +61,12 @@ class Mixture(Points):
         return score + self.module(x, t, condition) if self.tuned else score
 
     def pretrained_score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """The score (B, d) that tuning started from."""
+        """The score (B, d) that tuning started from; where there is no signal, the mean of the data."""
         if self._network is not None:
             return self._network(x, t, condition) / like(self.schedule.sigma(t), x)
-        distribution = self.distribution.rows(condition).noised(self.schedule.alpha(t), self.schedule.sigma(t))
-        return distribution.to(x).score(x)
+        alpha = self.schedule.alpha(t)
+        score = self.distribution.rows(condition).noised(alpha, self.schedule.sigma(t)).to(x).score(x)
+        return score.where(like(alpha, x) > 0, self._data_means[condition].to(x))
 
 
 # ---------------------------------------------------------------------------------------------- networks

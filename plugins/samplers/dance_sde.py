@@ -4,7 +4,7 @@ from torch import Tensor
 
 import condrl
 from condrl.diffusion.schedule import Schedule
-from condrl.diffusion.transition import Coefficients, euler_maruyama
+from condrl.diffusion.transition import Coefficients, check_noise_level, euler_maruyama
 
 
 @condrl.sampler
@@ -15,6 +15,5 @@ def dance_sde(
     noise_level: float = 0.3,  # standard deviation per square root of time, >= 0
 ) -> Coefficients:
     """DanceGRPO's sampler: Euler-Maruyama with eta(t) g(t) constant (THEORY 1.3)."""
-    if noise_level < 0:
-        raise condrl.UsageError(f"config sampler.noise_level: dance_sde needs at least 0, got {noise_level}")
+    check_noise_level(noise_level, "noise_level")
     return euler_maruyama(schedule, times, noise_level / schedule.noise_rate(times).sqrt())

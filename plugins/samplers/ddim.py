@@ -5,7 +5,7 @@ from torch import Tensor
 
 import condrl
 from condrl.diffusion.schedule import Schedule, coefficients
-from condrl.diffusion.transition import Coefficients
+from condrl.diffusion.transition import Coefficients, check_noise_level
 
 
 @condrl.sampler
@@ -16,8 +16,7 @@ def ddim(
     eta: float = 1.0,  # noise level in [0, 1]
 ) -> Coefficients:
     """DDIM with noise level eta in [0, 1]; eta = 1 is DDPM (Song et al. 2021, eq. 12)."""
-    if not 0 <= eta <= 1:
-        raise condrl.UsageError(f"config sampler.eta: ddim needs a value in [0, 1], got {eta}")
+    check_noise_level(eta, most=1)
     t, u = times[:-1], schedule.targets(times)
     alpha_t, alpha_u, sigma_t, sigma_u = schedule.alpha(t), schedule.alpha(u), schedule.sigma(t), schedule.sigma(u)
     fresh = 1 - (alpha_t * sigma_u / (alpha_u * sigma_t)).square()  # 1 - e^{-2h}, h the gain in log-SNR
@@ -26,4 +25,4 @@ def ddim(
         A, B = coefficients(alpha_t, sigma_t, alpha_u, sigma_u * torch.sqrt(1 - level**2 * fresh))
         return A, B, level * sigma_u * fresh.sqrt()
 
-    return Coefficients.at(times, eta, numbers)
+    return Coefficients.at(schedule, times, eta, numbers)

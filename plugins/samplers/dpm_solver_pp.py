@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 import condrl
 from condrl.diffusion.schedule import Schedule, like, x0_from_score
-from condrl.diffusion.transition import ModelFn, Transition
+from condrl.diffusion.transition import ModelFn, Sampler, Transition, check_noise_level
 
 
 @dataclass(frozen=True)
-class MultistepDPM:
+class MultistepDPM(Sampler):
     """The state is (sigma_u / sigma_t) e^{-eta^2 h} x + alpha_u (1 - e^{-(1 + eta^2) h}) D, plus noise.
 
     D extrapolates from the last two denoised predictions. The distribution is exact given the earlier one, the solver
@@ -21,30 +21,35 @@ class MultistepDPM:
     """
 
     schedule: Schedule
-    times: Tensor  # (K + 1,)
-    eta: Tensor  # (K,)
-    has_solver_state = True
+    times: Tensor
+    noise_level: Tensor = field()  # without the default of other samplers
 
     @property
     def stochastic(self) -> Tensor:
-        return (self.eta > 0) & (self.schedule.sigma(self.times[1:]) > 0)
+        return (self.noise_level > 0) & (self.schedule.sigma(self.times[1:]) > 0)
 
     def with_noise(self, mask: Tensor) -> MultistepDPM:
-        return replace(self, eta=self.eta.where(mask, 0.0))
+        return replace(self, noise_level=self.noise_level.where(mask, 0.0))
 
-    def step(self, k: Tensor, x: Tensor, act: ModelFn, solver_state: Tensor | None = None) -> Transition:
+    def init(self, x: Tensor) -> Tensor:
+        """No earlier prediction: the first step gives this one no weight."""
+        return torch.zeros_like(x)
+
+    def step(self, k: Tensor, x: Tensor, model: ModelFn, state: Tensor | None = None) -> tuple[Transition, Tensor]:
+        if state is None:
+            raise condrl.UsageError("dpm_solver_pp cannot be entered at a step without the solver state before it")
         t, u = self.times[k], self.times[k + 1]
         alpha_t, sigma_t, alpha_u, sigma_u = (
             c(time) for c, time in zip((self.schedule.alpha, self.schedule.sigma) * 2, (t, t, u, u), strict=True)
         )
-        denoised = x0_from_score(act(x, t), x, like(alpha_t, x), like(sigma_t, x))
+        action = model(x, t)
+        denoised = x0_from_score(action, x, like(alpha_t, x), like(sigma_t, x))
         gain = (sigma_u * alpha_t) / (sigma_t * alpha_u)  # e^{-h}
-        kept = gain ** self.eta[k].square()  # e^{-eta^2 h}
-        target = denoised
-        if solver_state is not None:
-            target = denoised + like(self._slope(k), x) * (denoised - solver_state)
+        kept = gain ** self.noise_level[k].square()  # e^{-eta^2 h}
+        target = denoised + like(self._slope(k), x) * (denoised - state)
         mean = like(sigma_u / sigma_t * kept, x) * x + like(alpha_u * (1 - gain * kept), x) * target
-        return Transition(mean, like(sigma_u * (1 - kept.square()).sqrt(), x), solver_state=denoised.detach())
+        std = like(sigma_u * (1 - kept.square()).sqrt(), x)
+        return Transition(mean, std, action, denoised), denoised.detach()
 
     def _slope(self, k: Tensor) -> Tensor:
         """1 / (2 rho), rho = h_{k-1} / h_k; 0 at the first step and at one that goes to the data."""
@@ -62,6 +67,5 @@ def dpm_solver_pp(
     eta: float = 0.0,  # noise level >= 0
 ) -> MultistepDPM:
     """DPM-Solver++ (2M) at any noise level, one score a step (Lu et al. 2022; THEORY 1.3)."""
-    if eta < 0:
-        raise condrl.UsageError(f"config sampler.eta: dpm_solver_pp needs a value of at least 0, got {eta}")
+    check_noise_level(eta)
     return MultistepDPM(schedule, times, torch.full((len(times) - 1,), eta, dtype=torch.float64))

@@ -4,7 +4,7 @@ from torch import Tensor
 
 import condrl
 from condrl.diffusion.schedule import Schedule
-from condrl.diffusion.transition import Coefficients
+from condrl.diffusion.transition import Coefficients, check_noise_level
 from condrl.diffusion.transition import euler_maruyama as coefficients
 
 
@@ -16,6 +16,5 @@ def euler_maruyama(
     eta: float = 1.0,  # noise level >= 0
 ) -> Coefficients:
     """Euler-Maruyama at noise level eta; eta = 0 is Euler on the probability-flow ODE (THEORY 1.3, S1)."""
-    if eta < 0:
-        raise condrl.UsageError(f"config sampler.eta: euler_maruyama needs a value of at least 0, got {eta}")
+    check_noise_level(eta)
     return coefficients(schedule, times, eta)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 import condrl
 from condrl.diffusion.schedule import Schedule, coefficients
-from condrl.diffusion.transition import Coefficients
+from condrl.diffusion.transition import Coefficients, check_noise_level
 
 
 @condrl.sampler
@@ -15,8 +15,7 @@ def exponential(
     eta: float = 1.0,  # noise level >= 0
 ) -> Coefficients:
     """Exact in the linear part for a score of constant epsilon; gDDIM (Zhang et al. 2023; THEORY 1.3, S2)."""
-    if eta < 0:
-        raise condrl.UsageError(f"config sampler.eta: exponential needs a value of at least 0, got {eta}")
+    check_noise_level(eta)
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     alpha_t, alpha_u, sigma_t, sigma_u = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
     ratio = alpha_t * sigma_u / (alpha_u * sigma_t)  # e^{-h}, h the gain in log-SNR; 0 to the data, or from pure noise
@@ -25,4 +24,4 @@ def exponential(
         kept = ratio ** level.square()
         return *coefficients(alpha_t, sigma_t, alpha_u, sigma_u * kept), sigma_u * (1 - kept.square()).sqrt()
 
-    return Coefficients.at(times, eta, numbers)
+    return Coefficients.at(schedule, times, eta, numbers)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 import condrl
 from condrl.diffusion.schedule import Schedule
-from condrl.diffusion.transition import Coefficients, euler_maruyama
+from condrl.diffusion.transition import Coefficients, check_noise_level, euler_maruyama
 
 
 @condrl.sampler
@@ -15,6 +15,5 @@ def flow_sde(
     noise_level: float = 0.7,  # a >= 0; a = sqrt(2) is memoryless
 ) -> Coefficients:
     """Flow-GRPO's sampler: Euler-Maruyama at eta = a / sqrt(2), whatever the schedule (THEORY 1.3)."""
-    if noise_level < 0:
-        raise condrl.UsageError(f"config sampler.noise_level: flow_sde needs at least 0, got {noise_level}")
+    check_noise_level(noise_level, "noise_level")
     return euler_maruyama(schedule, times, noise_level / 2**0.5)

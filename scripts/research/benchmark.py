@@ -36,11 +36,10 @@ import torch
 from full_size import REWARDS, save_sd15
 from tqdm import tqdm
 
-from condrl.algorithms.base import RatioExamples, check_ratios
+from condrl.algorithms.examples import RatioExamples, check_ratios
 from condrl.commands.console import exit_code
 from condrl.config import Config, load_config
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.transition import Coefficients
 from condrl.errors import UsageError
 from condrl.io.records import write_json
 from condrl.prompts import Row as Prompt
@@ -154,11 +153,11 @@ def safety(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         parts: dict[str, list[float]] = {"epoch": [], "diagnosis": [], "copy": [], "checkpoint": []}
         record = trainer.recorder.record
 
-        def timed(*arguments: Any) -> float:
+        def timed(*arguments: Any) -> dict[str, Any]:
             begun = time.perf_counter()
-            reward = record(*arguments)
+            line = record(*arguments)
             parts["diagnosis"].append(time.perf_counter() - begun)
-            return reward
+            return line
 
         vars(trainer.recorder)["record"] = timed
         for number in range(args.repeats + 1):
@@ -192,7 +191,7 @@ def epoch(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """One epoch's peak memory, for `memory`."""
     trainer = quickstart_trainer(config)
     for number in range(3):
-        experience = trainer.collect(number, Clock())
+        experience: Any = trainer.collect(number, Clock())
         trainer.learner.update(trainer.examples(experience, number), experience, number)
         stored = experience.rollout.states.nbytes / 1e9
         del experience
@@ -368,15 +367,16 @@ def shift(trainer: Trainer, eta: float, count: int) -> float:
     """How far a tuned Gaussian's mean moves under a sampler of another noise level and step count, over b v / kappa."""
     model, line, row = trainer.policy.model, Line(-9, 9, 1000), trainer.rows[0]
     section = {**trainer.config.sampler, "steps": count, "eta": eta}
-    policy = Policy(model, make_sampler(section, model.schedule))
-    assert isinstance(policy.sampler, Coefficients)
+    sampler = make_sampler(section, model.schedule)
+    policy = Policy(model, sampler)
+    assert sampler.affine is not None
     tuned = means_of(policy, line, row)
     with model.reference():
         base = means_of(policy, line, row)
     ends = []
     for means in (tuned, base):
         masses = line.masses(-line.x.square() / (2 * model.schedule.prior_std**2))
-        for mean, std in zip(means, policy.sampler.S.tolist(), strict=True):
+        for mean, std in zip(means, sampler.affine.S.tolist(), strict=True):
             masses = line.push(masses, mean, std)
         ends.append((masses * line.x).sum().item())
     return (ends[0] - ends[1]) / (0.9 * 0.49 / trainer.config.algorithm["kappa"])
@@ -433,7 +433,7 @@ class PlainLoop:
     def __init__(self, trainer: Trainer) -> None:
         self.policy, self.algorithm, self.rewards = trainer.policy, trainer.algorithm, trainer.rewards
         self.row, self.batch = trainer.rows[0], trainer.config.train.images_per_prompt
-        self.parameters = [*trainer.learner.weights, *self.algorithm.modules()["value"][0].parameters()]
+        self.parameters = [*trainer.learner.weights, *self.algorithm.networks()["value"].module.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, 1e-3)
 
     def __call__(self) -> None:

@@ -1,0 +1,127 @@
+"""What algorithms cannot do without: a need looks at a run's parts and says in one sentence what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from condrl.config import Config, TrainConfig
+from condrl.diffusion.transition import Sampler
+from condrl.errors import UsageError
+from condrl.registry import reward
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an algorithm is to work with."""
+
+    config: Config
+    sampler: Sampler  # on the model's schedule, or before a model is loaded on one that stands in for it
+
+    @property
+    def algorithm(self) -> str:
+        name: str = self.config.algorithm["name"]
+        return name
+
+
+Need = Callable[[Setting], None]  # raises a UsageError where it is not met
+
+
+def groups(setting: Setting) -> None:
+    """Several images of a prompt in an epoch."""
+    if setting.config.train.images_per_prompt < 2:
+        raise UsageError(
+            f"the algorithm {setting.algorithm} compares images of one prompt with each other, and "
+            "train.images_per_prompt=1 leaves nothing to compare: raise it, or use ddpo with algorithm.advantage=prompt"
+        )
+
+
+def one_pass(setting: Setting) -> None:
+    """One update on each image."""
+    if setting.config.train.inner_epochs > 1:
+        raise UsageError(
+            f"the algorithm {setting.algorithm} has no importance weights: set train.inner_epochs=1, or use ddpo"
+        )
+
+
+def reward_gradients(setting: Setting) -> None:
+    """Rewards that can be differentiated."""
+    weighted = [name for name, options in setting.config.rewards.items() if options["weight"] != 0]
+    if rigid := [name for name in weighted if not reward.find(name).differentiable]:
+        raise UsageError(
+            f"the algorithm {setting.algorithm} differentiates the reward, and {rigid[0]} has no gradient: use nft, "
+            "ddpo or another algorithm that needs none"
+        )
+
+
+def markov_steps(setting: Setting) -> None:
+    """Steps that depend on the state alone."""
+    if not setting.sampler.is_markov:
+        raise UsageError(
+            f"the algorithm {setting.algorithm}, as configured, needs a sampler whose steps depend on the state alone, "
+            f"and {setting.config.sampler['name']} remembers earlier steps: use another sampler (a policy gradient: or "
+            "algorithm.kappa=0)"
+        )
+
+
+def affine_steps(setting: Setting) -> None:
+    """A sampler that is three numbers per step, of the score at every step."""
+    if setting.sampler.affine is None:
+        raise UsageError(
+            f"the algorithm {setting.algorithm} needs a sampler whose steps are affine in the score, and "
+            f"{setting.config.sampler['name']} is not: use ddim, exponential or euler_maruyama"
+        )
+    if not setting.sampler.schedule.alpha(setting.sampler.times[0]) > 0:
+        raise UsageError(
+            f"the algorithm {setting.algorithm} needs the score at every step, which says nothing where there is no "
+            "signal (zero terminal SNR): use sampler.spacing=leading"
+        )
+
+
+def noise(setting: Setting) -> None:
+    """Steps with noise, some at least."""
+    if setting.sampler.stochastic.any():
+        return
+    advice = "set sampler.eta=1, or look at the sampler's own options"
+    if setting.config.sampler["steps"] == 1:
+        advice = "its one step goes to the data, where no noise is added; raise sampler.steps"
+    raise UsageError(
+        f"the algorithm {setting.algorithm} needs steps with noise, and the sampler "
+        f"{setting.config.sampler['name']} has none as configured: {advice}"
+    )
+
+
+def noisy_steps(setting: Setting) -> None:
+    """Steps with noise, among which `train.steps` chooses."""
+    noise(setting)
+    trained_steps(setting.sampler, setting.config.train)
+
+
+def check_needs(needs: tuple[Need, ...], setting: Setting) -> None:
+    """Raises: UsageError on the first need that is not met, or on a choice of steps that has no effect."""
+    for need in needs:
+        need(setting)
+    train = setting.config.train
+    if noisy_steps not in needs and (train.steps is not None or train.steps_per_image is not None):
+        raise UsageError(
+            f"the algorithm {setting.algorithm} does not choose among denoising steps: leave train.steps and "
+            "train.steps_per_image out"
+        )
+
+
+def trained_steps(sampler: Sampler, train: TrainConfig) -> Tensor:
+    """The steps that have a log-probability and that the config trains.
+
+    Raises: UsageError when the config names another step, or wants more per image than there are.
+    """
+    stochastic = sampler.stochastic.nonzero().flatten().tolist()
+    chosen = stochastic if train.steps is None else train.steps
+    wrong = sorted(set(chosen) - set(stochastic))
+    if wrong or not chosen:
+        raise UsageError(f"config train.steps: {wrong or chosen} are not among the steps with noise, {stochastic}")
+    if train.steps_per_image is not None and not 1 <= train.steps_per_image <= len(chosen):
+        raise UsageError(f"config train.steps_per_image: {train.steps_per_image} of the {len(chosen)} trained steps")
+    return torch.tensor(sorted(set(chosen)))
