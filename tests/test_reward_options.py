@@ -301,7 +301,7 @@ def test_retries_and_backoff(name, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 @pytest.mark.parametrize("most", [1, 3])
-def test_so_many_requests_at_a_time(name, most):
+def test_the_number_of_requests_at_a_time(name, most):
     """`most` of them wait for each other; one more would go in at once, and is seen."""
     barrier, lock, now, seen = threading.Barrier(most), threading.Lock(), [0], []
 
@@ -325,7 +325,7 @@ def test_so_many_requests_at_a_time(name, most):
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_an_answer_is_waited_for(name):
-    """So long, and no longer."""
+    """For `timeout` seconds and no longer."""
     given = threading.Event()
 
     def answer(body):
@@ -402,7 +402,7 @@ SHARED = {
     "timeout": test_an_answer_is_waited_for,
     "retries": test_retries_and_backoff,
     "backoff": test_retries_and_backoff,
-    "concurrent": test_so_many_requests_at_a_time,
+    "concurrent": test_the_number_of_requests_at_a_time,
 }
 
 

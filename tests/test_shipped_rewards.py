@@ -327,7 +327,7 @@ def test_a_damaged_file_is_one_line_that_names_it(name, option, inner, damage, f
     assert len(said) < 600
 
 
-def test_a_list_of_words_that_is_a_pointer_is_no_tokenizer(tmp_path):
+def test_a_tokenizer_whose_list_of_words_is_a_pointer_is_refused(tmp_path):
     """A BERT tokenizer would take its three lines for three words, and every prompt for unknown ones."""
     (tmp_path / "vocab.txt").write_bytes(POINTER)
     with pytest.raises(UsageError, match=r"config rewards\.image_reward\.tokenizer: .*vocab\.txt is a Git LFS pointer"):

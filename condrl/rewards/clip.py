@@ -30,7 +30,7 @@ TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language", "additional_special
 
 
 def fitted(samples: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] as a CLIP wants them, (B, 3, size, size); differentiable.
+    """Images (B, 3, H, W) in [0, 1] as a CLIP expects them, (B, 3, size, size); differentiable.
 
     The shorter side is resized, with bicubic antialiasing, and the middle is cut out, as the reference processors do.
     """
@@ -118,14 +118,14 @@ class Clip:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Within it, open_clip knows the architecture, keeps its log to itself, and its errors become one line.
+        """Within it, open_clip knows the architecture and logs nothing, and its errors become one line.
 
         Raises: UsageError.
         """
         import open_clip
 
         if self.config:
-            add_architecture(locate(self.config))  # again: another file of that name may have come after it
+            add_architecture(locate(self.config))  # again: another file of that name may have replaced it
         own = self.weights is not None and Path(self.weights).is_file()
         local = own and "hf_" not in json.dumps(open_clip.get_model_config(self.name))  # names of parts from the hub
         before, logging.root.manager.disable = logging.root.manager.disable, logging.CRITICAL
@@ -210,7 +210,7 @@ class ClipReward(NetworkReward):
     model: str = "ViT-L-14-quickgelu"  # of open_clip, hf-hub:OWNER/NAME, a folder, or asset:shapes_clip
     weights: str = OPENAI  # a tag of open_clip, or a file
     config: str | None = None  # a JSON file with another architecture, instead of `model`
-    sha256: str | None = None  # that the weights' file has to have
+    sha256: str | None = None  # expected of the weights' file
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -268,12 +268,12 @@ def shared_clip(
 
 
 def whole_model(model: str) -> bool:
-    """Whether a name means architecture and weights together: a hub repository, or a folder as open_clip saves one."""
+    """Whether a name stands for architecture and weights: a hub repository, or a folder as open_clip saves one."""
     return model.startswith(HUB) or (locate(model) / "open_clip_config.json").is_file()
 
 
 def add_architecture(path: Path) -> str:
-    """Tell open_clip of an architecture, a JSON file as it has them; returns its name.
+    """Register an architecture with open_clip, from a JSON file in its format; returns its name.
 
     Raises: UsageError when the file is missing or describes no architecture.
     """

@@ -22,7 +22,7 @@ class Aesthetic(ClipReward):
     """
 
     head: str = "trl-lib/ddpo-aesthetic-predictor"  # a hub repository with the head, or its file
-    head_sha256: str | None = None  # that the head's file has to have
+    head_sha256: str | None = None  # expected of the head's file
 
     def __post_init__(self) -> None:
         super().__post_init__()

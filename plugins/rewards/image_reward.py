@@ -36,7 +36,7 @@ NAMES = {  # parts of transformers' names and what the published file has instea
 class Network(nn.Module):
     """A BLIP whose text encoder sees the image (Li et al. 2022), and an affine head on the text's first token.
 
-    Its sizes are those of the weights, which are called as in the published file.
+    Its sizes are those of the weights, which have the names of the published file.
 
     Raises: ValueError naming the first weights that are missing, unknown or of another shape.
     """
@@ -118,7 +118,7 @@ class ImageReward(NetworkReward):
 
     weights: str = "THUDM/ImageReward"  # a hub repository with the published file, or a file
     tokenizer: str = "google-bert/bert-base-uncased"  # a hub id, or a folder
-    sha256: str | None = None  # that the weights' file has to have
+    sha256: str | None = None  # expected of the weights' file
 
     def __post_init__(self) -> None:
         super().__post_init__()
