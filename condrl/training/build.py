@@ -61,7 +61,7 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
 
 
 def with_noise_at(sampler: Sampler, chosen: Sequence[int]) -> Sampler:
-    """The sampler with noise at the chosen steps alone (THEORY 7.5, partial SDE).
+    """The sampler with noise at the chosen steps alone (docs/theory.md 3, partial SDE).
 
     Raises: UsageError when there are no such steps, or when the sampler cannot leave its noise out.
     """

@@ -39,7 +39,7 @@ def noise_level(sampler: Sampler) -> float | None:
 def transfer(eta: float, deployed: float) -> float:
     """M(eta, eta'): how far a policy tuned at eta moves the mean when sampled at eta', over what kappa asks for.
 
-    Exact for a Gaussian and a linear reward (THEORY 3.4). 1 for eta = 1.
+    Exact for a Gaussian and a linear reward (docs/theory.md 7). 1 for eta = 1.
     """
     return 2 * eta**2 * (1 + deployed**2) / ((1 + eta**2) * (eta**2 + deployed**2))
 

@@ -340,7 +340,7 @@ def gap(problem: str, words: list[str]) -> Row:
 def transfer(config: Config, args: argparse.Namespace) -> list[Row]:
     """Tune N(1, .49) on r = .9 x at one (eta, N), sample at another (eta', M): shifts of the mean, over b v / kappa.
 
-    Beside them the theory's M(eta, eta') (1 - rho_T^(eta^2 + eta'^2)), exact for N and M without end (THEORY 3.4).
+    Beside them the theory's M(eta, eta') (1 - rho_T^(eta^2 + eta'^2)), exact for infinite N and M (docs/theory.md 7).
     """
     rows: list[Row] = []
     for eta in (0.5, 1.0, 1.4):
