@@ -1,4 +1,4 @@
-"""Algorithms on problems whose gradients and optima are known (docs/theory.md 8 and 16)."""
+"""Algorithms on problems whose gradients and optima are known (docs/theory.md 8 and 17)."""
 
 import itertools
 from pathlib import Path
@@ -180,7 +180,7 @@ def test_the_truncated_chain_of_draft_is_biased(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["draft", "adjoint_matching"])
 def test_reward_gradients_reach_riccatis_optimum(name, tmp_path):
-    """docs/theory.md 14 to 16."""
+    """docs/theory.md 14, 15 and 17."""
     words = ["train.epochs=400", "train.updates_per_epoch=1", "train.lr=2e-2", "algorithm.kappa=0.5"]
     trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(12, *words))
     solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)

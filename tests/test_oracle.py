@@ -1,4 +1,4 @@
-"""Closed forms against quadrature, autograd and brute force (docs/theory.md 16)."""
+"""Closed forms against quadrature, autograd and brute force (docs/theory.md 17)."""
 
 import itertools
 import math
@@ -58,7 +58,7 @@ def test_tilted_law_and_normaliser_by_quadrature():
     torch.testing.assert_close(density.exp(), (joint - log_z).exp(), atol=1e-10, rtol=1e-8)
     mean = integral(density.exp() * WIDE)
     kl = integral(density.exp() * (density - everywhere(M1, WIDE).log_prob(WIDE[:, None])))
-    assert mean.item() == pytest.approx(1.4934, abs=1e-4)  # docs/theory.md 16
+    assert mean.item() == pytest.approx(1.4934, abs=1e-4)  # docs/theory.md 17
     assert kl.item() == pytest.approx(0.3602, abs=1e-4)
     reward = integral(density.exp() * everywhere(BENT, WIDE)(WIDE[:, None]))
     assert (reward - KAPPA * kl).item() == pytest.approx(KAPPA * log_z.item(), abs=1e-9)  # docs/theory.md 6
@@ -78,7 +78,7 @@ def test_tilted_law_in_the_plane():
 
 @pytest.mark.parametrize(("distribution", "reward"), [(M1, BENT), (D2, BENT2)])
 def test_value_gradient_is_the_optimal_control(distribution, reward):
-    """kappa grad log phi = kappa (s* - s), docs/theory.md 16."""
+    """kappa grad log phi = kappa (s* - s), docs/theory.md 17."""
     schedule, g = VP(), torch.Generator().manual_seed(0)
     x = torch.randn(50, distribution.means.shape[-1], generator=g, dtype=torch.float64).requires_grad_()
     t = torch.full((50,), 0.3, dtype=torch.float64)

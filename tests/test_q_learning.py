@@ -1,4 +1,4 @@
-"""Reward-directed q-learning against its fixed point (docs/theory.md 12 and 17)."""
+"""Reward-directed q-learning against its fixed point (docs/theory.md 12 and 18)."""
 
 import argparse
 import json
@@ -234,7 +234,7 @@ def test_far_from_every_point_the_floor_takes_over():
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_nearest_neighbours_estimate_the_kl(k):
-    """docs/theory.md 17: 100 batches of 300 points. Where P reaches beyond Q the estimate is too low, as it is known."""
+    """docs/theory.md 18: 100 batches of 300 points. Where P reaches beyond Q the estimate is too low, as it is known."""
     generator = seeded()
 
     def mean_of_batches(shift: float, spread: float) -> float:
