@@ -76,7 +76,7 @@ class Both:
     def by_example(self):
         """The example's loss on the trajectories that the trainer stored, and its gradient."""
         self.pipe.unet.zero_grad()
-        r, advantages = self.experience.rollout, self.trainer.examples(self.experience, 0).advantages
+        r, advantages = self.experience.rollout, self.trainer.examples(self.experience, 0).advantage[0]
         found = r.states, r.log_probs, self.prompt, advantages
         return example.backward(self.pipe.unet, self.chain, *found), lora_gradient(self.pipe.unet)
 
@@ -112,7 +112,7 @@ def test_it_draws_and_judges_the_same_images(both):
     r, scores = both.experience.rollout, both.experience.scores
     assert_close(both.states, r.states, 1e-5)
     torch.testing.assert_close(both.log_probs, r.log_probs, atol=1e-3, rtol=0)
-    theirs = both.trainer.examples(both.experience, 0).advantages
+    theirs = both.trainer.examples(both.experience, 0).advantage[0]
     torch.testing.assert_close(both.advantages, theirs, atol=1e-3, rtol=0)
     assert scores.total.view(-1, GROUP).std(1).min() > 1e-3
 
