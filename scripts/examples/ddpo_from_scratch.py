@@ -21,8 +21,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 PIPELINE = Path(__file__).resolve().parents[2] / "condrl" / "assets" / "shapes"
-PROMPTS, GROUP = ("a square", "two circles", "three triangles", "a square left of a circle"), 16  # images of each
-STEPS, EPOCHS, UPDATES = 10, 12, 2  # of denoising; roll-outs; optimiser steps on the images of each
+PROMPTS = ("a square", "two circles", "three triangles", "a square left of a circle")
+GROUP = 16  # images of each prompt in an epoch
+STEPS = 10  # of denoising
+EPOCHS, UPDATES = 12, 2  # roll-outs, and optimiser steps on the images of each
 LR, MAX_GRAD_NORM, ADVANTAGE_CLIP = 2e-3, 1.0, 5.0
 CLIP = 0.2 * math.sqrt(50 / STEPS)  # bound on |ratio - 1|: log-ratios grow with the square root of a step's length
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
@@ -72,7 +74,8 @@ def mean(unet: Any, chain: Chain, k: int, x: Tensor, prompt: Tensor) -> Tensor:
     """
     alpha, sigma, A, B = (c[k].item() for c in (chain.alpha, chain.sigma, chain.A, chain.B))
     v = unet(x, chain.t[k], prompt).sample
-    return A * x + B * -(sigma * x + alpha * v) / sigma
+    score = -(sigma * x + alpha * v) / sigma
+    return A * x + B * score
 
 
 def log_prob(x: Tensor, mean: Tensor, S: float) -> Tensor:
