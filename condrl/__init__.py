@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __version__ = "0.1.0"
-__all__ = ["RunError", "UsageError", "algorithm", "finetune", "model", "reward", "sample", "sampler"]
+__all__ = ["RunError", "UsageError", "algorithm", "evaluate", "finetune", "model", "reward", "sample", "sampler"]
 
 
 def finetune(*words: str) -> dict[str, Any]:
@@ -40,3 +40,27 @@ def sample(
     from condrl.commands.sample import drawn
 
     return drawn(words, prompts, seeds, strength, batch, device)
+
+
+def evaluate(
+    *words: str,
+    prompts: str | None = None,
+    samplers: Sequence[str] = (),
+    steps: Sequence[int] = (),
+    strengths: Sequence[float] = (1.0,),
+    pictures: int = 8,
+    out: str | None = None,
+    overwrite: bool = False,
+    trust: bool = False,
+    batch: int | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate as `condrl evaluate` with these words and options does; returns what evaluation.json holds.
+
+    Raises: UsageError on bad input, RunError when a measure fails.
+    """
+    from condrl.commands.evaluate import evaluated
+
+    lists = {"samplers": list(samplers), "steps": list(steps), "strength": list(strengths)}
+    where = {"out": out, "overwrite": overwrite, "trust": trust, "device": device}
+    return evaluated(words, prompts=prompts, pictures=pictures, batch=batch, **lists, **where)

@@ -12,6 +12,7 @@ from condrl.registry import suggestion
 COMMANDS = {
     "finetune": "tune a model with rewards",
     "sample": "draw with a LoRA, or with the base model",
+    "evaluate": "measure a tuned model beside its base, image by image",
     "plugins": "list rewards, samplers, algorithms and models with their options",
     "serve": "serve a reward over HTTP",
 }

@@ -144,6 +144,10 @@ COUNTS = (
     "max_bad_updates",
 )
 PATHS = ("path", "lora", "single_file_config", "images")  # options that name a file or folder, if there is one
+EVALUATED = (  # settings that an evaluation takes
+    *("model", "sampler", "rewards", "plugins", "evaluate.measures", "evaluate.sampler", "evaluate.images_per_prompt"),
+    *("evaluate.prompts", "run.seed"),
+)
 DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": "ddpo"}
 
 
@@ -185,6 +189,83 @@ def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
     if changes.get("name", sampler.get("name")) != sampler.get("name"):
         sampler = {}
     return {"model": model, "sampler": {**sampler, **changes}}
+
+
+def load_for_evaluation(file: Path | None, words: Sequence[str], is_trusted: bool) -> Config:
+    """What a config file, if any, says of a run's evaluation, with `key=value` words; its sampler is the deployed one.
+
+    Measures that the words name take the place of the file's, whose options they keep. Unless the file `is_trusted`,
+    nothing is imported for it, and no server that it names is asked.
+
+    Raises: UsageError as `load_config`, and on a word that is not about evaluation.
+    """
+    for word in words:
+        keys = setting_keys(word)
+        if not {keys[0], ".".join(keys[:2])} & set(EVALUATED):
+            raise UsageError(f"{word} has no effect on an evaluation: settings of {', '.join(EVALUATED)} have")
+    given = [read_word(word) for word in words]
+    part = read_word(str(file)) if file else Part("", {}, {})
+    values, texts = (_evaluating(tree, given, is_trusted) for tree in (part.values, part.texts))
+    part = replace(part, values=values, texts=texts, is_found=not is_trusted)
+    if not is_trusted:
+        _check_measures(part, given)
+    return _config([part, *given])
+
+
+def _evaluating(tree: Mapping[str, Any], words: Sequence[Part], is_trusted: bool) -> dict[str, Any]:
+    """What an evaluation takes of a config: not the algorithm, nor measures that the words do not name if they do."""
+    rewards, measures = section_at(tree, "rewards"), section_at(tree, "evaluate.measures")
+    scored, measured = _named(words, "rewards"), _named(words, "evaluate.measures")
+    if scored or measured:
+        of_rewards = {name: _without(mapping(options), "weight") for name, options in rewards.items()}
+        rewards, measures = (
+            {name: found[name] for name in names if name in found}
+            for names, found in ((scored, measures | rewards), (measured, of_rewards | measures))
+        )
+    own = ("model", "prompts", "train", "run", *(["plugins"] if is_trusted else []))
+    kept = {
+        key: value for key, value in section_at(tree, "evaluate").items() if key in ("images_per_prompt", "prompts")
+    }
+    whole = {key: tree[key] for key in own if key in tree}
+    sampler = _drawing(tree)["sampler"]
+    return {**whole, "sampler": sampler, "rewards": rewards, "evaluate": {**kept, "measures": measures}}
+
+
+def _named(words: Sequence[Part], where: str) -> list[str]:
+    """The measures that words name in a section, other than to take them away."""
+    sections = [section_at(word.values, where) for word in words]
+    return list(dict.fromkeys(name for section in sections for name, options in section.items() if options is not None))
+
+
+def _without(section: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name != key}
+
+
+def _check_measures(found: Part, words: Sequence[Part]) -> None:
+    """Raises: UsageError when a file that was found, not named, measures by code or a server that no word names."""
+    for word in words:
+        _check_list(word.values.get("plugins"), list[str], "plugins")
+        for path in word.values.get("plugins") or ():
+            load_file(str(path))
+    tree = _resolved(found.values)
+    for where in ("rewards", "evaluate.measures"):
+        for name, options in section_at(tree, where).items():
+            given = {key for word in words for key in mapping(section_at(word.values, where).get(name))}
+            servers = {key for key, value in mapping(options).items() if "://" in str(value)} - given
+            if servers or (name not in _named(words, where) and not _is_registered(name)):
+                raise UsageError(
+                    f"{found.word} measures by {name!r}, which {'asks a server' if servers else 'is code'}, and that "
+                    "file was found, not named: say --trust if you trust it, or name other measures, as in "
+                    "rewards.brightness.weight=1"
+                )
+
+
+def _is_registered(name: str) -> bool:
+    """Whether a reward is known without importing what its name says."""
+    try:
+        return ":" not in name and bool(REGISTRIES["reward"].find(name))
+    except UsageError:
+        return False
 
 
 def _config(parts: Sequence[Part]) -> Config:

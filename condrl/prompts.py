@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from condrl.errors import UsageError, brief
@@ -26,6 +27,7 @@ class Row:
     index: int
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    folder: Path = Path()  # of the file, where relative paths in its metadata start
 
 
 def load_prompts(path: str, key: str) -> list[Row]:
@@ -40,7 +42,8 @@ def load_prompts(path: str, key: str) -> list[Row]:
     if not lines:
         raise UsageError(f"config {key}: the prompt file {path} is empty")
     read = _json_row if path.lower().endswith(".jsonl") else _text_row
-    return [read(i, line, f"{where}, line {number}") for i, (number, line) in enumerate(lines)]
+    folder = locate(path).parent
+    return [read(i, line, f"{where}, line {number}", folder) for i, (number, line) in enumerate(lines)]
 
 
 def duplicate_note(rows: Sequence[Row]) -> str | None:
@@ -85,13 +88,13 @@ def _lines(path: str, key: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
-def _text_row(index: int, line: str, where: str) -> Row:
+def _text_row(index: int, line: str, where: str, folder: Path) -> Row:
     if "\r" in line:
         raise UsageError(f"{where}: there is a carriage return in it: save the file with a newline at each line's end")
-    return Row(index, usable(line.strip(" \t"), where))
+    return Row(index, usable(line.strip(" \t"), where), folder=folder)
 
 
-def _json_row(index: int, line: str, where: str) -> Row:
+def _json_row(index: int, line: str, where: str, folder: Path) -> Row:
     try:
         row = from_json(line)
     except ValueError as error:
@@ -100,7 +103,7 @@ def _json_row(index: int, line: str, where: str) -> Row:
         raise UsageError(f'{where}: expected an object with a "prompt" that is text')
     if is_deep(row):
         raise UsageError(f"{where}: {TOO_DEEP}")
-    return Row(index, usable(row.pop("prompt"), where), row)
+    return Row(index, usable(row.pop("prompt"), where), row, folder)
 
 
 def usable(prompt: str, where: str) -> str:

@@ -55,8 +55,7 @@ def save_reward_files(folder: Path) -> dict[str, dict[str, str]]:
     CLIPModel(config).save_pretrained(folder / "pick")
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     CLIPImageProcessor(**size).save_pretrained(folder / "pick")
-    vision, text_model = small_blip()
-    torch.save(published(vision, text_model), folder / "ImageReward.pt")
+    torch.save(image_reward_weights(), folder / "ImageReward.pt")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "star", "cat", "two", "dog"]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
@@ -72,45 +71,50 @@ def save_reward_files(folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def small_blip():
-    """transformers' own BLIP encoders, small, with random weights."""
-    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+def image_reward_weights():
+    """A small ImageReward under the names of the published file: 2 + 2 layers of width 128, images of 32 x 32.
 
-    torch.manual_seed(1)
-    sizes = {"num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 96}
-    vision = BlipVisionConfig(
-        hidden_size=128, image_size=32, patch_size=8, layer_norm_eps=1e-6, **{**sizes, "intermediate_size": 160}
-    )
-    text = BlipTextConfig(
-        hidden_size=128, encoder_hidden_size=128, vocab_size=30, max_position_embeddings=40, is_decoder=True, **sizes
-    )
-    models = BlipVisionModel(vision).eval(), BlipTextModel(text, add_pooling_layer=False).eval()
-    for model in models:
-        for name, parameter in model.named_parameters():
-            if "norm" not in name.lower():
-                nn.init.normal_(parameter, 0.0, 0.3)
-    return models
+    The draws are numpy's frozen ones: recorded scores belong to them.
+    """
+    draws, state = np.random.RandomState(1), {}
 
+    def add(name, *shape):
+        state[name] = torch.from_numpy(draws.standard_normal(shape)).float() / 5
 
-def published(vision, text_model):
-    """Their weights under the names of ImageReward's file, with a head."""
-    renamed = {
-        "embeddings.class_embedding": "cls_token",
-        "embeddings.position_embedding": "pos_embed",
-        "embeddings.patch_embedding": "patch_embed.proj",
-        "encoder.layers": "blocks",
-        "self_attn.qkv": "attn.qkv",
-        "self_attn.projection": "attn.proj",
-        "post_layernorm": "norm",
-        "layer_norm": "norm",
-    }
-    state = {f"blip.text_encoder.{name}": value for name, value in text_model.state_dict().items()}
+    def linear(name, inputs, outputs):
+        add(f"{name}.weight", outputs, inputs)
+        add(f"{name}.bias", outputs)
+
+    def norm(name):
+        state[f"{name}.weight"] = torch.linspace(0.5, 1.5, 128)
+        add(f"{name}.bias", 128)
+
+    add("blip.visual_encoder.cls_token", 1, 1, 128)
+    add("blip.visual_encoder.pos_embed", 1, 17, 128)
+    add("blip.visual_encoder.patch_embed.proj.weight", 128, 3, 8, 8)
+    add("blip.visual_encoder.patch_embed.proj.bias", 128)
+    for block in ("blip.visual_encoder.blocks.0", "blip.visual_encoder.blocks.1"):
+        norm(f"{block}.norm1")
+        linear(f"{block}.attn.qkv", 128, 384)
+        linear(f"{block}.attn.proj", 128, 128)
+        norm(f"{block}.norm2")
+        linear(f"{block}.mlp.fc1", 128, 512)
+        linear(f"{block}.mlp.fc2", 512, 128)
+    norm("blip.visual_encoder.norm")
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
-    for name, value in vision.state_dict().items():
-        for theirs, ours in renamed.items():
-            name = name.replace(theirs, ours)
-        state[f"blip.visual_encoder.{name}"] = value
-    sizes = ((128, 32), (32, 16), (16, 8), (8, 4), (4, 1))
-    for number, (i, o) in zip((0, 2, 4, 6, 7), sizes, strict=True):
-        state |= {f"mlp.layers.{number}.{k}": v for k, v in nn.Linear(i, o).state_dict().items()}
+    add("blip.text_encoder.embeddings.word_embeddings.weight", 30, 128)
+    add("blip.text_encoder.embeddings.position_embeddings.weight", 40, 128)
+    norm("blip.text_encoder.embeddings.LayerNorm")
+    for layer in ("blip.text_encoder.encoder.layer.0", "blip.text_encoder.encoder.layer.1"):
+        for part in (f"{layer}.attention", f"{layer}.crossattention"):
+            for name in ("query", "key", "value"):
+                linear(f"{part}.self.{name}", 128, 128)
+            linear(f"{part}.output.dense", 128, 128)
+            norm(f"{part}.output.LayerNorm")
+        linear(f"{layer}.intermediate.dense", 128, 512)
+        linear(f"{layer}.output.dense", 512, 128)
+        norm(f"{layer}.output.LayerNorm")
+    linear("blip.vision_proj", 128, 24)  # in the file, of no use here
+    for number, (inputs, outputs) in zip((0, 2, 4, 6, 7), ((128, 32), (32, 16), (16, 8), (8, 4), (4, 1)), strict=True):
+        linear(f"mlp.layers.{number}", inputs, outputs)
     return state

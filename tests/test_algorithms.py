@@ -1,4 +1,4 @@
-"""Algorithms on problems whose gradients and optima are known (THEORY 8.6, rows 8, 9 and 11)."""
+"""Algorithms on problems whose gradients and optima are known (docs/theory.md 8 and 16)."""
 
 import itertools
 from pathlib import Path
@@ -180,7 +180,7 @@ def test_the_truncated_chain_of_draft_is_biased(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["draft", "adjoint_matching"])
 def test_reward_gradients_reach_riccatis_optimum(name, tmp_path):
-    """THEORY 8.6, row 10."""
+    """docs/theory.md 14 to 16."""
     words = ["train.epochs=400", "train.updates_per_epoch=1", "train.lr=2e-2", "algorithm.kappa=0.5"]
     trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(12, *words))
     solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
@@ -201,7 +201,7 @@ def moments(solved: Problem, audit: oracle.Audit) -> tuple[float, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["reinforce", "ddpo", "grpo"])
 def test_without_a_kl_the_reward_and_the_kl_keep_growing(name, tmp_path):
-    """THEORY 8.6, row 21: there is no fixed point."""
+    """docs/theory.md 8: there is no fixed point."""
     words = ["algorithm.kappa=0", "rewards.quadratic.curvature=[0]", "train.epochs=15", "train.lr=2e-2"]
     trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(12, *words, "train.lr_decay=none"))
     solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5, reach=14.0)
@@ -357,7 +357,7 @@ def test_every_algorithm_tunes_stable_diffusion(name, pipeline, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.6, 1.0])
 def test_the_path_kl_bounds_the_terminal_one(eta, tmp_path):
-    """THEORY 2.2; for the best policy of a memoryless chain the two are equal (8.3)."""
+    """docs/theory.md 5; for the best policy of a memoryless chain the two are equal."""
     trainer = trainer_of("m1", tmp_path, f"sampler.steps={300 if eta == 1 else 60}", f"sampler.eta={eta}")
     solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
     (case,) = solved.cases
@@ -380,7 +380,7 @@ def test_the_path_kl_bounds_the_terminal_one(eta, tmp_path):
 
 @pytest.mark.slow
 def test_clipping_without_the_min_misses_the_optimum(tmp_path, monkeypatch):
-    """THEORY 4.2: without the min a ratio that has gone the wrong way loses its gradient too."""
+    """docs/theory.md 8: without the min a ratio that has gone the wrong way loses its gradient too."""
     import condrl.algorithms.policy_gradient as module
 
     words = ["algorithm.kappa=0.5", "algorithm.clip_range=0.02", "train.epochs=40", "train.inner_epochs=8"]

@@ -1,4 +1,4 @@
-"""CTRL against its formulas, from torch.distributions and plain loops (THEORY 5), in several shapes."""
+"""CTRL against its formulas, from torch.distributions and plain loops (docs/theory.md 11), in several shapes."""
 
 import math
 
@@ -173,7 +173,7 @@ def test_how_much_of_the_returns_the_value_explains(tmp_path):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("schedule", [VP(), OU(), RectifiedFlow()], ids=lambda s: type(s).__name__)
 def test_the_value_is_the_hint_near_the_data(schedule, shape):
-    """c_skip = alpha^2 / (alpha^2 + sigma^2), c_out = sigma / sqrt(alpha^2 + sigma^2) (THEORY 5.4)."""
+    """c_skip = alpha^2 / (alpha^2 + sigma^2), c_out = sigma / sqrt(alpha^2 + sigma^2) (docs/theory.md 11)."""
     value = Value(schedule, shape, features=2, width=16)
     t = torch.linspace(schedule.final_time, schedule.end, 7, dtype=torch.float64)
     x, features, hint = torch.randn(7, *shape), torch.randn(7, 2), torch.randn(7)

@@ -17,7 +17,7 @@ from condrl.rewards.pixels import to_pil
 from condrl.rewards.scoring import make_reward
 from condrl.toys import oracle
 from condrl.training.build import make_policy, make_sampler
-from condrl.training.evaluate import estimate, evaluate, paired_difference, verdict
+from condrl.training.evaluate import Diversity, estimate, evaluate, paired, paired_difference, verdict
 from condrl.training.folder import RunFolder
 from condrl.training.pictures import grid, labelled, save_comparison
 
@@ -324,3 +324,20 @@ def test_evaluation_is_linear_in_the_images(count, tmp_path, monkeypatch):
     assert encoded == [10 * count]
     assert sum(ref() is not None for ref in kept) <= 1
     assert len(found.scores["mean_level"]) == count
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 7, 40])
+def test_diversity_does_not_depend_on_how_samples_come(batch):
+    samples = 3 + torch.randn(40, 2, 3, generator=torch.Generator().manual_seed(0))
+    diversity = Diversity(5)
+    for part in samples.split(batch):
+        diversity.take(part)
+    groups = samples.double().view(8, 5, 6)
+    expected = (groups - groups.mean(1, keepdim=True)).square().mean((1, 2)).sqrt()
+    assert diversity.found == pytest.approx(expected.tolist())
+
+
+def test_the_win_rate_counts_ties_half_and_leaves_out_prompts_without_both():
+    nan = float("nan")
+    found = paired(torch.tensor([0.0, 0.0, 0.0, 1.0, nan]), torch.tensor([1.0, 0.0, -1.0, 2.0, 5.0]))
+    assert (found["better"], found["worse"], found["win_rate"]) == (0.5, 0.25, 0.625)

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from condrl import UsageError
+from condrl.models.latent import ATTENTION, add_lora
 from condrl.models.lora import KOHYA_FILE, LORA_FILE, Factors, fit, lora_layers, lora_state, save_lora
-from condrl.plugins.models.stable_diffusion import ATTENTION, StableDiffusion, add_lora
+from condrl.plugins.models.stable_diffusion import StableDiffusion
 
 QUICKSTART = tuple(OmegaConf.load(ROOT / "configs" / "quickstart.yaml").model.lora_targets)
 ALL = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "time_emb_proj")

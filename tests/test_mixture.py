@@ -100,7 +100,7 @@ LEVELS = [
 
 
 def test_transfer_factor():
-    """THEORY 3.4."""
+    """docs/theory.md 7."""
     assert transfer(0.5, 0.0) == pytest.approx(1.6)
     assert transfer(0.5, 1.0) == pytest.approx(0.64)
     assert transfer(1.4, 0.0) == pytest.approx(0.676, abs=1e-3)

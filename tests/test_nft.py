@@ -18,7 +18,7 @@ CASES = [
 
 
 def velocity(score, x, t):
-    """diffusers' v = alpha eps - sigma x_0 (THEORY 1.2)."""
+    """diffusers' v = alpha eps - sigma x_0 (docs/theory.md 2)."""
     alpha, sigma = ((c(t).float()).reshape(-1, *[1] * (x.dim() - 1)) for c in (SCHEDULE.alpha, SCHEDULE.sigma))
     return alpha * -sigma * score - sigma * (x + sigma**2 * score) / alpha
 

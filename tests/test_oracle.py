@@ -1,4 +1,4 @@
-"""Closed forms against quadrature, autograd and brute force (the test matrix of THEORY 8.6)."""
+"""Closed forms against quadrature, autograd and brute force (docs/theory.md 16)."""
 
 import itertools
 import math
@@ -58,10 +58,10 @@ def test_tilted_law_and_normaliser_by_quadrature():
     torch.testing.assert_close(density.exp(), (joint - log_z).exp(), atol=1e-10, rtol=1e-8)
     mean = integral(density.exp() * WIDE)
     kl = integral(density.exp() * (density - everywhere(M1, WIDE).log_prob(WIDE[:, None])))
-    assert mean.item() == pytest.approx(1.4934, abs=1e-4)  # THEORY 8.5
+    assert mean.item() == pytest.approx(1.4934, abs=1e-4)  # docs/theory.md 16
     assert kl.item() == pytest.approx(0.3602, abs=1e-4)
     reward = integral(density.exp() * everywhere(BENT, WIDE)(WIDE[:, None]))
-    assert (reward - KAPPA * kl).item() == pytest.approx(KAPPA * log_z.item(), abs=1e-9)  # THEORY 8.3
+    assert (reward - KAPPA * kl).item() == pytest.approx(KAPPA * log_z.item(), abs=1e-9)  # docs/theory.md 6
 
 
 def test_tilted_law_in_the_plane():
@@ -78,7 +78,7 @@ def test_tilted_law_in_the_plane():
 
 @pytest.mark.parametrize(("distribution", "reward"), [(M1, BENT), (D2, BENT2)])
 def test_value_gradient_is_the_optimal_control(distribution, reward):
-    """kappa grad log phi = kappa (s* - s), THEORY 8.2."""
+    """kappa grad log phi = kappa (s* - s), docs/theory.md 16."""
     schedule, g = VP(), torch.Generator().manual_seed(0)
     x = torch.randn(50, distribution.means.shape[-1], generator=g, dtype=torch.float64).requires_grad_()
     t = torch.full((50,), 0.3, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_value_gradient_is_the_optimal_control(distribution, reward):
 
 
 def test_value_solves_the_hjb_equation():
-    """d_tau V - f x V' + g^2 s V' + g^2 V'' / 2 + g^2 V'^2 / (2 kappa) = 0 (THEORY 3.1, eta = 1, V = -v)."""
+    """d_tau V - f x V' + g^2 s V' + g^2 V'' / 2 + g^2 V'^2 / (2 kappa) = 0 (docs/theory.md 6, eta = 1, V = -v)."""
     schedule = VP()
     x = torch.linspace(-2, 2, 21, dtype=torch.float64)[:, None].requires_grad_()
     t = torch.full((21,), 0.35, dtype=torch.float64, requires_grad=True)

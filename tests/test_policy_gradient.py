@@ -87,7 +87,7 @@ def remember(trainer):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_loss_is_the_formulas(case, name, shape, tmp_path):
-    """-min(w A, clip(w) A) + kappa KL with w, KL and its sum over later steps from torch.distributions (THEORY 4.4)."""
+    """-min(w A, clip(w) A) + kappa KL with w, KL and its sum over later steps from torch.distributions (docs/theory.md 8)."""
     options = {**PLAIN, **case} | ({"global_std": False} if name == "grpo" else {})
     clip_range = {"reinforce": None, "grpo": 0.03}.get(name, 0.15)
     more = {} if clip_range is None else {"clip_range": clip_range}

@@ -1,4 +1,4 @@
-"""Reward-directed q-learning against its fixed point (THEORY 8.6, rows 12, 13, 18 and 19)."""
+"""Reward-directed q-learning against its fixed point (docs/theory.md 12 and 17)."""
 
 import argparse
 import json
@@ -72,7 +72,7 @@ def lq_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Tr
 
 
 def fixed_point(trainer: Trainer) -> tuple[oracle.LinearPolicy, torch.Tensor]:
-    """The Riccati policy and its J_k as (K, 3), coefficients of 1, x, x^2 (THEORY 6.2)."""
+    """The Riccati policy and its J_k as (K, 3), coefficients of 1, x, x^2 (docs/theory.md 12)."""
     policy, beta = trainer.policy, 2 / KAPPA
     sampler, schedule = policy.sampler, policy.model.schedule
     alpha, sigma = schedule.alpha(sampler.times), schedule.sigma(sampler.times)
@@ -134,7 +134,7 @@ BATCH = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("rule", "epochs", "tolerance"), [("loss", 500, 0.015), ("martingale", 250, 0.02)])
 def test_the_fixed_point_is_riccatis(rule, epochs, tolerance, tmp_path, monkeypatch):
-    """THEORY 8.6, row 12."""
+    """docs/theory.md 12."""
     words = [*BATCH, f"train.epochs={epochs}", "train.lr=3e-2", f"algorithm.rule={rule}"]
     trainer = lq_trainer(tmp_path, monkeypatch, *words)
     trainer.fit()
@@ -157,7 +157,7 @@ def test_the_full_gradient_misses_it(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_at_the_fixed_point_the_error_is_a_martingale_difference(tmp_path, monkeypatch):
-    """THEORY 8.6, row 13: exp(q / temperature) is a density, and E[G given the state] = 0."""
+    """docs/theory.md 12: exp(q / temperature) is a density, and E[G given the state] = 0."""
     trainer = lq_trainer(tmp_path, monkeypatch, "train.images_per_prompt=100000", "train.rollout_batch=100000")
     best, values = fixed_point(trainer)
     policy, algorithm = trainer.policy, trainer.algorithm
@@ -217,7 +217,7 @@ def bias(count: int, repeats: int) -> float:
 
 
 def test_the_ratio_estimator_has_a_bias_that_falls_with_the_points():
-    """THEORY 8.6, row 19."""
+    """docs/theory.md 12."""
     few, some, many = bias(10, 20_000), bias(100, 4000), bias(1000, 800)
     assert many < 0.02
     assert few > 0.1 > some
@@ -234,7 +234,7 @@ def test_far_from_every_point_the_floor_takes_over():
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_nearest_neighbours_estimate_the_kl(k):
-    """THEORY 8.6, row 18: 100 batches of 300 points. Where P reaches beyond Q the estimate is too low, as it is known."""
+    """docs/theory.md 17: 100 batches of 300 points. Where P reaches beyond Q the estimate is too low, as it is known."""
     generator = seeded()
 
     def mean_of_batches(shift: float, spread: float) -> float:
@@ -287,7 +287,7 @@ NOISY = "model.schedule_options={rate: 0.5, noise: 2.0, end: 5.0, final_time: 0.
 
 
 def test_a_paired_score_gives_the_running_reward_without_bias(tmp_path, monkeypatch):
-    """Given state and action its mean is -g^2 |s - a|^2 (THEORY 6.3 b), by a pretrained network that knows the score s."""
+    """Given state and action its mean is -g^2 |s - a|^2 (docs/theory.md 12), by a pretrained network that knows the score s."""
     words = ("model.points=50", "train.images_per_prompt=4000", "algorithm.temperature=0.2", NOISY)
     trainer = paired_trainer(tmp_path, *words, "train.rollout_batch=4000", "train.loss_batch=4000")
     policy, own = trainer.policy, trainer.policy.model.score

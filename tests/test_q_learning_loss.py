@@ -1,4 +1,4 @@
-"""The running reward, the error and the loss of q-learning against plain formulas (THEORY 6), in one and two dimensions."""
+"""The running reward, the error and the loss of q-learning against plain formulas (docs/theory.md 12), in one and two dimensions."""
 
 import math
 

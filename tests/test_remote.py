@@ -108,14 +108,14 @@ def test_a_score_that_failed_there_is_missing_here(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_slow_server_is_waited_for_and_then_given_up(tmp_path):
+def test_a_slow_server_is_waited_for_until_the_timeout(tmp_path):
     with served(tmp_path, "slow", "seconds=5") as (url, _):
         reward = make_reward("remote", {"url": url, "timeout": 0.3, **QUICK})
         begun = time.monotonic()
         found = reward(torch.zeros(2, 2), rows(2))
         assert time.monotonic() - begun < 4
     assert found.isnan().all()
-    assert reward.failure(found, rows(2)).endswith(f"{url} did not answer: nothing whole within 0.3 s")
+    assert reward.failure(found, rows(2)).endswith(f"{url} did not answer: no complete answer within 0.3 s")
 
 
 def test_a_server_that_was_killed(tmp_path):
@@ -217,7 +217,7 @@ def test_a_server_that_drips_is_given_up_at_the_deadline(start):
         begun = time.monotonic()
         found = reward(torch.zeros(1, 2), rows(1))
         assert time.monotonic() - begun < 1.5
-    assert reward.failure(found, rows(1)).endswith("did not answer: nothing whole within 0.5 s")
+    assert reward.failure(found, rows(1)).endswith("did not answer: no complete answer within 0.5 s")
 
 
 def test_a_slow_answer_within_the_deadline_counts():
@@ -259,7 +259,7 @@ def test_a_server_that_asks_for_a_pause_gets_it():
     with talking(busy % b"1") as (url, asked):
         make_reward("remote", {"url": url, **QUICK})(torch.zeros(1, 2), rows(1))
         assert asked[1] - asked[0] >= 1
-    with talking(busy % b"3600") as (url, asked):  # is given up, not asked again too early
+    with talking(busy % b"3600") as (url, asked):  # the request fails; the server is not asked again too early
         reward = make_reward("remote", {"url": url, **QUICK})
         found = reward(torch.zeros(1, 2), rows(1))
         assert len(asked) == 1
@@ -363,7 +363,7 @@ def test_where_a_secret_goes_is_said_once(monkeypatch, capsys):
         "",
     ],
 )
-def test_what_is_no_address_is_one_line(url):
+def test_an_invalid_address_is_one_line(url):
     with pytest.raises(
         UsageError, match="^config rewards.remote.url: expected an address like http://127.0.0.1:8200, without"
     ):
@@ -405,7 +405,7 @@ def test_the_server_refuses_what_it_cannot_read(tmp_path):
         with pytest.raises(urllib.error.HTTPError) as raised:
             urllib.request.urlopen(huge, timeout=20)
         assert raised.value.code == 413
-        assert make_reward("remote", {"url": url})(torch.ones(1, 2), rows(1)).tolist() == [1.0]  # and goes on
+        assert make_reward("remote", {"url": url})(torch.ones(1, 2), rows(1)).tolist() == [1.0]  # and still serves
 
 
 def test_images_travel_without_loss():
@@ -483,7 +483,7 @@ def test_a_reward_that_raises_there_says_so_here(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_whose_server_dies_stops_and_says_why(tmp_path):
-    """It has been scored there for some epochs; then nobody answers."""
+    """The server scores some epochs; then it is gone."""
     more = ["rewards.quadratic.weight=0", "rewards.remote.weight=1", "rewards.remote.retries=0", "prompts.heldout=null"]
     with served(tmp_path, "slow", "seconds=0.3", "after=8") as (url, process):
         command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *toy_words("nft", tmp_path / "run"), *more]

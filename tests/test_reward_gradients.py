@@ -26,7 +26,7 @@ def reward_of(trainer, experience, x):
 @pytest.mark.parametrize("kappa", [0.5, 2.0])
 @pytest.mark.parametrize("steps", [None, [1, 4]])
 def test_adjoint_matching_regresses_on_the_lean_adjoint(kappa, steps, shape, tmp_path):
-    """|mean - (base mean - S^2 a)|^2 / 2 S^2, a the gradient of -r / kappa through the pretrained chain (THEORY 7.3)."""
+    """|mean - (base mean - S^2 a)|^2 / 2 S^2, a the gradient of -r / kappa through the pretrained chain (docs/theory.md 15)."""
     options = {"name": "adjoint_matching", "kappa": kappa}
     trainer = trainer_of(tmp_path, shape, algorithm=options, train={"steps": steps})
     move(trainer)
@@ -50,7 +50,7 @@ def test_adjoint_matching_regresses_on_the_lean_adjoint(kappa, steps, shape, tmp
 @pytest.mark.parametrize("last", [None, 1, 3, 9])
 @pytest.mark.parametrize("kappa", [0.0, 0.8])
 def test_draft_differentiates_the_chain(kappa, last, shape, tmp_path):
-    """The loss and its gradient are those of -r + kappa KL of the last steps, with the noise held (THEORY 7.2)."""
+    """The loss and its gradient are those of -r + kappa KL of the last steps, with the noise held (docs/theory.md 14)."""
     trainer = trainer_of(tmp_path, shape, algorithm={"name": "draft", "kappa": kappa, "last": last})
     move(trainer)
     experience, _, batch = an_epoch(trainer)

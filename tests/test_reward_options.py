@@ -264,8 +264,7 @@ def test_a_model_leaves_the_device_where_that_is_asked_for(name, files, monkeypa
     for offload in (False, True):
         reward = make_reward(name, {**files[name], "offload": offload})
         reward(PIXELS, ROWS)
-        model = reward.call.clip.model if name in WITH_CLIP else reward.call.model
-        model = model[0] if isinstance(model, tuple) else model
+        model = reward.call.network
         moves.append([])
         monkeypatch.setattr(type(model), "to", lambda self, device, found=moves[-1]: found.append(str(device)) or self)
         reward.offload()
@@ -302,7 +301,7 @@ def test_retries_and_backoff(name, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 @pytest.mark.parametrize("most", [1, 3])
-def test_so_many_requests_at_a_time(name, most):
+def test_the_number_of_requests_at_a_time(name, most):
     """`most` of them wait for each other; one more would go in at once, and is seen."""
     barrier, lock, now, seen = threading.Barrier(most), threading.Lock(), [0], []
 
@@ -326,7 +325,7 @@ def test_so_many_requests_at_a_time(name, most):
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_an_answer_is_waited_for(name):
-    """So long, and no longer."""
+    """For `timeout` seconds and no longer."""
     given = threading.Event()
 
     def answer(body):
@@ -368,7 +367,7 @@ TESTED = {
     },
     "hps": {"version": test_each_version_of_hps_has_its_own_file},
     "image_reward": {
-        "weights": "test_image_reward_is_transformers_own_blip_with_the_head",
+        "weights": "test_image_reward_scores_as_an_implementation_by_hand_did",
         "tokenizer": test_the_tokenizer_is_the_folders,
     },
     "pickscore": {
@@ -403,7 +402,7 @@ SHARED = {
     "timeout": test_an_answer_is_waited_for,
     "retries": test_retries_and_backoff,
     "backoff": test_retries_and_backoff,
-    "concurrent": test_so_many_requests_at_a_time,
+    "concurrent": test_the_number_of_requests_at_a_time,
 }
 
 

@@ -1,4 +1,4 @@
-"""Samplers against published formulas and the distributions that they should reproduce (THEORY 8.6, rows 1 to 4)."""
+"""Samplers against published formulas and the distributions that they should reproduce (docs/theory.md 3)."""
 
 import dataclasses
 import itertools
@@ -37,7 +37,7 @@ def sampler(schedule, name, steps=10, spacing="uniform", **options):
 
 @pytest.mark.parametrize("schedule", SCHEDULES[:3])
 def test_schedules_agree_with_their_definitions(schedule):
-    """f = d log(alpha) / dt and g^2 = d(sigma^2) / dt - 2 f sigma^2 (THEORY 1.1)."""
+    """f = d log(alpha) / dt and g^2 = d(sigma^2) / dt - 2 f sigma^2 (docs/theory.md 2)."""
     t = torch.linspace(0.05, 0.9, 30, dtype=torch.float64, requires_grad=True)
     (f,) = torch.autograd.grad(schedule.alpha(t).log().sum(), t)
     (growth,) = torch.autograd.grad(schedule.sigma(t).square().sum(), t)
@@ -97,7 +97,7 @@ def test_dance_sde_has_a_constant_rate_of_noise():
 
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_overshooting_with_ddim_is_the_exponential_sampler(eta):
-    """THEORY 1.3, S4."""
+    """docs/theory.md 3, S4."""
     from condrl.diffusion.transition import Overshoot
 
     schedule = VP()
@@ -155,7 +155,7 @@ def on_a_line(line, schedule, name, steps, spacing, **options):
     ],
 )
 def test_first_order_convergence(name, options):
-    """The mean of x^2 on M1 from the exact start, steps doubled twice (THEORY 1.4; 8.6, row 3)."""
+    """The mean of x^2 on M1 from the exact start, steps doubled twice (docs/theory.md 3)."""
     line, schedule = Line(-6, 6, 1000), OU(end=3.0)
     errors = []
     for steps in (16, 32, 64):
@@ -199,7 +199,7 @@ def test_second_order_convergence(name):
 
 
 def dpm_formula(schedule, times, k, eta, x, clean, earlier):
-    """Lu et al. 2022 with noise, THEORY 1.3: D = x0 + (x0 - x0_before) / (2 rho), rho = h_before / h."""
+    """Lu et al. 2022 with noise, docs/theory.md 3: D = x0 + (x0 - x0_before) / (2 rho), rho = h_before / h."""
     h = schedule.log_snr(times).diff()
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     target = clean if earlier is None else clean + (clean - earlier) * h[k] / (2 * h[k - 1])
@@ -468,7 +468,7 @@ def test_bad_noise_is_one_line(name):
 
 
 def test_transfer_between_noise_levels():
-    """THEORY 3.4: tilted at eta, sampled at eta', the mean moves by M(eta, eta') of what it should."""
+    """docs/theory.md 7: tilted at eta, sampled at eta', the mean moves by M(eta, eta') of what it should."""
     b, kappa, s0 = 0.9, 0.5, 0.7
     schedule = OU(end=6.0, final_time=1e-3)
     times = schedule.grid(1000, "log_snr")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import DATA, load_script
 from PIL import Image
-from reward_files import SMALL, save_reward_files, small_blip
+from reward_files import SMALL, image_reward_weights, save_reward_files
 from torch import nn
 
 import condrl
@@ -164,37 +164,68 @@ def test_a_whole_model_takes_no_other_weights():
         make_reward("clip", {"model": "asset:shapes_clip", "weights": "laion2b_s32b_b82k"})
 
 
-def test_image_reward_is_transformers_own_blip_with_the_head(files):
-    from transformers import BertTokenizer
-
-    vision, text_model = small_blip()
-    state = torch.load(files["image_reward"]["weights"], weights_only=True)
-    x, prompts = smooth_images(4, 3, 48, 64), ["a red star", "two cat dog", "a", "red cat " * 20]
-    tokenizer = BertTokenizer.from_pretrained(files["image_reward"]["tokenizer"])
-    tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-    with torch.no_grad():
-        seen = vision(fitted(x, 32, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)).last_hidden_state
-        hidden = text_model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen
-        ).last_hidden_state[:, 0]
-        for number in (0, 2, 4, 6, 7):
-            weight, bias = (state[f"mlp.layers.{number}.{part}"] for part in ("weight", "bias"))
-            hidden = nn.functional.linear(hidden, weight, bias)
-    found = make_reward("image_reward", files["image_reward"])(x, [Row(i, p) for i, p in enumerate(prompts)])
-    torch.testing.assert_close(found, (hidden[:, 0] - 0.16717362830052426) / 1.0333394966054072, rtol=1e-4, atol=1e-5)
+IMAGE_REWARD_PROMPTS = ["a red star", "two cat dog", "a", "red cat " * 20]
 
 
-def test_image_reward_names_the_weights_that_a_file_lacks(files, tmp_path):
-    state = torch.load(files["image_reward"]["weights"], weights_only=True)
-    del state["blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"]
-    torch.save(state, tmp_path / "part.pt")
-    reward = make_reward("image_reward", {**files["image_reward"], "weights": str(tmp_path / "part.pt")})
-    with pytest.raises(UsageError, match=r"encoder\.layer\.1\.crossattention\.self\.key\.weight"):
-        reward(smooth_images(1), [Row(0, "a")])
-    (tmp_path / "text.pt").write_text("nothing")
-    reward = make_reward("image_reward", {**files["image_reward"], "weights": str(tmp_path / "text.pt")})
-    with pytest.raises(UsageError, match="is not a file of torch.save"):
-        reward(smooth_images(1), [Row(0, "a")])
+def image_reward_scores(options):
+    x = (torch.arange(4 * 3 * 48 * 64) * 37 % 101 / 100).view(4, 3, 48, 64)
+    x = (x * torch.tensor([1, 0.7, 0.4, 1]).view(4, 1, 1, 1)).requires_grad_()
+    scores = make_reward("image_reward", options)(x, [Row(i, p) for i, p in enumerate(IMAGE_REWARD_PROMPTS)])
+    return scores.detach(), torch.autograd.grad(scores.sum(), x)[0]
+
+
+def image_reward_of(state, files, folder):
+    """The options of a reward with these weights."""
+    torch.save(state, folder / "other.pt")
+    return {**files["image_reward"], "weights": str(folder / "other.pt")}
+
+
+def test_image_reward_scores_as_an_implementation_by_hand_did(files):
+    """Recorded with one that was written out in torch, by the published file's names."""
+    scores, gradient = image_reward_scores(files["image_reward"])
+    torch.testing.assert_close(scores, torch.tensor([0.0031649, 0.1608159, 0.0027485, 0.1336707]), rtol=1e-5, atol=1e-5)
+    norms = gradient.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.tensor([4.80872, 0.57088, 0.301903, 8.95766]), rtol=1e-4, atol=0)
+
+
+def test_image_reward_does_not_read_the_padding(files, tmp_path):
+    pad, star = (image_reward_weights() for _ in range(2))
+    for state, word in ((pad, 0), (star, 7)):  # as save_reward_files lists the words
+        state["blip.text_encoder.embeddings.word_embeddings.weight"][word] *= -1
+    scores = image_reward_scores(files["image_reward"])[0]
+    torch.testing.assert_close(image_reward_scores(image_reward_of(pad, files, tmp_path))[0], scores)
+    (tmp_path / "star").mkdir()
+    other = image_reward_scores(image_reward_of(star, files, tmp_path / "star"))[0]
+    assert ((other - scores).abs() > 1e-4).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "blip.text_encoder.encoder.layer.1.crossattention.self.key.weight",
+            None,
+            "no weights text_encoder.encoder.layer.1.crossattention.self.key.weight",
+        ),
+        ("blip.visual_encoder.blocks.0.norm1.bias", None, "no weights visual_encoder.blocks.0.norm1.bias"),
+        ("blip.visual_encoder.pos_embed", None, "no weights visual_encoder.pos_embed"),
+        ("blip.text_encoder.embeddings.position_embeddings.weight", None, "no weights text_encoder.embeddings.pos"),
+        ("mlp.layers.4.bias", None, "expected linear layers, each with weight and bias"),
+        (
+            "blip.visual_encoder.norm.bias",
+            torch.zeros(3),
+            r"its visual_encoder.norm.bias has shape \(3,\), not \(128,\)",
+        ),
+        ("blip.visual_encoder.head.bias", torch.zeros(3), "no part of ImageReward is called visual_encoder.head.bias"),
+    ],
+)
+def test_image_reward_names_the_weights_that_do_not_fit(name, value, message, files, tmp_path):
+    state = {**image_reward_weights(), name: value}
+    options = image_reward_of({k: v for k, v in state.items() if v is not None}, files, tmp_path)
+    with pytest.raises(
+        UsageError, match=f"^config rewards.image_reward.weights: .* is not an ImageReward file: .*{message}"
+    ):
+        make_reward("image_reward", options).load()
 
 
 def test_pickscore_is_transformers_own_logit(files):
@@ -296,7 +327,7 @@ def test_a_damaged_file_is_one_line_that_names_it(name, option, inner, damage, f
     assert len(said) < 600
 
 
-def test_a_list_of_words_that_is_a_pointer_is_no_tokenizer(tmp_path):
+def test_a_tokenizer_whose_list_of_words_is_a_pointer_is_refused(tmp_path):
     """A BERT tokenizer would take its three lines for three words, and every prompt for unknown ones."""
     (tmp_path / "vocab.txt").write_bytes(POINTER)
     with pytest.raises(UsageError, match=r"config rewards\.image_reward\.tokenizer: .*vocab\.txt is a Git LFS pointer"):

@@ -244,7 +244,7 @@ def test_ratios_and_kl_of_a_chain_from_pure_noise(zero_snr):
         """x0 = -v of the guided network, by its own forward pass."""
         unet, x = policy.model.module, found.states[0]
         v = [
-            unet(x, torch.tensor(999), policy.model.embeddings(rows)).sample
+            unet(x, torch.tensor(999), policy.model.embeddings(rows)[0]).sample
             for rows in (policy.model.negative.expand(3), found.condition)
         ]
         return -(v[0] + 5 * (v[1] - v[0]))
@@ -301,7 +301,7 @@ def test_a_prompt_that_is_cut_is_told_and_cut_as_diffusers_cuts_it(limit, pipeli
     )
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
     theirs = [pipe.encode_prompt(prompt, CPU, 1, False)[0][0] for prompt in (LONG, "a red star")]
-    torch.testing.assert_close(model.embeddings(torch.stack([row, short])), torch.stack(theirs))
+    torch.testing.assert_close(model.embeddings(torch.stack([row, short]))[0], torch.stack(theirs))
 
 
 def test_all_prompts_that_are_cut_are_one_warning(pipeline, tmp_path, capsys):
@@ -323,7 +323,7 @@ def test_all_prompts_that_are_cut_are_one_warning(pipeline, tmp_path, capsys):
 def counted(model):
     """The calls of the text encoder from now on, each as the number of prompts in it."""
     calls = []
-    model._pipe.text_encoder.register_forward_hook(
+    model.pipe.text_encoder.register_forward_hook(
         lambda module, inputs, output: calls.append(len(output.last_hidden_state))
     )
     return calls
@@ -348,23 +348,23 @@ def test_prompts_are_encoded_alone_and_when_they_are_needed(model):
 def test_embeddings_beyond_the_bound_are_dropped_and_come_back_to_the_bit(model):
     """Neither the host nor the device holds more for a thousand prompts than for some; company changes no bit."""
     condition = model.encode([f"{colour} star {i}" for i in range(50) for colour in ("a red", "two very large blue")])
-    first = torch.cat([model.embeddings(row[None]) for row in condition])
+    first = torch.cat([model.embeddings(row[None])[0] for row in condition])
     one = first[0].nbytes
     model._host_embeddings = Embeddings(model._encoded, most=20 * one)
     calls = counted(model)
     for part in condition.split(16):
-        assert torch.equal(model.embeddings(part), first[part - condition[0]])
-        assert model._table.nbytes == len(part) * one
+        assert torch.equal(model.embeddings(part)[0], first[part - condition[0]])
+        assert model._table[0].nbytes == len(part) * one
         assert model._host_embeddings.bytes <= 20 * one
     assert len(calls) == 100
-    assert torch.equal(model.embeddings(condition[-16:]), first[-16:])
+    assert torch.equal(model.embeddings(condition[-16:])[0], first[-16:])
     assert len(calls) == 100  # the last ones are still there
-    assert torch.equal(model.embeddings(condition.flip(0)), first.flip(0))  # more at once than there is room for
+    assert torch.equal(model.embeddings(condition.flip(0))[0], first.flip(0))  # more at once than there is room for
     assert model._host_embeddings.bytes <= 20 * one
 
 
 def test_the_text_encoder_is_on_the_device_only_while_it_encodes(model, monkeypatch):
-    encoder, places = model._pipe.text_encoder, []
+    encoder, places = model.pipe.text_encoder, []
     monkeypatch.setattr(encoder, "to", lambda device: places.append(torch.device(device)))
     encoder.register_forward_hook(lambda *_: places.append("encodes"))
     model.device = torch.device("cpu", 0)

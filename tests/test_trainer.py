@@ -108,7 +108,7 @@ def test_stored_log_probs_are_those_of_the_transitions(tmp_path):
 
 
 def test_gradient_at_the_start_is_reinforce(tmp_path):
-    """Every ratio is 1, so the gradient is that of -mean_i A_i sum_k log p(x_{k+1} | x_k), THEORY 4.2."""
+    """Every ratio is 1, so the gradient is that of -mean_i A_i sum_k log p(x_{k+1} | x_k), docs/theory.md 8."""
     trainer = make_trainer(tmp_path, train={"loss_batch": 7, "max_grad_norm": 1e9})
     experience = trainer.collect(0, clock())
     gradients = []

@@ -40,7 +40,7 @@ def test_log_prob_and_kl_are_those_of_torch_distributions():
 
 
 def test_log_ratio_of_two_distributions_has_mean_minus_kl():
-    """THEORY 4.1: with equal S the log-ratio is linear in the noise, mean -KL and variance 2 KL."""
+    """docs/theory.md 4: with equal S the log-ratio is linear in the noise, mean -KL and variance 2 KL."""
     old, new = random_gaussian(0, 0.5), Gaussian(random_gaussian(0, 0.5).mean + 0.1, random_gaussian(0, 0.5).std)
     g = torch.Generator().manual_seed(3)
     ratios = []

@@ -104,12 +104,12 @@ def test_a_number_is_read_or_the_score_has_failed(text, score):
         assert found.tolist() == [score]
 
 
-def test_a_choice_that_is_none_is_no_number():
+def test_a_choice_without_a_message_has_failed():
     with judging(lambda _: {"choices": ["7"]}) as (url, _):
         assert make_reward("vlm_judge", {"url": url, "answer": "number", **QUICK})(smooth_images(1), rows(1)).isnan()
 
 
-def test_a_number_that_may_have_been_cut_off_is_no_score():
+def test_a_number_that_may_be_truncated_has_failed():
     cut = {"choices": [{"message": {"content": "I would rate it as a 1"}, "finish_reason": "length"}]}
     with judging(lambda _: cut) as (url, _):
         assert make_reward("vlm_judge", {"url": url, "answer": "number", **QUICK})(smooth_images(1), rows(1)).isnan()
@@ -152,7 +152,7 @@ def test_a_server_that_is_slow_gone_or_refuses():
     with judging(lambda _: {"error": {"message": "no such model"}}, status=404) as (url, requests):
         reward = make_reward("vlm_judge", {"url": url, **QUICK})
         assert "answered 404: no such model" in reward.failure(reward(smooth_images(1), rows(1)), rows(1))
-        assert len(requests) == 1  # what will not pass is not asked again
+        assert len(requests) == 1  # what will not change is not asked again
 
 
 def test_the_key_is_sent(monkeypatch):

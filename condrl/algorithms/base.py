@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,9 @@ class Algorithm:
 
     def setup(self, policy: Policy) -> None:
         """Make what depends on the policy."""
+
+    def check_rows(self, policy: Policy, rows: Sequence[Row]) -> None:
+        """Raises: UsageError naming a prompt row without what it needs."""
 
     def networks(self) -> dict[str, OwnNetwork]:
         """Networks of its own that are trained with the policy, by name."""

@@ -52,7 +52,7 @@ class PolicyGradient(Algorithm):
     """The score-function gradients of E r - kappa KL(chain || pretrained chain) on denoising steps.
 
     The KL's gradient is exact: grad log p_k meets r - kappa sum_{j > k} KL_j, and KL_k is differentiated itself
-    (THEORY 4.4). `normalise` divides a prompt's whole objective, so kappa keeps its meaning and p* its place.
+    (docs/theory.md 8). `normalise` divides a prompt's whole objective, so kappa keeps its meaning and p* its place.
     """
 
     kappa: float = 0.0  # reward per nat of path KL to the pretrained model
@@ -135,7 +135,7 @@ class ClippedPolicyGradient(PolicyGradient):
         self.require_positive("clip_range")
 
     def surrogate(self, policy: Policy, transition: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
-        """PPO's loss with a bound that scales with the square root of the step (THEORY 9.2)."""
+        """PPO's loss with a bound that scales with the square root of the step (docs/theory.md 9)."""
         times = policy.sampler.times
         step = (times[batch.k] - times[batch.k + 1]) / times[0]
         bound = self.clip_range * (50 * step).sqrt()
@@ -143,7 +143,7 @@ class ClippedPolicyGradient(PolicyGradient):
 
 
 def clipped(log_ratio: Tensor, advantage: Tensor, bound: Tensor | float) -> tuple[Tensor, Metrics]:
-    """PPO's -min(w A, clip(w, 1 - bound, 1 + bound) A) of log w (B,): the min keeps clipping one-sided (THEORY 4.2)."""
+    """PPO's -min(w A, clip(w, 1 - bound, 1 + bound) A) of log w (B,); the min: one-sided (docs/theory.md 8)."""
     log_ratio = log_ratio.float()
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     low, high = torch.as_tensor(1 - bound).to(ratio), torch.as_tensor(1 + bound).to(ratio)

@@ -14,7 +14,7 @@ class Value(nn.Module):
     """V(x, t, c) = c_skip(t) r(x0hat) + c_out(t) F(x, t, c): the reward of the denoised prediction, corrected.
 
     c_skip = alpha^2 / (alpha^2 + sigma^2) and c_out = sigma / sqrt(alpha^2 + sigma^2), so V is r at t = 0
-    (THEORY 5.4). Without the hint r(x0hat), V = F. Points go into F as they are, images through three convolutions.
+    (docs/theory.md 11). Without the hint r(x0hat), V = F. Points enter F unchanged, images through three convolutions.
     """
 
     def __init__(self, schedule: Schedule, state_shape: tuple[int, ...], features: int, width: int = 64) -> None:

@@ -98,13 +98,18 @@ def split_json(words: list[str]) -> tuple[list[str], Path | None]:
     if place + 1 == len(words):
         raise UsageError("--json needs a file: --json result.json")
     path = Path(words[place + 1])
+    check_json(path)
+    return words[:place] + words[place + 2 :], path
+
+
+def check_json(path: Path) -> None:
+    """Raises: UsageError when no result can be written there."""
     try:
         usable = not path.is_dir() and (path.parent.is_dir() or not path.parent.exists())
     except OSError:  # a name that is too long
         usable = False
     if not usable:
         raise UsageError(f"--json {path}: is not a file that can be written")
-    return words[:place] + words[place + 2 :], path
 
 
 def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float, dry: bool) -> dict[str, Any]:
@@ -274,7 +279,7 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
 def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Evaluation | None:
     """Measure the policy on the held-out prompts; None when there are none."""
     from condrl.training.build import deployed, make_measures
-    from condrl.training.evaluate import evaluate
+    from condrl.training.evaluate import evaluate, first_seed
 
     if not heldout:
         return None
@@ -283,7 +288,7 @@ def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Ev
         deployed(config, trainer.policy),
         heldout,
         make_measures(config),
-        seed=(1_000_000 + config.run.seed * 100_000) % 2**62,  # far from the seeds a user would sample with
+        seed=first_seed(config.run.seed),
         per_prompt=config.evaluate.images_per_prompt,
         batch=config.train.rollout_batch,
         pictures=config.evaluate.pictures,
@@ -310,13 +315,17 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     comparison = result["heldout"]
     whos = ("base", "tuned", "difference")
     rows = [("held-out", *whos), *((name, *(interval(row[who]) for who in whos)) for name, row in comparison.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.append(verdict(comparison))
+    lines = [*aligned(rows), verdict(comparison)]
     if not comparison:
         lines = ["no held-out prompts (prompts.heldout): nothing says whether the model is better"]
     took = f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"
     return "\n".join([*lines, took])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's rows as lines, its columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def interval(estimate: dict[str, Any]) -> str:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from condrl.diffusion.policy import Policy
 
+HOME = Path("runs")  # of what is drawn without a run
+
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,23 +122,44 @@ def read_words(words: Sequence[str]) -> tuple[Config, Path | None, Path]:
 
     Raises: UsageError when a folder holds neither a run nor a LoRA.
     """
-    from condrl.models.lora import rank_of
+    from condrl.models.points import MODULE_FILE
 
+    named, settings = split_words(words)
+    if named is None:
+        return load_for_drawing(default_config(settings), settings), None, HOME
+    lora, run = find(named)
+    if (lora / MODULE_FILE).is_file():
+        raise UsageError(f"{run or lora} is a run on points, not images: see the plots in its images/")
+    if run is None:
+        settings = with_rank(lora, settings)
+    return load_for_drawing(run / "config.yaml" if run else default_config(settings), settings), lora, run or HOME
+
+
+def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The run or LoRA that words name, if any, and the settings among them.
+
+    Raises: UsageError when there are several.
+    """
     named = [Path(word) for word in words if not is_setting(word)]
-    settings = [word for word in words if is_setting(word)]
     if len(named) > 1:
         raise UsageError(f"expected one run or LoRA, got {' '.join(map(str, named))}")
-    default = None if any(setting_keys(word) == ["model", "path"] for word in settings) else CONFIGS / "quickstart.yaml"
-    if not named:
-        return load_for_drawing(default, settings), None, Path("runs")
-    lora, run = find(named[0])
-    if run is None:
-        settings = [f"model.lora_rank={rank_of(lora)}", *settings]
-    return load_for_drawing(run / "config.yaml" if run else default, settings), lora, run or Path("runs")
+    return next(iter(named), None), [word for word in words if is_setting(word)]
+
+
+def default_config(settings: Sequence[str]) -> Path | None:
+    """The config of a LoRA without a run: the quickstart's, unless the settings say which model it is for."""
+    return None if any(setting_keys(word) == ["model", "path"] for word in settings) else CONFIGS / "quickstart.yaml"
+
+
+def with_rank(lora: Path, settings: Sequence[str]) -> list[str]:
+    """The settings after the rank of a LoRA file, which nothing else says where there is no run."""
+    from condrl.models.lora import rank_of
+
+    return [f"model.lora_rank={rank_of(lora)}", *settings]
 
 
 def find(path: Path) -> tuple[Path, Path | None]:
-    """The LoRA file that a path means, and the folder of the run that it is of, if any.
+    """What was tuned, a LoRA's file or a folder with a network of points, and the folder of the run, if any.
 
     Raises: UsageError when there is none.
     """
@@ -149,11 +172,9 @@ def find(path: Path) -> tuple[Path, Path | None]:
     folders = (path, *(f for f in path.resolve().parents[:2] if RunFolder(f).is_a_runs))
     run = next((f for f in folders if (f / "config.yaml").is_file()), None)
     lora = path / "lora" if run == path else path
-    if (lora / MODULE_FILE).is_file():
-        raise UsageError(f"{run or lora} is a run on points, not images: see the plots in its images/")
     if run == path and not lora.is_dir():
         raise UsageError(f"the run {path} is not finished: it has no lora/ yet")
-    return find_lora(lora), run
+    return lora if (lora / MODULE_FILE).is_file() else find_lora(lora), run
 
 
 def check_folder(path: Path) -> None:

@@ -24,14 +24,25 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def state_shape(self) -> tuple[int, ...]: ...
+    def state_shape(self) -> tuple[int, ...]:
+        """Of x: latents (C, h, w), or points (d,)."""
+        ...
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of what `decode` gives: images (3, H, W), or points (d,)."""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Conditions (B,) of prompts; cheap, also for very many."""
         ...
 
+    def predict(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """What the network says at x (B, ...), times t (B,), in its own terms: its one call."""
+        ...
+
     def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """The (guided) score at x (B, ...), times t (B,); through `module` when it wraps the trained network."""
+        """The action at x (B, ...), times t (B,), from what `predict` says with and without the prompt."""
         ...
 
     def features(self, condition: Tensor) -> Tensor:
@@ -42,12 +53,23 @@ class Model(Protocol):
         """Samples for the reward: images (B, 3, H, W) in [0, 1]."""
         ...
 
+    def encode_images(self, images: Tensor) -> Tensor:
+        """States (B, ...) that `decode` to images (B, 3, H, W) in [0, 1], or nearly so."""
+        ...
+
     def reference(self) -> AbstractContextManager[None]:
         """Within it, the model is the pretrained one."""
         ...
 
     def merged(self) -> AbstractContextManager[None]:
         """Within it, without gradients, the model may compute the same function faster."""
+        ...
+
+    def shard(self) -> None:
+        """Spread the frozen weights over the processes.
+
+        Raises: UsageError where there is nothing to spread.
+        """
         ...
 
     def save_adapter(self, folder: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -27,7 +27,7 @@ class PathKL:
 
 @torch.no_grad()
 def path_kl(policy: Policy, rollout: Rollout, batch: int) -> PathKL:
-    """KL(current || pretrained) of each step at the visited states, `batch` images at a time (THEORY 2.2)."""
+    """KL(current || pretrained) of each step at the visited states, `batch` images at a time (docs/theory.md 5)."""
     count = len(rollout.condition)
     means = torch.zeros_like(rollout.states[1:])
     stds, kl = (means.new_zeros(policy.steps, count) for _ in range(2))

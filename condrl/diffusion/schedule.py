@@ -140,7 +140,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class VP(Schedule):
-    """beta(t) = b0 + (b1 - b0) t, f = -beta / 2, g^2 = beta (Song et al. 2021); THEORY 1.1."""
+    """beta(t) = b0 + (b1 - b0) t, f = -beta / 2, g^2 = beta (Song et al. 2021); docs/theory.md 2."""
 
     b0: float = 0.1
     b1: float = 20.0
@@ -166,7 +166,7 @@ class VP(Schedule):
 
 @dataclass(frozen=True)
 class OU(Schedule):
-    """The Ornstein-Uhlenbeck process dX = -rate X dt + noise dB; THEORY 1.1."""
+    """The Ornstein-Uhlenbeck process dX = -rate X dt + noise dB; docs/theory.md 2."""
 
     rate: float = 0.5
     noise: float = 1.0

@@ -160,7 +160,7 @@ def check_noise_level(value: float, option: str = "eta", most: float = math.inf)
 
 
 def euler_maruyama(schedule: Schedule, times: Tensor, noise_level: Tensor | float) -> Coefficients:
-    """S1: A = 1 - f D, B = (1 + eta^2) g^2 D / 2, S = eta g sqrt(D), for any noise level eta >= 0 (THEORY 1.3).
+    """S1: A = 1 - f D, B = (1 + eta^2) g^2 D / 2, S = eta g sqrt(D), for any noise level eta >= 0 (docs/theory.md 3).
 
     Where there is no signal, f and g^2 may be infinite while the probability flow's velocity is not: there the mean is
     x - D velocity + (noise rate / 2) score, with the score -x / sigma^2, and B belongs to the denoised prediction.
@@ -180,7 +180,7 @@ def euler_maruyama(schedule: Schedule, times: Tensor, noise_level: Tensor | floa
 
 @dataclass(frozen=True)
 class Overshoot(Sampler):
-    """S4: any deterministic solver, made stochastic by going too far and adding noise back (THEORY 1.3).
+    """S4: any deterministic solver, made stochastic by going too far and adding noise back (docs/theory.md 3).
 
     From t it goes to w with lambda_w = lambda_u + eta^2 h, then noise brings w back to u: exactly Gaussian.
     """

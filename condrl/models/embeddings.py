@@ -9,30 +9,36 @@ import torch
 from torch import Tensor
 
 MOST_BYTES = 2**30  # on the host: about 4,500 prompts of Stable Diffusion 1.5 in float32
+Encoded = tuple[Tensor, ...]  # what a network is given of a prompt
 
 
 class Embeddings:
-    """A memory of embeddings by prompt that drops the least recently used ones beyond `most` bytes.
+    """A memory of what prompts are encoded to that drops the least recently used ones beyond `most` bytes.
 
-    `encode` is given the prompts that are not in it, and has to encode each alone: then an embedding depends neither on
+    `encode` is given the prompts that are not in it, and has to encode each alone: then the result depends neither on
     the prompts beside it nor on whether it was dropped in between.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Iterable[Tensor]], most: int = MOST_BYTES) -> None:
+    def __init__(self, encode: Callable[[list[str]], Iterable[Encoded]], most: int = MOST_BYTES) -> None:
         self._encode, self._most = encode, most
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._known: OrderedDict[str, Encoded] = OrderedDict()
         self.bytes = 0
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, ...) of prompts, on the host."""
+    def __call__(self, prompts: Sequence[str]) -> Encoded:
+        """Each of its tensors for prompts (B, ...), on the host."""
         distinct = list(dict.fromkeys(prompts))
         if new := [prompt for prompt in distinct if prompt not in self._known]:
-            for prompt, embedding in zip(new, self._encode(new), strict=True):
-                self._known[prompt] = embedding.cpu()
-                self.bytes += self._known[prompt].nbytes
+            for prompt, encoded in zip(new, self._encode(new), strict=True):
+                self._known[prompt] = tuple(x.cpu() for x in encoded)
+                self.bytes += size(self._known[prompt])
         for prompt in distinct:
             self._known.move_to_end(prompt)
-        found = torch.stack([self._known[prompt] for prompt in prompts])
+        found = tuple(map(torch.stack, zip(*(self._known[prompt] for prompt in prompts), strict=True)))
         while self.bytes > self._most:
-            self.bytes -= self._known.popitem(last=False)[1].nbytes
+            self.bytes -= size(self._known.popitem(last=False)[1])
         return found
+
+
+def size(encoded: Encoded) -> int:
+    """Bytes of it."""
+    return sum(x.nbytes for x in encoded)

@@ -24,7 +24,6 @@ from condrl.io.records import from_json
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 KOHYA_FILE = "comfyui_lora.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-KOHYA_PREFIX = "lora_unet_"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 DOWN = re.compile(r"(.+?)(?:\.lora_down|[._]lora\.down|\.lora_A(?:\.\w+)?)\.weight")
@@ -89,25 +88,28 @@ def lora_state(unet: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`unet.<module>.lora.{down,up}.weight`."""
-    return {re.sub(r"(.+)\.(down|up)\.weight", r"unet.\1.lora.\2.weight", key): value for key, value in state.items()}
+def diffusers_names(state: Mapping[str, Tensor], prefix: str = "unet") -> dict[str, Tensor]:
+    """`<prefix>.<module>.lora.{down,up}.weight`."""
+    named = rf"{prefix}.\1.lora.\2.weight"
+    return {re.sub(r"(.+)\.(down|up)\.weight", named, key): value for key, value in state.items()}
 
 
-def kohya_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`lora_unet_<module, dots to underscores>.{lora_down.weight, lora_up.weight, alpha}`, alpha = rank."""
+def kohya_names(state: Mapping[str, Tensor], prefix: str = "unet") -> dict[str, Tensor]:
+    """`lora_<prefix>_<module, dots to underscores>.{lora_down.weight, lora_up.weight, alpha}`, alpha = rank."""
     named = {}
     for key, value in state.items():
         name, part, _ = key.rsplit(".", 2)
-        base = KOHYA_PREFIX + name.replace(".", "_")
+        base = f"lora_{prefix}_" + name.replace(".", "_")
         named[f"{base}.lora_{part}.weight"] = value
         if part == "down":
             named[f"{base}.alpha"] = torch.tensor(float(len(value)))
     return named
 
 
-def save_lora(unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the LoRA of a UNet for diffusers and for ComfyUI and A1111, and a model card, to `folder`.
+def save_lora(
+    unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, str] | None = None, prefix: str = "unet"
+) -> None:
+    """Write the LoRA of a network for diffusers and for ComfyUI and A1111, and a model card, to `folder`.
 
     Both files say the base model, rank and alpha, and what `metadata` adds, such as the rewards.
     """
@@ -115,8 +117,8 @@ def save_lora(unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, s
     state, common = lora_state(unet), dict(metadata or {})
     rank = str(max((len(value) for key, value in state.items() if key.endswith("down.weight")), default=0))
     common |= {"format": "pt", "base_model": base, "rank": rank, "alpha": rank}
-    save_tensors(diffusers_names(state), folder / LORA_FILE, common)
-    save_tensors(kohya_names(state), folder / KOHYA_FILE, common | kohya_metadata(unet, base, rank))
+    save_tensors(diffusers_names(state, prefix), folder / LORA_FILE, common)
+    save_tensors(kohya_names(state, prefix), folder / KOHYA_FILE, common | kohya_metadata(unet, base, rank))
     rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
     card = dict(
         base=json.dumps(base), name=code_span(base), lora=LORA_FILE, kohya=KOHYA_FILE, rank=rank, rewards=rewards
@@ -144,7 +146,7 @@ def kohya_metadata(unet: Any, base: str, rank: str) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load_lora(unet: nn.Module, source: Path) -> None:
+def load_lora(unet: nn.Module, source: Path, prefix: str = "unet") -> None:
     """Read a LoRA, a file or its folder, into the UNet's existing adapter: the same change of weights to rounding.
 
     A smaller rank is filled up with directions that start at zero; a larger one is refitted where it fits exactly.
@@ -152,7 +154,7 @@ def load_lora(unet: nn.Module, source: Path) -> None:
     Raises: UsageError when there is none, when it is damaged, has more parts than the adapter, or needs a larger rank.
     """
     path = find_lora(source)
-    found, layers = read_lora(unet, path), lora_layers(unet)
+    found, layers = read_lora(unet, path, prefix), lora_layers(unet)
     extra = sorted(set(found) - set(layers))
     if extra:
         _refuse(path, f"has weights for {extra[0]}, which model.lora_targets leaves out: add its name there")
@@ -187,13 +189,13 @@ def find_lora(source: Path) -> Path:
     return candidates[0]
 
 
-def read_lora(unet: nn.Module, path: Path) -> dict[str, Factors]:
+def read_lora(unet: nn.Module, path: Path, prefix: str = "unet") -> dict[str, Factors]:
     """The changes of weights in a file by the UNet's module names, whatever names the file uses.
 
     Raises: UsageError when the file is damaged, is no plain LoRA, or was made for another network.
     """
-    scales, factors = Scales.read(path), {}
-    for name, (down, up, alpha) in _by_module(unet, path, load_tensors(path, "LoRA")).items():
+    scales, factors = Scales.read(path, prefix), {}
+    for name, (down, up, alpha) in _by_module(unet, path, load_tensors(path, "LoRA"), prefix).items():
         if down is None or up is None or not _fits(down, up) or (alpha is not None and alpha.numel() != 1):
             _refuse(path, f"is not whole: see {name}")
         scale = scales.of(name, len(down)) if alpha is None else alpha.item() / len(down)
@@ -204,14 +206,14 @@ def read_lora(unet: nn.Module, path: Path) -> dict[str, Factors]:
     return factors
 
 
-def _by_module(unet: nn.Module, path: Path, state: Mapping[str, Tensor]) -> dict[str, list[Tensor | None]]:
+def _by_module(unet: nn.Module, path: Path, state: Mapping[str, Tensor], prefix: str) -> dict[str, list[Tensor | None]]:
     """Each module's down, up and alpha as the file has them."""
     _check_kind(path, state)
-    modules = spellings(unet)
+    modules = spellings(unet, prefix)
     found: dict[str, list[Tensor | None]] = {}
     for key, value in state.items():
         match, part = next((m, i) for i, p in enumerate((DOWN, UP, ALPHA)) if (m := p.fullmatch(key)))
-        parts = found.setdefault(_module(match[1], modules, path), [None, None, None])
+        parts = found.setdefault(_module(match[1], modules, path, prefix), [None, None, None])
         if parts[part] is not None:
             _refuse(path, f"has the same weights under two names: see {key}")
         if not value.is_floating_point() or not value.float().isfinite().all():
@@ -229,19 +231,19 @@ class Scales:
     rslora: bool = False  # alpha / sqrt(rank) instead of alpha / rank
 
     @classmethod
-    def read(cls, path: Path) -> Scales:
+    def read(cls, path: Path, prefix: str) -> Scales:
         """From diffusers' metadata in the file, or from peft's config beside it."""
         text, beside = load_metadata(path, "LoRA").get("lora_adapter_metadata"), path.parent / PEFT_CONFIG
         if text is None and path.name == PEFT_FILE and beside.is_file():
             path, text = beside, beside.read_text("utf-8", errors="replace")
         try:
-            return cls.of_config(from_json(text)) if text is not None else cls()
+            return cls.of_config(from_json(text), prefix) if text is not None else cls()
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise UsageError(f"the LoRA's settings in {path} cannot be read: {error}") from error
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> Scales:
-        own = {key.removeprefix("unet."): value for key, value in config.items()}
+    def of_config(cls, config: Mapping[str, Any], prefix: str) -> Scales:
+        own = {key.removeprefix(f"{prefix}."): value for key, value in config.items()}
         patterns = {name: _finite(alpha) for name, alpha in (own.get("alpha_pattern") or {}).items()}
         if odd := [name for name in patterns if not re.fullmatch(r"\^?(\w|\\?\.)+", name)]:
             raise ValueError(f"{odd[0]!r} in alpha_pattern is not the name of a module")  # others can take for ever
@@ -262,16 +264,16 @@ def _finite(alpha: Any) -> float:
     return value
 
 
-def spellings(unet: nn.Module) -> dict[str, str]:
+def spellings(unet: nn.Module, prefix: str = "unet") -> dict[str, str]:
     """A UNet's modules by each of the names that LoRA files have for them."""
     own = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")  # of peft's layers
     names = [n for n, m in unet.named_modules() if getattr(m, "weight", None) is not None and not own.search(n)]
-    table = {name: name for name in names} | {KOHYA_PREFIX + name.replace(".", "_"): name for name in names}
+    table = {name: name for name in names} | {f"lora_{prefix}_" + name.replace(".", "_"): name for name in names}
     return table | {name.removesuffix(".0"): name for name in names if name.endswith(".to_out.0")}
 
 
-def _module(base: str, modules: Mapping[str, str], path: Path) -> str:
-    plain = base.removeprefix("base_model.model.").removeprefix("unet.").replace(".processor.", ".")
+def _module(base: str, modules: Mapping[str, str], path: Path, prefix: str) -> str:
+    plain = base.removeprefix("base_model.model.").removeprefix(f"{prefix}.").replace(".processor.", ".")
     if plain not in modules:
         _refuse(path, f"was made for another model: this UNet has no module {base}")
     return modules[plain]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from condrl.io.files import load_tensors, save_tensors
 from condrl.registry import suggestion
 
 
-class Points:
+class Points(ABC):
     """A model of points (B, d), with one distribution for each prompt that its config names."""
 
     distributions_option: ClassVar[str]  # the option that names the prompts
@@ -43,8 +44,28 @@ class Points:
         """One-hot prompts (B, C)."""
         return nn.functional.one_hot(condition, len(self.prompts)).float().to(self.device)
 
+    @property
+    def sample_shape(self) -> tuple[int]:
+        return self.state_shape
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The score (B, d) at x (B, d) and times t (B,)."""
+
+    def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """What the network says, which is the score."""
+        self.evaluations += len(x)
+        return self.predict(x, t, condition)
+
     def decode(self, x: Tensor) -> Tensor:
         return x
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images.to(self.device)
+
+    def shard(self) -> None:
+        """Raises: UsageError, since there is nothing to spread."""
+        raise UsageError("a model of points cannot be sharded: use another of configs/accelerate")
 
     @contextmanager
     def reference(self) -> Iterator[None]:

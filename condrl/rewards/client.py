@@ -1,4 +1,4 @@
-"""Asking a server over HTTP for scores: several requests at a time, each with a deadline, tried again with pauses."""
+"""Ask a server over HTTP for scores: several requests at a time, each with a deadline and retries after pauses."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from condrl.rewards.threads import DaemonPool
 from condrl.rewards.wire import MOST_BYTES, read_secret
 
 T = TypeVar("T")
-PASSING = (429, 500, 502, 503, 504)  # statuses that may be over when one tries again
+RETRIED = (429, 500, 502, 503, 504)  # statuses after which another attempt may succeed
 DAY = 86_400.0  # seconds
-LONGEST_PAUSE = 300.0  # seconds that a server may ask to be left alone
+LONGEST_PAUSE = 300.0  # seconds; a server that asks for a longer one is not asked again
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -36,12 +36,12 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """Posts JSON to one address, with what the environment variable `secret` holds as a bearer token.
+    """Posts JSON to one address, with the value of the environment variable `secret` as a bearer token.
 
-    It asks no proxy and follows no redirection: secret and images are for the address that was given. `errors` holds
-    the reasons of the last requests that failed in the end.
+    It uses no proxy and follows no redirect, so that secret and images reach only the given address. `errors` holds
+    the reasons why the last requests failed after all attempts.
 
-    Raises: UsageError naming `option` when the address is none, or what belongs to it cannot be.
+    Raises: UsageError naming `option` when the address is invalid, or the setting beside it that is out of range.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Client:
         self.errors: deque[str] = deque(maxlen=100)
 
     def ask(self, bodies: Sequence[bytes], readers: Sequence[Callable[[bytes], T]]) -> list[T | None]:
-        """What each body's reader makes of the answer; None where there was none that it could read.
+        """What each body's reader returns for the answer; None for a request that failed after all attempts.
 
         A reader raises ValueError, TypeError, LookupError or ArithmeticError on what it cannot read.
         """
@@ -76,10 +76,10 @@ class Client:
         try:
             return list(pool.map(self._score, bodies, readers))
         finally:
-            self.ended.set()  # after Ctrl+C nobody waits for an answer, or for the next attempt
+            self.ended.set()  # after Ctrl+C no thread waits for an answer, or for the next attempt
             pool.shutdown(wait=False, cancel_futures=True)
-            for line in list(self.open):
-                hang_up(line)
+            for connection in list(self.open):
+                hang_up(connection)
 
     def _score(self, body: bytes, read: Callable[[bytes], T]) -> T | None:
         pause, reason = 0.0, ""
@@ -99,7 +99,7 @@ class Client:
                     reason = f"{self.url} sent an invalid answer: {self.printable(str(error))}"
                     continue
             reason = f"{self.url} answered {answer.status}: {self.printable(error_message(answer))}"
-            if answer.status not in PASSING:
+            if answer.status not in RETRIED:
                 break
             asked = retry_after_seconds(answer.retry_after)
             if asked > LONGEST_PAUSE:
@@ -110,15 +110,15 @@ class Client:
         return None
 
     def printable(self, text: str) -> str:
-        """A stranger's text without our secret and what would steer a terminal, and not too long."""
+        """A server's text without our secret and without control characters, cut to `LENGTH`."""
         text = text.replace(self.secret, "***") if self.secret else text
         text = "".join(c if c.isprintable() else " " for c in text)
         return text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."
 
     def _post(self, body: bytes) -> Answer:
-        """One attempt, from the connection to the last byte of the answer within `timeout` seconds.
+        """One attempt, with `timeout` seconds from the connection to the last byte of the answer.
 
-        Raises: OSError or HTTPException when there is no whole answer by then.
+        Raises: OSError or HTTPException when the answer is not complete by then.
         """
         kind = http.client.HTTPSConnection if self.address.scheme == "https" else http.client.HTTPConnection
         connection = kind(self.address.hostname or "", self.address.port, timeout=self.timeout)
@@ -135,28 +135,28 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             if time.monotonic() - begun < self.timeout:
                 raise
-            raise TimeoutError(f"nothing whole within {self.timeout:g} s") from error
+            raise TimeoutError(f"no complete answer within {self.timeout:g} s") from error
         finally:
             connection.close()
-        if time.monotonic() - begun >= self.timeout:  # what was cut off may look whole
-            raise TimeoutError(f"nothing whole within {self.timeout:g} s")
+        if time.monotonic() - begun >= self.timeout:  # a truncated answer may look complete
+            raise TimeoutError(f"no complete answer within {self.timeout:g} s")
         if len(content) > MOST_BYTES:
             raise http.client.HTTPException(f"its answer is longer than {MOST_BYTES} bytes")
         return Answer(response.status, response.headers["Retry-After"], content)
 
     @contextmanager
-    def with_deadline(self, seconds: float, line: socket.socket) -> Iterator[None]:
-        """Within it, whoever reads from a socket is woken after so many seconds: its own timeout is for each read."""
-        timer = threading.Timer(seconds, hang_up, [line])
+    def with_deadline(self, seconds: float, connection: socket.socket) -> Iterator[None]:
+        """Within it, a socket is shut down after `seconds` in all; its own timeout begins again with each read."""
+        timer = threading.Timer(seconds, hang_up, [connection])
         timer.daemon = True
         timer.start()
-        self.open.add(line)
+        self.open.add(connection)
         if self.ended.is_set():
-            hang_up(line)
+            hang_up(connection)
         try:
             yield
         finally:
-            self.open.discard(line)
+            self.open.discard(connection)
             timer.cancel()
 
 
@@ -167,43 +167,43 @@ def read_address(url: str, what: str) -> SplitResult:
     """
     try:
         address = urlsplit(url)
-        good = address.scheme in ("http", "https") and address.port != 0 and (address.hostname or "").encode("idna")
+        valid = address.scheme in ("http", "https") and address.port != 0 and (address.hostname or "").encode("idna")
     except ValueError:
-        good = False
-    if not good or not re.fullmatch(r"[!-~]+", url) or "@" in url or address.query or address.fragment:
+        valid = False
+    if not valid or not re.fullmatch(r"[!-~]+", url) or "@" in url or address.query or address.fragment:
         raise UsageError(f"{what}: expected an address like http://127.0.0.1:8200, without a user, password or query")
     return address
 
 
 @functools.cache
 def announce(section: str, variable: str, address: SplitResult) -> None:
-    """Say once where a secret goes: a recipe that somebody else wrote may name both."""
+    """Say once where a secret goes: a config that somebody else wrote may name both."""
     plain = address.scheme == "http" and address.hostname not in LOCAL
     print_main(f"{section} sends what is in {variable} to {address.netloc}" + (", not encrypted" if plain else ""))
 
 
-def hang_up(line: socket.socket) -> None:
+def hang_up(connection: socket.socket) -> None:
     """Wake the thread that reads from a socket."""
     with suppress(OSError):  # it has been closed
-        line.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def error_message(answer: Answer) -> str:
-    """The reason that a server gave: {"error": reason}, or {"error": {"message": reason}} as OpenAI's do."""
+    """The reason that a server gave: {"error": reason}, or {"error": {"message": reason}} as OpenAI's API does."""
     try:
-        said = from_json(answer.content)["error"]
-        return str(said["message"] if isinstance(said, dict) else said)
+        error = from_json(answer.content)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, KeyError, TypeError):
         return http.client.responses.get(answer.status, "no reason")
 
 
 def retry_after_seconds(retry_after: str | None) -> float:
-    """The seconds of a Retry-After header, a number or a date; 0 where there is none that can be read."""
+    """The seconds of a Retry-After header, a number or a date; 0 when it is missing or unreadable."""
     if not retry_after:
         return 0.0
     if re.fullmatch(r"[0-9]{1,9}", retry_after):
         return float(retry_after)
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, OverflowError):  # it is neither
+    except (ValueError, OverflowError):  # neither a number nor a date
         return 0.0

@@ -1,4 +1,4 @@
-"""CLIP models for rewards: images to embeddings with gradients, prompts to embeddings that are remembered."""
+"""What rewards with a network share; CLIP: images to embeddings with gradients, prompts to remembered embeddings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -19,7 +20,7 @@ from condrl.errors import UsageError
 from condrl.io.files import load_tensors, load_torch, locate
 from condrl.io.hub import WEIGHTS, check_file, fetching, folder_or_id
 from condrl.io.records import from_json
-from condrl.models.embeddings import Embeddings
+from condrl.models.embeddings import Embeddings, Encoded
 from condrl.registry import suggestion
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -29,7 +30,7 @@ TOKENIZER_OPTIONS = ("clean", "strip_sep_token", "language", "additional_special
 
 
 def fitted(samples: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] as a CLIP wants them, (B, 3, size, size); differentiable.
+    """Images (B, 3, H, W) in [0, 1] as a CLIP expects them, (B, 3, size, size); differentiable.
 
     The shorter side is resized, with bicubic antialiasing, and the middle is cut out, as the reference processors do.
     """
@@ -44,7 +45,7 @@ def fitted(samples: Tensor, size: int, mean: Sequence[float], std: Sequence[floa
 
 
 def check_same(path: Path, sha256: str | None, option: str) -> None:
-    """Raises: UsageError naming the option when there is no such file, or when it is not the one that was meant."""
+    """Raises: UsageError naming the option when there is no such file, or when its sha256 is another one."""
     check_file(path, option)
     if sha256:
         with path.open("rb") as file:
@@ -65,7 +66,7 @@ class Clip:
         if whole_model(model):
             if (weights, config, sha256) != (OPENAI, None, None):
                 raise UsageError(
-                    f"config rewards.*.model: {model} has weights of its own: give neither others nor a config"
+                    f"config rewards.*.model: {model} has weights of its own: give neither weights nor a config"
                 )
             self.name = model if model.startswith(HUB) else f"local-dir:{folder_or_id(model, 'rewards.*.model')}"
             return
@@ -102,7 +103,7 @@ class Clip:
                 pretrained=self.weights,
                 precision=precision,
                 weights_only=True,
-                require_pretrained=True,  # else weights that cannot be had are random
+                require_pretrained=True,  # else weights that cannot be found are random
             )
         return model.eval().requires_grad_(False)
 
@@ -117,14 +118,14 @@ class Clip:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Within it, open_clip knows the architecture, keeps its log to itself, and its errors become one line.
+        """Within it, open_clip knows the architecture and logs nothing, and its errors become one line.
 
         Raises: UsageError.
         """
         import open_clip
 
         if self.config:
-            add_architecture(locate(self.config))  # again: another file of that name may have come after it
+            add_architecture(locate(self.config))  # again: another file of that name may have replaced it
         own = self.weights is not None and Path(self.weights).is_file()
         local = own and "hf_" not in json.dumps(open_clip.get_model_config(self.name))  # names of parts from the hub
         before, logging.root.manager.disable = logging.root.manager.disable, logging.CRITICAL
@@ -134,7 +135,7 @@ class Clip:
                 yield
         except UsageError:
             if own:
-                check_weights(Path(self.source))  # says more than open_clip does
+                read_weights(Path(self.source), "rewards.*.weights")  # says more than open_clip does
             raise
         finally:
             logging.root.manager.disable = before
@@ -169,29 +170,55 @@ class Clip:
     def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """Unit embeddings (B, F) float32 of prompts."""
         self.model.to(device)
-        return self._texts(prompts).to(device)
+        return self._texts(prompts)[0].to(device)
 
     @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+    def _encoded(self, prompts: Sequence[str]) -> Iterator[Encoded]:
         device = next(self.model.parameters()).device
         for prompt in prompts:
             (embedding,) = self.model.encode_text(self.tokenizer([prompt]).to(device))
-            yield nn.functional.normalize(embedding.float(), dim=-1)
+            yield (nn.functional.normalize(embedding.float(), dim=-1),)
 
     def cosine(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         """Of the embeddings of images (B, 3, H, W) and their prompts, (B,); differentiable."""
         return (self.images(samples) * self.texts(prompts, samples.device)).sum(1)
 
-    def offload(self) -> None:
-        """Make room on the device until it is used again."""
-        self.model.to("cpu")
+
+@dataclass(kw_only=True)
+class NetworkReward:
+    """The options of rewards with a network, which may leave the device between roll-outs."""
+
+    dtype: Precision = "float32"  # of its weights
+    offload: bool = False  # keep the model off the device between roll-outs
+
+    def __post_init__(self) -> None:
+        vars(self)["offload"] = self.leave_device if self.offload else lambda: None  # it is called by that name
+
+    @property
+    def network(self) -> Any:
+        """The frozen network, loaded when it is first used."""
+        raise NotImplementedError
+
+    def leave_device(self) -> None:
+        self.network.to("cpu")
 
 
-class ClipReward:
-    """What rewards with a Clip share: the cosine of image and prompt, and its place on the device."""
+@dataclass(kw_only=True)
+class ClipReward(NetworkReward):
+    """The options of rewards with a Clip, and the cosine of image and prompt as the score."""
 
-    clip: Clip
-    offloads: bool  # keep the model off the device between roll-outs
+    model: str = "ViT-L-14-quickgelu"  # of open_clip, hf-hub:OWNER/NAME, a folder, or asset:shapes_clip
+    weights: str = OPENAI  # a tag of open_clip, or a file
+    config: str | None = None  # a JSON file with another architecture, instead of `model`
+    sha256: str | None = None  # expected of the weights' file
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.clip = shared_clip(self.model, self.weights, self.config, self.sha256, self.dtype)
+
+    @property
+    def network(self) -> Any:
+        return self.clip.model
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.clip.cosine(samples, prompts)
@@ -199,26 +226,25 @@ class ClipReward:
     def load(self) -> None:
         self.clip.load()
 
-    def offload(self) -> None:
-        if self.offloads:
-            self.clip.offload()
 
+def read_weights(path: Path, option: str) -> dict[str, Any]:
+    """The named weights in a file, of safetensors by its ending or of torch.save.
 
-def check_weights(path: Path) -> None:
-    """Raises: UsageError when a file does not hold named weights."""
-    (load_tensors if path.suffix == ".safetensors" else load_torch)(path, "config rewards.*.weights")
+    Raises: UsageError naming the option when it holds none.
+    """
+    return (load_tensors if path.suffix == ".safetensors" else load_torch)(path, f"config {option}")
 
 
 def affine(layers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Weights (F,) and bias () of linear layers without activations, by names `...layers.N.weight` and `.bias`.
 
-    Raises: ValueError when there are none.
+    Raises: ValueError when there are no such layers, or when other weights are among them.
     """
     steps: dict[int, dict[str, Tensor]] = {}
     for name, value in layers.items():
         found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(weight|bias)", name)
         if not found:
-            raise ValueError(f"{name} is no linear layer's")
+            raise ValueError(f"{name} does not belong to a linear layer")
         steps.setdefault(int(found[1]), {})[found[2]] = value.double()
     if any(len(step) < 2 for step in steps.values()) or not steps:
         raise ValueError("expected linear layers, each with weight and bias")
@@ -235,20 +261,21 @@ def shared_clip(
 ) -> Clip:
     """A Clip; rewards that ask for the same one share it.
 
-    Raises: UsageError when open_clip knows no such model or weights, or when a file is missing or another one.
+    Raises: UsageError when open_clip does not know the model or the weights, or when a file is missing or has another
+    sha256.
     """
     return Clip(model, weights, config, sha256, dtype)
 
 
 def whole_model(model: str) -> bool:
-    """Whether a name means architecture and weights together: a hub repository, or a folder as open_clip saves one."""
+    """Whether a name stands for architecture and weights: a hub repository, or a folder as open_clip saves one."""
     return model.startswith(HUB) or (locate(model) / "open_clip_config.json").is_file()
 
 
 def add_architecture(path: Path) -> str:
-    """Tell open_clip of an architecture, a JSON file as it has them; returns its name.
+    """Register an architecture with open_clip, from a JSON file in its format; returns its name.
 
-    Raises: UsageError when the file is missing or is none.
+    Raises: UsageError when the file is missing or describes no architecture.
     """
     import open_clip
 
@@ -256,7 +283,7 @@ def add_architecture(path: Path) -> str:
     content = from_json(path.read_text("utf-8")) if path.suffix == ".json" else None
     if not isinstance(content, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= content.keys():
         raise UsageError(
-            f"config rewards.*.config: {path} is no architecture of open_clip: embed_dim, vision_cfg, text_cfg"
+            f"config rewards.*.config: {path} is not an architecture of open_clip: embed_dim, vision_cfg, text_cfg"
         )
     open_clip.add_model_config(path)
     return path.stem

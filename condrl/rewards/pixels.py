@@ -1,7 +1,8 @@
-"""What rewards of pixels share."""
+"""What rewards of pixels share: luma, and images from and to Pillow's and files."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def luma(samples: Tensor) -> Tensor:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """(3, H, W) float32 in [0, 1], turned as its EXIF tag says; what is transparent shows white."""
+    """A PIL image as (3, H, W) float32 in [0, 1], turned as its EXIF tag says, on white where it is transparent."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits of grey, of which Pillow's RGB would keep the lowest 8
         grey = torch.from_numpy(np.array(image).astype(np.float32)) / (1 if image.mode == "F" else 65535)
@@ -35,7 +36,7 @@ def from_pil(image: Image.Image) -> Tensor:
 def read_image(path: Path, what: str) -> Tensor:
     """An image file, (3, H, W) in [0, 1]; `what` it should be begins the complaint.
 
-    Raises: UsageError naming the file when it is no image, or cannot be decoded whole.
+    Raises: UsageError naming the file when it is not an image, or cannot be decoded completely.
     """
     if why := why_unreadable(path):
         raise UsageError(f"{what}: {path} {why}")
@@ -46,9 +47,24 @@ def read_image(path: Path, what: str) -> Tensor:
         raise UsageError(f"{what}: {path} cannot be read as an image: {brief(error)}") from error
 
 
-def to_pil(image: Tensor) -> Any:
+def to_pil(image: Tensor) -> Image.Image:
     """A (3, H, W) image in [0, 1] as a PIL image."""
-    from PIL import Image
-
     pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
+
+
+def encoded(image: Tensor, kind: str, **options: Any) -> bytes:
+    """A (3, H, W) image in [0, 1] as a file in one of Pillow's formats, with its options for that."""
+    file = io.BytesIO()
+    to_pil(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def jpeg_kilobytes(samples: Tensor, quality: int) -> Tensor:
+    """Size in kB (1000 bytes) of each image (B, 3, H, W) in [0, 1] as a JPEG of this quality, (B,).
+
+    Raises: UsageError when the quality is not from 1 to 95.
+    """
+    if not 1 <= quality <= 95:
+        raise UsageError(f"a JPEG's quality is from 1 to 95, not {quality}")
+    return torch.tensor([len(encoded(image, "JPEG", quality=quality)) / 1000 for image in samples])

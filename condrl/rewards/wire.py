@@ -1,4 +1,4 @@
-"""How images, points and prompts travel to a reward served elsewhere: JSON, images in it as lossless PNG."""
+"""How images, points and prompts travel to a reward served elsewhere: as JSON, with images as lossless PNG."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from condrl.errors import UsageError
 from condrl.io.records import from_json
 from condrl.prompts import Row
-from condrl.rewards.pixels import from_pil, to_pil
+from condrl.rewards.pixels import encoded, from_pil
 
 MOST_BYTES = 64 * 2**20  # of a request or an answer
 MOST_PIXELS = 2**24  # of all the images of a request: 16 of 1024 x 1024
@@ -26,10 +26,10 @@ TOKEN = "CONDRL_REWARD_TOKEN"  # the environment variable with the token of a re
 
 
 def read_secret(variable: str) -> str | None:
-    """The key or token in an environment variable; None where there is no such variable.
+    """The key or token in an environment variable; None when the variable is not set.
 
-    Raises: UsageError, without the value, when it is not one that can be sent; and when `variable` is no name, but
-    perhaps the key itself.
+    Raises: UsageError, which never quotes the value, when it cannot be sent in a header, or when `variable` is not a
+    name, and so perhaps the key itself.
     """
     if not re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII):
         raise UsageError("a key is given by the name of an environment variable that holds it, as OPENAI_API_KEY")
@@ -38,7 +38,7 @@ def read_secret(variable: str) -> str | None:
         return None
     secret = value.strip()
     if not secret or not secret.isascii() or not secret.isprintable() or " " in secret:
-        what = "has characters that no key has" if secret else "is empty"
+        what = "has characters that a key cannot have" if secret else "is empty"
         raise UsageError(f"the environment variable {variable} {what}: set it again, or unset it")
     return secret
 
@@ -77,22 +77,20 @@ def unpack(body: bytes) -> tuple[Tensor, list[Row]]:
 
 
 def read_row(index: int, row: Any) -> Row:
-    """Raises: ValueError when it is not an object with a prompt that is text, and metadata that are an object."""
+    """Raises: ValueError when it is not an object with a text as prompt and an object as metadata."""
     prompt, metadata = (row.get("prompt"), row.get("metadata", {})) if isinstance(row, dict) else (None, None)
     if not isinstance(prompt, str) or not isinstance(metadata, dict):
-        raise ValueError('a row is an object with a "prompt" that is text, and "metadata" that are an object')
+        raise ValueError('a row should be an object with a text as "prompt" and an object as "metadata"')
     return Row(index, prompt, metadata)
 
 
 def to_png(image: Tensor) -> bytes:
-    """An image (3, H, W) in [0, 1]."""
-    file = io.BytesIO()
-    to_pil(image).save(file, "PNG")
-    return file.getvalue()
+    """An image (3, H, W) in [0, 1] as a PNG file."""
+    return encoded(image, "PNG")
 
 
 def check_pixels(files: Sequence[bytes]) -> None:
-    """Raises: ValueError when a file is no PNG, or when all of them are too large together."""
+    """Raises: ValueError when a file is not a PNG, or when all of them have more than `MOST_PIXELS` together."""
     pixels = 0
     for content in files:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
@@ -102,7 +100,7 @@ def check_pixels(files: Sequence[bytes]) -> None:
 
 
 def from_png(content: bytes) -> Tensor:
-    """(3, H, W) float32 in [0, 1]."""
+    """A PNG file as (3, H, W) float32 in [0, 1]."""
     with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         return from_pil(image)
 

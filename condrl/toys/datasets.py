@@ -63,7 +63,7 @@ def ratio_score(x: Tensor, points: Tensor, alpha: Tensor, sigma: Tensor, floor: 
     """The score (K, B, d) of alpha X_0 + sigma eps at x (K, B, d) from points (K, m, d) of X_0, alpha, sigma (K,).
 
     (-x + alpha sum_i p_i x_i / max(sum_i p_i, m floor)) / sigma^2 with p_i the density of x given x_i
-    (Gao et al. 2024, eq. 18; THEORY 6.3).
+    (Gao et al. 2024, eq. 18; docs/theory.md 12).
     """
     a, v = (c.to(x)[:, None, None] for c in (alpha, sigma.square()))
     centres, log2 = a * points, math.log2(math.e) / v  # exp2 is three times as fast as exp on CPUs

@@ -1,6 +1,6 @@
 """Exact answers for toys: mixtures under quadratic rewards, the Riccati optimum, dynamic programs on a 1-D grid.
 
-Everything is float64 and batched over B conditions or points. Sources are sections of the theory in THEORY.md.
+Everything is float64 and batched over B conditions or points. The formulas are in docs/theory.md 6 and 16.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class GaussianMixture:
         return self._whitened(x)[1].logsumexp(-1)
 
     def score(self, x: Tensor) -> Tensor:
-        """Gradient of the log-density (B, d) at x (B, d) (THEORY 8.1)."""
+        """Gradient of the log-density (B, d) at x (B, d) (docs/theory.md 16)."""
         y, log_joint = self._whitened(x)
         pulls = torch.einsum("bnij,bnj->bni", self.bases, y / self.variances)
         return -(log_joint.softmax(-1)[..., None] * pulls).sum(1)
 
     def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> GaussianMixture:
-        """The distribution of X_0 given alpha X_0 + sigma eps = x (B, d) (THEORY 8.1)."""
+        """The distribution of X_0 given alpha X_0 + sigma eps = x (B, d) (docs/theory.md 16)."""
         a, s = (c.reshape(-1, 1, 1) for c in (alpha, sigma))
         log_joint = self.noised(alpha, sigma)._whitened(x)[1]
         variances = 1 / (1 / self.variances + (a / s) ** 2)
@@ -109,7 +109,7 @@ class Quadratic:
 
 
 def tilted(distribution: GaussianMixture, reward: Quadratic, kappa: float) -> tuple[GaussianMixture, Tensor]:
-    """p* ~ p exp(r / kappa) and log Z = log E_p exp(r / kappa) (B,) (THEORY 8.2).
+    """p* ~ p exp(r / kappa) and log Z = log E_p exp(r / kappa) (B,) (docs/theory.md 16).
 
     Needs S_i^{-1} + Q / kappa > 0, else the tilted distribution does not exist.
     """
@@ -132,14 +132,14 @@ def tilted(distribution: GaussianMixture, reward: Quadratic, kappa: float) -> tu
 def value(
     distribution: GaussianMixture, reward: Quadratic, kappa: float, x: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """V = kappa log E[exp(r(X_0) / kappa) | X_t = x], (B,) at x (B, d) (THEORY 8.2, 3.1)."""
+    """V = kappa log E[exp(r(X_0) / kappa) | X_t = x], (B,) at x (B, d) (docs/theory.md 6 and 16)."""
     return kappa * tilted(distribution.posterior(x, alpha, sigma), reward, kappa)[1]
 
 
 def optimal_score(
     distribution: GaussianMixture, reward: Quadratic, kappa: float, x: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """The optimal action at eta = 1: the score of the noised p*, (B, d) at x (B, d) (THEORY 3.1)."""
+    """The optimal action at eta = 1: the score of the noised p*, (B, d) at x (B, d) (docs/theory.md 6)."""
     return tilted(distribution, reward, kappa)[0].noised(alpha, sigma).score(x)
 
 
@@ -161,7 +161,7 @@ def riccati(
     kappa: float,
     start: tuple[float, float],
 ) -> LinearPolicy:
-    """The best means for x' = a_k x + c_k + S_k z, r = b x - Q x^2 / 2 + c0 and start N(m, v) (THEORY 8.4).
+    """The best means for x' = a_k x + c_k + S_k z, r = b x - Q x^2 / 2 + c0 and start N(m, v) (docs/theory.md 16).
 
     `chain` is (a, c, S), each (K,) float64; `reward` is (b, Q, c0). The variance of each step stays S_k^2.
     """
@@ -258,7 +258,7 @@ def hermite(count: int) -> tuple[Tensor, Tensor]:
 
 
 def dynamic_program(line: Line, base: Tensor, std: Tensor, reward: Tensor, kappa: float, nodes: int = 40) -> Program:
-    """V_k(x) = max_m E V_{k+1}(m + S_k z) - kappa (m - base_k(x))^2 / (2 S_k^2), V_K = reward (n,) (THEORY 8.4, 3.1).
+    """V_k(x) = max_m E V_{k+1}(m + S_k z) - kappa (m - base_k(x))^2 / (2 S_k^2), V_K = reward (n,) (docs/theory.md 16).
 
     `base` (K, n) are the pretrained means at the centres, `std` (K,). A step without noise keeps its base mean.
     """
@@ -337,7 +337,7 @@ class ValueEstimate:
 
 
 def feynman_kac(rewards: Tensor, kappa: float) -> ValueEstimate:
-    """V at a state from the rewards (n,) of base chains that continue from it (THEORY 3.1)."""
+    """V at a state from the rewards (n,) of base chains that continue from it (docs/theory.md 6)."""
     scaled = rewards.double() / kappa
     weights = (scaled - scaled.max()).exp()
     mean = weights.mean()

@@ -61,7 +61,7 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
 
 
 def with_noise_at(sampler: Sampler, chosen: Sequence[int]) -> Sampler:
-    """The sampler with noise at the chosen steps alone (THEORY 7.5, partial SDE).
+    """The sampler with noise at the chosen steps alone (docs/theory.md 3, partial SDE).
 
     Raises: UsageError when there are no such steps, or when the sampler cannot leave its noise out.
     """
@@ -74,14 +74,8 @@ def with_noise_at(sampler: Sampler, chosen: Sequence[int]) -> Sampler:
 
 
 def make_rewards(config: Config) -> list[Reward]:
-    """The rewards with a weight that is not zero.
-
-    Raises: UsageError when there is none.
-    """
-    rewards = [make_reward(name, options) for name, options in config.rewards.items() if options["weight"] != 0]
-    if not rewards:
-        raise UsageError("config rewards: no reward has a weight; add one, as in rewards.shapes.weight=1")
-    return rewards
+    """The rewards with a weight that is not zero."""
+    return [make_reward(name, options) for name, options in config.rewards.items() if options["weight"] != 0]
 
 
 def make_measures(config: Config) -> list[Reward]:
@@ -92,6 +86,8 @@ def make_measures(config: Config) -> list[Reward]:
 
 def weights_in_words(config: Config) -> str:
     """The rewards with their weights."""
+    if not config.rewards:
+        return "none"
     return ", ".join(f"{name} (weight {options['weight']:g})" for name, options in config.rewards.items())
 
 
@@ -115,7 +111,7 @@ def make_trainer(
     policy = make_policy(config, processes.accelerator.device)
     policy.model.encode([row.prompt for row in [*train, *heldout]])
     if processes.sharded:
-        policy.model.shard()  # type: ignore[attr-defined]
+        policy.model.shard()
     algorithm: Algorithm = make("algorithm", config.algorithm)
     check_needs(algorithm.needs, Setting(config, policy.sampler))  # now with the model's own schedule
     return Trainer(config, policy, algorithm, make_rewards(config), train, processes)

@@ -39,7 +39,7 @@ def noise_level(sampler: Sampler) -> float | None:
 def transfer(eta: float, deployed: float) -> float:
     """M(eta, eta'): how far a policy tuned at eta moves the mean when sampled at eta', over what kappa asks for.
 
-    Exact for a Gaussian and a linear reward (THEORY 3.4). 1 for eta = 1.
+    Exact for a Gaussian and a linear reward (docs/theory.md 7). 1 for eta = 1.
     """
     return 2 * eta**2 * (1 + deployed**2) / ((1 + eta**2) * (eta**2 + deployed**2))
 
@@ -68,14 +68,28 @@ def check_combination(config: Config) -> None:
     if config.evaluate.sampler:
         make_sampler(config.evaluate.sampler, stand_in(config.evaluate.sampler))
     algorithm: Algorithm = make("algorithm", config.algorithm)
+    check_rewards(config, algorithm)
     if config.train.kl_budget is not None:
         check_budget(config, sampler, algorithm)
     check_needs(algorithm.needs, Setting(config, sampler))
 
 
+def check_rewards(config: Config, algorithm: Algorithm) -> None:
+    """Raises: UsageError when there is no reward to learn from, or when there are some and they would be ignored."""
+    weighted = [name for name, options in config.rewards.items() if options["weight"] != 0]
+    if algorithm.uses_rewards and not weighted:
+        raise UsageError("config rewards: no reward has a weight; add one, as in rewards.shapes.weight=1")
+    if config.rewards and not algorithm.uses_rewards:
+        without = " ".join(f"rewards.{name}=null" for name in config.rewards)
+        raise UsageError(
+            f"config rewards: the algorithm {config.algorithm['name']} does not learn from rewards: leave them out "
+            f"with {without}; evaluate.measures can have them"
+        )
+
+
 def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None:
     """Raises: UsageError when `train.kl_budget` cannot be kept to."""
-    if algorithm.off_policy:
+    if algorithm.off_policy or not algorithm.uses_rewards:
         raise UsageError(
             "config train.kl_budget: what the algorithm rolls out, as configured, is not the policy: leave it out"
         )

@@ -94,8 +94,10 @@ def kl_budget(first: Line, line: Line) -> str | None:
 
 def reward_hacking(first: Line, line: Line) -> str | None:
     names = [n for n in line if n.startswith("heldout/") and f"{n}_ci95" in first and f"{n}_ci95" in line]
+    if not names or "reward/total" not in line:
+        return None
     gained = line["reward/total"] - first["reward/total"]
-    if not names or gained < 4 * first["reward/total_std"] / first["images"] ** 0.5:
+    if gained < 4 * first["reward/total_std"] / first["images"] ** 0.5:
         return None
     fallen = [n for n in names if line[n] + line[f"{n}_ci95"] < first[n] - first[f"{n}_ci95"]]
     if not fallen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import sample
 from condrl.processes import Processes
 from condrl.prompts import Row
-from condrl.rewards.scoring import Reward, score
+from condrl.rewards.scoring import Reward, Scores, score
 
 RESAMPLES = 4000  # of the prompts, for a bootstrap
 STUDENT_T = (  # the 97.5 % quantiles of Student's t, for 1, 2, ... degrees of freedom
@@ -43,9 +43,27 @@ class Evaluation:
     """What each measure says of a policy on the held-out prompts."""
 
     measures: dict[str, Estimate]
+    each: dict[
+        str, Tensor
+    ]  # (P * images_per_prompt,) scores, a prompt's images next to each other; nan where one failed
     scores: dict[str, Tensor]  # (P,) means of the prompts, nan where all of a prompt's scores failed
+    diversity: Tensor  # (P,) root mean square deviation of a prompt's samples from their mean; nan for a single image
     pictures: list[Tensor]  # the first images (3, H, W) in [0, 1]
     labels: list[str]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images drawn together, and what the measures say of them."""
+
+    indices: range  # image i is number i % images_per_prompt of row i // images_per_prompt
+    images: Tensor  # (B, 3, H, W) in [0, 1], or points (B, d)
+    scores: Scores
+
+
+def first_seed(run_seed: int) -> int:
+    """The seed of a run's first held-out image, far from the seeds that a user would sample with."""
+    return (1_000_000 + run_seed * 100_000) % 2**62
 
 
 def prompt_means(scores: Tensor, images_per_prompt: int) -> Tensor:
@@ -108,19 +126,34 @@ def paired_difference(base: Tensor, tuned: Tensor) -> Estimate:
 
 
 def compared(base: Evaluation, tuned: Evaluation) -> dict[str, dict[str, Any]]:
-    """By measure: its estimates, the paired difference, and the shares of prompts that are better and worse."""
-    found = {}
-    for name in base.measures:
-        before, after = base.scores[name], tuned.scores[name]
-        estimates = {"base": base.measures[name], "tuned": tuned.measures[name]}
-        estimates["difference"] = paired_difference(before, after)
-        both = before.isfinite() & after.isfinite()
-        shares = {"better": (after > before)[both], "worse": (after < before)[both]}
-        found[name] = {
-            **{who: dataclasses.asdict(e) for who, e in estimates.items()},
-            **{which: some.double().mean().item() for which, some in shares.items()},
+    """By measure: its estimates, and what `paired` says of the prompts' means."""
+    return {
+        name: {
+            "base": dataclasses.asdict(base.measures[name]),
+            "tuned": dataclasses.asdict(tuned.measures[name]),
+            **paired(base.scores[name], tuned.scores[name]),
         }
-    return found
+        for name in base.measures
+    }
+
+
+def compared_diversity(base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
+    """A row as those of `compared`, of the diversity within prompts."""
+    estimates = {"base": estimate(base.diversity, 1), "tuned": estimate(tuned.diversity, 1)}
+    rows = {who: dataclasses.asdict(found) for who, found in estimates.items()}
+    return rows | paired(base.diversity, tuned.diversity)
+
+
+def paired(base: Tensor, tuned: Tensor) -> dict[str, Any]:
+    """The paired difference of prompts (P,), the shares that are better and worse, and the win rate, ties half."""
+    both = base.isfinite() & tuned.isfinite()
+    better, worse = ((wins[both]).double().mean().item() for wins in (tuned > base, tuned < base))
+    return {
+        "difference": dataclasses.asdict(paired_difference(base, tuned)),
+        "better": better,
+        "worse": worse,
+        "win_rate": 0.5 + (better - worse) / 2,
+    }
 
 
 def verdict(comparison: Mapping[str, Mapping[str, Any]]) -> str:
@@ -135,7 +168,54 @@ def verdict(comparison: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join(f"{which}: {', '.join(names)}" for which, names in said.items() if names)
 
 
+class Diversity:
+    """Takes in samples, the prompts one after the other; `found` has a value for each that is complete.
+
+    It is the root mean square deviation of a prompt's samples from their mean, nan for a single one.
+    """
+
+    def __init__(self, images_per_prompt: int) -> None:
+        self.images_per_prompt = images_per_prompt
+        self.found: list[float] = []
+        self._taken, self._sum, self._squares = 0, torch.zeros(0), 0.0  # of the prompt that is not complete
+
+    def take(self, samples: Tensor) -> None:
+        """Samples (B, ...) that follow those before."""
+        if self.images_per_prompt == 1:
+            self.found += [float("nan")] * len(samples)
+            return
+        samples = samples.flatten(1).cpu()  # not every device has float64
+        while len(samples):
+            part, samples = samples.tensor_split([self.images_per_prompt - self._taken])
+            part = part.double()
+            self._sum = self._sum + part.sum(0) if self._taken else part.sum(0)
+            self._squares += part.square().sum().item()
+            self._taken += len(part)
+            if self._taken == self.images_per_prompt:
+                self._complete()
+
+    def _complete(self) -> None:
+        """E (x - m)^2 = E x^2 - m^2."""
+        mean = self._sum / self._taken
+        variance = self._squares / (self._taken * mean.numel()) - mean.square().mean().item()
+        self.found.append(max(0.0, variance) ** 0.5)
+        self._taken, self._squares = 0, 0.0
+
+
 @torch.no_grad()
+def scored_batches(
+    policy: Policy, rows: Sequence[Row], measures: Sequence[Reward], seeds: Sequence[int], batch: int
+) -> Iterator[tuple[Tensor, Scores]]:
+    """Draw an image of each row from the seed beside it, `batch` at a time, and score it."""
+    condition = policy.model.encode([row.prompt for row in rows])
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        images = policy.model.decode(sample(policy, condition[part], seeded(list(seeds[part])), batch))
+        yield images, score(measures, images, rows[part])
+    for measure in measures:
+        measure.offload()
+
+
 def evaluate(
     policy: Policy,
     rows: Sequence[Row],
@@ -145,31 +225,35 @@ def evaluate(
     batch: int,
     pictures: int,
     processes: Processes | None = None,
+    visit: Callable[[Batch], None] = lambda batch: None,
 ) -> Evaluation:
     """Sample `per_prompt` images of each row, image i from seed + i, and score them, each process its share.
 
     Two policies evaluated with the same arguments start from the same noise. The first process has the pictures.
+    `visit` sees every batch of this process as soon as it is scored.
     """
-    count = len(rows) * per_prompt
-    share = processes.local_indices(len(rows)) if processes else range(len(rows))
+    prompts = len(rows)
+    share = processes.local_indices(prompts) if processes else range(prompts)
     indices = range(share.start * per_prompt, share.stop * per_prompt)
-    more = [rows[0]] * processes.padding(len(rows)) if processes else []  # sampled, and left out of what is measured
+    more = [rows[0]] * processes.padding(prompts) if processes else []  # sampled, and left out of what is measured
     rows = [row for row in [*(rows[i] for i in share), *more] for _ in range(per_prompt)]
-    condition = policy.model.encode([row.prompt for row in rows])
+    seeds = range(seed + indices.start, seed + indices.start + len(rows))
     scores: dict[str, list[Tensor]] = {measure.name: [] for measure in measures}
     shown: list[Tensor] = []
-    for start in range(0, len(rows), batch):
-        part = slice(start, start + batch)
-        seeds = [seed + indices.start + i for i in range(len(rows))[part]]
-        images = policy.model.decode(sample(policy, condition[part], seeded(seeds), batch))
-        for name, values in score(measures, images, rows[part]).each.items():
+    diversity, drawn = Diversity(per_prompt), 0
+    for images, found in scored_batches(policy, rows, measures, seeds, batch):
+        for name, values in found.each.items():
             scores[name].append(values.cpu())
+        own = indices[drawn : drawn + len(images)]
         shown.extend(images[: max(0, min(pictures, len(indices)) - len(shown))].cpu())
-    for measure in measures:
-        measure.offload()
-    found = {name: torch.cat([*values, torch.zeros(0)])[: len(indices)] for name, values in scores.items()}
+        diversity.take(images[: len(own)])
+        visit(Batch(own, images, found))
+        drawn += len(images)
+    each = {name: torch.cat([*values, torch.zeros(0)])[: len(indices)] for name, values in scores.items()}
+    spread = torch.tensor(diversity.found, dtype=torch.float64)
     if processes:
-        found = {name: processes.gather(values, indices, count) for name, values in found.items()}
-    measured = {name: estimate(values, per_prompt) for name, values in found.items()}
-    means = {name: prompt_means(values, per_prompt) for name, values in found.items()}
-    return Evaluation(measured, means, shown, [row.prompt for row in rows[: len(shown)]])
+        each = {name: processes.gather(v, indices, prompts * per_prompt) for name, v in each.items()}
+        spread = processes.gather(spread, share, prompts)
+    measured = {name: estimate(values, per_prompt) for name, values in each.items()}
+    means = {name: prompt_means(values, per_prompt) for name, values in each.items()}
+    return Evaluation(measured, each, means, spread, shown, [row.prompt for row in rows[: len(shown)]])

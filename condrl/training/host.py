@@ -21,7 +21,6 @@ import condrl
 from condrl.config import Config
 from condrl.errors import UsageError
 from condrl.processes import Processes, asks_for_shards
-from condrl.registry import REGISTRIES
 from condrl.training.folder import RunFolder
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
@@ -48,8 +47,6 @@ def check_equal_calls(config: Config, processes: int) -> None:
     Raises: UsageError naming the setting that stands against it.
     """
     train = config.train
-    if not hasattr(REGISTRIES["model"].find(config.model["name"]).target, "shard"):
-        raise UsageError(f"the model {config.model['name']} cannot be sharded: use another of configs/accelerate")
     for wrong, key, text in (
         (train.prompts_per_epoch % processes, "prompts_per_epoch", f"be a multiple of the {processes} processes"),
         (train.images_per_prompt % train.updates_per_epoch, "images_per_prompt", "be a multiple of updates_per_epoch"),

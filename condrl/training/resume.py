@@ -86,7 +86,7 @@ def check_record(record: Path, checkpoint: Path, state: Mapping[str, Any]) -> No
             row = from_json(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not {"epoch", "images", "updates", "reward/total"} <= row.keys():
+        if not isinstance(row, dict) or not {"epoch", "images", "updates"} <= row.keys():
             raise UsageError(f"{record}, line {number}: is not what a run records")
 
 

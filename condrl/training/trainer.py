@@ -48,6 +48,7 @@ class Trainer:
         self.config, self.policy, self.algorithm = config, policy, algorithm
         self.rewards, self.rows, self.processes = rewards, rows, processes
         algorithm.setup(policy)
+        algorithm.check_rows(policy, rows)
         self.learner = Learner(config, policy, algorithm, processes)
         self.processes.check_same(self.learner.parameters)
         self.folder = RunFolder(config.folder)

@@ -27,7 +27,7 @@ class Targets(Examples):
 @condrl.algorithm
 @dataclass(kw_only=True)
 class AdjointMatching(Algorithm):
-    """E r - kappa KL by matching each step to its lean adjoint (Domingo-Enrich et al. 2025; THEORY 7.3).
+    """E r - kappa KL by matching each step to its lean adjoint (Domingo-Enrich et al. 2025; docs/theory.md 15).
 
     The adjoint is -grad r / kappa at the sample, carried back through the pretrained chain; a step should then move its
     mean by -S^2 times the adjoint of the next state. The only fixed point is the optimum, at every number of steps.

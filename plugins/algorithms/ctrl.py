@@ -41,11 +41,11 @@ class ActionSteps(RatioExamples):
 @condrl.algorithm
 @dataclass(kw_only=True)
 class CTRL(Algorithm):
-    """Continuous-time PPO on the score as action, for SDE and ODE samplers (Zhao et al. 2025; THEORY 5).
+    """Continuous-time PPO on the score as action, for SDE and ODE samplers (Zhao et al. 2025; docs/theory.md 11).
 
     The policy is N(mu, Sigma), Sigma = exploration / (2 g^2); the advantage rate is the TD error of a value network in
     physical time; the running cost is kappa times the path KL of the mean, exactly. An ODE has no path KL: there the
-    cost is (kappa / 2) g^2 |mu - s_pre|^2 by fiat (THEORY 2.2).
+    cost is (kappa / 2) g^2 |mu - s_pre|^2 by fiat (docs/theory.md 5).
     """
 
     kappa: float = 0.0  # reward per nat of path KL to the pretrained model
@@ -127,7 +127,7 @@ class CTRL(Algorithm):
         )
 
     def _accumulate(self, policy: Policy, td: Tensor) -> Tensor:
-        """A_k = TD_k + exp(-D_k / l) A_{k+1}: generalised advantages with a time constant l (THEORY 5.3)."""
+        """A_k = TD_k + exp(-D_k / l) A_{k+1}: generalised advantages with a time constant l (docs/theory.md 11)."""
         times = policy.sampler.times
         kept = (times.diff() / (self.memory * policy.model.schedule.end)).exp().tolist()
         found = torch.zeros_like(td)
@@ -157,7 +157,7 @@ class CTRL(Algorithm):
     # ------------------------------------------------------------------------------------------ loss
 
     def loss(self, policy: Policy, batch: ActionSteps) -> tuple[Tensor, Metrics]:
-        """PPO on the action, the running cost of its mean, the value's error weighed by the step (THEORY 5.5)."""
+        """PPO on the action, the running cost of its mean, the value's error times the step (docs/theory.md 11)."""
         mean = policy.action(batch.x, batch.k, batch.condition)
         log_ratio = action_log_prob(mean, batch.action, batch.variance) - batch.old_log_prob
         loss, metrics = clipped(log_ratio, batch.advantage, self.clip_range)

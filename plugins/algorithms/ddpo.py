@@ -60,7 +60,7 @@ class DDPO(ClippedPolicyGradient):
 def step_weights(policy: Policy) -> Tensor:
     """1 / (std of d log p / d output) of each step, (K,), the largest 1; zero where a step is deterministic.
 
-    The score function of a step is z / S times the mean's slope in the network's output (THEORY 4.1). Where S is small,
+    The score function of a step is z / S times d mean / d output (docs/theory.md 4). Where S is small,
     near the data, it is so noisy that it drowns the steps that decide what is in the image.
     """
     schedule, zero = policy.model.schedule, torch.zeros(policy.steps, 1, dtype=torch.float64)

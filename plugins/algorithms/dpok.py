@@ -13,7 +13,7 @@ from condrl.diffusion.path_kl import PathKL
 @condrl.algorithm
 @dataclass(kw_only=True)
 class DPOK(ClippedPolicyGradient):
-    """E r - kappa KL with importance weights; kappa is their beta / alpha (Fan et al. 2023; THEORY 4.4)."""
+    """E r - kappa KL with importance weights; kappa is their beta / alpha (Fan et al. 2023; docs/theory.md 8)."""
 
     kappa: float = 0.1  # reward per nat of path KL to the pretrained model
     normalise: bool = False  # divide by the standard deviation of the rewards of a prompt's images

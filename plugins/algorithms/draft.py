@@ -33,7 +33,7 @@ class Chains(Examples):
 @condrl.algorithm(name="draft")
 @dataclass(kw_only=True)
 class DRaFT(Algorithm):
-    """Maximises E r - kappa KL by differentiating the chain and the reward (Clark et al. 2024; THEORY 7.2).
+    """Maximises E r - kappa KL by differentiating the chain and the reward (Clark et al. 2024; docs/theory.md 14).
 
     The gradient is taken along the visited states, as of a chain whose noise is held. With `last` steps only, the
     earlier ones are taken as given: cheaper, and biased.

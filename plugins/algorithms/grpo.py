@@ -18,11 +18,11 @@ from condrl.diffusion.transition import Transition
 @condrl.algorithm
 @dataclass(kw_only=True)
 class GRPO(ClippedPolicyGradient):
-    """Group-relative advantages and clipped weights with Flow-GRPO's defaults (Liu et al. 2025; THEORY 7.4).
+    """Group-relative advantages and clipped weights with Flow-GRPO's defaults (Liu et al. 2025; docs/theory.md 10).
 
     Published are means over the D dimensions where other algorithms here have sums: the clip range bounds the ratio per
     dimension, exp(log w / D). The gradient is that of the sum, so that kappa keeps its unit. For MixGRPO's window of
-    noisy steps set sampler.noise_steps (Li et al. 2025; THEORY 7.5).
+    noisy steps set sampler.noise_steps (Li et al. 2025; docs/theory.md 3).
     """
 
     clip_range: float = 1e-4  # bound on |ratio per dimension - 1|, the same for every step

@@ -51,7 +51,7 @@ class NFT(Algorithm):
         """temperature |d|^2 - 2 A <e, d> of each draw, (B,): d is the change of velocity, e the old one's error.
 
         With r = (1 + A / a) / 2 and temperature = a b this is, but for a constant, a / b times DiffusionNFT's
-        r |e - b d|^2 + (1 - r) |e + b d|^2, whose minimum is at d = E[A e | x] / temperature (THEORY 7.6).
+        r |e - b d|^2 + (1 - r) |e + b d|^2, whose minimum is at d = E[A e | x] / temperature (docs/theory.md 13).
         """
         schedule = policy.model.schedule
         alpha, sigma = (like(c, batch.x) for c in (schedule.alpha(batch.t), schedule.sigma(batch.t)))

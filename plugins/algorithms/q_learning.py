@@ -48,7 +48,7 @@ class TimeValue(nn.Module):
 @condrl.algorithm(name="q_learning")
 @dataclass(kw_only=True)
 class QLearning(Algorithm):
-    """Maximises beta E r - E int g^2 |s - a|^2 dt by temporal differences (Gao et al. 2024; THEORY 6).
+    """Maximises beta E r - E int g^2 |s - a|^2 dt by temporal differences (Gao et al. 2024; docs/theory.md 12).
 
     s is the score of the data, known by samples or as a pretrained score, a the policy's; for an SDE that is beta r
     minus twice the path KL, so kappa = 2 / beta. The value J and the policy's mean learn from one error,

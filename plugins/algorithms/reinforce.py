@@ -15,7 +15,7 @@ from condrl.diffusion.transition import Transition
 @condrl.algorithm
 @dataclass(kw_only=True)
 class REINFORCE(PolicyGradient):
-    """DDPO-SF: A grad log p, for one update on each image (Black et al. 2024, eq. 4; THEORY 4.2)."""
+    """DDPO-SF: A grad log p, for one update on each image (Black et al. 2024, eq. 4; docs/theory.md 8)."""
 
     @property
     def needs(self) -> tuple[Need, ...]:

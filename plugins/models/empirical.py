@@ -56,9 +56,7 @@ class Empirical(Points):
             self.load_adapter(Path(weights))
         self._pretrained = copy.deepcopy(self.module).requires_grad_(False)
 
-    def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """(B, d) at x (B, d) and times t (B,)."""
-        self.evaluations += len(x)
+    def predict(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         network = self.module if self.tuned else self._pretrained
         score: Tensor = network(x, t, condition)
         return score

@@ -54,9 +54,8 @@ class Mixture(Points):
             self.module: nn.Module = make(self.schedule, *shape, size)
         self.module.to(device)
 
-    def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The pretrained score plus the correction, (B, d) at x (B, d) and times t (B,)."""
-        self.evaluations += len(x)
         score = self.pretrained_score(x, t, condition)
         return score + self.module(x, t, condition) if self.tuned else score
 

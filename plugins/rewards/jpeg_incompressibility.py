@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 import condrl
-from condrl.rewards.jpeg import jpeg_kilobytes
+from condrl.rewards.pixels import jpeg_kilobytes
 
 
 @condrl.reward(differentiable=False)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,31 +10,27 @@ from torch import Tensor, nn
 
 import condrl
 from condrl.io.hub import fetching, folder_or_id
-from condrl.models.embeddings import Embeddings
-from condrl.rewards.clip import Precision, fitted
+from condrl.models.embeddings import Embeddings, Encoded
+from condrl.rewards.clip import NetworkReward, Precision, fitted
 
 
 @condrl.reward(name="pickscore")
-class PickScore:
+@dataclass(kw_only=True)
+class PickScore(NetworkReward):
     """PickScore, about 15 to 25: the scaled cosine of a CLIP-H tuned on choices (Kirstain et al. 2023)."""
 
-    def __init__(
-        self,
-        *,
-        path: str = "yuvalkirstain/PickScore_v1",  # a hub id, or a folder as transformers saves a CLIPModel
-        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",  # of the tokenizer and the image settings
-        revision: str | None = None,  # of the hub id `path`: branch, tag or commit
-        dtype: Precision = "float32",  # of its weights
-        offload: bool = False,  # keep the model off the device between roll-outs
-    ) -> None:
-        self.path = folder_or_id(path, "rewards.pickscore.path")
-        self.processor = folder_or_id(processor, "rewards.pickscore.processor")
-        self.revision, self.dtype, self.offloads = revision, dtype, offload
+    path: str = "yuvalkirstain/PickScore_v1"  # a hub id, or a folder as transformers saves a CLIPModel
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of the tokenizer and the image settings
+    revision: str | None = None  # of the hub id `path`: branch, tag or commit
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.path = folder_or_id(self.path, "rewards.pickscore.path")
+        self.processor = folder_or_id(self.processor, "rewards.pickscore.processor")
         self._texts = Embeddings(self._encoded)
 
     @property
-    def model(self) -> Any:
-        """The frozen model, loaded when it is first used."""
+    def network(self) -> Any:
         return load(self.path, self.revision, self.dtype)
 
     @functools.cached_property
@@ -49,10 +46,10 @@ class PickScore:
         return tokenizer, images
 
     def load(self) -> None:
-        _ = self.model, self.settings
+        _ = self.network, self.settings
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
-        model, settings = self.model.to(samples.device), self.settings[1]
+        model, settings = self.network.to(samples.device), self.settings[1]
         x = fitted(samples, settings.crop_size["height"], settings.image_mean, settings.image_std)
         images = model.get_image_features(pixel_values=x.to(model.dtype)).pooler_output.float()
         cosine = (nn.functional.normalize(images, dim=-1) * self.texts(prompts, samples.device)).sum(1)
@@ -60,21 +57,17 @@ class PickScore:
 
     def texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """Unit embeddings (B, F) of prompts."""
-        self.model.to(device)
-        return self._texts(prompts).to(device)
+        self.network.to(device)
+        return self._texts(prompts)[0].to(device)
 
     @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+    def _encoded(self, prompts: Sequence[str]) -> Iterator[Encoded]:
         fill = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        length = self.model.config.text_config.max_position_embeddings
+        length = self.network.config.text_config.max_position_embeddings
         for prompt in prompts:
             tokens = self.settings[0]([prompt], max_length=length, **fill)
-            (embedding,) = self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
-            yield nn.functional.normalize(embedding.float(), dim=-1)
-
-    def offload(self) -> None:
-        if self.offloads:
-            self.model.to("cpu")
+            (embedding,) = self.network.get_text_features(**tokens.to(self.network.device)).pooler_output
+            yield (nn.functional.normalize(embedding.float(), dim=-1),)
 
 
 @functools.cache

@@ -18,6 +18,6 @@ def quadratic(
     curvature: tuple[float, ...] = (0.0,),  # the diagonal of Q, likewise
     constant: float = 0.0,  # c
 ) -> Tensor:
-    """<b, x> - x^T Q x / 2 + c of points (B, d); a prompt row's own "linear" and "curvature" come first."""
+    """<b, x> - x^T Q x / 2 + c of points (B, d); a prompt row's own "linear" and "curvature" take precedence."""
     b, Q = (of_rows(samples, prompts, metadata, *part) for part in (("linear", linear), ("curvature", curvature)))
     return (b * samples - Q * samples.square() / 2).sum(1) + constant

@@ -15,7 +15,7 @@ from condrl.rewards.wire import MOST_PIXELS, TOKEN, answer_of, pack
 
 @condrl.reward(differentiable=False)
 class Remote:
-    """The scores of a reward server; one that cannot be had is missing, never a number (scripts/reward_server.py)."""
+    """The scores of a reward server (scripts/reward_server.py); one that fails is missing, never made up."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Obedience of the embedded pipeline's images to their prompts, read off by rule."""
+"""How well the embedded pipeline's images obey their prompts, graded by rule."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Images like given ones."""
+"""Images that resemble given ones."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a vision-language model says of an image, asked over an OpenAI-compatible server."""
+"""What a vision-language model says about an image, asked over an OpenAI-compatible server."""
 
 import base64
 import json
@@ -23,13 +23,13 @@ QUESTIONS = {
 
 @condrl.reward(name="vlm_judge", differentiable=False, cached=True)
 class VLMJudge:
-    """A judge's P(yes) among yes and no, or the number that it answers; what it does not say is a failed score."""
+    """A judge's P(yes) among yes and no, or the number that it answers; an answer with neither is a failed score."""
 
     def __init__(
         self,
         *,
         url: str,  # of the server's API, as http://127.0.0.1:8000/v1
-        model: str,  # its name there
+        model: str,  # its name on the server
         answer: Literal["yes", "number"] = "yes",  # yes: from the log-probabilities of the first word
         question: str | None = None,  # with {prompt}, {low} and {high}; by default one that fits the answer
         low: float = 0.0,  # least number
@@ -76,7 +76,7 @@ class VLMJudge:
         return json.dumps(request).encode()
 
     def _score(self, body: bytes) -> float:
-        """Raises: ValueError, TypeError or LookupError when the answer does not say."""
+        """Raises: ValueError, TypeError or LookupError when the answer has no score."""
         choice = dict(from_json(body)["choices"][0])
         if self.answer == "number" and choice.get("finish_reason") == "length":
             raise ValueError("the reply is longer than 16 tokens")
@@ -86,7 +86,7 @@ class VLMJudge:
 
 
 def share_of_yes(first: Sequence[dict[str, Any]]) -> float:
-    """P(yes) / (P(yes) + P(no)), each summed over the ways to write it, among the first token's likeliest.
+    """P(yes) / (P(yes) + P(no)), each summed over the ways to write it, among the likeliest first tokens.
 
     Raises: ValueError when neither is among them.
     """
@@ -106,7 +106,7 @@ def share_of_yes(first: Sequence[dict[str, Any]]) -> float:
 def number_in(text: str, low: float, high: float) -> float:
     """The one number in a text, `7`, `Score: 7.5` or `7/10`.
 
-    Raises: ValueError when there is none, another one, or one outside [low, high].
+    Raises: ValueError when there is no number, more than one, or one outside [low, high].
     """
     of = rf"\s*(?:/|out of)\s*{re.escape(f'{high:g}')}"
     found = re.fullmatch(rf"[^\d-]*(-?[0-9]+(?:\.[0-9]+)?)(?:{of})?[^\d]*", text)

@@ -14,6 +14,6 @@ def dance_sde(
     *,
     noise_level: float = 0.3,  # standard deviation per square root of time, >= 0
 ) -> Coefficients:
-    """DanceGRPO's sampler: Euler-Maruyama with eta(t) g(t) constant (THEORY 1.3)."""
+    """DanceGRPO's sampler: Euler-Maruyama with eta(t) g(t) constant (docs/theory.md 3)."""
     check_noise_level(noise_level, "noise_level")
     return euler_maruyama(schedule, times, noise_level / schedule.noise_rate(times).sqrt())

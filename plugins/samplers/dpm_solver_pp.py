@@ -66,6 +66,6 @@ def dpm_solver_pp(
     *,
     eta: float = 0.0,  # noise level >= 0
 ) -> MultistepDPM:
-    """DPM-Solver++ (2M) at any noise level, one score a step (Lu et al. 2022; THEORY 1.3)."""
+    """DPM-Solver++ (2M) at any noise level, one score a step (Lu et al. 2022; docs/theory.md 3)."""
     check_noise_level(eta)
     return MultistepDPM(schedule, times, torch.full((len(times) - 1,), eta, dtype=torch.float64))

@@ -15,6 +15,6 @@ def euler_maruyama(
     *,
     eta: float = 1.0,  # noise level >= 0
 ) -> Coefficients:
-    """Euler-Maruyama at noise level eta; eta = 0 is Euler on the probability-flow ODE (THEORY 1.3, S1)."""
+    """Euler-Maruyama at noise level eta; eta = 0 is Euler on the probability-flow ODE (docs/theory.md 3, S1)."""
     check_noise_level(eta)
     return coefficients(schedule, times, eta)

@@ -14,7 +14,7 @@ def exponential(
     *,
     eta: float = 1.0,  # noise level >= 0
 ) -> Coefficients:
-    """Exact in the linear part for a score of constant epsilon; gDDIM (Zhang et al. 2023; THEORY 1.3, S2)."""
+    """Exact in the linear part for a score of constant epsilon; gDDIM (Zhang et al. 2023; docs/theory.md 3, S2)."""
     check_noise_level(eta)
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     alpha_t, alpha_u, sigma_t, sigma_u = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]

@@ -14,6 +14,6 @@ def flow_sde(
     *,
     noise_level: float = 0.7,  # a >= 0; a = sqrt(2) is memoryless
 ) -> Coefficients:
-    """Flow-GRPO's sampler: Euler-Maruyama at eta = a / sqrt(2), whatever the schedule (THEORY 1.3)."""
+    """Flow-GRPO's sampler: Euler-Maruyama at eta = a / sqrt(2), whatever the schedule (docs/theory.md 3)."""
     check_noise_level(noise_level, "noise_level")
     return euler_maruyama(schedule, times, noise_level / 2**0.5)

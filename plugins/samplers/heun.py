@@ -15,7 +15,7 @@ def heun(
     *,
     eta: float = 0.0,  # noise level >= 0; each step overshoots and is noised back
 ) -> Overshoot:
-    """Heun's second-order ODE method, two scores a step; exactly Gaussian for eta > 0 (THEORY 1.3, S4)."""
+    """Heun's second-order ODE method, two scores a step; exactly Gaussian for eta > 0 (docs/theory.md 3, S4)."""
     check_noise_level(eta)
     if eta > 0 and not schedule.alpha(times[0]) > 0:
         raise condrl.UsageError(

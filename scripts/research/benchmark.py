@@ -119,7 +119,7 @@ def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 def bare(trainer: Trainer, count: int, batch: int, train: bool) -> None:
     """`count` UNet evaluations in batches, and their backward passes when training."""
     model: Any = trainer.policy.model
-    x = torch.randn(batch, *model.state_shape, device=model.device).to(model.dtype)
+    x = torch.randn(batch, *model.state_shape, device=model.device).to(model.torch_dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.randint(0, 1000, (batch,), device=model.device)
     embedded = model.embeddings(torch.zeros(batch, dtype=torch.long))
@@ -340,7 +340,7 @@ def gap(problem: str, words: list[str]) -> Row:
 def transfer(config: Config, args: argparse.Namespace) -> list[Row]:
     """Tune N(1, .49) on r = .9 x at one (eta, N), sample at another (eta', M): shifts of the mean, over b v / kappa.
 
-    Beside them the theory's M(eta, eta') (1 - rho_T^(eta^2 + eta'^2)), exact for N and M without end (THEORY 3.4).
+    Beside them the theory's M(eta, eta') (1 - rho_T^(eta^2 + eta'^2)), exact for infinite N and M (docs/theory.md 7).
     """
     rows: list[Row] = []
     for eta in (0.5, 1.0, 1.4):

@@ -248,7 +248,7 @@ def fresh_data(trainer: Trainer, prompt: int, count: int) -> Tensor:
 def at_reward(spec: Spec, target: float, work: Path, tries: int, guess: float | None) -> Measured:
     """The measurement at the weight whose reward is nearest to `target`, found by secant steps in the logit.
 
-    For p* the logit of the reward is affine in the weight, with slope 1/2 (THEORY 6.8).
+    For p* the logit of the reward is affine in the weight, with slope 1/2 (docs/theory.md 12).
     """
     found: list[Measured] = []
     weight = guess or 2 * (logit(target) - logit(DATA_REWARD))
@@ -276,7 +276,7 @@ def logit(p: float) -> float:
 
 
 def lower_bound(reward: float, data: float = DATA_REWARD) -> float:
-    """The least KL to the data at which an indicator has this mean (THEORY 6.8)."""
+    """The least KL to the data at which an indicator has this mean (docs/theory.md 12)."""
     parts = ((reward, data), (1 - reward, 1 - data))
     return sum(p * math.log(p / q) for p, q in parts if p > 0)
 

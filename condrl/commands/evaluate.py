@@ -1,0 +1,489 @@
+"""Evaluate a fine-tuned model beside its base, on the same prompts, from the same seeds.
+
+    python scripts/evaluate.py runs/quickstart                            what the run measured at its end, by image
+    python scripts/evaluate.py runs/quickstart rewards.sharpness.weight=1 evaluate.images_per_prompt=4
+    python scripts/evaluate.py runs/quickstart --prompts my_prompts.txt --steps 5 10 20 --strength 0.5 1
+    python scripts/evaluate.py runs/quickstart --samplers ddim ddim,eta=0 dpm_solver_pp
+
+The first word is a run's folder, or a LoRA's folder or file; one without a run needs --prompts and measures.
+`key=value` words change the model, the sampler and how much is measured as they do for finetune.py; measures that they
+name take the place of the run's. Code and servers that a run's config names are used with --trust only.
+
+Writes RUN/evaluation/: evaluation.jsonl (a line per image, sampler and strength), evaluation.json (the summary) and
+pictures/. Several samplers, numbers of steps and strengths are measured one after the other, the base once per sampler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from condrl.commands.console import exit_code
+from condrl.commands.finetune import aligned, check_json, interval
+from condrl.commands.sample import HOME, check_folder, default_config, find, in_run, split_words, with_rank
+from condrl.config import Config, load_for_evaluation
+from condrl.errors import UsageError, naming, print_main, visible, warn_of_address_limit
+from condrl.io.files import locate
+from condrl.overrides import exists, is_setting, setting_keys
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+    from condrl.diffusion.policy import Policy
+    from condrl.prompts import Row
+    from condrl.rewards.scoring import Reward
+    from condrl.training.evaluate import Batch, Evaluation
+    from condrl.training.folder import RunFolder
+
+RECORD, SUMMARY = "evaluation.jsonl", "evaluation.json"
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="RUN key=value")
+    parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl; by default the run's held-out prompts")
+    parser.add_argument("--samplers", nargs="+", default=[], metavar="NAME[,option=value]", help="one after the other")
+    parser.add_argument("--steps", type=int, nargs="+", default=[], help="numbers of steps, each with every sampler")
+    parser.add_argument(
+        "--strength", type=float, nargs="+", default=[1.0], help="of the LoRA; 1 is what was tuned, 0 no LoRA at all"
+    )
+    parser.add_argument("--pictures", type=int, default=8, help="the first so many images are written, base and tuned")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="by default the run's evaluation/")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
+    parser.add_argument("--trust", action="store_true", help="the run's config may name plugins and servers")
+    parser.add_argument("--batch", type=int, help="images drawn at a time; by default the run's train.rollout_batch")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    return parser.parse_intermixed_args(words)
+
+
+def main(words: list[str]) -> int:
+    """Exit code: 0, 1 when something stood in the way, 2 for bad input, 130 after Ctrl+C."""
+    return exit_code(lambda: evaluate(parse(words)))
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Check everything that can be checked without the model, then draw and measure; returns the summary."""
+    from condrl.io.records import write_json
+
+    begun = time.monotonic()
+    warn_of_address_limit()
+    plan = read_plan(args)
+    result = compare(plan, begun)
+    write_json(plan.folder.file(SUMMARY), result)
+    if args.json:
+        write_json(args.json, result)
+    print(visible("\n".join([*report(result), f"see {plan.folder.path}/"])))
+    return result
+
+
+def evaluated(words: Sequence[str], **options: Any) -> dict[str, Any]:
+    """The summary that the command would write with these words and options.
+
+    Raises: UsageError as the command.
+    """
+    out = options.pop("out")
+    return evaluate(argparse.Namespace(words=words, json=None, out=Path(out) if out else None, **options))
+
+
+# ---------------------------------------------------------------------------------------------- what to do
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured, and where it is written."""
+
+    configs: list[Config]  # one for each sampler, alike in all else
+    tuned: Path  # a LoRA's file, or a folder with a network of points
+    source: Path | None  # the run that it is of
+    rows: list[Row]
+    strengths: list[float]
+    folder: RunFolder
+    pictures: int
+    batch: int
+    device: torch.device
+
+    @property
+    def config(self) -> Config:
+        return self.configs[0]
+
+    @property
+    def samplers(self) -> list[dict[str, Any]]:
+        return [config.evaluate.sampler or config.sampler for config in self.configs]
+
+    @property
+    def per_prompt(self) -> int:
+        return self.config.evaluate.images_per_prompt
+
+
+def read_plan(args: argparse.Namespace) -> Plan:
+    """Raises: UsageError on what cannot be evaluated."""
+    from condrl.training.folder import RunFolder
+    from condrl.training.host import find_device
+
+    check_numbers(args)
+    named, settings = split_words(args.words)
+    if named is None:
+        raise UsageError("nothing to evaluate: name a run or a LoRA, as in condrl evaluate runs/quickstart")
+    tuned, run = find(named)
+    check_strengths(args.strength, tuned)
+    configs = read_configs(args, settings, tuned, run)
+    folder = RunFolder(args.out or in_run((run or HOME) / "evaluation"))
+    check_out(folder, args.overwrite)
+    rows = read_rows(args.prompts, configs[0], run, settings)
+    check_base(configs[0])
+    for measure in measures_of(configs[0]):
+        measure.load()
+    batch = args.batch or configs[0].train.rollout_batch
+    return Plan(configs, tuned, run, rows, args.strength, folder, args.pictures, batch, find_device(args.device))
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises: UsageError on options out of range, and on one that is given twice."""
+    if (args.batch is not None and args.batch < 1) or args.pictures < 0:
+        raise UsageError("--batch has to be at least 1, and --pictures at least 0")
+    for name in ("steps", "samplers", "strength"):
+        values = getattr(args, name)
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise UsageError(f"--{name} has {twice[0]} twice")
+    if args.json:
+        check_json(args.json)
+
+
+def check_strengths(strengths: Sequence[float], tuned: Path) -> None:
+    """Raises: UsageError on strengths that nothing can have."""
+    if not all(map(math.isfinite, strengths)):
+        raise UsageError(f"--strength has to be finite numbers, got {' '.join(map(str, strengths))}")
+    if tuned.is_dir() and list(strengths) != [1]:
+        raise UsageError(f"--strength is of a LoRA, and {tuned} holds a network of points")
+
+
+def read_configs(args: argparse.Namespace, settings: list[str], tuned: Path, run: Path | None) -> list[Config]:
+    """A config for each sampler.
+
+    Raises: UsageError on settings and samplers that cannot be, and where nothing says what to measure.
+    """
+    from condrl.training.build import make_sampler, stand_in
+
+    if run is None:
+        check_alone(tuned, settings, args.prompts)
+        settings = settings if tuned.is_dir() else with_rank(tuned, settings)
+    file = run / "config.yaml" if run else default_config(settings)
+    words = [[*settings, *more] for more in sampler_words(args.samplers, args.steps)]
+    configs = [load_for_evaluation(file, some, args.trust) for some in words]
+    samplers = [config.evaluate.sampler or config.sampler for config in configs]
+    for section in samplers:
+        make_sampler(section, stand_in(section))
+        if samplers.count(section) > 1:
+            raise UsageError(f"--samplers: two of them are the same, {section}")
+    return configs
+
+
+def check_alone(tuned: Path, settings: Sequence[str], prompts: str | None) -> None:
+    """Raises: UsageError when nothing says what to measure of a LoRA without a run."""
+    measured = [word for word in settings if re.match(r"rewards\b|evaluate\.measures\b", word)]
+    if not measured or not prompts:
+        raise UsageError(
+            f"{tuned} belongs to no run, so nothing says what to measure: name a measure and prompts, as in "
+            "rewards.clip.weight=1 --prompts my_prompts.txt, and the model with model.path="
+        )
+
+
+def sampler_words(samplers: Sequence[str], steps: Sequence[int]) -> list[list[str]]:
+    """The settings of each sampler with each number of steps.
+
+    Raises: UsageError on what is not NAME or NAME,option=value.
+    """
+    named: list[list[str]] = []
+    for sampler in samplers:
+        name, *options = sampler.split(",")
+        if not name or "=" in name or not all(is_setting(option) for option in options):
+            raise UsageError(f"--samplers {sampler}: give NAME or NAME,option=value, as in ddim,eta=0")
+        named.append([f"evaluate.sampler.{option}" for option in (f"name={name}", *options)])
+    counts = [[f"evaluate.sampler.steps={count}"] for count in steps]
+    return [[*one, *other] for one, other in itertools.product(named or [[]], counts or [[]])]
+
+
+def read_rows(prompts: str | None, config: Config, run: Path | None, settings: Sequence[str]) -> list[Row]:
+    """The prompts to measure on.
+
+    Raises: UsageError when there are none.
+    """
+    from condrl.prompts import load_prompts
+
+    if not prompts and not config.prompts.heldout:
+        raise UsageError(f"{run} has no held-out prompts: give --prompts FILE")
+    given = (prompts, "--prompts") if prompts else (config.prompts.heldout or "", "prompts.heldout")
+    rows = load_prompts(*given)
+    is_counted = not prompts or any(setting_keys(word) == ["evaluate", "prompts"] for word in settings)
+    rows = rows[: config.evaluate.prompts] if is_counted else rows
+    if run and exists(locate(config.prompts.train)):
+        warn_of_training_prompts(rows, load_prompts(config.prompts.train, "prompts.train"))
+    return rows
+
+
+def warn_of_training_prompts(rows: Sequence[Row], train: Sequence[Row]) -> None:
+    both = {row.prompt for row in rows} & {row.prompt for row in train}
+    if both:
+        print_main(f"warning: {len(both)} of the prompts were trained on, such as {min(both)!r}")
+
+
+def check_base(config: Config) -> None:
+    """Raises: UsageError when the LoRA that a run started from is gone."""
+    from condrl.models.lora import find_lora
+
+    if lora := config.model.get("lora"):
+        try:
+            find_lora(locate(lora))
+        except UsageError as error:
+            raise UsageError(
+                f"the run started from a LoRA, which is its base, and {error}; model.lora=null compares with the model"
+            ) from error
+
+
+def check_out(folder: RunFolder, is_replaced: bool) -> None:
+    """Raises: UsageError when nothing can be written there, or something would be lost."""
+    check_folder(folder.path)
+    there = sorted(path.name for path in folder.path.iterdir()) if folder.path.is_dir() else []
+    if there and RECORD not in folder.listed:
+        raise UsageError(f"{folder.path} holds {there[0]}, which no evaluation wrote: choose another folder with --out")
+    if there and not is_replaced:
+        raise UsageError(f"{folder.path} holds an evaluation: choose another folder with --out, or --overwrite it")
+
+
+def measures_of(config: Config) -> list[Reward]:
+    """The run's measures, or those that were named.
+
+    Raises: UsageError when there is none.
+    """
+    from condrl.rewards.scoring import make_reward
+    from condrl.training.build import make_measures
+
+    if config.rewards or not config.evaluate.measures:
+        return make_measures(config)
+    return [make_reward(name, options) for name, options in config.evaluate.measures.items()]
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def compare(plan: Plan, begun: float) -> dict[str, Any]:
+    """Draw and measure all, write every image's line; returns the summary."""
+    from tqdm import tqdm
+
+    from condrl.training.host import provenance
+
+    policies = make_policies(plan)
+    try_measures(plan, policies[0])
+    images = len(plan.rows) * plan.per_prompt * len(policies) * (1 + len(plan.strengths))
+    with started(plan.folder) as record, tqdm(total=images, unit="image", disable=None) as bar:
+        evaluations = list(compared_with_base(plan, policies, bar, Writer(plan, record)))
+    return {
+        "run": str(plan.source) if plan.source else None,
+        "lora": str(plan.tuned),
+        "base": base_name(plan.config),
+        "prompts": len(plan.rows),
+        "images_per_prompt": plan.per_prompt,
+        "seed": plan.config.run.seed,
+        "evaluations": evaluations,
+        "seconds": round(time.monotonic() - begun, 1),
+        **provenance(),
+    }
+
+
+def make_policies(plan: Plan) -> list[Policy]:
+    """The base with each sampler, on a model that knows the prompts."""
+    import torch
+
+    from condrl.training.build import deployed, make_policy
+
+    if plan.config.run.threads:
+        torch.set_num_threads(plan.config.run.threads)
+    torch.manual_seed(plan.config.run.seed)
+    policy = make_policy(plan.config, plan.device)
+    policy.model.encode([row.prompt for row in plan.rows])
+    return [deployed(config, policy) for config in plan.configs]
+
+
+def try_measures(plan: Plan, policy: Policy) -> None:
+    """Score one image as if it had been made for each of many prompts, before an earlier evaluation is replaced.
+
+    Raises: UsageError when a measure cannot.
+    """
+    import torch
+
+    from condrl.diffusion.noise import seeded
+    from condrl.diffusion.rollout import sample
+    from condrl.rewards.scoring import usage_errors
+    from condrl.training.preflight import DEAR_ROWS, ROWS, typical
+
+    condition = policy.model.encode([plan.rows[0].prompt])
+    with usage_errors(), torch.no_grad():
+        image = policy.model.decode(sample(policy, condition, seeded([0]), 1))
+        for measure in measures_of(plan.config):
+            rows = typical(plan.rows, ROWS if measure.cache is None else DEAR_ROWS)
+            measure(image.expand(len(rows), *image.shape[1:]), rows)
+            measure.offload()
+
+
+def compared_with_base(
+    plan: Plan, policies: Sequence[Policy], bar: tqdm[Any], writer: Writer
+) -> Iterator[dict[str, Any]]:
+    """Measure the base with each sampler, then the tuned model at each strength."""
+    from condrl.models.lora import scale_lora
+
+    bar.set_description("base")
+    bases = [measured(plan, policy, bar, writer.base(number)) for number, policy in enumerate(policies)]
+    model = policies[0].model  # of all
+    for strength in plan.strengths:
+        bar.set_description(f"strength {strength:g}")
+        model.load_adapter(plan.tuned)
+        scale_lora(model.module, strength)
+        for number, (policy, base) in enumerate(zip(policies, bases, strict=True)):
+            tuned = measured(plan, policy, bar, writer.tuned(number, strength, base))
+            yield entry(plan, number, strength, base, tuned)
+
+
+def measured(plan: Plan, policy: Policy, bar: tqdm[Any], visit: Callable[[Batch], None]) -> Evaluation:
+    """The policy on the prompts, as a run measures it at its end."""
+    from condrl.training.evaluate import evaluate, first_seed
+
+    said: list[str] = []
+
+    def see(batch: Batch) -> None:
+        visit(batch)
+        bar.update(len(batch.indices))
+        if batch.scores.failure and not said:
+            said.append(batch.scores.failure)
+            bar.write(visible(f"warning: {batch.scores.failure}"), sys.stderr)
+
+    seed, measures = first_seed(plan.config.run.seed), measures_of(plan.config)
+    return evaluate(policy, plan.rows, measures, seed, plan.per_prompt, plan.batch, pictures=0, visit=see)
+
+
+def entry(plan: Plan, number: int, strength: float, base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
+    """What was found with a sampler at a strength; the diversity where prompts have several images."""
+    from condrl.training.evaluate import compared, compared_diversity
+
+    found = {"sampler": plan.samplers[number], "strength": strength, "heldout": compared(base, tuned)}
+    return found | ({"diversity": compared_diversity(base, tuned)} if plan.per_prompt > 1 else {})
+
+
+def base_name(config: Config) -> str:
+    """The model that is compared with: the LoRA's that the run started from, where it started from one."""
+    model = str(config.model.get("path") or config.model["name"])
+    lora = config.model.get("lora")
+    return f"{model} with the LoRA {lora}" if lora else model
+
+
+@contextmanager
+def started(folder: RunFolder) -> Iterator[TextIO]:
+    """Remove an earlier evaluation from the folder; within it, the new one's lines can be written."""
+    folder.clear()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with folder.file(RECORD).open("w", encoding="utf-8") as record:
+        yield record
+
+
+class Writer:
+    """Writes lines and pictures as they come."""
+
+    def __init__(self, plan: Plan, record: TextIO) -> None:
+        from condrl.training.evaluate import first_seed
+
+        self.plan, self.seed, self.record = plan, first_seed(plan.config.run.seed), record
+
+    def base(self, sampler: int) -> Callable[[Batch], None]:
+        """What sees the base's batches: their pictures are written."""
+        return lambda batch: self._write_pictures(batch, sampler, "base")
+
+    def tuned(self, sampler: int, strength: float, base: Evaluation) -> Callable[[Batch], None]:
+        """What sees the tuned model's batches: their pictures and lines are written."""
+
+        def see(batch: Batch) -> None:
+            self._write_pictures(batch, sampler, f"strength_{strength}")
+            self._write_lines(batch, sampler, strength, base)
+
+        return see
+
+    def _write_lines(self, batch: Batch, sampler: int, strength: float, base: Evaluation) -> None:
+        from condrl.io.records import to_json
+
+        tuned = {name: values.tolist() for name, values in batch.scores.each.items()}
+        for place, index in enumerate(batch.indices):
+            row = self.plan.rows[index // self.plan.per_prompt]
+            line = {
+                "prompt": row.prompt,
+                "row": row.index,
+                "metadata": row.metadata,
+                "seed": self.seed + index,
+                "sampler": self.plan.samplers[sampler],
+                "strength": strength,
+                "base": {name: values[index].item() for name, values in base.each.items()},
+                "tuned": {name: values[place] for name, values in tuned.items()},
+                "pictures": self._pictures(batch, index, sampler, strength),
+            }
+            self.record.write(to_json(line) + "\n")
+        with naming(self.plan.folder.path / RECORD):
+            self.record.flush()
+
+    def _pictures(self, batch: Batch, index: int, sampler: int, strength: float) -> dict[str, str] | None:
+        if batch.images.dim() != 4 or index >= self.plan.pictures:
+            return None
+        whos = {"base": "base", "tuned": f"strength_{strength}"}
+        return {who: self._name(index, sampler, kind) for who, kind in whos.items()}
+
+    def _write_pictures(self, batch: Batch, sampler: int, who: str) -> None:
+        from condrl.rewards.pixels import to_pil
+        from condrl.training.pictures import save_image
+
+        if batch.images.dim() == 4:
+            for image, index in zip(batch.images, batch.indices[: self.plan.pictures], strict=False):
+                if index < self.plan.pictures:
+                    save_image(to_pil(image.cpu()), self.plan.folder.file(self._name(index, sampler, who)))
+
+    def _name(self, index: int, sampler: int, who: str) -> str:
+        """pictures/1_ddim_10/0003_base.png"""
+        section = self.plan.samplers[sampler]
+        name = re.sub(r"\W+", "_", section["name"])
+        return f"pictures/{sampler + 1}_{name}_{section['steps']}/{index:04d}_{who}.png"
+
+
+# ---------------------------------------------------------------------------------------------- saying it
+
+
+def report(result: dict[str, Any]) -> list[str]:
+    """The summary as tables, one for each sampler and strength, with the verdicts that the differences allow."""
+    from condrl.training.evaluate import verdict
+
+    lines = [f"base: {result['base']}; {result['prompts']} prompts x {result['images_per_prompt']} images"]
+    samplers = [entry["sampler"] for entry in result["evaluations"]]
+    for entry in result["evaluations"]:
+        rows = entry["heldout"] | ({"diversity": entry["diversity"]} if "diversity" in entry else {})
+        lines += ["", f"{label(entry['sampler'], samplers)}, strength {entry['strength']:g}"]
+        lines += aligned([("held-out", "base", "tuned", "difference", "win rate"), *map(cells, rows, rows.values())])
+        lines.append(verdict(entry["heldout"]))
+    return lines
+
+
+def cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
+    failed = [f"{row[who]['failed']} of {who}" for who in ("base", "tuned") if row[who]["failed"]]
+    last = f"{row['win_rate']:.0%}" + (f" (failed: {', '.join(failed)})" if failed else "")
+    return (name, *(interval(row[who]) for who in ("base", "tuned", "difference")), last)
+
+
+def label(sampler: dict[str, Any], samplers: Sequence[dict[str, Any]]) -> str:
+    """A sampler's name, its steps, and the options in which it differs from others of the name."""
+    others = [other for other in samplers if other["name"] == sampler["name"]]
+    differing = [key for key in sampler if key != "steps" and any(other[key] != sampler[key] for other in others)]
+    return ", ".join([sampler["name"], f"{sampler['steps']} steps", *(f"{key}={sampler[key]}" for key in differing)])

@@ -1,0 +1,324 @@
+"""What latent diffusion models share: prompts encoded on demand, guidance, a LoRA on the network, the VAE in slices."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from condrl.diffusion.schedule import DiscreteSchedule, Schedule, schedule_from_diffusers
+from condrl.errors import UsageError, print_main, quoted
+from condrl.io.files import locate
+from condrl.models.embeddings import Embeddings, Encoded
+from condrl.models.lora import load_lora, lora_layers, save_lora
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(eq=False, repr=False)
+class LatentModel(ABC):
+    """A text-to-image pipeline in diffusers' format, tuned by a LoRA; a family's plugin adds its particulars."""
+
+    prefix: ClassVar[str] = "unet"  # of the network in the pipeline, and of its modules in LoRA files
+
+    device: torch.device
+    _: KW_ONLY
+    path: str  # hub id, diffusers folder, .safetensors / .ckpt file
+    revision: str | None = None  # of a hub id: branch, tag or commit
+    variant: str | None = None  # of the weights' files: fp16 for model.fp16.safetensors
+    single_file_config: str | None = None  # diffusers folder or hub id with the configs of a single file
+    dtype: Dtype = "float32"  # of the frozen weights; the LoRA is always float32
+    height: int | None = None  # of images, pixels; null: as the network was trained
+    width: int | None = None  # of images, pixels; null: as the network was trained
+    guidance: float = 5.0  # classifier-free guidance scale; 1: none
+    guidance_gradient: Literal["both", "conditional"] = "both"  # branches with a gradient; the cost is the same
+    negative_prompt: str = ""  # the prompt of the unconditional branch
+    lora_rank: int = 16  # rank of the LoRA
+    lora_alpha: int | None = None  # LoRA scale is alpha / rank; null: alpha = rank
+    lora_targets: tuple[str, ...] = ATTENTION  # modules that get a LoRA, by the end of their names
+    lora: str | None = None  # start from this LoRA folder
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    decode_batch: int = 16  # images that the VAE decodes at a time
+
+    def __post_init__(self) -> None:
+        self.check_options()
+        self.evaluations, self.sharded = 0, False
+        self.pipe = self.load()
+        self.schedule: Schedule = self.make_schedule()
+        self.vae = self.pipe.vae.requires_grad_(False).to(self.device)
+        network = getattr(self.pipe, self.prefix).requires_grad_(False)
+        self.module: nn.Module = network.to(self.device, memory_format=torch.channels_last)
+        self.check_size()
+        self._numbers: dict[str, int] = {}  # of each prompt
+        self._prompts: list[str] = []  # by their numbers
+        self._host_embeddings = Embeddings(self._encoded)
+        self._table: Encoded = ()  # on the device, of the prompts that were asked for last
+        self._places: dict[int, int] = {}  # of prompts, by their numbers, in that table
+        self.negative = self.encode([self.negative_prompt])
+        add_lora(self.module, self.lora_rank, self.lora_alpha or self.lora_rank, self.lora_targets)
+        if self.lora:
+            self.load_adapter(locate(self.lora))
+        if self.gradient_checkpointing:
+            self.module.enable_gradient_checkpointing()
+            self.module.train()  # diffusers checkpoints in training mode only; these networks have no dropout
+
+    # ------------------------------------------------------------------------------------------ a family's own
+
+    @abstractmethod
+    def load(self) -> Any:
+        """The pipeline, of a kind that is known to work.
+
+        Raises: UsageError when `path` is not one.
+        """
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Encoded]:
+        """What the network is given of each prompt, as tensors on any device: first its tokens' features (L, F)."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The network's own output at latents x (B, C, h, w) and times t (B,), float32."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The parts of the network whose frozen weights are gathered together when it is sharded."""
+
+    def make_schedule(self) -> Schedule:
+        """The forward process that the network was trained on."""
+        scheduler = self.pipe.scheduler
+        return schedule_from_diffusers({**scheduler.config, "_class_name": type(scheduler).__name__})
+
+    # ------------------------------------------------------------------------------------------ sizes
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels along the side of a latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents."""
+        config: Any = self.module.config
+        side = config.sample_size
+        own = (side, side) if isinstance(side, int) else side
+        given = (None if pixels is None else pixels // self.vae_scale for pixels in (self.height, self.width))
+        height, width = (mine or theirs for mine, theirs in zip(given, own, strict=True))
+        return config.in_channels, height, width
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(3, H, W) of the images."""
+        _, height, width = self.state_shape
+        return 3, height * self.vae_scale, width * self.vae_scale
+
+    def check_size(self) -> None:
+        """Raises: UsageError on a height or width that no latents have."""
+        for name, pixels in (("height", self.height), ("width", self.width)):
+            if pixels is not None and (pixels < 1 or pixels % self.vae_scale):
+                raise UsageError(f"config model.{name}: must be a multiple of {self.vae_scale} pixels, got {pixels}")
+
+    def check_options(self) -> None:
+        """Raises: UsageError on an option that could not be used whatever the pipeline."""
+        for name in ("lora_rank", "lora_alpha", "decode_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"config model.{name}: must be at least 1, got {value}")
+        check_guidance(self.guidance, self.negative_prompt)
+        if not self.lora_targets:
+            raise UsageError("config model.lora_targets: it is empty, so nothing would be trained; leave it out")
+
+    # ------------------------------------------------------------------------------------------ prompts
+
+    @property
+    def most_tokens(self) -> int:
+        """What the text encoder has positions for; a tokenizer without a limit of its own says 1e30."""
+        most: int = self.pipe.text_encoder.config.max_position_embeddings
+        return min(most, self.pipe.tokenizer.model_max_length)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """The numbers (B,) of prompts; those that are too long to be read as a whole are told, once."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._numbers]
+        self._numbers |= {prompt: len(self._numbers) + i for i, prompt in enumerate(new)}
+        self._prompts += new
+        self._check_lengths(new)
+        return torch.tensor([self._numbers[prompt] for prompt in prompts])
+
+    def _check_lengths(self, prompts: Sequence[str]) -> None:
+        most, long = self.most_tokens, []
+        parts = [prompts[start : start + 1000] for start in range(0, len(prompts), 1000)]
+        for part in tqdm(parts, "reading the prompts", leave=False, disable=None, delay=1):
+            tokens = self.pipe.tokenizer(part).input_ids
+            long += [(prompt, len(ids)) for prompt, ids in zip(part, tokens, strict=True) if len(ids) > most]
+        if long:
+            prompt, count = long[0]
+            others = f", the first of {len(long)} that are too long," if len(long) > 1 else ""
+            print_main(
+                f"warning: the prompt {quoted(prompt)}{others} has {count} tokens; the model reads the first {most}"
+            )
+
+    @property
+    def encoders(self) -> list[Any]:
+        """The text encoders, which are on the host while they are not used."""
+        named = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        return [encoder for encoder in named if encoder is not None]
+
+    @torch.no_grad()
+    def _encoded(self, prompts: Sequence[str]) -> list[Encoded]:
+        for encoder in self.encoders:
+            encoder.to(self.device)
+        found = [tuple(x.cpu() for x in encoded) for encoded in self.encode_prompts(prompts)]
+        for encoder in self.encoders:
+            encoder.to("cpu")  # makes room on a GPU
+        return found
+
+    def embeddings(self, condition: Tensor) -> Encoded:
+        """What the network is given of prompts by their numbers (B,), each (B, ...), on the device."""
+        numbers = condition.tolist()
+        if not self._places.keys() >= set(numbers):  # a roll-out asks for the same prompts at each of its steps
+            self._places = {number: place for place, number in enumerate(dict.fromkeys(numbers))}
+            table = self._host_embeddings([self._prompts[number] for number in self._places])
+            self._table = tuple(x.to(self.device) for x in table)
+        rows = torch.tensor([self._places[number] for number in numbers])
+        return tuple(x[rows] for x in self._table)
+
+    def features(self, condition: Tensor) -> Tensor:
+        """Mean token features (B, F)."""
+        return torch.cat([self.embeddings(some)[0].float().mean(1) for some in condition.split(64)])
+
+    # ------------------------------------------------------------------------------------------ score and images
+
+    def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The guided score at latents x (B, C, h, w) and times t (B,), s = s_u + w (s_c - s_u)."""
+        if self.guidance == 1:
+            self.evaluations += len(x)
+            return self.schedule.score(self.predict(x, t, condition), x, t)
+        self.evaluations += 2 * len(x)
+        both = torch.cat([self.negative.expand(len(x)), condition])
+        unconditional, conditional = self.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        if self.guidance_gradient == "conditional":
+            unconditional = unconditional.detach()
+        return self.schedule.score(unconditional + self.guidance * (conditional - unconditional), x, t)
+
+    def network_input(self, x: Tensor) -> Tensor:
+        """Latents as the network takes them: in its precision and memory layout."""
+        return x.to(self.torch_dtype, memory_format=torch.channels_last)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """Times as the network was trained with them, on the device."""
+        assert isinstance(self.schedule, DiscreteSchedule)  # another family says its own
+        return self.schedule.network_time(t).to(self.device)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) float32 in [0, 1]; differentiable."""
+        config = self.vae.config
+        latents = (x / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)).to(self.vae.dtype)
+        slices = [self.vae.decode(part).sample for part in latents.split(self.decode_batch)]
+        return (torch.cat(slices).float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> latents (B, C, h, w) float32, the means of the VAE's encoder."""
+        config, scaled = self.vae.config, (2 * images - 1).to(self.device, self.vae.dtype)
+        means = [self.vae.encode(part).latent_dist.mean for part in scaled.split(self.decode_batch)]
+        return (torch.cat(means).float() - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
+
+    def shard(self) -> None:
+        """Spread the network's frozen weights over the processes, which gather a block's when they come to it.
+
+        Every process keeps the whole LoRA. From now on all of them have to make the same calls.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        network = self.module.to(memory_format=torch.contiguous_format)
+        own = {p for p in network.parameters() if p.requires_grad}
+        for block in self.blocks():
+            fully_shard(block, ignored_params=own)
+        fully_shard(network, ignored_params=own, reshard_after_forward=True)
+        self.sharded = True
+
+    # ------------------------------------------------------------------------------------------ adapter
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it, the network runs without its LoRA."""
+        network: Any = self.module
+        network.disable_adapters()
+        try:
+            yield
+        finally:
+            network.enable_adapters()
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within it, a float32 network carries its LoRA in its weights: the same function in fewer operations.
+
+        Half-precision weights would round the LoRA away, and sharded ones are not all here: they are left alone.
+        """
+        full = self.torch_dtype == torch.float32 and not self.sharded
+        layers = [layer for layer in lora_layers(self.module).values() if full and not layer.disable_adapters]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        originals = [weight.data for weight in weights]
+        for layer in layers:
+            layer.merge(safe_merge=True)  # into a copy of the weight
+        try:
+            yield
+        finally:
+            for layer, weight, original in zip(layers, weights, originals, strict=True):
+                layer.merged_adapters.clear()
+                weight.data = original  # put back, not subtracted: no rounding is left behind
+
+    def save_adapter(self, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the LoRA as diffusers reads it and as ComfyUI and A1111 do."""
+        save_lora(self.module, folder, self.path, metadata, self.prefix)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read a LoRA, a file or its folder, into the existing adapter.
+
+        Raises: UsageError as `load_lora`.
+        """
+        load_lora(self.module, folder, self.prefix)
+
+
+def check_guidance(guidance: float, negative_prompt: str) -> None:
+    """Raises: UsageError on a scale that guides away from the prompt, and on a negative prompt without effect."""
+    if not 1 <= guidance < math.inf:
+        raise UsageError(f"config model.guidance: must be at least 1, which is no guidance; got {guidance}")
+    if negative_prompt and guidance == 1:
+        raise UsageError(
+            f"config model.negative_prompt: {negative_prompt!r} has no effect with model.guidance=1; raise the guidance"
+        )
+
+
+def add_lora(network: Any, rank: int, alpha: int, targets: Sequence[str]) -> None:
+    """Add a float32 LoRA that starts at zero to a frozen network.
+
+    Raises: UsageError when no module's name ends as `targets` say.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    names = [name for name, _ in network.named_modules()]
+    unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in names)]
+    if unmatched:
+        raise UsageError(f"config model.lora_targets: no module of the UNet is called {unmatched[0]!r}")
+    settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    network.add_adapter(settings)
+    cast_training_params(network, torch.float32)
+
+
+def unet_layers(unet: Any) -> list[nn.Module]:
+    """The residual and attention blocks of a UNet."""
+    parts = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    return [layer for part in parts for layer in (*part.resnets, *getattr(part, "attentions", ()))]
