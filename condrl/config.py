@@ -167,14 +167,17 @@ def load_config(words: Sequence[str], default: Path | None = None) -> Config:
     return _config(parts)
 
 
-def load_for_drawing(file: Path | None, words: Sequence[str]) -> Config:
+def load_for_drawing(file: Path | None, words: Sequence[str], is_steered: bool = False) -> Config:
     """The model and the deployed sampler of a config file, if any, with `key=value` words; nothing else of it is taken.
+
+    Rewards have an effect where drawing `is_steered`, and are those of the words alone.
 
     Raises: UsageError as `load_config`, and on a word that is not about drawing.
     """
     for word in words:
-        if setting_keys(word)[0] not in ("model", "sampler", "plugins"):
-            raise UsageError(f"{word} has no effect on drawing: settings of model.* and sampler.*, and plugins=, have")
+        if setting_keys(word)[0] not in ("model", "sampler", "plugins", *(["rewards"] if is_steered else [])):
+            which = "model.*, sampler.* and rewards.*" if is_steered else "model.* and sampler.*"
+            raise UsageError(f"{word} has no effect on drawing: settings of {which}, and plugins=, have")
         if {"lora", "lora_alpha"} & section_at(read_word(word).values, "model").keys():
             raise UsageError(f"{word} has no effect here: the LoRA is given as a folder, and its scale is --strength")
     part = read_word(str(file)) if file else Part("", {}, {})

@@ -1,4 +1,4 @@
-"""Four registries (reward, sampler, algorithm, model) and the places where a plugin's name is looked up.
+"""Five registries (reward, sampler, algorithm, model, steering) and the places where a plugin's name is looked up.
 
 A name is looked up among the plugins registered already, then as a file of that name in the shipped package,
 then among the entry points of group `condrl.plugins`, then as `package.module:object`.
@@ -37,8 +37,14 @@ COMMON = {  # keys of a plugin's section that are not its own: none of its optio
     "sampler": ("name", "steps", "spacing", "noise_steps"),
     "algorithm": ("name",),
     "model": ("name",),
+    "steering": ("name",),
 }
-GIVEN = {"sampler": 2, "algorithm": 0, "model": 1}  # arguments that a plugin is called with, beside its options
+GIVEN = {
+    "sampler": 2,
+    "algorithm": 0,
+    "model": 1,
+    "steering": 1,
+}  # arguments that a plugin is called with, beside its options
 
 
 @dataclass(frozen=True)
@@ -375,4 +381,5 @@ reward = Registry("reward", "condrl.plugins.rewards")
 sampler = Registry("sampler", "condrl.plugins.samplers")
 algorithm = Registry("algorithm", "condrl.plugins.algorithms")
 model = Registry("model", "condrl.plugins.models")
-REGISTRIES = {registry.kind: registry for registry in (reward, sampler, algorithm, model)}
+steering = Registry("steering", "condrl.plugins.steering")
+REGISTRIES = {registry.kind: registry for registry in (reward, sampler, algorithm, model, steering)}
