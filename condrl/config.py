@@ -102,7 +102,12 @@ class GridConfig:
 
 
 @dataclass
-class WeightConfig:
+class MeasureConfig:
+    batch: int = 64  # images scored at a time
+
+
+@dataclass
+class RewardConfig(MeasureConfig):
     weight: float = 1.0  # in the sum of rewards
 
 
@@ -398,8 +403,8 @@ def build_config(tree: Mapping[str, Any]) -> Config:
         setattr(config, kind, _plugin_section(kind, section))
     if deployed:
         config.evaluate.sampler = _deployed_sampler(config.sampler, deployed)
-    config.rewards = _reward_sections(rewards, "rewards", WeightConfig)
-    config.evaluate.measures = _reward_sections(measures, "evaluate.measures")
+    config.rewards = _reward_sections(rewards, "rewards", RewardConfig)
+    config.evaluate.measures = _reward_sections(measures, "evaluate.measures", MeasureConfig)
     check_arithmetic(config)
     return config
 
@@ -497,13 +502,20 @@ def _deployed_sampler(sampler: Mapping[str, Any], changes: Mapping[str, Any]) ->
     return {"name": name, **typed_options(REGISTRIES["sampler"].find(name), options, "evaluate.sampler", GridConfig)}
 
 
-def _reward_sections(rewards: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:
-    """Options of each reward by name."""
+def _reward_sections(rewards: Mapping[str, Any], where: str, common: type[MeasureConfig]) -> dict[str, Any]:
+    """Options of each reward by name.
+
+    Raises: UsageError also on a batch that is not positive.
+    """
     find = REGISTRIES["reward"].find
-    return {
+    found = {
         name: typed_options(find(name), _section(options, f"{where}.{name}"), f"{where}.{name}", common)
         for name, options in rewards.items()
     }
+    for name, options in found.items():
+        if options["batch"] < 1:
+            raise UsageError(f"config {where}.{name}.batch: must be at least 1, got {options['batch']}")
+    return found
 
 
 def typed_options(plugin: Plugin, values: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:

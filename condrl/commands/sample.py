@@ -146,6 +146,8 @@ def read_steer(word: str | None, config: Config) -> Steer | None:
     rewards = make_rewards(config)
     if not rewards:
         raise UsageError("--steer needs rewards to draw with, as in rewards.shapes.weight=1")
+    if grouped := [reward.name for reward in rewards if reward.per_group]:
+        raise UsageError(f"--steer: the reward {grouped[0]!r} compares the images of a prompt, and cannot steer one")
     return functools.partial(plugin.target, **typed_options(plugin, values, "--steer")), rewards
 
 
