@@ -392,7 +392,7 @@ def test_the_reference_of_a_run_that_starts_from_a_lora_is_that_lora(pipeline, t
                 torch.testing.assert_close(model.score(*place), start, rtol=1e-4, atol=1e-4)
         assert torch.equal(model.score(*place), moved)
         with first.reference():
-            plain = first.score(*place)
+            plain = first.score(*place[:2], first.encode(["a red star", "a blue star"]))
     assert (start - plain).abs().max() > 1e-3
     assert (start - moved).abs().max() > 1e-3
 
