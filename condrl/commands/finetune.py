@@ -332,3 +332,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def interval(estimate: dict[str, Any]) -> str:
     limits = estimate["ci95"]  # none where there is a single prompt
     return f"{estimate['mean']:.3f}" + (f" [{limits[0]:.3f}, {limits[1]:.3f}]" if limits else "")
+
+
+if __name__ == "__main__":  # accelerate launch -m condrl.commands.finetune
+    sys.exit(main(sys.argv[1:]))
