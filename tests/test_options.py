@@ -48,6 +48,8 @@ OPTIONS = {
     },
     "nft": {
         "temperature": 0.8,
+        "kappa": 0.5,
+        "stages": (3, {"kappa": 0.5}),
         "draws": 2,
         "times": (0.3, 0.6),
         "normalise": False,
