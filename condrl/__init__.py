@@ -26,35 +26,35 @@ __all__ = [
 ]
 
 
-def finetune(*words: str) -> dict[str, Any]:
-    """Tune as `condrl finetune` with these words does; returns what result.json holds, nothing after a dry run.
+def finetune(*arguments: str) -> dict[str, Any]:
+    """Run `condrl finetune` with these arguments; returns the content of result.json, empty after a dry run.
 
     Raises: UsageError on bad input, RunError when the run has to stop.
     """
     from condrl.commands.finetune import finetune
 
-    return finetune(list(words))
+    return finetune(list(arguments))
 
 
 def sample(
-    *words: str,
+    *arguments: str,
     prompts: Sequence[str],
     seeds: Sequence[int] = (0,),
     strength: float = 1.0,
     batch: int = 16,
     device: str | None = None,
 ) -> list[Image]:
-    """Draw each prompt from each seed as `condrl sample` with these words does; nothing is written.
+    """Draw each prompt from each seed as `condrl sample` does with these arguments; nothing is written.
 
     Raises: UsageError on bad input.
     """
     from condrl.commands.sample import drawn
 
-    return drawn(words, prompts, seeds, strength, batch, device)
+    return drawn(arguments, prompts, seeds, strength, batch, device)
 
 
 def evaluate(
-    *words: str,
+    *arguments: str,
     prompts: str | None = None,
     samplers: Sequence[str] = (),
     steps: Sequence[int] = (),
@@ -66,7 +66,7 @@ def evaluate(
     batch: int | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate as `condrl evaluate` with these words and options does; returns what evaluation.json holds.
+    """Run `condrl evaluate` with these arguments and options; returns the content of evaluation.json.
 
     Raises: UsageError on bad input, RunError when a measure fails.
     """
@@ -74,4 +74,4 @@ def evaluate(
 
     lists = {"samplers": list(samplers), "steps": list(steps), "strength": list(strengths)}
     where = {"out": out, "overwrite": overwrite, "trust": trust, "device": device}
-    return evaluated(words, prompts=prompts, pictures=pictures, batch=batch, **lists, **where)
+    return evaluated(arguments, prompts=prompts, pictures=pictures, batch=batch, **lists, **where)

@@ -19,21 +19,21 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Run the command that the first word names. Exit code: that of the command; 2 for an unknown one."""
-    name, *words = sys.argv[1:] or ["--help"]
+    """Run the command that the first argument names. Exit code: the command's own; 2 for an unknown one."""
+    name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
-        return int(importlib.import_module(f"condrl.commands.{name}").main(words))
+        return int(importlib.import_module(f"condrl.commands.{name}").main(arguments))
     return exit_code(lambda: show_help(name))
 
 
-def show_help(word: str) -> None:
+def show_help(name: str) -> None:
     """Raises: UsageError unless help was asked for."""
-    if word not in ("-h", "--help"):
-        near = suggestion(word, COMMANDS)
-        raise UsageError(f"condrl has no command {word!r}.{near} There are: {', '.join(COMMANDS)}")
-    print("condrl COMMAND ...; condrl COMMAND --help says more\n")
-    for name, what in COMMANDS.items():
-        print(f"    {name:<10}{what}")
+    if name not in ("-h", "--help"):
+        near = suggestion(name, COMMANDS)
+        raise UsageError(f"condrl has no command {name!r}.{near} Available: {', '.join(COMMANDS)}")
+    print("condrl COMMAND ...; see condrl COMMAND --help\n")
+    for command, what in COMMANDS.items():
+        print(f"    {command:<10}{what}")
 
 
 if __name__ == "__main__":

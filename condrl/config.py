@@ -1,6 +1,6 @@
-"""YAML files and `key=value` words -> one typed, checked Config; every complaint is a single line.
+"""YAML files and `key=value` overrides -> one typed, checked Config; every error is a single line.
 
-Later words win. `model`, `sampler` and `algorithm` hold a plugin's name and its options; `rewards` and
+Later ones win. `model`, `sampler` and `algorithm` hold a plugin's name and its options; `rewards` and
 `evaluate.measures` map a reward's name to its weight and options.
 """
 
@@ -30,7 +30,7 @@ from condrl.overrides import (
     mapping,
     merged,
     one_line,
-    read_word,
+    read_argument,
     retyped,
     section_at,
     setting_keys,
@@ -43,15 +43,15 @@ Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
 @dataclass
 class RunConfig:
     name: str = "run"  # the run's folder is runs/<name>
-    dir: str | None = None  # another folder for the run
+    dir: str | None = None  # the run's folder, instead of runs/<name>
     seed: int = 0  # of everything that is drawn at random
     threads: int | None = None  # CPU threads; null: torch's own choice
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)  # where else to log
     overwrite: bool = False  # replace what an earlier run left in the folder
     check_ratios: bool = True  # stop unless every likelihood ratio is 1 before the first update
-    resume: str = "never"  # auto: go on from the newest checkpoint in the run's folder; or a checkpoint's folder
-    checkpoint_seconds: float = 60.0  # write a checkpoint after the first epoch that ends so long after the last one
-    keep_checkpoints: int = 2  # the newest so many
+    resume: str = "never"  # auto: from the newest checkpoint in the run's folder; or a checkpoint's folder
+    checkpoint_seconds: float = 60.0  # least time between checkpoints, each written at the end of an epoch
+    keep_checkpoints: int = 2  # how many of the newest to keep
 
 
 @dataclass
@@ -70,7 +70,7 @@ class TrainConfig:
     inner_epochs: int = 1  # passes over the epoch's images
     normalise_rewards: bool = False  # each over its standard deviation in the epoch, so that weights compare
     steps: list[int] | None = None  # indices of the denoising steps that are trained; null: all
-    steps_per_image: int | None = None  # so many of them per image, drawn anew in each pass; null: all
+    steps_per_image: int | None = None  # how many of them to train per image, redrawn in each pass; null: all
     loss_batch: int = 64  # (image, step) pairs in one forward and backward
     lr: float = 3e-4  # AdamW learning rate
     warmup: int = 0  # optimiser steps of linear warm-up
@@ -78,18 +78,18 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW moments
     weight_decay: float = 1e-4  # AdamW weight decay
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    kl_budget: float | None = None  # nats of path KL to the base model that a run may spend; null: any number
-    over_budget: Literal["stop", "adapt"] = "stop"  # then end the run; or raise algorithm.kappa, until it is kept
-    max_failed: float = 0.1  # stop when more than this share of an epoch's scores failed; fewer are left out
-    max_bad_updates: int = 3  # stop after so many in a row whose gradient is not finite; fewer are skipped
+    kl_budget: float | None = None  # nats of path KL to the base model that a run may spend; null: no limit
+    over_budget: Literal["stop", "adapt"] = "stop"  # beyond it, end the run; or raise algorithm.kappa until it is met
+    max_failed: float = 0.1  # stop when a larger share of an epoch's scores failed; fewer are left out
+    max_bad_updates: int = 3  # stop after this many in a row whose gradient is not finite; fewer are skipped
 
 
 @dataclass
 class EvaluateConfig:
     measures: dict[str, Any] = field(default_factory=dict)  # rewards to report on held-out prompts: name -> options
-    sampler: dict[str, Any] = field(default_factory=dict)  # where it differs from the sampler that tunes
-    prompts: int | None = None  # the first so many held-out prompts; null: all
-    every: int | None = None  # also after each so many epochs, to see whether the reward is exploited; null: not
+    sampler: dict[str, Any] = field(default_factory=dict)  # what differs from the sampler that tunes
+    prompts: int | None = None  # how many of the held-out prompts, from the first; null: all
+    every: int | None = None  # also every this many epochs, to see whether the reward is exploited; null: never
     images_per_prompt: int = 1  # each with its own seed, the same for base and tuned
     pictures: int = 8  # images in the before | after picture
 
@@ -97,7 +97,7 @@ class EvaluateConfig:
 @dataclass
 class GridConfig:
     steps: int = 50  # denoising steps
-    spacing: Spacing | None = None  # of their times; null: as the model's scheduler, or uniform where it has none
+    spacing: Spacing | None = None  # of their times; null: the model scheduler's, or uniform if it has none
     noise_steps: list[int] | None = None  # the steps that keep their noise, the others being deterministic; null: all
 
 
@@ -149,7 +149,7 @@ COUNTS = (
     "max_bad_updates",
 )
 PATHS = ("path", "lora", "single_file_config", "images")  # options that name a file or folder, if there is one
-EVALUATED = (  # settings that an evaluation takes
+EVALUATED = (  # settings that an evaluation accepts
     *("model", "sampler", "rewards", "plugins", "evaluate.measures", "evaluate.sampler", "evaluate.images_per_prompt"),
     *("evaluate.prompts", "run.seed"),
 )
@@ -159,39 +159,39 @@ DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": 
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_config(words: Sequence[str], default: Path | None = None) -> Config:
-    """Merge YAML files and `key=value` words, look up the plugins they name, and check everything.
+def load_config(arguments: Sequence[str], default: Path | None = None) -> Config:
+    """Merge YAML files and `key=value` overrides, look up the plugins they name, and check everything.
 
-    With no file among the words, the file `default` comes first, without its rewards if the words name some.
+    Without a file among the arguments, the file `default` comes first, without its rewards if the overrides name some.
 
     Raises: UsageError, in one line, on an unknown key, a wrong type, a missing file or an unknown plugin.
     """
-    parts = [read_word(word) for word in words]
+    parts = [read_argument(argument) for argument in arguments]
     if default and not any(part.is_file for part in parts):
         parts = [_default(default, parts), *parts]
     return _config(parts)
 
 
-def load_for_drawing(file: Path | None, words: Sequence[str], is_steered: bool = False) -> Config:
-    """The model and the deployed sampler of a config file, if any, with `key=value` words; nothing else of it is taken.
+def load_for_drawing(file: Path | None, overrides: Sequence[str], is_steered: bool = False) -> Config:
+    """The model and the deployed sampler of a config file, if any, with `key=value` overrides, and nothing else of it.
 
-    Rewards have an effect where drawing `is_steered`, and are those of the words alone.
+    Rewards have an effect if drawing `is_steered`, and come from the overrides alone.
 
-    Raises: UsageError as `load_config`, and on a word that is not about drawing.
+    Raises: UsageError as `load_config`, and on an override that does not concern drawing.
     """
-    for word in words:
-        if setting_keys(word)[0] not in ("model", "sampler", "plugins", *(["rewards"] if is_steered else [])):
+    for override in overrides:
+        if setting_keys(override)[0] not in ("model", "sampler", "plugins", *(["rewards"] if is_steered else [])):
             which = "model.*, sampler.* and rewards.*" if is_steered else "model.* and sampler.*"
-            raise UsageError(f"{word} has no effect on drawing: settings of {which}, and plugins=, have")
-        if {"lora", "lora_alpha"} & section_at(read_word(word).values, "model").keys():
-            raise UsageError(f"{word} has no effect here: the LoRA is given as a folder, and its scale is --strength")
-    part = read_word(str(file)) if file else Part("", {}, {})
+            raise UsageError(f"{override} has no effect on drawing: only settings of {which}, and plugins=, do")
+        if {"lora", "lora_alpha"} & section_at(read_argument(override).values, "model").keys():
+            raise UsageError(f"{override} has no effect here: give the LoRA as a folder, and its scale as --strength")
+    part = read_argument(str(file)) if file else Part("", {}, {})
     part = replace(part, values=_drawing(part.values), texts=_drawing(part.texts), is_found=True)
-    return _config([part, *map(read_word, words)])
+    return _config([part, *map(read_argument, overrides)])
 
 
 def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The model of a config, but for the LoRA that it starts from, and the sampler that it deploys."""
+    """A config's model, without the LoRA that it starts from, and the sampler that it deploys."""
     model = {key: value for key, value in section_at(tree, "model").items() if key not in ("lora", "lora_alpha")}
     sampler, changes = section_at(tree, "sampler"), section_at(tree, "evaluate.sampler")
     if changes.get("name", sampler.get("name")) != sampler.get("name"):
@@ -199,20 +199,20 @@ def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": model, "sampler": {**sampler, **changes}}
 
 
-def load_for_evaluation(file: Path | None, words: Sequence[str], is_trusted: bool) -> Config:
-    """What a config file, if any, says of a run's evaluation, with `key=value` words; its sampler is the deployed one.
+def load_for_evaluation(file: Path | None, overrides: Sequence[str], is_trusted: bool) -> Config:
+    """A run's evaluation by its config file, if any, and `key=value` overrides; the sampler is the deployed one.
 
-    Measures that the words name take the place of the file's, whose options they keep. Unless the file `is_trusted`,
-    nothing is imported for it, and no server that it names is asked.
+    Measures that the overrides name replace the file's, whose options they keep. Unless the file `is_trusted`, nothing
+    is imported for it, and no server that it names is contacted.
 
-    Raises: UsageError as `load_config`, and on a word that is not about evaluation.
+    Raises: UsageError as `load_config`, and on an override that does not concern evaluation.
     """
-    for word in words:
-        keys = setting_keys(word)
+    for override in overrides:
+        keys = setting_keys(override)
         if not {keys[0], ".".join(keys[:2])} & set(EVALUATED):
-            raise UsageError(f"{word} has no effect on an evaluation: settings of {', '.join(EVALUATED)} have")
-    given = [read_word(word) for word in words]
-    part = read_word(str(file)) if file else Part("", {}, {})
+            raise UsageError(f"{override} has no effect on an evaluation: only settings of {', '.join(EVALUATED)} do")
+    given = [read_argument(override) for override in overrides]
+    part = read_argument(str(file)) if file else Part("", {}, {})
     values, texts = (_evaluating(tree, given, is_trusted) for tree in (part.values, part.texts))
     part = replace(part, values=values, texts=texts, is_found=not is_trusted)
     if not is_trusted:
@@ -220,10 +220,10 @@ def load_for_evaluation(file: Path | None, words: Sequence[str], is_trusted: boo
     return _config([part, *given])
 
 
-def _evaluating(tree: Mapping[str, Any], words: Sequence[Part], is_trusted: bool) -> dict[str, Any]:
-    """What an evaluation takes of a config: not the algorithm, nor measures that the words do not name if they do."""
+def _evaluating(tree: Mapping[str, Any], overrides: Sequence[Part], is_trusted: bool) -> dict[str, Any]:
+    """What an evaluation uses of a config: no algorithm, and if the overrides name measures, only those."""
     rewards, measures = section_at(tree, "rewards"), section_at(tree, "evaluate.measures")
-    scored, measured = _named(words, "rewards"), _named(words, "evaluate.measures")
+    scored, measured = _named(overrides, "rewards"), _named(overrides, "evaluate.measures")
     if scored or measured:
         of_rewards = {name: _without(mapping(options), "weight") for name, options in rewards.items()}
         rewards, measures = (
@@ -239,9 +239,9 @@ def _evaluating(tree: Mapping[str, Any], words: Sequence[Part], is_trusted: bool
     return {**whole, "sampler": sampler, "rewards": rewards, "evaluate": {**kept, "measures": measures}}
 
 
-def _named(words: Sequence[Part], where: str) -> list[str]:
-    """The measures that words name in a section, other than to take them away."""
-    sections = [section_at(word.values, where) for word in words]
+def _named(overrides: Sequence[Part], where: str) -> list[str]:
+    """The measures that overrides name in a section, other than to remove them."""
+    sections = [section_at(override.values, where) for override in overrides]
     return list(dict.fromkeys(name for section in sections for name, options in section.items() if options is not None))
 
 
@@ -249,27 +249,27 @@ def _without(section: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name != key}
 
 
-def _check_measures(found: Part, words: Sequence[Part]) -> None:
-    """Raises: UsageError when a file that was found, not named, measures by code or a server that no word names."""
-    for word in words:
-        _check_list(word.values.get("plugins"), list[str], "plugins")
-        for path in word.values.get("plugins") or ():
+def _check_measures(found: Part, overrides: Sequence[Part]) -> None:
+    """Raises: UsageError when a file that was found, not named, measures by code or a server of its own."""
+    for override in overrides:
+        _check_list(override.values.get("plugins"), list[str], "plugins")
+        for path in override.values.get("plugins") or ():
             load_file(str(path))
     tree = _resolved(found.values)
     for where in ("rewards", "evaluate.measures"):
         for name, options in section_at(tree, where).items():
-            given = {key for word in words for key in mapping(section_at(word.values, where).get(name))}
+            given = {key for part in overrides for key in mapping(section_at(part.values, where).get(name))}
             servers = {key for key, value in mapping(options).items() if "://" in str(value)} - given
-            if servers or (name not in _named(words, where) and not _is_registered(name)):
+            if servers or (name not in _named(overrides, where) and not _is_registered(name)):
                 raise UsageError(
-                    f"{found.word} measures by {name!r}, which {'asks a server' if servers else 'is code'}, and that "
-                    "file was found, not named: say --trust if you trust it, or name other measures, as in "
+                    f"{found.argument} measures by {name!r}, which {'asks a server' if servers else 'is code'}, and "
+                    "that file was found, not named: pass --trust if you trust it, or name other measures, as in "
                     "rewards.brightness.weight=1"
                 )
 
 
 def _is_registered(name: str) -> bool:
-    """Whether a reward is known without importing what its name says."""
+    """Whether a reward is registered without importing what its name refers to."""
     try:
         return ":" not in name and bool(REGISTRIES["reward"].find(name))
     except UsageError:
@@ -297,15 +297,15 @@ def _check_found(tree: Mapping[str, Any], parts: Sequence[Part]) -> None:
             given = [str(_plugin_name(part.values.get(kind))) for part in parts if not part.is_found]
             if ":" in name and name not in given:
                 raise UsageError(
-                    f"{file.word} names the {kind} {name!r}, which is code, and that file was found, not named: if you "
-                    f"trust it, say {kind}.name={name}"
+                    f"{file.argument} names the {kind} {name!r}, which is code, and that file was found, not named: if "
+                    f"you trust it, pass {kind}.name={name}"
                 )
 
 
 def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
-    """With the values that ${references} lead to.
+    """The tree with its ${references} resolved.
 
-    Raises: UsageError on one that leads nowhere, or that asks for something else than a key, as the environment; and
+    Raises: UsageError on one that leads nowhere, or to anything but a key of the config, such as the environment; and
     on a password.
     """
     _check_texts(tree, "")
@@ -324,17 +324,17 @@ def _check_texts(value: Any, where: str) -> None:
         for item in value:
             _check_texts(item, where)
     elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-        raise UsageError(f"config {where}: {value!r} holds bytes that are no UTF-8 text")
+        raise UsageError(f"config {where}: {value!r} contains bytes that are not UTF-8 text")
     elif isinstance(value, str) and re.search(r"://[^/\s]*@", value):
         raise UsageError(
-            f"config {where}: an address with a user or password in it is not taken: it would be written down"
+            f"config {where}: an address must not contain a user or password, which would be written to files"
         )
     elif isinstance(value, str) and re.search(r"(?<!\\)\$\{[^{}]*:", value):
-        raise UsageError(f"config {where}: {value!r} asks for more than a key of the config, as in ${{run.name}}")
+        raise UsageError(f"config {where}: {value!r} may only refer to a key of the config, as in ${{run.name}}")
 
 
 def _default(file: Path, parts: Sequence[Part]) -> Part:
-    part = read_word(str(file))
+    part = read_argument(str(file))
     named = {name: options for other in parts for name, options in mapping(other.values.get("rewards")).items()}
     if all(options is None for options in named.values()):
         return part
@@ -344,7 +344,7 @@ def _default(file: Path, parts: Sequence[Part]) -> Part:
 
 
 def _without_replaced_plugins(parts: Sequence[Part], whole: Mapping[str, Any]) -> list[Part]:
-    """The parts, without a file's options for a plugin whose place a later word gives to another plugin."""
+    """The parts, without a file's options for a plugin that a later argument replaces by another."""
     kept = []
     for part in parts:
         values = dict(part.values)
@@ -421,18 +421,18 @@ def _typed(schema: Any, values: Mapping[str, Any], where: str) -> Any:
     _check_lists(values, schema, where)
     for name, value in values.items():
         if value == MISSING:
-            raise UsageError(f"config {where}.{name}: ??? stands for a value that has to be given")
+            raise UsageError(f"config {where}.{name}: ??? stands for a value that must be given")
     try:
         structure = OmegaConf.structured(schema)
     except OmegaConfBaseException as error:
-        raise UsageError(f"config {where}: an option of this plugin cannot be one: {one_line(error)}") from error
+        raise UsageError(f"config {where}: a parameter of this plugin cannot be set: {one_line(error)}") from error
     merged = _merge(structure, _escaped(dict(values)), where)  # references were resolved before
     _check_numbers(merged, where)
     return OmegaConf.to_object(merged)
 
 
 def _merge(schema: Any, values: Any, where: str) -> Any:
-    """OmegaConf.merge with one-line complaints that start with `where`."""
+    """OmegaConf.merge with one-line errors that start with `where`."""
     try:
         return OmegaConf.merge(schema, values)
     except ConfigKeyError as error:
@@ -440,7 +440,7 @@ def _merge(schema: Any, values: Any, where: str) -> Any:
         known = list(map(str, OmegaConf.select(schema, ".".join(parents)) if parents else schema))
         known += ["name"] if where in (*DEFAULT_PLUGINS, "evaluate.sampler") else []
         at = ".".join(filter(None, (where, *parents, key)))
-        near = suggestion(key, known) or f" There are: {', '.join(known)}"
+        near = suggestion(key, known) or f" Available: {', '.join(known)}"
         raise UsageError(f"config {at}: there is no such key.{near}") from error
     except OmegaConfBaseException as error:
         key = ".".join(part for part in (where, getattr(error, "full_key", None) or "") if part)
@@ -464,14 +464,14 @@ def _check_numbers(value: Any, where: str) -> None:
 def _check_lists(values: Any, schema: Any, where: str) -> None:
     """Raises: UsageError as `_check_list`, for a value of a dataclass or of one within it."""
     for name, kind in type_hints(schema).items() if isinstance(values, Mapping) else ():
-        place = f"{where}.{name}".lstrip(".")
+        key = f"{where}.{name}".lstrip(".")
         if dataclasses.is_dataclass(kind):
-            _check_lists(values.get(name), kind, place)
-        _check_list(values.get(name), kind, place)
+            _check_lists(values.get(name), kind, key)
+        _check_list(values.get(name), kind, key)
 
 
 def _check_list(value: Any, kind: Any, where: str) -> None:
-    """Raises: UsageError on one thing where a list is asked for, or a list that is not as long as it has to be."""
+    """Raises: UsageError on a single value where a list is expected, or on a list of the wrong length."""
     kinds = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) in (list, tuple)]
     if value is None or not kinds:
         return
@@ -492,7 +492,7 @@ def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
 
 
 def _deployed_sampler(sampler: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampler that tunes with what `evaluate.sampler` changes; another sampler takes over the time grid only."""
+    """The sampler that tunes with what `evaluate.sampler` changes; another sampler keeps the time grid only."""
     same = changes.get("name", sampler["name"]) == sampler["name"]
     kept = sampler if same else {f.name: sampler[f.name] for f in dataclasses.fields(GridConfig)}
     if changes.get("steps", sampler["steps"]) != sampler["steps"]:
@@ -589,7 +589,7 @@ def check_arithmetic(config: Config) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, loadable again from any folder."""
+    """The resolved config, loadable from any folder."""
     tree = dataclasses.asdict(config)
     tree["plugins"] = [str(expanded(path).resolve()) for path in config.plugins]
     tree["prompts"] = {name: from_anywhere(path) for name, path in tree["prompts"].items()}
@@ -602,7 +602,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """With all text such that it is read again as it is."""
+    """The value with its texts escaped, so that they are read back unchanged."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -611,9 +611,10 @@ def _escaped(value: Any) -> Any:
 
 
 def from_anywhere(value: Any, is_path: bool = True) -> Any:
-    """The absolute path of a text that names an existing file or folder, also of such texts in a list.
+    """The absolute path of a text that names an existing file or folder, and of such texts in a list.
 
-    Where the option need not be a path, only of one that looks like it: with a separator, an ending, or configs in it.
+    If the option need not be a path, only a text that looks like one counts: with a separator or a suffix, or naming a
+    folder with JSON files.
     """
     if isinstance(value, list | tuple):
         return [from_anywhere(item, is_path) for item in value]

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NO_MEMORY = (  # what torch, CUDA, the system, C++, the loader of libraries and Python say
+NO_MEMORY = (  # in the messages of torch, CUDA, the system, C++, the dynamic loader and Python
     *("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "failed to map segment"),
     "can't start new thread",
 )
 LESS = "lower train.loss_batch, train.rollout_batch or model.decode_batch, or --batch of sample.py"
-LENGTH = 300  # characters that are quoted of another program's or plugin's error
+LENGTH = 300  # characters quoted from the error of another program or of a plugin
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask a run to stop
 
 
@@ -24,15 +24,15 @@ class UsageError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that had begun cannot go on; the message says what happened and where. Exit code 1."""
+    """A run that had begun cannot continue; the message says what happened and where. Exit code 1."""
 
 
 class RewardError(RunError):
-    """A reward failed; before a run has begun that is a UsageError."""
+    """A reward failed, which is a UsageError if the run has not begun."""
 
 
 class Stopped(BaseException):  # like KeyboardInterrupt, so that no plugin's `except Exception` keeps it
-    """A run was asked to stop, and has saved what it needs to go on. Exit code 128 + the signal's number."""
+    """A run was asked to stop, and has saved what it needs to resume. Exit code 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -40,23 +40,23 @@ class Stopped(BaseException):  # like KeyboardInterrupt, so that no plugin's `ex
 
 
 def print_main(text: str) -> None:
-    """Print a line to stderr, once for the processes of a machine; what would command the terminal is shown instead."""
+    """Print a line to stderr, once per machine, with control characters shown as escapes."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(visible(text), file=sys.stderr, flush=True)
 
 
 def visible(text: str) -> str:
-    """Text for a terminal, in which what would steer it is written out."""
+    """Text for a terminal, with control characters written as escapes."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def quoted(text: str) -> str:
-    """A text in quotes; of a long one its first `LENGTH` characters."""
+    """A text in quotes, cut to its first `LENGTH` characters."""
     return repr(text) if len(text) <= LENGTH else f"{text[:LENGTH]!r} ..."
 
 
 def brief(error: BaseException) -> str:
-    """An exception's type and message in one line, `TypeError: what it says`, of at most `LENGTH` characters."""
+    """An exception's type and message in one line, `TypeError: message`, of at most `LENGTH` characters."""
     text = " ".join(str(error).split())
     text = text if len(text) <= LENGTH else f"{text[:LENGTH]} ..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -69,7 +69,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def warn_of_address_limit() -> None:
-    """Say that there is a limit (ulimit -v): libraries that meet it abort the process without a word of ours."""
+    """Warn of a limit (ulimit -v): a library that hits it may abort the process before we can report anything."""
     if sys.platform == "win32":
         return
     import resource
@@ -77,7 +77,7 @@ def warn_of_address_limit() -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         print_main(
-            f"warning: ulimit -v leaves this process {limit / 1e9:.1f} GB of addresses: if it aborts, raise that first"
+            f"warning: ulimit -v limits this process to {limit / 1e9:.1f} GB of addresses: if it aborts, raise it"
         )
 
 

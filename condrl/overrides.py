@@ -1,6 +1,6 @@
-"""The words of a command line, YAML files and `key=value`, as trees of values that later words win in.
+"""Command-line arguments, YAML files and `key=value` overrides, as trees of values in which later ones win.
 
-A value is what YAML reads, and also the text that was typed: where an option is text, the text counts.
+A value is kept as YAML reads it and as the text that was typed, which counts where an option is text.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ KINDS = ("model", "sampler", "algorithm")  # sections that hold a plugin's name 
 
 @dataclass(frozen=True)
 class Part:
-    """What a word of a command line sets: a file, or `key=value`."""
+    """What a command-line argument sets: a file, or a `key=value` override."""
 
-    word: str
+    argument: str
     values: dict[str, Any]  # as YAML reads it
     texts: dict[str, Any]  # the same with every scalar as it was typed
     keys: list[str] | None = None  # of `key=value`
-    broken: str | None = None  # why its value is no YAML; it may still be text
-    is_found: bool = False  # a file that lay there, which the user did not name: it imports nothing
+    broken: str | None = None  # why its value is not valid YAML; it may still be text
+    is_found: bool = False  # a file that was found, not named by the user: it imports nothing
 
     @property
     def is_file(self) -> bool:
@@ -41,8 +41,8 @@ class Part:
 
     @property
     def refers(self) -> bool:
-        """Whether it is `key=value` with a ${reference} in the value, or the like of one in a text."""
-        return not self.is_file and "${" in self.word
+        """Whether it is `key=value` with a ${reference} in the value, or with text that looks like one."""
+        return not self.is_file and "${" in self.argument
 
 
 class TextLoader(yaml.SafeLoader):
@@ -51,20 +51,20 @@ class TextLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
 
 
-DEEPEST = 20  # levels of lists and sections within each other; a config of ours has six
+DEEPEST = 20  # levels of nested lists and sections; our own configs have six
 TOO_DEEP = "it is nested too deeply"
 SETTING = re.compile(r"(?P<key>[\w.:-]+)=(?P<value>.*)", re.DOTALL)
 DOTTED_REWARD = re.compile(r"(?P<section>rewards|evaluate\.measures)\.(?P<name>[\w.]+:\w+)(?:\.(?P<option>\w+))?")
 
 
-def is_setting(word: str) -> bool:
-    """Whether a word of a command line is `key=value` rather than a file."""
-    return bool(SETTING.fullmatch(word)) and not exists(Path(word))
+def is_setting(argument: str) -> bool:
+    """Whether a command-line argument is `key=value` rather than a file."""
+    return bool(SETTING.fullmatch(argument)) and not exists(Path(argument))
 
 
-def setting_keys(word: str) -> list[str]:
-    """The keys of a `key=value` word, `["train", "lr"]`; a reward may be named `rewards.module:object.weight=1`."""
-    found = SETTING.fullmatch(word)
+def setting_keys(argument: str) -> list[str]:
+    """The keys of a `key=value` override, `["train", "lr"]`; a reward may be named `rewards.module:object.weight=1`."""
+    found = SETTING.fullmatch(argument)
     assert found
     dotted = DOTTED_REWARD.fullmatch(found["key"])
     if dotted:
@@ -72,19 +72,19 @@ def setting_keys(word: str) -> list[str]:
     return found["key"].split(".")
 
 
-def read_word(word: str) -> Part:
-    if not is_setting(word):
-        return _read_file(word)
-    if word.startswith("-"):
-        raise UsageError(f"cannot read {word!r}: settings are written without dashes")
-    *parents, last = setting_keys(word)
-    text = word.partition("=")[2]
+def read_argument(argument: str) -> Part:
+    if not is_setting(argument):
+        return _read_file(argument)
+    if argument.startswith("-"):
+        raise UsageError(f"cannot read {argument!r}: settings are written without dashes")
+    *parents, last = setting_keys(argument)
+    text = argument.partition("=")[2]
     if not all([*parents, last]):
-        raise UsageError(f"cannot read {word!r}: a setting is section.key=value")
+        raise UsageError(f"cannot read {argument!r}: a setting is section.key=value")
     if len(parents) > DEEPEST:
-        raise UsageError(f"cannot read {word!r}: {TOO_DEEP}")
+        raise UsageError(f"cannot read {argument!r}: {TOO_DEEP}")
     value = text
-    literal = escaped(text)  # where it is text, ${...} is too
+    literal = escaped(text)  # a text option takes ${...} literally
     try:
         value = _yaml(text)
         broken = TOO_DEEP if is_deep(value) else None
@@ -96,7 +96,7 @@ def read_word(word: str) -> Part:
     texts: dict[str, Any] = {last: literal}
     for key in reversed(parents):
         values, texts = {key: values}, {key: texts}
-    return Part(word, *_sections(values, texts), [*parents, last], broken)
+    return Part(argument, *_sections(values, texts), [*parents, last], broken)
 
 
 def escaped(text: str) -> str:
@@ -111,29 +111,29 @@ def _yaml(text: str) -> Any:
 
 
 def shipped_config(name: str) -> Path:
-    """The file of a config that comes with the package, as `quickstart` or `toy/p1`."""
+    """The file of a config that comes with the package, such as `quickstart` or `toy/p1`."""
     return CONFIGS / f"{name}.yaml"
 
 
-def _read_file(word: str) -> Part:
-    path = Path(word)
-    if re.fullmatch(r"[\w-]+(/[\w-]+)*", word) and not exists(path) and exists(shipped_config(word)):
-        path = shipped_config(word)
+def _read_file(name: str) -> Part:
+    path = Path(name)
+    if re.fullmatch(r"[\w-]+(/[\w-]+)*", name) and not exists(path) and exists(shipped_config(name)):
+        path = shipped_config(name)
     if not exists(path) or not path.is_file():
-        what = f"{word!r} is a folder" if word and exists(path) else f"there is no config file {word!r}"
-        raise UsageError(f"{what}; settings are written key=value, without spaces and dashes")
+        what = f"{name!r} is a folder" if name and exists(path) else f"there is no config file {name!r}"
+        raise UsageError(f"{what}; settings are written key=value, without spaces or dashes")
     try:
         text = path.read_text("utf-8")
         loaded = OmegaConf.create(text)
         texts = yaml.load(text, TextLoader)
     except Exception as error:  # OmegaConf passes on whatever its YAML parser raises
-        raise UsageError(f"cannot read {word}: {one_line(error)}") from error
+        raise UsageError(f"cannot read {name}: {one_line(error)}") from error
     values: Any = OmegaConf.to_container(loaded, resolve=False)
     if is_deep(values):
-        raise UsageError(f"cannot read {word}: {TOO_DEEP}")
+        raise UsageError(f"cannot read {name}: {TOO_DEEP}")
     if not isinstance(values, dict) or not isinstance(texts, dict):
-        raise UsageError(f"{word} is not a config: it should hold keys such as model, sampler, rewards, train")
-    return Part(word, *_sections(values, texts))
+        raise UsageError(f"{name} is not a config: it should hold keys such as model, sampler, rewards, train")
+    return Part(name, *_sections(values, texts))
 
 
 def _sections(values: dict[str, Any], texts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -148,9 +148,9 @@ def _sections(values: dict[str, Any], texts: dict[str, Any]) -> tuple[dict[str, 
 
 
 def merged(parts: Sequence[Part]) -> dict[str, Any]:
-    """The parts' values, later ones over earlier ones; null takes a reward or a measure away.
+    """The parts' values, later ones over earlier ones; null removes a reward or a measure.
 
-    Raises: UsageError where it takes away what no earlier one has.
+    Raises: UsageError when there is no such reward or measure to remove.
     """
     whole: dict[str, Any] = {}
     for part in parts:
@@ -160,7 +160,7 @@ def merged(parts: Sequence[Part]) -> dict[str, Any]:
             for name in [name for name, options in own.items() if options is None]:
                 if name not in known:
                     raise UsageError(
-                        f"config {where}.{name}: there is no {name} that null could remove; for its defaults write "
+                        f"config {where}.{name}: there is no {name} for null to remove; for its default options write "
                         f"{where}.{name}={{}}"
                     )
                 del section[name]
@@ -191,18 +191,18 @@ def mapping(value: Any) -> dict[str, Any]:
 def retyped(part: Part, types: Mapping[str, Any]) -> Part:
     """The part with the text that was typed where the options are text.
 
-    Raises: UsageError on a word that is not YAML where it has to be.
+    Raises: UsageError on an argument whose value has to be YAML and is not.
     """
     kind: Any = types
     for key in part.keys or ():
         kind = mapping(kind).get(key)
     if part.broken and not is_text(kind):
-        raise UsageError(f"cannot read {part.word!r}: {part.broken}")
+        raise UsageError(f"cannot read {part.argument!r}: {part.broken}")
     return replace(part, values=as_typed(part.values, part.texts, types))
 
 
 def as_typed(values: Any, texts: Any, types: Any) -> Any:
-    """`values` with the text that was typed, wherever `types` asks for text: `no` is then not False, nor `007` 7."""
+    """`values` with the text that was typed, where `types` asks for text: `no` does not become False, nor `007` 7."""
     if isinstance(types, dict) and isinstance(values, dict):
         texts = mapping(yaml.load(texts, TextLoader) if isinstance(texts, str) else texts)
         return {key: as_typed(value, texts.get(str(key)), types.get(key)) for key, value in values.items()}
@@ -229,7 +229,7 @@ def _allows_null(kind: Any) -> bool:
 
 
 def _item_type(kind: Any) -> Any:
-    """Of the items of a list[...] or tuple[..., ...], also one that may be null."""
+    """The type of the items of a list[...] or tuple[..., ...], which may be nullable."""
     for part in (kind, *typing.get_args(kind)):
         if typing.get_origin(part) in (list, tuple):
             return typing.get_args(part)[0]
@@ -245,13 +245,13 @@ def one_line(error: Exception) -> str:
 
 
 def is_deep(value: Any, levels: int = DEEPEST) -> bool:
-    """Whether lists and sections lie within each other on more levels than so many."""
+    """Whether lists and sections are nested more than `levels` deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels < 0 or any(is_deep(item, levels - 1) for item in inner)
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; not for a text that is too long for a path, or holds a NUL."""
+    """Whether there is such a file or folder; False for a text that is too long for a path or contains NUL."""
     try:
         return path.exists()
     except (OSError, ValueError):

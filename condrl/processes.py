@@ -25,12 +25,12 @@ def asks_for_shards(accelerator: Any) -> bool:
 
 
 class Processes:
-    """What accelerate started: one process, or several that meet now and then to add up what each has.
+    """The processes that accelerate started: one, or several that synchronize now and then to sum what each has.
 
-    Whenever they meet they also learn whether one of them failed or was asked to stop, and then all of them stop.
-    Gradients are summed here and not by DistributedDataParallel: once for an update, over the trained weights alone,
-    those of an algorithm's own networks too, however many passes a process made. Only where the frozen weights are
-    `sharded` do all have to make equally many.
+    Whenever they synchronize they also learn whether one of them failed or was asked to stop, and then all stop.
+    Gradients are summed here and not by DistributedDataParallel: once per update, over the trained weights alone,
+    including an algorithm's own networks, however many passes a process made. Only with `sharded` frozen weights must
+    all make the same number of passes.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -48,19 +48,19 @@ class Processes:
         return self.rank == 0
 
     def local_indices(self, items: int) -> range:
-        """This process's part of so many items."""
+        """This process's share of `items` items."""
         return range(self.rank * items // self.count, (self.rank + 1) * items // self.count)
 
     def padding(self, items: int) -> int:
-        """How many more items it takes for this process to have as many as any, where all have to."""
+        """How many items this process has to add so that all have the same number, which sharding requires."""
         return -(-items // self.count) - len(self.local_indices(items)) if self.sharded else 0
 
-    # ------------------------------------------------------------------------------------------ meeting
+    # ------------------------------------------------------------------------------------------ synchronizing
 
     def barrier(self, failure: Exception | None = None) -> None:
         """Wait for the others.
 
-        Raises: RunError when one of them failed, UsageError when it did with that; Stopped when one was asked to stop
+        Raises: RunError when one of them failed, UsageError if that was its error; Stopped when one was asked to stop
         and `interruptible` allows it.
         """
         if self.count == 1:
@@ -104,7 +104,7 @@ class Processes:
         gc.collect()
 
     def stop(self, number: int) -> None:
-        """Note that this process was asked to stop; alone, and where that is heeded, it does so at once.
+        """Record that this process was asked to stop; if it is the only one and interruptible, it stops at once.
 
         Raises: Stopped.
         """
@@ -124,7 +124,7 @@ class Processes:
             self.is_interruptible = False
 
     def broadcast(self, *facts: bool) -> tuple[int, tuple[bool, ...]]:
-        """The signal that asked any of them to stop, or 0; and the first process's word on some facts."""
+        """The signal that asked any of them to stop, or 0; and the first process's values of `facts`."""
         if self.count == 1:
             return self.asked, facts
         asked = [float(self.asked == number) for number in SIGNALS]
@@ -142,7 +142,7 @@ class Processes:
         return self._add(x)
 
     def gather(self, x: Tensor, indices: range, count: int) -> Tensor:
-        """(..., count) of every process's (..., n) at its places."""
+        """(..., count): every process's (..., n) at its indices."""
         if self.count == 1:
             return x
         whole = x.new_zeros((*x.shape[:-1], count))
@@ -165,10 +165,10 @@ class Processes:
         return dict(total)
 
     def average(self, values: Mapping[str, float], weight: float) -> dict[str, float]:
-        """The weighted means by name over the processes where it is a number."""
-        known = {name: value for name, value in values.items() if math.isfinite(value)}
-        summed = self.add_up({name: weight * value for name, value in known.items()})
-        weights = self.add_up(dict.fromkeys(known, weight))
+        """The weighted means by name over the processes where the value is finite."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        summed = self.add_up({name: weight * value for name, value in finite.items()})
+        weights = self.add_up(dict.fromkeys(finite, weight))
         return {name: summed[name] / weights[name] for name in summed if weights[name]}
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
@@ -186,7 +186,7 @@ class Processes:
             return
         digests = self.gather_objects([p.detach().double().abs().sum().item() for p in parameters])
         if any(digest != digests[0] for digest in digests):
-            raise RunError("the processes' weights are not the same: something draws or trains in one of them alone")
+            raise RunError("the processes' weights differ: something draws or trains in one of them alone")
 
     def _add(self, x: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(x.to(self.accelerator.device), "sum")

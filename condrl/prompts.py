@@ -27,7 +27,7 @@ class Row:
     index: int
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
-    folder: Path = field(default=Path(), compare=False)  # of the file, where relative paths in its metadata start
+    folder: Path = field(default=Path(), compare=False)  # of the file, which paths in its metadata are relative to
 
 
 def load_prompts(path: str, key: str) -> list[Row]:
@@ -47,22 +47,22 @@ def load_prompts(path: str, key: str) -> list[Row]:
 
 
 def duplicate_note(rows: Sequence[Row]) -> str | None:
-    """What to say of rows that are the same in prompt and metadata; None when there are none."""
+    """A note on rows with the same prompt and metadata; None when there are none."""
     first: dict[str, Row] = {}
     again = []
     for row in rows:
-        known = first.setdefault(json.dumps([row.prompt, row.metadata], sort_keys=True), row)
-        if known is not row:
-            again.append((known, row))
+        earlier = first.setdefault(json.dumps([row.prompt, row.metadata], sort_keys=True), row)
+        if earlier is not row:
+            again.append((earlier, row))
     if not again:
         return None
-    known, row = again[0]
-    count = "1 row says" if len(again) == 1 else f"{len(again)} rows say"
-    return f"{count} what an earlier one says, the first {row.prompt!r} (rows {known.index + 1} and {row.index + 1})"
+    earlier, row = again[0]
+    count = "1 row repeats" if len(again) == 1 else f"{len(again)} rows repeat"
+    return f"{count} an earlier one, the first {row.prompt!r} (rows {earlier.index + 1} and {row.index + 1})"
 
 
 def _lines(path: str, key: str) -> list[str]:
-    """Raises: UsageError naming the config key when there is no such file, or when it is no text."""
+    """Raises: UsageError naming the config key when there is no such file, or when it is not text."""
     if not path:
         raise UsageError(f"config {key}: give a prompt file, .txt (a prompt per line) or .jsonl (an object per line)")
     file = locate(path)
@@ -72,7 +72,7 @@ def _lines(path: str, key: str) -> list[str]:
         raise UsageError(f"config {key}: {path} is a folder: give a prompt file in it, .txt or .jsonl") from error
     except FileNotFoundError as error:
         raise UsageError(f"config {key}: there is no prompt file {path!r}") from error
-    except (OSError, ValueError) as error:  # may not be read; or a name that no file can have
+    except (OSError, ValueError) as error:  # no permission, or a name that no file can have
         raise UsageError(f"config {key}: the prompt file {path[:80]!r} cannot be read: {brief(error)}") from error
     if file.suffix.lower() not in (".txt", ".jsonl"):
         raise UsageError(f"config {key}: {path} is neither .txt (a prompt per line) nor .jsonl (an object per line)")
@@ -98,7 +98,7 @@ def _json_row(index: int, line: str, where: str, folder: Path) -> Row:
     try:
         row = from_json(line)
     except ValueError as error:
-        raise UsageError(f"{where}: not JSON that can be used: {getattr(error, 'msg', error)}") from error
+        raise UsageError(f"{where}: not usable JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UsageError(f'{where}: expected an object with a "prompt" that is text')
     if is_deep(row):
@@ -107,22 +107,22 @@ def _json_row(index: int, line: str, where: str, folder: Path) -> Row:
 
 
 def usable(prompt: str, where: str) -> str:
-    """Raises: UsageError when a prompt is empty, or has characters that no text has."""
+    """Raises: UsageError when a prompt is too long, empty, or has characters that cannot be used."""
     if len(prompt) > LONGEST:
-        raise UsageError(f"{where}: the prompt has {len(prompt):,} characters; at most {LONGEST:,} are taken")
+        raise UsageError(f"{where}: the prompt has {len(prompt):,} characters; at most {LONGEST:,} are allowed")
     if not prompt.strip():
         raise UsageError(f"{where}: the prompt is empty")
     if "\0" in prompt:
         raise UsageError(f"{where}: there is a NUL character in the prompt: save the file as UTF-8 text")
     if re.search("[\ud800-\udfff]", prompt):
-        raise UsageError(f"{where}: the prompt has half of a surrogate pair, which is no character")
+        raise UsageError(f"{where}: the prompt has half of a surrogate pair, which is not a character")
     return prompt
 
 
 def epoch_rows(rows: Sequence[Row], seed: int, epoch: int, count: int) -> list[Row]:
-    """The `count` rows of an epoch: the list is shuffled anew each time it has been gone through.
+    """The `count` rows of an epoch: the list is reshuffled after each pass through it.
 
-    A function of its arguments alone, so a resumed run draws what the undisturbed run would have drawn.
+    A function of its arguments alone, so a resumed run draws what an uninterrupted run would have drawn.
     """
     positions, total = range(epoch * count, (epoch + 1) * count), len(rows)
     laps = {position // total for position in positions}

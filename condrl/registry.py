@@ -65,14 +65,14 @@ class Plugin:
     name: str
     target: Callable[..., Any]
     differentiable: bool = True  # of a reward: whether gradients flow through it
-    cached: bool = False  # of a reward: whether an image that comes again keeps its score
+    cached: bool = False  # of a reward: whether a repeated image keeps its score
     per: Literal["image", "group"] = "image"  # of a reward; a group is all images of a prompt row, given together
 
     @property
     def source(self) -> str:
         try:
             file = inspect.getsourcefile(inspect.unwrap(self.target))
-        except (OSError, TypeError):  # typed at a prompt, or built in
+        except (OSError, TypeError):  # defined interactively, or built in
             file = None
         return file or str(self.target.__module__)
 
@@ -115,7 +115,7 @@ def comments(target: Any) -> dict[str, str]:
 def _own_comments(target: Any) -> dict[str, str]:
     try:
         source = inspect.getsource(target)
-    except (OSError, TypeError):  # typed at a prompt
+    except (OSError, TypeError):  # defined interactively
         return {}
     found = re.findall(r"^\s*(\w+)\s*:[^#\n]*#[ ]*(.+)$", source, re.MULTILINE)
     return dict(reversed(found))  # the first comment on a name wins
@@ -131,13 +131,13 @@ def check_plugin(plugin: Plugin) -> None:
     """Raises: UsageError when a plugin cannot be called, or an option of it could not be set."""
     what, target = f"the {plugin.kind} {plugin.name!r}", plugin.target
     if plugin.per not in ("image", "group") or (plugin.per == "group" and plugin.cached):
-        raise UsageError(f"{what}: per is image or group, and the scores of a group cannot be cached")
+        raise UsageError(f"{what}: per must be image or group, and the scores of a group cannot be cached")
     if not inspect.isroutine(target) and not inspect.isclass(target):
         raise UsageError(f"{what} is a {type(target).__name__}: it should be a function or a class")
     try:
         parameters = list(inspect.signature(target).parameters.values())
     except (ValueError, TypeError) as error:  # of some functions written in C
-        raise UsageError(f"{what}: Python cannot say what parameters it has") from error
+        raise UsageError(f"{what}: its parameters cannot be inspected") from error
     taken = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}.intersection(COMMON[plugin.kind])
     if taken:
         raise UsageError(
@@ -162,7 +162,7 @@ def name_of(parameter: inspect.Parameter) -> str:
 
 
 def check_options_alone(what: str, given: list[str]) -> None:
-    """Raises: UsageError when a plugin has parameters that are neither given to all plugins nor options."""
+    """Raises: UsageError when a plugin has parameters that are neither passed to every plugin nor options."""
     if given:
         raise UsageError(f"{what}: write a * before {given[0]}, so that it is an option that a config can set")
 
@@ -177,7 +177,7 @@ def check_reward_class(what: str, target: type) -> None:
 
 
 def check_signature(what: str, given: list[str], shape: str) -> None:
-    """Raises: UsageError when what is not an option is something else than a reward is given."""
+    """Raises: UsageError when the parameters that are not options are not those of a reward."""
     if given not in (["samples", "prompts"], ["samples", "prompts", "metadata"]):
         raise UsageError(f"{what} takes ({', '.join(given)}) where a reward takes {shape}")
 
@@ -208,7 +208,7 @@ class Registry:
         @condrl.reward(per="group")
         def unlike_the_others(samples, prompts): ...
 
-    Raises: UsageError on a name that is taken by another file or cannot be used, and on what no config could call.
+    Raises: UsageError on a name that another file has or that cannot be used, and on a target that no config can call.
     """
 
     def __init__(self, kind: str, home: str) -> None:
@@ -252,7 +252,7 @@ class Registry:
                 load(name)
         if name not in self.plugins:
             known = self.names()
-            raise UsageError(f"unknown {self.kind} {name!r}.{suggestion(name, known)} There are: {', '.join(known)}")
+            raise UsageError(f"unknown {self.kind} {name!r}.{suggestion(name, known)} Available: {', '.join(known)}")
         return self.plugins[name]
 
     def names(self) -> list[str]:
@@ -384,8 +384,8 @@ def importing_beside(folder: Path) -> Iterator[None]:
 def lies_in(folder: Path, name: str, module: ModuleType) -> bool:
     """Whether a module was imported from a folder by its own name, or belongs to a package that was."""
     top, spec = name.partition(".")[0], getattr(module, "__spec__", None)
-    places = [*(getattr(spec, "submodule_search_locations", None) or ()), getattr(spec, "origin", None) or ""]
-    return any(Path(p) == folder / f"{top}.py" or Path(p).is_relative_to(folder / top) for p in places)
+    origins = [*(getattr(spec, "submodule_search_locations", None) or ()), getattr(spec, "origin", None) or ""]
+    return any(Path(p) == folder / f"{top}.py" or Path(p).is_relative_to(folder / top) for p in origins)
 
 
 NEIGHBOURS: dict[Path, dict[str, ModuleType]] = {}  # modules imported from beside plugin files, by folder and name

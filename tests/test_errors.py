@@ -151,7 +151,7 @@ def test_a_limit_of_addresses_is_told_and_counts_as_memory(monkeypatch, capsys):
     whole, taken = free_gb(torch.device("cpu")), int(Path("/proc/self/statm").read_text().split()[0]) * 4096
     monkeypatch.setattr(resource, "getrlimit", lambda which: (taken + 10**9, resource.RLIM_INFINITY))
     warn_of_address_limit()
-    assert "warning: ulimit -v leaves this process" in capsys.readouterr().err
+    assert "warning: ulimit -v limits this process" in capsys.readouterr().err
     assert free_gb(torch.device("cpu")) == pytest.approx(1, abs=0.1)
     assert whole > 1.2
 

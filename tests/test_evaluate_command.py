@@ -395,7 +395,7 @@ def stranger(run, tmp_path):
 
 
 def test_a_runs_own_plugins_are_imported_when_it_is_trusted(stranger, run, tmp_path, capsys):
-    assert "which is code, and that file was found, not named: say --trust" in refused(
+    assert "which is code, and that file was found, not named: pass --trust" in refused(
         capsys, stranger, "--out", tmp_path / "x"
     )
     evaluate(stranger, "rewards.evaluated_level.weight=1", out=tmp_path / "named")
@@ -421,4 +421,4 @@ def test_a_found_config_asks_no_server_and_imports_nothing(reward, run, tmp_path
     tree = "model: {name: stable_diffusion}\nrun: {name: //127.0.0.1}\nrewards:\n  "
     found = copied(run, tmp_path / "run", lambda _: tree + reward + "\n")
     said = refused(capsys, found, "--prompts", run.parent / "heldout.txt", "--out", tmp_path / "x")
-    assert "that file was found, not named: say --trust" in said
+    assert "that file was found, not named: pass --trust" in said

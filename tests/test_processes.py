@@ -199,10 +199,10 @@ def test_sharded_weights_tune_like_whole_ones(tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["train.prompts_per_epoch=3"], "prompts_per_epoch: has to be a multiple of the 2 processes"),
-        (["train.updates_per_epoch=8"], "images_per_prompt: has to be a multiple of updates_per_epoch"),
-        (["train.max_failed=0.1"], "max_failed: has to be 0"),
-        (["train.kl_budget=1"], "kl_budget: has to be left out"),
+        (["train.prompts_per_epoch=3"], "prompts_per_epoch: must be a multiple of the 2 processes"),
+        (["train.updates_per_epoch=8"], "images_per_prompt: must be a multiple of updates_per_epoch"),
+        (["train.max_failed=0.1"], "max_failed: must be 0"),
+        (["train.kl_budget=1"], "kl_budget: must be left out"),
     ],
 )
 def test_what_cannot_compute_in_step_is_refused(more, said, monkeypatch):

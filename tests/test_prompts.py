@@ -57,26 +57,26 @@ def refused(path):
         ("a.jsonl", "3\n", 'line 1: expected an object with a "prompt" that is text'),
         ("a.jsonl", '{"prompt": 1}', 'line 1: expected an object with a "prompt" that is text'),
         ("a.jsonl", '\n\n{"text": "a cat"}', 'line 3: expected an object with a "prompt" that is text'),
-        ("a.jsonl", "{", "line 1: not JSON that can be used: Expecting property name"),
+        ("a.jsonl", "{", "line 1: not usable JSON: Expecting property name"),
         (
             "a.jsonl",
             '{"prompt": "a"}\n{"prompt": "b", "k": NaN}',
-            "line 2: not JSON that can be used: NaN is not a JSON number",
+            "line 2: not usable JSON: NaN is not a JSON number",
         ),
         (
             "a.jsonl",
             '{"prompt": "a", "k": [-Infinity]}',
-            "line 1: not JSON that can be used: -Infinity is not a JSON number",
+            "line 1: not usable JSON: -Infinity is not a JSON number",
         ),
-        ("a.jsonl", '{"prompt": "a", "k": 1e999}', "line 1: not JSON that can be used: 1e999 is too large"),
+        ("a.jsonl", '{"prompt": "a", "k": 1e999}', "line 1: not usable JSON: 1e999 is too large"),
         (
             "a.jsonl",
             '{"prompt": "a", "prompt": "b"}',
-            "line 1: not JSON that can be used: the key 'prompt' comes twice",
+            "line 1: not usable JSON: the key 'prompt' comes twice",
         ),
         ("a.jsonl", '{"prompt": "a", "k": {"x": 1, "x": 2}}', "the key 'x' comes twice"),
-        ("a.jsonl", '{"prompt": "a", "k": ' + 100_000 * "[", "line 1: not JSON that can be used"),
-        ("a.jsonl", '{"prompt": "a", "k": 1' + 5000 * "0" + "}", "line 1: not JSON that can be used"),
+        ("a.jsonl", '{"prompt": "a", "k": ' + 100_000 * "[", "line 1: not usable JSON"),
+        ("a.jsonl", '{"prompt": "a", "k": 1' + 5000 * "0" + "}", "line 1: not usable JSON"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": " \\n"}', "line 2: the prompt is empty"),
         ("a.jsonl", '{"prompt": "a\\u0000b"}', "line 1: there is a NUL character"),
         ("a.jsonl", '{"prompt": "a \\ud83d"}', "line 1: the prompt has half of a surrogate pair"),
@@ -105,8 +105,8 @@ def test_what_is_no_file(tmp_path):
 
 def test_duplicates_are_told_once():
     rows = [Row(0, "a"), Row(1, "b"), Row(2, "a"), Row(3, "b"), Row(4, "b")]
-    assert duplicate_note(rows) == "3 rows say what an earlier one says, the first 'a' (rows 1 and 3)"
-    assert duplicate_note(rows[:3]) == "1 row says what an earlier one says, the first 'a' (rows 1 and 3)"
+    assert duplicate_note(rows) == "3 rows repeat an earlier one, the first 'a' (rows 1 and 3)"
+    assert duplicate_note(rows[:3]) == "1 row repeats an earlier one, the first 'a' (rows 1 and 3)"
     assert duplicate_note(rows[:2]) is None
     assert duplicate_note([Row(0, "a", {"k": 1}), Row(1, "a", {"k": 2})]) is None  # the reward tells them apart
     assert duplicate_note([Row(0, "a", {"k": 1, "l": 2}), Row(1, "a", {"l": 2, "k": 1})]) is not None

@@ -378,7 +378,7 @@ def test_paired_steps_look_ahead_to_where_they_end(tmp_path):
 def test_a_budget_needs_the_policys_own_paths(tmp_path):
     words = [str(ROOT / "configs" / "paper" / "swiss_roll.yaml"), "algorithm.beta=0", "train.kl_budget=1"]
     check_combination(load_config(words))
-    with pytest.raises(UsageError, match="is not the policy: leave it out"):
+    with pytest.raises(UsageError, match="does not roll out the policy itself: leave it out"):
         check_combination(load_config([*words, "algorithm.score=paired"]))
 
 

@@ -64,7 +64,7 @@ def test_what_is_typed_at_a_prompt_can_be_registered(tmp_path):
 
 
 def test_unknown_names_get_the_list_and_the_nearest():
-    with pytest.raises(UsageError, match=r"unknown reward 'shape'\. Did you mean 'shapes'\? There are: .*jpeg_comp"):
+    with pytest.raises(UsageError, match=r"unknown reward 'shape'\. Did you mean 'shapes'\? Available: .*jpeg_comp"):
         condrl.reward.find("shape")
 
 
@@ -382,7 +382,7 @@ def test_plugins_script_lists_everything():
         assert word in done.stdout
     wrong = run_python(str(ROOT / "scripts" / "plugins.py"), "dpo", cwd=ROOT)
     assert wrong.returncode == 2
-    assert "no plugin is called 'dpo'. Did you mean 'dpok'? There are: aesthetic, box" in wrong.stderr
+    assert "no plugin is called 'dpo'. Did you mean 'dpok'? Available: aesthetic, box" in wrong.stderr
 
 
 @pytest.mark.slow

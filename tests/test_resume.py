@@ -347,7 +347,7 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
         find_checkpoint(
             load_config([*toy_words("ddpo", tmp_path / "b"), mine, f"run.resume={path}", "run.overwrite=false"])
         )
-    with pytest.raises(UsageError, match="is not a whole checkpoint"):
+    with pytest.raises(UsageError, match="is not a complete checkpoint"):
         find_checkpoint(load_config([*toy_words("ddpo", tmp_path), f"run.resume={tmp_path}/nowhere"]))
     assert find_checkpoint(load_config([*toy_words("ddpo", tmp_path / "new"), "run.resume=auto"])) is None
 
@@ -361,7 +361,7 @@ def test_a_run_without_its_record_is_not_resumed(tmp_path):
     words = [*toy_words("dpok", tmp_path / "run"), "run.resume=auto"]
     path, _ = find_checkpoint(load_config(words))
     record = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    advice = rf"put it back, or go on in another folder with run\.name=\.\.\. run\.resume={path}$"
+    advice = rf"put it back, or resume in another folder with run\.name=\.\.\. run\.resume={path}$"
     trainer.recorder.metrics_file.write_bytes(record[:-1])
     with pytest.raises(
         UsageError, match=rf"metrics\.jsonl has {len(record) - 1:,} of the {len(record):,} bytes.*{advice}"

@@ -92,7 +92,7 @@ def test_a_group_reward_is_given_all_images_of_a_prompt_row_and_only_them():
 
 @pytest.mark.parametrize("flags", [{"per": "groups"}, {"per": "group", "cached": True}])
 def test_a_group_reward_is_declared_as_one(flags):
-    with pytest.raises(UsageError, match=r"per is image or group, and the scores of a group cannot be cached"):
+    with pytest.raises(UsageError, match=r"per must be image or group, and the scores of a group cannot be cached"):
         condrl.reward(lambda samples, prompts: samples, name="bad_flags", **flags)
 
 

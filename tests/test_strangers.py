@@ -214,7 +214,7 @@ def test_crafted_files_of_a_checkpoint_are_one_line(what, runs, tmp_path, capsys
     before = files_of(folder)
     code, said = resumed("ddpo", folder, capsys, f"run.resume={path}")
     assert code == 2, said
-    assert re.fullmatch(rf"error: {path} is not a whole checkpoint \(.*\)\n", said), said
+    assert re.fullmatch(rf"error: {path} is not a complete checkpoint \(.*\)\n", said), said
     assert files_of(folder) == before
 
 
@@ -275,7 +275,7 @@ def test_a_record_that_no_run_wrote_is_one_line(what, runs, tmp_path, capsys):
     before = files_of(folder)
     code, said = resumed("ddpo", folder, capsys)
     assert code == 2, said
-    what_is_wrong = r"(, line \d: is not what a run records| has [\d,]+ of the [\d,]+ bytes [^\n]*)"
+    what_is_wrong = r"(, line \d: is not a line that a run records| has [\d,]+ of the [\d,]+ bytes [^\n]*)"
     assert re.search(rf"error: (run.resume: )?{record}{what_is_wrong}\n$", said), said
     assert files_of(folder) == before
 

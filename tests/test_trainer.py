@@ -398,7 +398,7 @@ def test_a_few_failed_scores_are_left_out_and_counted(tmp_path):
 def test_too_many_failed_scores_stop_the_run_with_the_first_reason(tmp_path):
     flaky = {"rightwards": {"weight": 0.0}, "flaky": {"weight": 1.0, "share": 0.6}}
     trainer = make_trainer(tmp_path, rewards=flaky)
-    said = r"'flaky' failed for the prompt '.': no answer from the judge \(59% .*train.max_failed=0.1 of them may\)"
+    said = r"'flaky' failed for the prompt '.': no answer from the judge \(59% .*train.max_failed=0.1 may\)"
     with pytest.raises(RunError, match=said):
         trainer.fit()
 

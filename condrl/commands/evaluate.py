@@ -324,13 +324,13 @@ def try_measures(plan: Plan, policy: Policy) -> None:
     from condrl.diffusion.noise import seeded
     from condrl.diffusion.rollout import sample
     from condrl.rewards.scoring import usage_errors
-    from condrl.training.preflight import DEAR_ROWS, ROWS, typical
+    from condrl.training.preflight import EXPENSIVE_ROWS, ROWS, typical
 
     condition = policy.model.encode([plan.rows[0].prompt])
     with usage_errors(), torch.no_grad():
         image = policy.model.decode(sample(policy, condition, seeded([0]), 1))
         for measure in measures_of(plan.config):
-            rows = typical(plan.rows, ROWS if measure.cache is None else DEAR_ROWS)
+            rows = typical(plan.rows, ROWS if measure.cache is None else EXPENSIVE_ROWS)
             measure(image.expand(len(rows), *image.shape[1:]), rows)
             measure.offload()
 

@@ -26,7 +26,7 @@ from condrl.commands.console import exit_code
 from condrl.config import Config, load_for_drawing, typed_options
 from condrl.errors import UsageError, visible, warn_of_address_limit
 from condrl.io.files import CONFIGS
-from condrl.overrides import exists, is_setting, merged, read_word, setting_keys
+from condrl.overrides import exists, is_setting, merged, read_argument, setting_keys
 from condrl.registry import REGISTRIES
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def read_steer(word: str | None, config: Config) -> Steer | None:
     if not name or "=" in name or not all(is_setting(option) for option in options):
         raise UsageError(f"--steer {word}: give NAME or NAME,option=value, as in smc,particles=8")
     plugin = REGISTRIES["steering"].find(name)
-    values = merged([read_word(option) for option in options])
+    values = merged([read_argument(option) for option in options])
     rewards = make_rewards(config)
     if not rewards:
         raise UsageError("--steer needs rewards to draw with, as in rewards.shapes.weight=1")
@@ -204,7 +204,7 @@ def find(path: Path) -> tuple[Path, Path | None]:
 
     if not exists(path):
         raise UsageError(f"there is no run or LoRA {path}; settings are written key=value")
-    folders = (path, *(f for f in path.resolve().parents[:2] if RunFolder(f).is_a_runs))
+    folders = (path, *(f for f in path.resolve().parents[:2] if RunFolder(f).is_run_folder))
     run = next((f for f in folders if (f / "config.yaml").is_file()), None)
     lora = path / "lora" if run == path else path
     if run == path and not lora.is_dir():

@@ -30,7 +30,7 @@ from condrl.commands.console import exit_code
 from condrl.config import typed_options
 from condrl.errors import UsageError, brief, print_main
 from condrl.io.records import to_json
-from condrl.overrides import is_setting, merged, read_word, retyped
+from condrl.overrides import is_setting, merged, read_argument, retyped
 from condrl.registry import load_file
 from condrl.registry import reward as registry
 from condrl.rewards.threads import DaemonPool
@@ -294,7 +294,7 @@ def reward_of(args: argparse.Namespace) -> Reward:
     if wrong := [word for word in args.options if not is_setting(word)]:
         raise UsageError(f"{wrong[0]!r} is not an option of the reward: options are written key=value")
     types = {option.name: option.type for option in plugin.options.values()}
-    parts = [retyped(read_word(f"options.{word}"), {"options": types}) for word in args.options]
+    parts = [retyped(read_argument(f"options.{word}"), {"options": types}) for word in args.options]
     given = merged(parts).get("options", {})
     reward = make_reward(args.reward, typed_options(plugin, given, args.reward))
     reward.load()

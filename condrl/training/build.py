@@ -44,12 +44,12 @@ def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
 def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
     """Check that a chain can start where there is no signal, at zero terminal SNR.
 
-    Raises: UsageError when the model's prediction or the sampler's coefficients say nothing there.
+    Raises: UsageError when the model's prediction or the sampler's coefficients are meaningless there.
     """
     if isinstance(schedule, DiscreteSchedule) and schedule.prediction == "epsilon":
         raise UsageError(
             "the sampler starts where there is no signal (zero terminal SNR), and the noise that the model predicts "
-            "says nothing there: use sampler.spacing=leading"
+            "tells nothing there: use sampler.spacing=leading"
         )
     x, k = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
     first, _ = sampler.step(k, x, lambda x, t: torch.zeros_like(x), sampler.init(x))
@@ -106,7 +106,7 @@ def deployed(config: Config, policy: Policy) -> Policy:
 def make_trainer(
     config: Config, train: Sequence[Row], heldout: Sequence[Row] = (), processes: Processes | None = None
 ) -> Trainer:
-    """The model that knows the prompts, and what tunes it."""
+    """The trainer of a model that has encoded the prompts."""
     processes = processes or Processes(make_accelerator(config))
     policy = make_policy(config, processes.accelerator.device)
     policy.model.encode([row.prompt for row in [*train, *heldout]])

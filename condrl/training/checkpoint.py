@@ -1,6 +1,6 @@
-"""Checkpoints, from which a run goes on as if nothing had happened, and a toy's small network.
+"""Checkpoints, from which a run resumes as if nothing had happened.
 
-Both are safetensors and JSON; a checkpoint is written whole or not at all.
+They are safetensors and JSON, and are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FILES = TENSORS, PLAIN, MANIFEST = "tensors.safetensors", "state.json", "manifes
 def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -> None:
     """Write nested dicts and lists of tensors and JSON values to folder/name, and drop all but the newest `keep`.
 
-    It is written under another name, with the sha256 of each file, and renamed when it is on the disk.
+    They are written under another name, with the sha256 of each file, and renamed once they are on the disk.
 
     Raises: RunError when it cannot be written; earlier checkpoints are then as they were.
     """
@@ -48,7 +48,7 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -
         for path in (*part.iterdir(), part):
             _to_disk(path)
         _remove(folder / name)
-        if (folder / name).exists():  # what somebody else put there stays
+        if (folder / name).exists():  # other files in it stay
             for file in FILES:
                 (part / file).replace(folder / name / file)
             part.rmdir()
@@ -65,23 +65,23 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -
 
 
 def checkpoint_files(name: str) -> list[str]:
-    """The relative paths of what `save_checkpoint` writes, for a while or for good."""
+    """The relative paths of what `save_checkpoint` writes, temporarily or for good."""
     return [f"{folder}/{file}" for folder in (f".{name}.part", name) for file in FILES]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those in a folder, the newest last."""
+    """The checkpoints in a folder, the newest last."""
     return sorted(_named(folder, r"epoch_\d+"))
 
 
 def _named(folder: Path, pattern: str) -> list[Path]:
-    """The folders in a folder whose whole name is as a pattern says; not those elsewhere that links lead to."""
+    """The folders in a folder whose whole name matches a pattern; links to folders are left out."""
     found = (path for path in folder.glob("*") if re.fullmatch(pattern, path.name))
     return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; what else somebody put into its folder stays there."""
+    """Remove a checkpoint; other files in its folder stay."""
     for file in FILES:
         (path / file).unlink(missing_ok=True)
     if path.is_dir() and not any(path.iterdir()):
@@ -89,14 +89,14 @@ def _remove(path: Path) -> None:
 
 
 def drop_later(path: Path) -> None:
-    """Remove the checkpoints that come after one in its folder: what goes on from it will write its own."""
+    """Remove the checkpoints that come after one in its folder: a run that resumes from it will write its own."""
     for later in checkpoints(path.parent):
         if later.name > path.name:
             _remove(later)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in a folder that is whole, with what it holds; damaged ones are named and passed over."""
+    """The newest intact checkpoint in a folder, with its content; damaged ones are reported and skipped."""
     for path in reversed(checkpoints(folder)):
         try:
             return path, read_checkpoint(path)
@@ -108,7 +108,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` wrote.
 
-    Raises: UsageError when a file is missing or is not what was written.
+    Raises: UsageError when a file is missing or has changed since it was written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -117,14 +117,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         damaged = [file for file in (TENSORS, PLAIN) if sha256_of(path / file) != manifest[file]]
         if damaged:
-            raise UsageError(f"the checkpoint {path} is damaged: {damaged[0]} is not what was written")
+            raise UsageError(f"the checkpoint {path} is damaged: {damaged[0]} has changed since it was written")
         state: dict[str, Any] = _join(json.loads((path / PLAIN).read_text("utf-8")), load_file(path / TENSORS))
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
     except UsageError:
         raise
     except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
-        raise UsageError(f"{path} is not a whole checkpoint ({brief(error)})") from error
+        raise UsageError(f"{path} is not a complete checkpoint ({brief(error)})") from error
     return state
 
 
@@ -140,7 +140,7 @@ def unlike(expected: Any, found: Any, name: str = "") -> str | None:
     if isinstance(expected, dict):
         if not isinstance(found, dict) or found.keys() != expected.keys():
             other = expected.keys() ^ (found.keys() if isinstance(found, dict) else ())
-            return f"{name or 'it'} has other keys: see {sorted(map(str, other))[0]}"
+            return f"{name or 'it'} has other keys, such as {sorted(map(str, other))[0]}"
         parts = [(f"{name}.{key}".lstrip("."), expected[key], found[key]) for key in expected]
     elif isinstance(expected, list):
         if not isinstance(found, list) or len(found) != len(expected):
@@ -155,7 +155,7 @@ def unlike(expected: Any, found: Any, name: str = "") -> str | None:
 
 
 def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value with its tensors numbered, put into `tensors`, and their keys in their places."""
+    """The value with its tensors moved to `tensors`, under numbers, and replaced by these keys."""
     if isinstance(value, Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -14,7 +14,7 @@ from condrl.training.build import make, make_sampler, stand_in, weights_in_words
 
 
 def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -> list[str]:
-    """What counts in a run, in lines to print before it."""
+    """Lines to print before a run: its rewards, prompts and measures."""
     lines = [f"rewards: {weights_in_words(config)}", f"prompts: {config.prompts.train} ({len(train)})"]
     for name, rows in (("train", train), ("heldout", heldout)):
         if note := duplicate_note(rows):
@@ -45,7 +45,7 @@ def transfer(eta: float, deployed: float) -> float:
 
 
 def transfer_warning(config: Config) -> str | None:
-    """What to say of a config that tunes at one noise level and evaluates at another; None when there is nothing."""
+    """A warning for a config that tunes at one noise level and evaluates at another; None when none is needed."""
     algorithm: Algorithm = make("algorithm", config.algorithm)
     if not config.evaluate.sampler or not {noisy_steps, affine_steps} & set(algorithm.needs):
         return None
@@ -88,10 +88,10 @@ def check_rewards(config: Config, algorithm: Algorithm) -> None:
 
 
 def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None:
-    """Raises: UsageError when `train.kl_budget` cannot be kept to."""
+    """Raises: UsageError when `train.kl_budget` cannot be enforced."""
     if algorithm.off_policy or not algorithm.uses_rewards:
         raise UsageError(
-            "config train.kl_budget: what the algorithm rolls out, as configured, is not the policy: leave it out"
+            "config train.kl_budget: as configured, the algorithm does not roll out the policy itself: leave it out"
         )
     if not sampler.stochastic.any() or not sampler.is_markov:
         raise UsageError(
@@ -99,4 +99,4 @@ def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None
             "sampler.eta=1"
         )
     if config.train.over_budget == "adapt" and not config.algorithm.get("kappa"):
-        raise UsageError("config train.over_budget: adapt changes algorithm.kappa, which is to be above 0 for that")
+        raise UsageError("config train.over_budget: adapt changes algorithm.kappa, which must be above 0 for that")

@@ -60,9 +60,7 @@ def ratios(first: Line, line: Line) -> str | None:
 def no_gradient(first: Line, line: Line) -> str | None:
     if line.get("grad_norm", 1.0) > 0:
         return None
-    return (
-        "the gradient is zero: see that the rewards differ, and that train.steps and model.lora_targets leave something"
-    )
+    return "the gradient is zero: check that the rewards differ, and train.steps and model.lora_targets"
 
 
 def collapse(first: Line, line: Line) -> str | None:
@@ -102,10 +100,10 @@ def reward_hacking(first: Line, line: Line) -> str | None:
     fallen = [n for n in names if line[n] + line[f"{n}_ci95"] < first[n] - first[f"{n}_ci95"]]
     if not fallen:
         return None
-    said = ", ".join(f"{n.removeprefix('heldout/')} from {first[n]:.3g} to {line[n]:.3g}" for n in fallen)
+    drops = ", ".join(f"{n.removeprefix('heldout/')} from {first[n]:.3g} to {line[n]:.3g}" for n in fallen)
     return (
-        f"the reward rose by {gained:.3g} while held-out measures fell ({said}): the policy exploits the reward; try a "
-        "larger algorithm.kappa, train.kl_budget, fewer epochs, or these measures as further rewards"
+        f"the reward rose by {gained:.3g} while held-out measures fell ({drops}): the policy exploits the reward; try "
+        "a larger algorithm.kappa, train.kl_budget, fewer epochs, or these measures as further rewards"
     )
 
 

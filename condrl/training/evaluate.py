@@ -40,7 +40,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What each measure says of a policy on the held-out prompts."""
+    """The measures of a policy on the held-out prompts."""
 
     measures: dict[str, Estimate]
     each: dict[
@@ -54,7 +54,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images drawn together, and what the measures say of them."""
+    """Images drawn together, and their scores."""
 
     indices: range  # image i is number i % images_per_prompt of row i // images_per_prompt
     images: Tensor  # (B, 3, H, W) in [0, 1], or points (B, d)
@@ -126,7 +126,7 @@ def paired_difference(base: Tensor, tuned: Tensor) -> Estimate:
 
 
 def compared(base: Evaluation, tuned: Evaluation) -> dict[str, dict[str, Any]]:
-    """By measure: its estimates, and what `paired` says of the prompts' means."""
+    """By measure: its estimates, and what `paired` finds for the prompts' means."""
     return {
         name: {
             "base": dataclasses.asdict(base.measures[name]),
@@ -158,18 +158,18 @@ def paired(base: Tensor, tuned: Tensor) -> dict[str, Any]:
 
 def verdict(comparison: Mapping[str, Mapping[str, Any]]) -> str:
     """A sentence on each measure: better or worse where the paired interval leaves out 0, else not shown."""
-    said: dict[str, list[str]] = {"better": [], "worse": [], "not shown": []}
+    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "not shown": []}
     for name, row in comparison.items():
         interval = row["difference"]["ci95"]
         which = (
             "not shown" if not interval or interval[0] <= 0 <= interval[1] else "better" if interval[0] > 0 else "worse"
         )
-        said[which].append(name)
-    return "; ".join(f"{which}: {', '.join(names)}" for which, names in said.items() if names)
+        verdicts[which].append(name)
+    return "; ".join(f"{which}: {', '.join(names)}" for which, names in verdicts.items() if names)
 
 
 class Diversity:
-    """Takes in samples, the prompts one after the other; `found` has a value for each that is complete.
+    """Takes samples, prompt after prompt; `found` has a value for each prompt that is complete.
 
     It is the root mean square deviation of a prompt's samples from their mean, nan for a single one.
     """
@@ -239,13 +239,13 @@ def evaluate(
     rows = [row for row in [*(rows[i] for i in share), *more] for _ in range(per_prompt)]
     seeds = range(seed + indices.start, seed + indices.start + len(rows))
     scores: dict[str, list[Tensor]] = {measure.name: [] for measure in measures}
-    shown: list[Tensor] = []
+    preview: list[Tensor] = []
     diversity, drawn = Diversity(per_prompt), 0
     for images, found in scored_batches(policy, rows, measures, seeds, batch):
         for name, values in found.each.items():
             scores[name].append(values.cpu())
         own = indices[drawn : drawn + len(images)]
-        shown.extend(images[: max(0, min(pictures, len(indices)) - len(shown))].cpu())
+        preview.extend(images[: max(0, min(pictures, len(indices)) - len(preview))].cpu())
         diversity.take(images[: len(own)])
         visit(Batch(own, images, found))
         drawn += len(images)
@@ -256,4 +256,4 @@ def evaluate(
         spread = processes.gather(spread, share, prompts)
     measured = {name: estimate(values, per_prompt) for name, values in each.items()}
     means = {name: prompt_means(values, per_prompt) for name, values in each.items()}
-    return Evaluation(measured, each, means, spread, shown, [row.prompt for row in rows[: len(shown)]])
+    return Evaluation(measured, each, means, spread, preview, [row.prompt for row in rows[: len(preview)]])

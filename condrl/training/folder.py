@@ -51,7 +51,7 @@ class RunFolder:
             raise UsageError(f"cannot read {manifest}, the list of what runs wrote there: {error}") from error
 
     @property
-    def is_a_runs(self) -> bool:
+    def is_run_folder(self) -> bool:
         return (self.path / MANIFEST).is_file()
 
     @property
@@ -62,7 +62,7 @@ class RunFolder:
     # ------------------------------------------------------------------------------------------ checking
 
     def check(self, is_locked: bool = False) -> None:
-        """See that a run can write here; `is_locked` if this process has locked the folder.
+        """Check that a run can write here; `is_locked` if this process has locked the folder.
 
         Raises: UsageError when it cannot, or when the folder belongs to somebody else.
         """
@@ -79,7 +79,7 @@ class RunFolder:
             raise UsageError(f"the run's folder cannot be {self.path}: {existing} is a file; choose another run.name=")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UsageError(f"cannot write to {existing}: choose another folder with run.dir=")
-        foreign = [p.name for p in self.path.iterdir() if p.name != LOCK] if there and not self.is_a_runs else []
+        foreign = [p.name for p in self.path.iterdir() if p.name != LOCK] if there and not self.is_run_folder else []
         if foreign:
             raise UsageError(
                 f"{self.path} holds {min(foreign)}, which no run wrote (there is no {MANIFEST}): choose another "
@@ -148,7 +148,7 @@ class RunFolder:
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """Yield a new folder; at the end its files take the places of those that runs wrote into the folder `name`.
+        """Yield a new folder; at the end its files replace those that runs wrote into the folder `name`.
 
         Raises: RunError where a file is in the way that no run wrote; the new ones are then in the folder yielded.
         """
@@ -191,7 +191,7 @@ class RunFolder:
             path = self.path / name
             if not path.parent.resolve().is_relative_to(self.path.resolve()):
                 continue  # through a link that leads elsewhere
-            if PART.fullmatch(name) and not path.is_symlink():  # the only folders that are a run's with all in them
+            if PART.fullmatch(name) and not path.is_symlink():  # the only folders that are wholly a run's
                 shutil.rmtree(path, ignore_errors=True)
             elif not path.is_dir() or path.is_symlink():
                 path.unlink(missing_ok=True)
@@ -219,7 +219,7 @@ class RunFolder:
                 except BlockingIOError:
                     raise UsageError(f"another process is tuning in {self.path}: choose another run.name=") from None
                 except OSError as error:  # some network file systems have no locks
-                    print_main(f"warning: {self.path} cannot be locked ({error}): see that no other run uses it")
+                    print_main(f"warning: {self.path} cannot be locked ({error}): make sure that no other run uses it")
             yield
 
 

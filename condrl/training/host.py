@@ -31,7 +31,7 @@ TRACKED = "condrl"  # the trackers' folder in a run's, and their project
 def find_device(name: str | None) -> torch.device:
     """The device of that name, by default a GPU where there is one.
 
-    Raises: UsageError when there is no such device here, or none that computes.
+    Raises: UsageError when there is no such device here, or it cannot compute.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -42,9 +42,9 @@ def find_device(name: str | None) -> torch.device:
 
 
 def check_equal_calls(config: Config, processes: int) -> None:
-    """Check that all processes will call a sharded network equally often.
+    """Check that all processes will call a sharded network the same number of times.
 
-    Raises: UsageError naming the setting that stands against it.
+    Raises: UsageError naming the setting that prevents it.
     """
     train = config.train
     for wrong, key, text in (
@@ -54,7 +54,7 @@ def check_equal_calls(config: Config, processes: int) -> None:
         (train.kl_budget is not None, "kl_budget", "be left out"),
     ):
         if wrong:
-            raise UsageError(f"config train.{key}: has to {text} with FSDP, where all processes compute in step")
+            raise UsageError(f"config train.{key}: must {text} with FSDP, where all processes compute in lockstep")
 
 
 def check_launcher() -> None:
@@ -75,9 +75,9 @@ def check_launcher() -> None:
 
 
 def make_accelerator(config: Config) -> Any:
-    """An Accelerator that leaves precision to `model.dtype`; `start_trackers` when the run's folder is ready.
+    """An Accelerator that leaves precision to `model.dtype`; call `start_trackers` once the run's folder is ready.
 
-    Raises: UsageError when a tracker is not installed, or on a way to spread a model that is not supported.
+    Raises: UsageError when a tracker is not installed, or when accelerate's way to distribute a model is not supported.
     """
     from accelerate import Accelerator
 

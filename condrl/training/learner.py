@@ -54,7 +54,7 @@ class Learner:
         return found | ({"grad_norm": torch.stack(norms).mean().item()} if norms else {})
 
     def minibatches(self, generator: torch.Generator) -> Sequence[Tensor]:
-        """The places of the images of each update of a pass: as many of each prompt as can be."""
+        """The indices of the images of each update in a pass, each prompt's spread evenly over the updates."""
         train = self.config.train
         turn = torch.rand(train.prompts_per_epoch, train.images_per_prompt, generator=generator).argsort(1).argsort(1)
         order = (turn + torch.rand(turn.shape, generator=generator)).flatten().argsort()
@@ -140,6 +140,6 @@ class Learner:
 
 
 def parameter_group(own: OwnNetwork) -> dict[str, Any]:
-    """What AdamW is told of an algorithm's own network; the rest is as for the policy."""
+    """AdamW's parameters and settings for an algorithm's own network; other settings are the policy's."""
     own_settings = {"betas": own.betas, "weight_decay": own.weight_decay}
     return {"params": list(own.module.parameters())} | {k: v for k, v in own_settings.items() if v is not None}

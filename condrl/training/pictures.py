@@ -22,7 +22,7 @@ MIN_SIDE = 192  # pixels: smaller images are enlarged so that their labels can b
 
 
 def labelled(image: Any, label: str) -> Any:
-    """A PIL image, enlarged by a whole factor if small, above its label, of which as much is shown as fits."""
+    """A PIL image, enlarged by a whole factor if small, above its label, which is cut to fit."""
     from PIL import Image, ImageDraw
 
     factor = max(1, -(-MIN_SIDE // image.width))
@@ -61,13 +61,13 @@ def grid(images: Sequence[Any], columns: int, margin: int = 6) -> Any:
 
 
 def pages(path: Path, images: int) -> list[Path]:
-    """The files for so many images: x.png, x_2.png, x_3.png, ..."""
+    """The files for `images` images: x.png, x_2.png, x_3.png, ..."""
     others = range(2, -(-images // TILES) + 1)
     return [path, *(path.with_stem(f"{path.stem}_{number}") for number in others)] if images else []
 
 
 def save_grid(path: Path, images: Sequence[Tensor], labels: Sequence[str]) -> list[Path]:
-    """Write labelled images (3, H, W) in [0, 1], four a row, to as many pages as it takes; returns these."""
+    """Write labelled images (3, H, W) in [0, 1], four a row, to one page or several; returns the pages."""
     written = pages(path, len(images))
     for start, page in zip(range(0, len(images), TILES), written, strict=True):
         part = slice(start, start + TILES)
@@ -77,14 +77,14 @@ def save_grid(path: Path, images: Sequence[Tensor], labels: Sequence[str]) -> li
 
 
 def save_comparison(path: Path, base: Sequence[Tensor], tuned: Sequence[Tensor], labels: Sequence[str]) -> list[Path]:
-    """Write `base | tuned` pairs drawn from the same noise, two pairs a row, to pages; returns these."""
+    """Write `base | tuned` pairs drawn from the same noise, two pairs a row, to one page or several; returns them."""
     pairs = zip(base, tuned, labels, strict=True)
     tiles = [(image, f"{who}: {label}") for b, t, label in pairs for image, who in ((b, "base"), (t, "tuned"))]
     return save_grid(path, [image for image, _ in tiles], [label for _, label in tiles])
 
 
 def save_image(image: Any, path: Path) -> None:
-    """Write a PIL image in the format of the path's ending; the folder is made if need be."""
+    """Write a PIL image in the format of the path's ending; the folder is created if needed."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from condrl.training.trainer import Clock, Trainer
 PROMPTS, IMAGES = 2, 4  # of the trial, for each process
 MOST_FAILED = 0.5  # of the trial's scores
 ROWS = 64  # of a prompt file, that a reward is tried with
-DEAR_ROWS = 2  # likewise, for a reward that remembers its scores because they are dear
+EXPENSIVE_ROWS = 2  # likewise, for a reward that caches its scores because they are expensive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +69,12 @@ def some_image(trainer: Trainer, collected: Collected) -> Tensor:
 
 
 def reward_lines(experience: Experience, images_per_prompt: int) -> list[str]:
-    """What the rewards of the images tried show."""
+    """Lines on the rewards of the images tried."""
     rewards = experience.scores.total
     groups = rewards.view(-1, images_per_prompt)
     spread = (groups - groups.nanmean(1, keepdim=True)).square().nanmean().sqrt().item()
-    shown = ", ".join(f"{value:.4g}" for value in rewards.tolist()[:2])
-    lines = [f"reward of two images of the base model: {shown}; spread within a prompt: {spread:.3g}"]
+    values = ", ".join(f"{reward:.4g}" for reward in rewards.tolist()[:2])
+    lines = [f"reward of two images of the base model: {values}; spread within a prompt: {spread:.3g}"]
     if failed := int((~experience.scored).sum()):
         lines.append(f"warning: {failed} of the images tried have no score: {experience.scores.failure}")
     if spread == 0 and images_per_prompt > 1:
@@ -97,7 +97,7 @@ def arithmetic(trainer: Trainer, trial: Trial) -> str:
 
 
 def memory(trainer: Trainer, trial: Trial) -> str:
-    """What training will hold at once in a process, and what there is."""
+    """The memory that training will need in a process, and what is free."""
     train, policy = trainer.config.train, trainer.policy
     parameters = list(policy.model.module.parameters())
     weights = sum(here(p).nbytes for p in parameters) / 1e9
@@ -124,7 +124,7 @@ def memory(trainer: Trainer, trial: Trial) -> str:
 
 
 def here(parameter: Tensor) -> Tensor:
-    """A parameter, or of a sharded one this process's part."""
+    """A parameter, or this process's part of a sharded one."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -176,7 +176,7 @@ def attempt(trainer: Trainer) -> Trial:
 
 @contextmanager
 def untouched(rewards: Sequence[Reward]) -> Iterator[None]:
-    """Load the rewards; after it, their states and torch's are what they were."""
+    """Load the rewards; on leaving it, their states and torch's are restored."""
     for reward in rewards:
         reward.load()
     states, drawn = [copy.deepcopy(reward.state_dict()) for reward in rewards], rng_state()
@@ -187,32 +187,32 @@ def untouched(rewards: Sequence[Reward]) -> Iterator[None]:
 
 
 def check_scores(trainer: Trainer, experience: Experience) -> None:
-    """Raises: RewardError when most of the images have no score; a few images say little of a small share."""
+    """Raises: RewardError when most of the images have no score; a few images say little about a small share."""
     failed = int((~experience.scored).sum())
     if failed > MOST_FAILED * experience.total:
-        said = next(text for text in trainer.processes.gather_objects(experience.scores.failure) if text)
-        raise RewardError(f"{said} ({failed} of the {experience.total} images tried have no score)")
+        message = next(text for text in trainer.processes.gather_objects(experience.scores.failure) if text)
+        raise RewardError(f"{message} ({failed} of the {experience.total} images tried have no score)")
 
 
 def try_rows(rewards: Sequence[Reward], image: Tensor, rows: Sequence[Row], processes: Processes) -> None:
     """Score one image (1, ...) as if it had been made for each of many rows, each process its share of them.
 
-    Raises: RewardError when a reward cannot score most of them, UsageError when it says so of a prompt.
+    Raises: RewardError when a reward cannot score most of them, UsageError when it raises that for a prompt.
     """
     for reward in rewards:
-        some = typical(rows, ROWS if reward.cache is None else DEAR_ROWS)
+        some = typical(rows, ROWS if reward.cache is None else EXPENSIVE_ROWS)
         own = [some[i] for i in processes.local_indices(len(some))]
         with torch.no_grad():
             scores = reward(image.expand(len(own), *image.shape[1:]), own) if own else image.new_zeros(0)
         reward.offload()
         failed = int(processes.sum(scores.isnan().sum().float()))
         if failed > MOST_FAILED * len(some):
-            said = next(text for text in processes.gather_objects(reward.failure(scores, own)) if text)
-            raise RewardError(f"{said} ({failed} of the {len(some)} rows tried have no score)")
+            message = next(text for text in processes.gather_objects(reward.failure(scores, own)) if text)
+            raise RewardError(f"{message} ({failed} of the {len(some)} rows tried have no score)")
 
 
 def typical(rows: Sequence[Row], most: int) -> list[Row]:
-    """At most so many rows, in their order, among them one of each set of metadata keys."""
+    """At most `most` rows, in their order, among them one with each set of metadata keys."""
     kinds = {frozenset(row.metadata): row for row in reversed(rows)}  # the first of each
     chosen = [*kinds.values(), *(row for row in rows if kinds[frozenset(row.metadata)] is not row)][:most]
     return sorted(chosen, key=lambda row: row.index)
@@ -248,7 +248,7 @@ def differentiate(twin: Trainer, examples: Examples) -> float:
 
 @contextmanager
 def held_bytes(twin: Trainer) -> Iterator[dict[int, int]]:
-    """The bytes of each storage that autograd keeps of what is computed within, the weights' aside."""
+    """The bytes of each storage that autograd keeps of what is computed within, apart from the weights."""
     held: dict[int, int] = {}
     modules = [twin.policy.model.module, *(own.module for own in twin.algorithm.networks().values())]
     weights = {here(p).untyped_storage().data_ptr() for module in modules for p in module.parameters()}

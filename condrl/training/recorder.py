@@ -48,14 +48,14 @@ class Recorder:
     ) -> dict[str, Any]:
         """Append a line to metrics.jsonl and pass it to the trackers, and return it.
 
-        `counts` are the epoch's number and what there has been of images and updates.
+        `counts` are the epoch's number and the images and updates so far.
         """
         line: dict[str, Any] = dict(counts)
         if isinstance(experience, Experience):
             line |= reward_metrics(experience) | dict(metrics) | spread_metrics(experience)
         else:
             line |= metrics
-        self.first = {**line, **self.first}  # of the first epoch, and of the base model what was measured of it
+        self.first = {**line, **self.first}  # the first epoch's, and the base model's held-out measures
         found = diagnose(self.first, line)
         if self.processes.is_main:
             self.write(line, found, seconds)

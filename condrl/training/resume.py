@@ -14,7 +14,7 @@ from condrl.config import Config, to_yaml
 from condrl.errors import UsageError, brief
 from condrl.io.files import expanded
 from condrl.io.records import from_json
-from condrl.overrides import read_word
+from condrl.overrides import read_argument
 from condrl.training.checkpoint import newest_checkpoint, read_checkpoint, unlike
 from condrl.training.folder import RunFolder
 from condrl.training.host import flatten
@@ -28,14 +28,14 @@ def check_folder(config: Config, is_locked: bool = False) -> None:
     if folder.holds_run and not config.run.overwrite and config.run.resume == "never":
         raise UsageError(
             f"{config.folder} holds a run already: choose another run.name=, or run.overwrite=true to replace it, or "
-            "run.resume=auto to go on"
+            "run.resume=auto to resume it"
         )
 
 
 def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
-    """What to go on from, as `run.resume` says, and where it was; None to start anew.
+    """The checkpoint that `run.resume` asks for, and its path; None to start from the beginning.
 
-    Raises: UsageError when there is no whole checkpoint where it points, when the run had other settings or more
+    Raises: UsageError when there is no complete checkpoint where it points, when the run had other settings or more
     epochs, or when a run in the folder would be lost.
     """
     if config.run.resume == "never":
@@ -76,10 +76,10 @@ def check_record(record: Path, checkpoint: Path, state: Mapping[str, Any]) -> No
     """Raises: UsageError when a record lacks epochs from before the checkpoint, or has lines that no run wrote."""
     content, needed = record.read_bytes() if record.exists() else b"", state["metrics_bytes"]
     if len(content) < needed:
-        what = f"has {len(content):,} of the {needed:,} bytes" if record.exists() else "is missing: it had lines"
+        what = f"has {len(content):,} of the {needed:,} bytes" if record.exists() else "is missing, with the lines"
         raise UsageError(
-            f"run.resume: {record} {what} that were written before {checkpoint.name}: put it back, or go on in another "
-            f"folder with run.name=... run.resume={checkpoint}"
+            f"run.resume: {record} {what} that were written before {checkpoint.name}: put it back, or resume in "
+            f"another folder with run.name=... run.resume={checkpoint}"
         )
     for number, line in enumerate(content[:needed].splitlines(), 1):
         try:
@@ -87,7 +87,7 @@ def check_record(record: Path, checkpoint: Path, state: Mapping[str, Any]) -> No
         except ValueError:
             row = None
         if not isinstance(row, dict) or not {"epoch", "images", "updates"} <= row.keys():
-            raise UsageError(f"{record}, line {number}: is not what a run records")
+            raise UsageError(f"{record}, line {number}: is not a line that a run records")
 
 
 def check_same_settings(config: Config, saved: Path) -> None:
@@ -95,7 +95,7 @@ def check_same_settings(config: Config, saved: Path) -> None:
     if not saved.exists():
         return
     read: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
-    then, now = flatten(read_word(str(saved)).values), flatten(read)
+    then, now = flatten(read_argument(str(saved)).values), flatten(read)
     free = {"train.epochs"} if config.train.lr_decay == "none" else set()
     for key in sorted({*then, *now} - free):
         matters = key == "run.seed" or not key.startswith(("run.", "evaluate."))
@@ -113,16 +113,16 @@ def check_same_settings(config: Config, saved: Path) -> None:
 
 
 def check_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
-    """Check that a checkpoint is like one that this run would write; what is tried on the way is undone.
+    """Check that a checkpoint is like one that this run would write; what is loaded for that is restored.
 
-    Raises: UsageError saying what is not.
+    Raises: UsageError saying what differs.
     """
     why = difference(trainer, state)
     before = copy.deepcopy(trainer.state_dict())
     try:
         if not why:
             trainer.load_memories(state)
-    except Exception as error:  # the algorithm, a reward or a generator cannot take what is there
+    except Exception as error:  # the algorithm, a reward or a generator cannot load its part
         why = f"its algorithm, rewards or rng: {brief(error)}"
     finally:
         trainer.load_memories(before)
@@ -131,7 +131,7 @@ def check_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
 
 
 def difference(trainer: Trainer, state: dict[str, Any]) -> str | None:
-    """How a checkpoint differs from those of this run, but for `load_memories`; None when it does not."""
+    """How a checkpoint differs from those of this run, apart from what `load_memories` loads; None when it does not."""
     try:
         known, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
         found = {"state": known, "param_groups": [{"lr": group["lr"]} for group in groups]}

@@ -30,7 +30,7 @@ from condrl.training.learner import Learner
 from condrl.training.recorder import PICTURES, Recorder
 
 KL_IMAGES = 32  # of an epoch, for train.kl_budget
-LONG = 1.0  # seconds: an epoch that follows a longer one is abandoned when the run is asked to stop, others end first
+LONG = 1.0  # seconds: an epoch that follows a longer one is abandoned when the run is asked to stop, others complete
 
 
 class Trainer:
@@ -63,14 +63,14 @@ class Trainer:
         """Run the epochs that are left, with a checkpoint now and then, at the end, and before an early stop.
 
         Raises: RunError when a ratio is not 1 before the first update or a reward fails; Stopped when asked to stop. If
-        the epoch was long, or the processes could agree, there is then a checkpoint from before it.
+        the epoch was long, or the processes could synchronize, there is then a checkpoint from before it.
         """
         self.processes.synchronized(self._fit)
 
     def _fit(self) -> None:
-        epochs, shown = self.config.train.epochs, self.processes.is_main
+        epochs, is_main = self.config.train.epochs, self.processes.is_main
         todo = range(self.epoch, epochs)
-        bar = tqdm(todo, initial=self.epoch, total=epochs, desc="tuning", unit="epoch", disable=not shown)
+        bar = tqdm(todo, initial=self.epoch, total=epochs, desc="tuning", unit="epoch", disable=not is_main)
         saved = ended = time.monotonic()
         long = True
         for epoch in bar:
@@ -84,8 +84,8 @@ class Trainer:
                 if before is not None and (self.processes.count == 1 or isinstance(error, Stopped)):
                     self.rescue(before)
                 raise
-            told = "reward/total" if "reward/total" in line else "loss"
-            bar.set_postfix({told.partition("/")[0]: f"{line.get(told, math.nan):.3f}"})
+            metric = "reward/total" if "reward/total" in line else "loss"
+            bar.set_postfix({metric.partition("/")[0]: f"{line.get(metric, math.nan):.3f}"})
             now = time.monotonic()
             due, took_long, ended = now - saved >= self.config.run.checkpoint_seconds, now - ended >= LONG, now
             stopping, (due, long) = self.processes.broadcast(due, took_long)
@@ -134,7 +134,7 @@ class Trainer:
         return self.recorder.record(counts, experience, metrics, clock.seconds)
 
     def collect(self, epoch: int, clock: Clock) -> Collected:
-        """What the algorithm learns from in an epoch: of its prompt rows, this process's share."""
+        """What the algorithm learns from in an epoch, for this process's share of the prompt rows."""
         train = self.config.train
         drawn = epoch_rows(self.rows, self.config.run.seed, epoch, train.prompts_per_epoch)
         share, group = self.processes.local_indices(len(drawn)), train.images_per_prompt
@@ -167,14 +167,14 @@ class Trainer:
         def total(points: Tensor, of: Tensor) -> Tensor:
             return weighted(score(self.rewards, points, [rows[i] for i in of.tolist()]).each, weights)
 
-        good = self.processes.gather(scores.total.isfinite().float(), indices, images) > 0
-        self.check_failures(scores, good)
+        has_score = self.processes.gather(scores.total.isfinite().float(), indices, images) > 0
+        self.check_failures(scores, has_score)
         return Experience(
             rows=rows,
             processes=self.processes,
             indices=indices,
             total=images,
-            scored=good,
+            scored=has_score,
             rollout=trajectories,
             scores=scores,
             preview=samples[::group][:PICTURES].cpu(),
@@ -190,13 +190,13 @@ class Trainer:
         stds = {name: values[values.isfinite()].std(correction=0).item() for name, values in every.items()}
         return {name: weight / (stds[name] + 1e-6) for name, weight in weights.items()}
 
-    def check_failures(self, scores: Scores, good: Tensor) -> None:
+    def check_failures(self, scores: Scores, has_score: Tensor) -> None:
         """Raises: RunError when too many of all processes' images have no score."""
-        share = 1 - good.float().mean().item()
+        share = 1 - has_score.float().mean().item()
         if share > self.config.train.max_failed:
-            said = next(text for text in self.processes.gather_objects(scores.failure) if text)
+            message = next(text for text in self.processes.gather_objects(scores.failure) if text)
             most = self.config.train.max_failed
-            raise RunError(f"{said} ({share:.0%} of the scores failed; at most train.max_failed={most:g} of them may)")
+            raise RunError(f"{message} ({share:.0%} of the scores failed; at most train.max_failed={most:g} may)")
 
     def examples(self, experience: Collected, epoch: int) -> Examples:
         """What the epoch's updates learn from."""
@@ -208,7 +208,7 @@ class Trainer:
         return examples
 
     def base_kl(self, experience: Experience) -> float | None:
-        """The path KL to the base model of the policy that was rolled out, where there is a budget, by a few images."""
+        """The path KL of the rolled-out policy to the base model, over a few images; None without a budget."""
         if self.config.train.kl_budget is None:
             return None
         indices, kl = experience.indices, torch.zeros((), dtype=torch.float64)
@@ -219,7 +219,7 @@ class Trainer:
         return self.processes.sum(kl).item() / min(experience.total, KL_IMAGES)
 
     def keep_to_budget(self, kl: float | None) -> dict[str, float]:
-        """End the run over `train.kl_budget`, or adapt kappa to it; returns what to record."""
+        """End a run that exceeds `train.kl_budget`, or adapt kappa; returns what to record."""
         budget = self.config.train.kl_budget
         if kl is None or budget is None:
             return {}
@@ -235,7 +235,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def checkpoint(self) -> None:
-        """Write what the run needs to go on from here; all processes do this together."""
+        """Write what the run needs to resume from here; all processes do this together."""
         self.processes.check_same(self.learner.parameters)
         name, state = f"epoch_{self.epoch:08d}", self.state_dict()
         failure = None
@@ -274,7 +274,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave; lines that were recorded after it are taken back."""
+        """Resume from what `state_dict` returned; lines that were recorded after it are removed."""
         learner, self.recorder.first = self.learner, state["first"]
         self.epoch, self.images = state["epoch"], state["images"]
         learner.updates, learner.bad_updates, learner.skipped = state["updates"], state["bad_updates"], state["skipped"]
@@ -287,14 +287,14 @@ class Trainer:
         for name, own in self.learner.networks.items():
             own.module.load_state_dict(state["modules"][name])
         theirs = state["optimizer"]
-        groups = learner.optimizer.state_dict()["param_groups"]  # all but `lr` is as the config has it
+        groups = learner.optimizer.state_dict()["param_groups"]  # everything but `lr` comes from the config
         groups = [{**own, "lr": group["lr"]} for own, group in zip(groups, theirs["param_groups"], strict=True)]
         learner.optimizer.load_state_dict({"state": theirs["state"], "param_groups": groups})
         self.load_memories(state)
         self.recorder.take_back(state["metrics_bytes"])
 
     def load_memories(self, state: dict[str, Any]) -> None:
-        """Go on with what the algorithm and the rewards remember, and where the generators were."""
+        """Restore what the algorithm and the rewards remember, and the states of the generators."""
         self.algorithm.load_state_dict(state["algorithm"])
         own = state["rewards"][self.processes.rank % len(state["rewards"])]
         for reward in self.rewards:
@@ -313,7 +313,7 @@ class Trainer:
         return f"{self.config.run.seed} {epoch} {phase}"
 
     def noise(self, epoch: int, phase: str, indices: range) -> Noise:
-        """Randomness of the images at some places of an epoch."""
+        """Randomness of the images at some indices of an epoch."""
         return Noise(self.seed(epoch, phase), indices, self.config.train.images_per_prompt)
 
 
