@@ -124,7 +124,7 @@ def test_a_files_options_go_with_the_plugin_they_were_written_for(tmp_path):
         ("run.dir=a: b", "a: b"),
         ("model.negative_prompt=blurry #1 ugly", "blurry #1 ugly"),
         ("model.negative_prompt=no", "no"),
-        ("model.negative_prompt=", ""),
+        ("model.negative_prompt=", None),
         ("model.negative_prompt=[bad", "[bad"),
         ("model.negative_prompt='quoted'", "'quoted'"),
         ("model.negative_prompt=a=b", "a=b"),

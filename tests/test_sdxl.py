@@ -31,7 +31,7 @@ from condrl.config import load_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.models.latent import ATTENTION, LatentModel, add_lora, unet_layers
-from condrl.models.lora import KOHYA_FILE, LORA_FILE, lora_layers, save_lora
+from condrl.models.lora import KOHYA_FILE, LORA_FILE, lora_layers, lora_state, save_lora
 from condrl.plugins.models.sdxl import SDXL
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.shapes.networks import TOKENS, make_tokenizer
@@ -266,6 +266,29 @@ def test_diffusers_draws_the_same_from_either_file_and_so_do_we(folder, tmp_path
         torch.testing.assert_close(pictures(again, PROMPTS, SEEDS), ours, atol=1e-4, rtol=0)
 
 
+def test_kohyas_files_draw_as_diffusers_draws_them(folder, tmp_path):
+    """Its trainer has the modules of Stable Diffusion XL in the original layout, without resnets."""
+    model = SDXL(CPU, path=str(folder), lora_rank=2, lora_targets=(*ATTENTION, "ff.net.2", "proj_in"))
+    before = pictures(model, PROMPTS, SEEDS)
+    perturb(model)
+    state = lora_state(model.module)
+    modules = {key.rsplit(".", 2)[0] for key in state}
+    names = dict(zip(modules, original_unet_names(model.pipe.unet.config, modules), strict=True))
+    file = {}
+    for module, name in names.items():
+        base = "lora_unet_" + name.replace(".", "_")
+        for part in ("down", "up"):
+            file[f"{base}.lora_{part}.weight"] = state[f"{module}.{part}.weight"]
+        file[f"{base}.alpha"] = torch.tensor(3.0)
+    save_file(file, tmp_path / LORA_FILE)
+    model.load_adapter(tmp_path)
+    pipe = plain(folder)
+    pipe.load_lora_weights(tmp_path)
+    theirs = their_pictures(pipe)
+    assert (theirs - before).abs().max() > 10 / 255
+    assert (pictures(model, PROMPTS, SEEDS) - theirs).abs().max() < 1 / 255
+
+
 def narrow_unet():
     """The modules of stable-diffusion-xl-base-1.0's UNet, narrow."""
     shape = dict(block_out_channels=(8, 16, 16), attention_head_dim=(2, 4, 4), layers_per_block=2)
@@ -342,6 +365,11 @@ def test_the_recipe_is_a_config_of_this_model():
 
 
 # ---------------------------------------------------------------------------------------------- files
+
+
+def original_unet_names(config, modules):
+    """What modules of attention blocks are called in the original layout."""
+    return [unet_key(f"{module}.weight", config.layers_per_block, set()).removesuffix(".weight") for module in modules]
 
 
 def original_unet(unet):

@@ -100,7 +100,7 @@ def kohya_names(state: Mapping[str, Tensor], prefix: str = "unet") -> dict[str, 
     named = {}
     for key, value in state.items():
         name, part, _ = key.rsplit(".", 2)
-        base = f"lora_{prefix}_" + name.replace(".", "_")
+        base = kohya_base(name, prefix)
         named[f"{base}.lora_{part}.weight"] = value
         if part == "down":
             named[f"{base}.alpha"] = torch.tensor(float(len(value)))
@@ -272,12 +272,34 @@ def _finite(alpha: Any) -> float:
     return value
 
 
-def spellings(unet: nn.Module, prefix: str = "unet") -> dict[str, str]:
+def spellings(unet: Any, prefix: str = "unet") -> dict[str, str]:
     """A UNet's modules by each of the names that LoRA files have for them."""
     own = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")  # of peft's layers
     names = [n for n, m in unet.named_modules() if getattr(m, "weight", None) is not None and not own.search(n)]
-    table = {name: name for name in names} | {f"lora_{prefix}_" + name.replace(".", "_"): name for name in names}
+    table = {name: name for name in names} | {kohya_base(name, prefix): name for name in names}
+    if isinstance(layers := unet.config.get("layers_per_block"), int):
+        table |= {kohya_base(original_name(name, layers), prefix): name for name in names}
     return table | {name.removesuffix(".0"): name for name in names if name.endswith(".to_out.0")}
+
+
+def kohya_base(name: str, prefix: str) -> str:
+    """How kohya's trainer begins the keys of a module."""
+    return f"lora_{prefix}_{name.replace('.', '_')}"
+
+
+def original_name(name: str, layers: int) -> str:
+    """What an attention block's module is called in the original layout, as in kohya's files for Stable Diffusion XL.
+
+    Any other module's name is as in diffusers: those files have none of them.
+    """
+    match = re.fullmatch(r"(down|mid|up)_block(?:s\.(\d+))?\.attentions\.(\d+)\.(.+)", name)
+    if not match:
+        return name
+    side, block, layer, rest = match.groups()
+    if side == "mid":
+        return f"middle_block.1.{rest}"
+    place = int(block) * (layers + 1) + int(layer)
+    return f"input_blocks.{place + 1}.1.{rest}" if side == "down" else f"output_blocks.{place}.1.{rest}"
 
 
 def _module(base: str, modules: Mapping[str, str], path: Path, prefix: str) -> str:
