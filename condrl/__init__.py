@@ -6,13 +6,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from condrl.errors import RunError, UsageError
-from condrl.registry import algorithm, model, reward, sampler
+from condrl.registry import algorithm, model, reward, sampler, steering
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __version__ = "0.1.0"
-__all__ = ["RunError", "UsageError", "algorithm", "evaluate", "finetune", "model", "reward", "sample", "sampler"]
+__all__ = [
+    "RunError",
+    "UsageError",
+    "algorithm",
+    "evaluate",
+    "finetune",
+    "model",
+    "reward",
+    "sample",
+    "sampler",
+    "steering",
+]
 
 
 def finetune(*words: str) -> dict[str, Any]:

@@ -102,7 +102,12 @@ class GridConfig:
 
 
 @dataclass
-class WeightConfig:
+class MeasureConfig:
+    batch: int = 64  # images scored at a time
+
+
+@dataclass
+class RewardConfig(MeasureConfig):
     weight: float = 1.0  # in the sum of rewards
 
 
@@ -167,14 +172,17 @@ def load_config(words: Sequence[str], default: Path | None = None) -> Config:
     return _config(parts)
 
 
-def load_for_drawing(file: Path | None, words: Sequence[str]) -> Config:
+def load_for_drawing(file: Path | None, words: Sequence[str], is_steered: bool = False) -> Config:
     """The model and the deployed sampler of a config file, if any, with `key=value` words; nothing else of it is taken.
+
+    Rewards have an effect where drawing `is_steered`, and are those of the words alone.
 
     Raises: UsageError as `load_config`, and on a word that is not about drawing.
     """
     for word in words:
-        if setting_keys(word)[0] not in ("model", "sampler", "plugins"):
-            raise UsageError(f"{word} has no effect on drawing: settings of model.* and sampler.*, and plugins=, have")
+        if setting_keys(word)[0] not in ("model", "sampler", "plugins", *(["rewards"] if is_steered else [])):
+            which = "model.*, sampler.* and rewards.*" if is_steered else "model.* and sampler.*"
+            raise UsageError(f"{word} has no effect on drawing: settings of {which}, and plugins=, have")
         if {"lora", "lora_alpha"} & section_at(read_word(word).values, "model").keys():
             raise UsageError(f"{word} has no effect here: the LoRA is given as a folder, and its scale is --strength")
     part = read_word(str(file)) if file else Part("", {}, {})
@@ -395,8 +403,8 @@ def build_config(tree: Mapping[str, Any]) -> Config:
         setattr(config, kind, _plugin_section(kind, section))
     if deployed:
         config.evaluate.sampler = _deployed_sampler(config.sampler, deployed)
-    config.rewards = _reward_sections(rewards, "rewards", WeightConfig)
-    config.evaluate.measures = _reward_sections(measures, "evaluate.measures")
+    config.rewards = _reward_sections(rewards, "rewards", RewardConfig)
+    config.evaluate.measures = _reward_sections(measures, "evaluate.measures", MeasureConfig)
     check_arithmetic(config)
     return config
 
@@ -494,13 +502,20 @@ def _deployed_sampler(sampler: Mapping[str, Any], changes: Mapping[str, Any]) ->
     return {"name": name, **typed_options(REGISTRIES["sampler"].find(name), options, "evaluate.sampler", GridConfig)}
 
 
-def _reward_sections(rewards: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:
-    """Options of each reward by name."""
+def _reward_sections(rewards: Mapping[str, Any], where: str, common: type[MeasureConfig]) -> dict[str, Any]:
+    """Options of each reward by name.
+
+    Raises: UsageError also on a batch that is not positive.
+    """
     find = REGISTRIES["reward"].find
-    return {
+    found = {
         name: typed_options(find(name), _section(options, f"{where}.{name}"), f"{where}.{name}", common)
         for name, options in rewards.items()
     }
+    for name, options in found.items():
+        if options["batch"] < 1:
+            raise UsageError(f"config {where}.{name}.batch: must be at least 1, got {options['batch']}")
+    return found
 
 
 def typed_options(plugin: Plugin, values: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Row:
     index: int
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
-    folder: Path = Path()  # of the file, where relative paths in its metadata start
+    folder: Path = field(default=Path(), compare=False)  # of the file, where relative paths in its metadata start
 
 
 def load_prompts(path: str, key: str) -> list[Row]:

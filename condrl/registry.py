@@ -1,4 +1,4 @@
-"""Four registries (reward, sampler, algorithm, model) and the places where a plugin's name is looked up.
+"""Five registries (reward, sampler, algorithm, model, steering) and the places where a plugin's name is looked up.
 
 A name is looked up among the plugins registered already, then as a file of that name in the shipped package,
 then among the entry points of group `condrl.plugins`, then as `package.module:object`.
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from condrl.errors import Stopped, UsageError, brief, out_of_memory
 from condrl.io.files import expanded
@@ -33,12 +33,18 @@ T = TypeVar("T", bound=Callable[..., Any])
 GROUP = "condrl.plugins"
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 COMMON = {  # keys of a plugin's section that are not its own: none of its options may have these names
-    "reward": ("name", "weight"),
+    "reward": ("name", "batch", "weight"),
     "sampler": ("name", "steps", "spacing", "noise_steps"),
     "algorithm": ("name",),
     "model": ("name",),
+    "steering": ("name",),
 }
-GIVEN = {"sampler": 2, "algorithm": 0, "model": 1}  # arguments that a plugin is called with, beside its options
+GIVEN = {
+    "sampler": 2,
+    "algorithm": 0,
+    "model": 1,
+    "steering": 1,
+}  # arguments that a plugin is called with, beside its options
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Plugin:
     target: Callable[..., Any]
     differentiable: bool = True  # of a reward: whether gradients flow through it
     cached: bool = False  # of a reward: whether an image that comes again keeps its score
+    per: Literal["image", "group"] = "image"  # of a reward; a group is all images of a prompt row, given together
 
     @property
     def source(self) -> str:
@@ -123,6 +130,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def check_plugin(plugin: Plugin) -> None:
     """Raises: UsageError when a plugin cannot be called, or an option of it could not be set."""
     what, target = f"the {plugin.kind} {plugin.name!r}", plugin.target
+    if plugin.per not in ("image", "group") or (plugin.per == "group" and plugin.cached):
+        raise UsageError(f"{what}: per is image or group, and the scores of a group cannot be cached")
     if not inspect.isroutine(target) and not inspect.isclass(target):
         raise UsageError(f"{what} is a {type(target).__name__}: it should be a function or a class")
     try:
@@ -196,6 +205,9 @@ class Registry:
         @condrl.reward(differentiable=False)
         def file_size(samples, prompts): ...
 
+        @condrl.reward(per="group")
+        def unlike_the_others(samples, prompts): ...
+
     Raises: UsageError on a name that is taken by another file or cannot be used, and on what no config could call.
     """
 
@@ -208,10 +220,16 @@ class Registry:
 
     @overload
     def __call__(
-        self, target: None = None, *, name: str | None = None, differentiable: bool = True, cached: bool = False
+        self,
+        target: None = None,
+        *,
+        name: str | None = None,
+        differentiable: bool = True,
+        cached: bool = False,
+        per: Literal["image", "group"] = "image",
     ) -> Callable[[T], T]: ...
 
-    def __call__(self, target: T | None = None, *, name: str | None = None, **flags: bool) -> Any:
+    def __call__(self, target: T | None = None, *, name: str | None = None, **flags: Any) -> Any:
         if target is None:
             return lambda t: self(t, name=name, **flags)
         plugin = Plugin(self.kind, name or snake_case(getattr(target, "__name__", "")), target, **flags)
@@ -375,4 +393,5 @@ reward = Registry("reward", "condrl.plugins.rewards")
 sampler = Registry("sampler", "condrl.plugins.samplers")
 algorithm = Registry("algorithm", "condrl.plugins.algorithms")
 model = Registry("model", "condrl.plugins.models")
-REGISTRIES = {registry.kind: registry for registry in (reward, sampler, algorithm, model)}
+steering = Registry("steering", "condrl.plugins.steering")
+REGISTRIES = {registry.kind: registry for registry in (reward, sampler, algorithm, model, steering)}

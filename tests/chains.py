@@ -68,6 +68,13 @@ class Shaped:
     def features(self, condition: Tensor) -> Tensor:
         return nn.functional.one_hot(condition, len(self.middle)).float()
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.state_shape
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images
+
     def decode(self, x: Tensor) -> Tensor:
         return x.sigmoid() if x.dim() == 4 else x
 

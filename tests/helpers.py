@@ -87,10 +87,12 @@ def tiny_pipeline(folder: Path, prediction: str = "epsilon", seed: int = 0) -> P
 
 
 ALGORITHMS = [plugin.name for plugin in registry.algorithm.all() if "condrl" in plugin.target.__module__]
+PAIRS = ["train.prompts_per_epoch=16", "train.images_per_prompt=1", "algorithm.draws=2"]
 OPTIONS = {
     "adjoint_matching": ["algorithm.kappa=0.5"],
     "ctrl": ["algorithm.kappa=0.5"],
     "ddpo": ["algorithm.advantage=prompt", "algorithm.tracker_least=2"],
+    "diffusion_dpo": [f"prompts.train={ROOT}/tests/p1_pairs.jsonl", "rewards.quadratic=null", *PAIRS],
     "q_learning": ["algorithm.score=pretrained"],
 }
 

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from helpers import ROOT, load_script, run_python
 from PIL import Image
 
+import condrl
 from condrl.commands import finetune
 from condrl.config import load_config
 from condrl.overrides import is_setting
 
 pytestmark = pytest.mark.slow
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = r"(?:accelerate launch|python|scripts/|condrl \w+ )"
+DOORS = {"serve": "reward_server"}  # the script of a command of condrl, where it has another name
 SHORT = [
     "train.epochs=1", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8",
     "train.updates_per_epoch=2", "evaluate.prompts=2", "evaluate.pictures=1",
@@ -31,10 +35,17 @@ def documented() -> list[list[str]]:
     found = []
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).replace("\\\n", " ")
-        lines = re.findall(r"^ {4,}((?:accelerate launch|python|scripts/).*)$", text, re.MULTILINE)
-        lines += re.findall(r"`((?:accelerate launch|python|scripts/)[^`]*)`", text)
-        found += [shlex.split(line, comments=True) for line in lines]
+        lines = re.findall(rf"^ {{4,}}({COMMAND}.*)$", text, re.MULTILINE)
+        lines += re.findall(rf"`({COMMAND}[^`]*)`", text)
+        found += [through_script(shlex.split(line, comments=True)) for line in lines]
     return found
+
+
+def through_script(words: list[str]) -> list[str]:
+    """A command of condrl as the one that runs its script: they are doors to the same code."""
+    if words[0] != "condrl":
+        return words
+    return ["python", f"scripts/{DOORS.get(words[1], words[1])}.py", *words[2:]]
 
 
 def snippets() -> list[str]:
@@ -144,6 +155,19 @@ def test_every_test_that_the_pages_name_exists():
             assert f"def {name}(" in code, f"{page.name}: {name}"
         for name in re.findall(r"`(tests/\w+\.py)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_pages_link_to_what_is_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["cff-version"], cited["version"]) == ("1.2.0", condrl.__version__)
+    assert {"message", "title", "authors"} <= cited.keys()
+    assert f'license = "{cited["license"]}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_pages_have_snippets_and_commands():

@@ -333,7 +333,7 @@ def test_the_summary_is_written_where_json_says(toy, tmp_path, capsys):
         (["RUN", "evaluate.measurez.x=1"], "has no effect on an evaluation"),
         (["RUN", "model.guidence=1"], "config model.guidence: there is no such key. Did you mean 'guidance'?"),
         (["RUN", "rewards.brihgtness.weight=1"], "unknown reward 'brihgtness'. Did you mean 'brightness'?"),
-        (["RUN", "rewards.evaluated_level.weight=0"], "no reward has a weight"),
+        (["RUN", "rewards.evaluated_level.weight=0"], "there is nothing to measure"),
         (["RUN", "--prompts", "EMPTY"], "is empty"),
         (["RUN", "--prompts", "none.txt"], "there is no prompt file 'none.txt'"),
         (["RUN", "--steps", "0"], "steps"),

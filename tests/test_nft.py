@@ -4,6 +4,8 @@ import pytest
 import torch
 from chains import SCHEDULE, SHAPES, an_epoch, move, trainer_of
 
+from condrl.training.trainer import Clock
+
 PLAIN = {"temperature": 3.0, "draws": 3, "times": (0.1, 0.97), "normalise": False, "adaptive": False}
 CASES = [
     {},
@@ -86,3 +88,36 @@ def test_samples_are_noised_at_stratified_times(draws, times, shape, tmp_path):
     assert batch.noise.std().item() == pytest.approx(1, abs=0.05)
     with torch.no_grad():
         torch.testing.assert_close(batch.old_score, trainer.policy.model.score(batch.x, batch.t, batch.condition))
+
+
+def test_the_old_policy_may_be_a_running_average(tmp_path):
+    """It rolls out and is what steps are taken from, while the newest one learns; at resuming it is still there."""
+    trainer = trainer_of(tmp_path, algorithm={**PLAIN, "name": "nft", "old_decay": 0.8}, train={"epochs": 3, "lr": 0.1})
+    averages = [p.detach().clone() for p in trainer.learner.weights]
+    for epoch in range(3):
+        trainer.run_epoch(epoch)
+        for average, weight in zip(averages, trainer.learner.weights, strict=True):
+            average += 0.2 * (weight.detach() - average)
+    newest = [p.detach().clone() for p in trainer.learner.weights]
+    experience = trainer.collect(3, Clock())
+    examples = trainer.examples(experience, 3)
+    for weight, new in zip(trainer.learner.weights, newest, strict=True):
+        assert torch.equal(weight, new)
+    state = trainer.algorithm.state_dict()
+    with torch.no_grad():
+        for weight, average in zip(trainer.learner.weights, averages, strict=True):
+            assert (weight - average).abs().max() > 1e-3
+            weight.copy_(average)
+    plain = trainer_of(tmp_path / "plain", algorithm={**PLAIN, "name": "nft"})
+    with torch.no_grad():
+        for mine, theirs in zip(plain.learner.weights, averages, strict=True):
+            mine.copy_(theirs)
+    same = plain.collect(3, Clock())
+    torch.testing.assert_close(experience.rollout.states, same.rollout.states, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(examples.old_score, plain.examples(same, 3).old_score, rtol=1e-4, atol=1e-4)
+    again = trainer_of(tmp_path / "again", algorithm={**PLAIN, "name": "nft", "old_decay": 0.8})
+    again.algorithm.load_state_dict(state)
+    for average, kept in zip(averages, again.algorithm.old.average, strict=True):
+        torch.testing.assert_close(average, kept)
+    with pytest.raises(ValueError, match="other weights"):
+        again.algorithm.load_state_dict({"average": [w[:1] for w in state["average"]]})

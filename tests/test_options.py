@@ -8,7 +8,9 @@ from chains import Shaped, trainer_of
 from helpers import ALGORITHMS
 
 from condrl import registry
+from condrl.algorithms.needs import one_pass
 from condrl.config import EvaluateConfig, TrainConfig
+from condrl.prompts import Row
 from condrl.training.trainer import Clock
 
 POLICY_GRADIENT = {
@@ -44,7 +46,15 @@ OPTIONS = {
         "normalise": False,
         "advantage_clip": 0.3,
     },
-    "nft": {"temperature": 0.8, "draws": 2, "times": (0.3, 0.6), "normalise": False, "adaptive": False},
+    "nft": {
+        "temperature": 0.8,
+        "draws": 2,
+        "times": (0.3, 0.6),
+        "normalise": False,
+        "adaptive": False,
+        "old_decay": 0.9,
+    },
+    "diffusion_dpo": {"kappa": 0.3, "draws": 3, "weighting": "epsilon"},
     "draft": {"kappa": 0.5, "last": 2},
     "adjoint_matching": {"kappa": 0.5},
     "q_learning": {
@@ -58,16 +68,19 @@ OPTIONS = {
         "value_width": (16, SAMPLES),
     },
 }
+PAIRS = tuple(Row(i, str(i), {"better": [1.0, i], "worse": [-1.0, 0.5]}) for i in range(2))
 CASES = [(name, option) for name, options in OPTIONS.items() for option in options]
 
 
 def ends(folder, algorithm, epochs=3, **train):
     """The weights of all networks after a short run in the plane."""
-    one_pass = {"one pass"} & set(registry.algorithm.find(algorithm["name"]).target(**_options(algorithm)).needs)
-    usual = {"epochs": epochs, "lr": 0.02, "updates_per_epoch": 2, "inner_epochs": 1 if one_pass else 2}
+    made = registry.algorithm.find(algorithm["name"]).target(**_options(algorithm))
+    usual = {"epochs": epochs, "lr": 0.02, "updates_per_epoch": 2, "inner_epochs": 1 if one_pass in made.needs else 2}
     data = torch.randn(2, 30, 2, generator=torch.Generator().manual_seed(0))
     model = Shaped((2,), data=data)
-    trainer = trainer_of(folder, model=model, algorithm=algorithm, train={**usual, **train})
+    usual |= {} if made.uses_rewards else {"images_per_prompt": 1, "prompts_per_epoch": 4}
+    grid = {} if made.uses_rewards else {"spacing": "uniform"}  # steps of unlike weights
+    trainer = trainer_of(folder, model=model, rows=PAIRS, algorithm=algorithm, sampler=grid, train={**usual, **train})
     trainer.fit()
     return torch.cat([p.detach().flatten() for p in trainer.learner.parameters])
 

@@ -11,7 +11,7 @@ from helpers import ROOT, run_python
 
 import condrl
 from condrl import UsageError
-from condrl.config import GridConfig, WeightConfig, load_config
+from condrl.config import GridConfig, RewardConfig, load_config
 from condrl.registry import COMMON, load_file, snake_case
 
 
@@ -271,7 +271,7 @@ def test_options_that_no_config_could_set_are_refused_for_every_kind():
 
 
 def test_the_common_options_are_those_of_the_config():
-    assert {*COMMON["reward"]} == {"name", *(field.name for field in dataclasses.fields(WeightConfig))}
+    assert {*COMMON["reward"]} == {"name", *(field.name for field in dataclasses.fields(RewardConfig))}
     assert {*COMMON["sampler"]} == {"name", *(field.name for field in dataclasses.fields(GridConfig))}
 
 
@@ -321,7 +321,9 @@ def test_a_dotted_path_keeps_the_flags(tmp_path, monkeypatch):
     plugin = condrl.reward.find("flagged.part:of_flags")
     assert (plugin.name, plugin.differentiable, plugin.cached) == ("flagged.part:of_flags", False, True)
     write(tmp_path / "mine.yaml", "rewards: {'flagged.part:of_flags': {weight: 3, gain: 4}}")
-    assert load_config([str(tmp_path / "mine.yaml")]).rewards == {"flagged.part:of_flags": {"weight": 3.0, "gain": 4.0}}
+    assert load_config([str(tmp_path / "mine.yaml")]).rewards == {
+        "flagged.part:of_flags": {"batch": 64, "weight": 3.0, "gain": 4.0}
+    }
     with pytest.raises(UsageError, match=r"'flagged.part:wrong' takes \(samples\)"):
         condrl.reward.find("flagged.part:wrong")
     with pytest.raises(UsageError, match=r"unknown reward 'flagged.part:whole'"):

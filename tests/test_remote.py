@@ -84,7 +84,7 @@ def rows(count, prompt="a red star"):
 def test_scores_are_those_of_the_reward_here(tmp_path):
     x = (smooth_images(10) * 255).round() / 255
     with served(tmp_path, "brightness") as (url, _):
-        far = make_reward("remote", {"url": url, "batch": 3, "concurrent": 3})(x, rows(10))
+        far = make_reward("remote", {"url": url, "per_request": 3, "concurrent": 3})(x, rows(10))
         check_reward("remote", url=url)
     torch.testing.assert_close(far, make_reward("brightness", {})(x, rows(10)))
 
@@ -92,7 +92,7 @@ def test_scores_are_those_of_the_reward_here(tmp_path):
 @pytest.mark.slow
 def test_prompts_metadata_points_and_options_arrive(tmp_path):
     with served(tmp_path, "by_row") as (url, _):
-        found = make_reward("remote", {"url": url, "batch": 2})(torch.randn(5, 2), rows(5))
+        found = make_reward("remote", {"url": url, "per_request": 2})(torch.randn(5, 2), rows(5))
     assert found.tolist() == [10.0, 12.0, 14.0, 16.0, 18.0]
     x = torch.randn(6, 2)
     with served(tmp_path, "box", "low=[-1,-1]", "high=[1,1]") as (url, _):

@@ -317,7 +317,7 @@ def test_the_number_of_requests_at_a_time(name, most):
 
     x, rows = PIXELS[:1].expand(6, -1, -1, -1), [Row(i, f"prompt {i}") for i in range(6)]
     with answering(answer) as (url, asked):
-        options = {"url": url, "concurrent": most, **({"batch": 1} if name == "remote" else {}), **MORE[name]}
+        options = {"url": url, "concurrent": most, **({"per_request": 1} if name == "remote" else {}), **MORE[name]}
         assert make_reward(name, options)(x, rows).isfinite().all()
     assert len(asked) == 6
     assert max(seen) == most
@@ -341,14 +341,21 @@ def test_an_answer_is_waited_for(name):
 
 def test_samples_in_a_request():
     with answering(ANSWERS["remote"]) as (url, asked):
-        make_reward("remote", {"url": url, "batch": 2})(PIXELS, ROWS)
+        make_reward("remote", {"url": url, "per_request": 2})(PIXELS, ROWS)
     assert sorted(len(json.loads(request.body)["rows"]) for request in asked) == [1, 2]
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("retries", -1), ("backoff", -0.5), ("concurrent", 0), ("timeout", 0.0), ("timeout", float("nan")), ("batch", 0)],
+    [
+        ("retries", -1),
+        ("backoff", -0.5),
+        ("concurrent", 0),
+        ("timeout", 0.0),
+        ("timeout", float("nan")),
+        ("per_request", 0),
+    ],
 )
 def test_numbers_that_cannot_be(name, option, value):
     if option not in registry.reward.find(name).options:
@@ -381,7 +388,7 @@ TESTED = {
     "similarity": {"images": test_the_nearest_of_the_images},
     "jpeg_compressibility": {"quality": "test_jpeg_rewards_are_file_sizes_in_kilobytes"},
     "jpeg_incompressibility": {"quality": "test_jpeg_rewards_are_file_sizes_in_kilobytes"},
-    "remote": {"url": "test_scores_are_those_of_the_reward_here", "batch": test_samples_in_a_request},
+    "remote": {"url": "test_scores_are_those_of_the_reward_here", "per_request": test_samples_in_a_request},
     "vlm_judge": {
         "url": "test_yes_is_its_share_of_yes_and_no",
         "model": "test_yes_is_its_share_of_yes_and_no",

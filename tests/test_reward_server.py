@@ -154,7 +154,13 @@ def test_who_has_gone_is_not_scored_for():
         return samples[:, 0]
 
     with serving(slow) as (port, server):
-        options = {"url": f"http://127.0.0.1:{port}", "batch": 1, "concurrent": 16, "timeout": 1.0, "backoff": 0.25}
+        options = {
+            "url": f"http://127.0.0.1:{port}",
+            "per_request": 1,
+            "concurrent": 16,
+            "timeout": 1.0,
+            "backoff": 0.25,
+        }
         rows = [Row(i, f"prompt {i}") for i in range(16)]
         found = make_reward("remote", {**options, "retries": 5})(torch.arange(32.0).view(16, 2), rows)
         settled(server)

@@ -1,17 +1,23 @@
+import dataclasses
 import io
 
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 import condrl
 from condrl import RunError, UsageError
+from condrl.commands import sample
 from condrl.commands.console import exit_code
+from condrl.config import load_config
 from condrl.errors import RewardError, Stopped
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward, score
 from condrl.shapes import scenes
+from condrl.training.checks import check_combination
 
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 ROWS = [Row(0, "a red star", {"k": 1.0}), Row(1, "two small blue circles", {"k": 2.0})]
 
 
@@ -57,7 +63,48 @@ def test_weighted_sum_options_metadata_and_state():
 def test_chunks_do_not_change_scores():
     rewards = [make_reward("red_mean", {"weight": 1.0})]
     x, rows = images(7), [Row(i, "p") for i in range(7)]
-    torch.testing.assert_close(score(rewards, x, rows, batch=3).total, score(rewards, x, rows).total)
+    few = [dataclasses.replace(reward, batch=3) for reward in rewards]
+    torch.testing.assert_close(score(few, x, rows).total, score(rewards, x, rows).total)
+
+
+def test_a_rewards_batch_is_how_many_images_it_is_given_at_a_time():
+    seen = []
+    condrl.reward(lambda samples, prompts: seen.append(len(samples)) or samples.mean((1, 2, 3)), name="notes_sizes")
+    score([make_reward("notes_sizes", {"batch": 3})], images(7), [Row(i, "p") for i in range(7)])
+    assert seen == [3, 3, 1]
+
+
+def test_a_group_reward_is_given_all_images_of_a_prompt_row_and_only_them():
+    """By row, not by text; however many there are."""
+    seen = []
+
+    @condrl.reward(per="group")
+    def ranks(samples, prompts):
+        seen.append((len(samples), prompts))
+        return samples.mean((1, 2, 3)).argsort().argsort().float()
+
+    rows = [Row(0, "a")] * 3 + [Row(1, "a")] * 70 + [Row(2, "b")]
+    found = score([make_reward("ranks", {"batch": 2})], images(74), rows).total
+    assert seen == [(3, ["a"] * 3), (70, ["a"] * 70), (1, ["b"])]
+    assert sorted(found[:3].tolist()) == [0, 1, 2]
+    assert sorted(found[3:73].tolist()) == list(range(70))
+
+
+@pytest.mark.parametrize("flags", [{"per": "groups"}, {"per": "group", "cached": True}])
+def test_a_group_reward_is_declared_as_one(flags):
+    with pytest.raises(UsageError, match=r"per is image or group, and the scores of a group cannot be cached"):
+        condrl.reward(lambda samples, prompts: samples, name="bad_flags", **flags)
+
+
+def test_what_would_cut_groups_is_refused(tmp_path):
+    condrl.reward(lambda samples, prompts: samples.mean((1, 2, 3)), name="alike", per="group")
+    config = load_config(["algorithm.name=draft", "rewards.alike.weight=1", f"run.dir={tmp_path}"], QUICKSTART)
+    with pytest.raises(UsageError, match="alike needs all images of a prompt"):
+        check_combination(config)
+    check_combination(load_config(["rewards.alike.weight=1", f"run.dir={tmp_path}"], QUICKSTART))
+    words = ["--prompt", "x", "--steer", "smc", "rewards.alike.weight=1"]
+    with pytest.raises(UsageError, match="'alike' compares the images of a prompt, and cannot steer one"):
+        sample.read_request(sample.parse(words))
 
 
 @pytest.mark.parametrize(

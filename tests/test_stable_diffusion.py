@@ -372,6 +372,31 @@ def test_the_text_encoder_is_on_the_device_only_while_it_encodes(model, monkeypa
     assert places == [torch.device("cpu", 0), "encodes", "encodes", torch.device("cpu")]
 
 
+def test_the_reference_of_a_run_that_starts_from_a_lora_is_that_lora(pipeline, tmp_path):
+    """So that its KL is to what is measured as the base."""
+    first = StableDiffusion(CPU, path=str(pipeline), lora_rank=2)
+    with torch.no_grad():
+        for weight in (p for p in first.module.parameters() if p.requires_grad):
+            weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    first.save_adapter(tmp_path / "lora")
+    model = StableDiffusion(CPU, path=str(pipeline), lora_rank=2, lora=str(tmp_path / "lora"))
+    place = torch.randn(2, 4, 8, 8), torch.full((2,), 0.5), model.encode(["a red star", "a blue star"])
+    with torch.no_grad():
+        start = model.score(*place)
+        for weight in (p for p in model.module.parameters() if p.requires_grad):
+            weight += 0.1
+        moved = model.score(*place)
+        with model.reference():
+            torch.testing.assert_close(model.score(*place), start)
+            with model.merged():
+                torch.testing.assert_close(model.score(*place), start, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model.score(*place), moved)
+        with first.reference():
+            plain = first.score(*place[:2], first.encode(["a red star", "a blue star"]))
+    assert (start - plain).abs().max() > 1e-3
+    assert (start - moved).abs().max() > 1e-3
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 

@@ -55,6 +55,11 @@ def reward_gradients(setting: Setting) -> None:
             f"the algorithm {setting.algorithm} differentiates the reward, and {rigid[0]} has no gradient: use nft, "
             "ddpo or another algorithm that needs none"
         )
+    if grouped := [name for name in weighted if reward.find(name).per == "group"]:
+        raise UsageError(
+            f"the algorithm {setting.algorithm} differentiates the reward for some images at a time, and {grouped[0]} "
+            "needs all images of a prompt: use nft, ddpo or another algorithm without reward gradients"
+        )
 
 
 def markov_steps(setting: Setting) -> None:

@@ -52,12 +52,13 @@ class PolicyGradient(Algorithm):
     """The score-function gradients of E r - kappa KL(chain || pretrained chain) on denoising steps.
 
     The KL's gradient is exact: grad log p_k meets r - kappa sum_{j > k} KL_j, and KL_k is differentiated itself
-    (docs/theory.md 8). `normalise` divides a prompt's whole objective, so kappa keeps its meaning and p* its place.
+    (docs/theory.md 8). With `leave_one_out` returns keep their size beside it, so kappa is exact in small groups too;
+    `normalise` divides a prompt's whole objective by a spread that its own images share, which is exact in large ones.
     """
 
     kappa: float = 0.0  # reward per nat of path KL to the pretrained model
     normalise: bool = True  # divide by the standard deviation of the rewards of a prompt's images
-    leave_one_out: bool = False  # centre a group's returns on the mean of the others
+    leave_one_out: bool | None = None  # centre a group's returns on the mean of the others; null: with a kappa
     advantage_clip: float = 5.0  # bound on |advantage| when normalised
 
     def __post_init__(self) -> None:
@@ -70,7 +71,7 @@ class PolicyGradient(Algorithm):
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Credit (B,) of rewards (B,) for images of prompt rows `groups` (B,), where there is no KL."""
-        return self.bounded(group_advantages(rewards, groups, self.normalise, self.leave_one_out))
+        return self.bounded(group_advantages(rewards, groups, self.normalise, bool(self.leave_one_out)))
 
     def scale(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """What the objective (B,) of each image is multiplied by when normalised."""
@@ -107,7 +108,7 @@ class PolicyGradient(Algorithm):
         )
 
     def _centred(self, returns: Tensor, groups: Tensor) -> Tensor:
-        return torch.stack([group_advantages(g, groups, False, self.leave_one_out) for g in returns])
+        return torch.stack([group_advantages(g, groups, False, self.leave_one_out is not False) for g in returns])
 
     def kl_to_go(self, base: PathKL) -> Tensor:
         """(K, B) what a step's choice will cost later, nats."""

@@ -264,14 +264,13 @@ def check_out(folder: RunFolder, is_replaced: bool) -> None:
 def measures_of(config: Config) -> list[Reward]:
     """The run's measures, or those that were named.
 
-    Raises: UsageError when there is none.
+    Raises: UsageError when there are none, or when one cannot be made.
     """
-    from condrl.rewards.scoring import make_reward
     from condrl.training.build import make_measures
 
-    if config.rewards or not config.evaluate.measures:
-        return make_measures(config)
-    return [make_reward(name, options) for name, options in config.evaluate.measures.items()]
+    if measures := make_measures(config):
+        return measures
+    raise UsageError("there is nothing to measure: name a measure, as in evaluate.measures.brightness={}")
 
 
 # ---------------------------------------------------------------------------------------------- measuring

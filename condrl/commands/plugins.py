@@ -14,11 +14,11 @@ import typing
 from typing import Any
 
 from condrl.commands.console import exit_code
-from condrl.config import GridConfig, WeightConfig
+from condrl.config import GridConfig, RewardConfig
 from condrl.errors import UsageError
 from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
 
-COMMON = {"sampler": GridConfig, "reward": WeightConfig}
+COMMON = {"sampler": GridConfig, "reward": RewardConfig}
 
 
 def describe(plugin: Plugin) -> str:

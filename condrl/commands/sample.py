@@ -3,6 +3,7 @@
     python scripts/sample.py runs/quickstart --prompt "a red star left of a blue square" --compare
     python scripts/sample.py runs/quickstart/lora --prompt "two small green circles" --seeds 0 1 2 3 --strength 0.5
     python scripts/sample.py --prompt "a black square" sampler.steps=30 model.guidance=4
+    python scripts/sample.py --prompt "a black square" --steer best_of_n,n=8 rewards.shapes.weight=1
 
 The first word is a run's folder, whose model draws with the sampler that it was evaluated with, or a LoRA's folder or
 file; without it the quickstart's base model draws. `key=value` words change the model and the sampler as they do for
@@ -12,19 +13,21 @@ finetune.py. Plugins are code: those that a run's config names are imported only
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from condrl.commands.console import exit_code
-from condrl.config import Config, load_for_drawing
+from condrl.config import Config, load_for_drawing, typed_options
 from condrl.errors import UsageError, visible, warn_of_address_limit
 from condrl.io.files import CONFIGS
-from condrl.overrides import exists, is_setting, setting_keys
+from condrl.overrides import exists, is_setting, merged, read_word, setting_keys
+from condrl.registry import REGISTRIES
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from condrl.diffusion.policy import Policy
+    from condrl.rewards.scoring import Reward
+
+    Steer = tuple[Callable[..., Tensor], Sequence[Reward]]
 
 HOME = Path("runs")  # of what is drawn without a run
 
@@ -43,7 +49,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl, as for finetune.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="an image of each prompt from each seed")
     parser.add_argument(
-        "--strength", type=float, default=1.0, help="of the LoRA; 1 is what was tuned, 0 the base model"
+        "--strength", type=float, default=1.0, help="of the LoRA; 1 is what was tuned, 0 the model without it"
+    )
+    parser.add_argument(
+        "--steer",
+        metavar="NAME[,option=value]",
+        help="a steering plugin, as smc,particles=8, which draws with rewards.NAME.weight=1 and the like",
     )
     parser.add_argument("--compare", action="store_true", help="base | tuned, from the same noise")
     parser.add_argument(
@@ -82,7 +93,7 @@ def drawn(
     """
     from condrl.rewards.pixels import to_pil
 
-    options = {"prompt": list(prompts), "prompts": None, "seeds": list(seeds), "compare": False}
+    options = {"prompt": list(prompts), "prompts": None, "seeds": list(seeds), "compare": False, "steer": None}
     args = argparse.Namespace(words=words, strength=strength, batch=batch, device=device, **options)
     return [to_pil(image) for image in images(args, read_request(args))[1]]
 
@@ -95,6 +106,7 @@ class Request(NamedTuple):
     home: Path
     pairs: list[tuple[str, int]]  # prompts and seeds
     device: torch.device
+    steer: Steer | None  # how images are drawn with rewards, if they are
 
 
 def read_request(args: argparse.Namespace) -> Request:
@@ -102,7 +114,7 @@ def read_request(args: argparse.Namespace) -> Request:
     from condrl.prompts import load_prompts, usable
     from condrl.training.host import find_device
 
-    config, lora, home = read_words(args.words)
+    config, lora, home = read_words(args.words, is_steered=args.steer is not None)
     prompts = [usable(prompt, "--prompt") for prompt in args.prompt]
     prompts += [row.prompt for row in load_prompts(args.prompts, "--prompts")] if args.prompts else []
     if not prompts:
@@ -114,10 +126,32 @@ def read_request(args: argparse.Namespace) -> Request:
     if args.batch < 1 or not all(0 <= seed < 2**63 for seed in args.seeds):
         raise UsageError("--batch has to be at least 1, and --seeds at least 0 and below 2^63")
     pairs = [(prompt, seed) for prompt in prompts for seed in args.seeds]
-    return Request(config, lora, home, pairs, find_device(args.device))
+    return Request(config, lora, home, pairs, find_device(args.device), read_steer(args.steer, config))
 
 
-def read_words(words: Sequence[str]) -> tuple[Config, Path | None, Path]:
+def read_steer(word: str | None, config: Config) -> Steer | None:
+    """A steering plugin with the options that a word has set.
+
+    Raises: UsageError on a word that is not NAME or NAME,option=value, on its options, and without rewards.
+    """
+    from condrl.training.build import make_rewards
+
+    if word is None:
+        return None
+    name, *options = word.split(",")
+    if not name or "=" in name or not all(is_setting(option) for option in options):
+        raise UsageError(f"--steer {word}: give NAME or NAME,option=value, as in smc,particles=8")
+    plugin = REGISTRIES["steering"].find(name)
+    values = merged([read_word(option) for option in options])
+    rewards = make_rewards(config)
+    if not rewards:
+        raise UsageError("--steer needs rewards to draw with, as in rewards.shapes.weight=1")
+    if grouped := [reward.name for reward in rewards if reward.per_group]:
+        raise UsageError(f"--steer: the reward {grouped[0]!r} compares the images of a prompt, and cannot steer one")
+    return functools.partial(plugin.target, **typed_options(plugin, values, "--steer")), rewards
+
+
+def read_words(words: Sequence[str], is_steered: bool = False) -> tuple[Config, Path | None, Path]:
     """The config to draw with, the LoRA, and the folder of what is drawn.
 
     Raises: UsageError when a folder holds neither a run nor a LoRA.
@@ -126,13 +160,14 @@ def read_words(words: Sequence[str]) -> tuple[Config, Path | None, Path]:
 
     named, settings = split_words(words)
     if named is None:
-        return load_for_drawing(default_config(settings), settings), None, HOME
+        return load_for_drawing(default_config(settings), settings, is_steered), None, HOME
     lora, run = find(named)
     if (lora / MODULE_FILE).is_file():
         raise UsageError(f"{run or lora} is a run on points, not images: see the plots in its images/")
     if run is None:
         settings = with_rank(lora, settings)
-    return load_for_drawing(run / "config.yaml" if run else default_config(settings), settings), lora, run or HOME
+    file = run / "config.yaml" if run else default_config(settings)
+    return load_for_drawing(file, settings, is_steered), lora, run or HOME
 
 
 def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -239,27 +274,43 @@ def images(args: argparse.Namespace, request: Request) -> tuple[list[Tensor], li
     from condrl.training.build import make_policy
 
     policy = make_policy(request.config, request.device)
-    base = images_of(policy, request.pairs, args.batch, "base") if args.compare or not request.lora else []
+    base = images_of(policy, request, args.batch, "base") if args.compare or not request.lora else []
     if not request.lora:
         return base, base
     policy.model.load_adapter(request.lora)
     scale_lora(policy.model.module, args.strength)
-    return base, images_of(policy, request.pairs, args.batch, "tuned")
+    return base, images_of(policy, request, args.batch, "tuned")
 
 
-def images_of(policy: Policy, pairs: Sequence[tuple[str, int]], batch: int, who: str) -> list[Tensor]:
+def images_of(policy: Policy, request: Request, batch: int, who: str) -> list[Tensor]:
     """An image (3, H, W) in [0, 1] for each pair of prompt and seed."""
     import torch
     from tqdm import tqdm
 
+    found: list[Tensor] = []
+    for start in tqdm(range(0, len(request.pairs), batch), desc=who, disable=None):
+        with torch.no_grad():
+            states = states_of(policy, request.pairs[start : start + batch], request.steer)
+            found.extend(policy.model.decode(states).cpu())
+    return found
+
+
+def states_of(policy: Policy, pairs: Sequence[tuple[str, int]], steer: Steer | None) -> Tensor:
+    """The final state (B, ...) of each pair of prompt and seed, drawn by the policy itself or by a steering plugin."""
     from condrl.diffusion import rollout
     from condrl.diffusion.noise import seeded
+    from condrl.diffusion.steering import Draws
+    from condrl.prompts import Row
+    from condrl.rewards.scoring import score
 
-    found: list[Tensor] = []
-    condition = policy.model.encode([prompt for prompt, _ in pairs])
-    with torch.no_grad():
-        for start in tqdm(range(0, len(pairs), batch), desc=who, disable=None):
-            part = slice(start, start + batch)
-            latents = rollout.sample(policy, condition[part], seeded([seed for _, seed in pairs[part]]), batch)
-            found.extend(policy.model.decode(latents).cpu())
-    return found
+    rows = [Row(i, prompt) for i, (prompt, _) in enumerate(pairs)]
+    condition, generators = policy.model.encode([row.prompt for row in rows]), seeded([seed for _, seed in pairs])
+    if steer is None:
+        return rollout.sample(policy, condition, generators, len(pairs))
+    plugin, rewards = steer
+
+    def total(states: Tensor, images: Tensor) -> Tensor:
+        return score(rewards, policy.model.decode(states), [rows[i] for i in images.tolist()]).total
+
+    with policy.model.merged():
+        return plugin(Draws(policy, condition, generators, total))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from condrl.diffusion.policy import acting
 from condrl.diffusion.schedule import DiscreteSchedule, Schedule, schedule_from_diffusers
 from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
@@ -67,8 +68,10 @@ class LatentModel(ABC):
         self._places: dict[int, int] = {}  # of prompts, by their numbers, in that table
         self.negative = self.encode([self.negative_prompt])
         add_lora(self.module, self.lora_rank, self.lora_alpha or self.lora_rank, self.lora_targets)
+        self._start: list[Tensor] = []  # what a run that starts from a LoRA starts from
         if self.lora:
             self.load_adapter(locate(self.lora))
+            self._start = [p.detach().clone() for p in self.module.parameters() if p.requires_grad]
         if self.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
             self.module.train()  # diffusers checkpoints in training mode only; these networks have no dropout
@@ -256,7 +259,11 @@ class LatentModel(ABC):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it, the network runs without its LoRA."""
+        """Within it, the network is the one that tuning started from: without a LoRA, or with `lora`."""
+        if self._start:
+            with acting([p for p in self.module.parameters() if p.requires_grad], self._start):
+                yield
+            return
         network: Any = self.module
         network.disable_adapters()
         try:

@@ -1,12 +1,4 @@
-"""A set of weighted rewards: they are called, checked and added up here, so that a reward is only a function.
-
-A class may have, beside `__call__`, any of these methods:
-
-    load()                      open the files that it needs, so that what is wrong with them is said at the start
-    offload()                   make room on the device until it is called again
-    state_dict()                what its next scores depend on, as tensors, numbers and text by name
-    load_state_dict(state)      go on from there
-"""
+"""A set of weighted rewards: they are called, checked and added up here, so that a reward is only a function."""
 
 from __future__ import annotations
 
@@ -14,12 +6,13 @@ import copy
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +50,30 @@ class Metadata(dict[str, Any]):
         raise MissingKey(key, self.row)
 
 
+class RewardObject(Protocol):
+    """What a reward that is a class may have; all but `__call__` can be left out."""
+
+    def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (B,) of samples (B, ...), as of a reward that is a function."""
+        ...
+
+    def load(self) -> None:
+        """Open the files that it needs, so that what is wrong with them is said at the start."""
+        ...
+
+    def offload(self) -> None:
+        """Make room on the device until it is called again."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What its next scores depend on, as tensors, numbers and text by name."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reward:
     """A reward with its options set, called as `reward(samples, rows)`."""
@@ -66,6 +83,8 @@ class Reward:
     call: Callable[..., Any]
     differentiable: bool = True
     cache: dict[bytes, float] | None = None  # scores by digest of image and row, of a reward that remembers them
+    batch: int = 64  # images scored at a time
+    per_group: bool = False  # whether it is given all images of a prompt row, and only them, instead
 
     @functools.cached_property
     def takes_metadata(self) -> bool:
@@ -90,6 +109,13 @@ class Reward:
             for oldest in list(self.cache)[: max(0, len(self.cache) - MOST_CACHED)]:
                 del self.cache[oldest]
         return torch.tensor([found[key] for key in keys], device=samples.device)
+
+    def parts(self, rows: Sequence[Row]) -> list[slice]:
+        """The places of the samples that it is given together."""
+        if not self.per_group:
+            return [slice(start, start + self.batch) for start in range(0, len(rows), self.batch)]
+        ends = [i for i in range(1, len(rows)) if rows[i].index != rows[i - 1].index]
+        return [slice(start, end) for start, end in itertools.pairwise([0, *ends, len(rows)])]
 
     def _scored(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
         prompts = [row.prompt for row in rows]
@@ -179,11 +205,11 @@ def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
     Raises: UsageError when that fails.
     """
     options, plugin = dict(options), registry.find(name)
-    weight, target = options.pop("weight", 1.0), plugin.target
+    weight, batch, target = options.pop("weight", 1.0), options.pop("batch", 64), plugin.target
     with usage_errors(), Reward(name, weight, target).blamed():
         call: Any = target(**options) if inspect.isclass(target) else functools.partial(target, **options)
     cache = _cache_of(json.dumps([name, options], sort_keys=True, default=str)) if plugin.cached else None
-    return Reward(name, weight, call, plugin.differentiable, cache)
+    return Reward(name, weight, call, plugin.differentiable, cache, batch, plugin.per == "group")
 
 
 @functools.cache
@@ -213,8 +239,8 @@ def weighted(each: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor
     return torch.stack([weights[name] * values for name, values in each.items()]).sum(0)
 
 
-def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row], batch: int = 64) -> Scores:
-    """Score samples (B, ...) with every reward, `batch` at a time; in grad mode with gradients.
+def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row]) -> Scores:
+    """Score samples (B, ...) with every reward, in parts; in grad mode with gradients. A row's samples are adjacent.
 
     Raises: RunError when images are not in [0, 1], or when a reward fails.
     """
@@ -225,10 +251,9 @@ def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row], batch
     failures = []
     for r in rewards:
         parts = []
-        for start in range(0, len(rows), batch):
-            some = rows[start : start + batch]
-            parts.append(r(samples[start : start + batch], some).to(samples.device))
-            failures.append(r.failure(parts[-1], some))
+        for part in r.parts(rows):
+            parts.append(r(samples[part], rows[part]).to(samples.device))
+            failures.append(r.failure(parts[-1], rows[part]))
         each[r.name] = torch.cat(parts)
     total = weighted(each, {r.name: r.weight for r in rewards})
     return Scores(each, total, next((text for text in failures if text), None))

@@ -45,11 +45,13 @@ def check_reward(
     """
     reward = dataclasses.replace(make_reward(name, options), cache=None)  # nothing from memory
     x = smooth_images(len(prompts)) if samples is None else samples
-    rows = [Row(i, prompt, (metadata or [{}] * len(prompts))[i]) for i, prompt in enumerate(prompts)]
+    given = zip(prompts, metadata or [{}] * len(prompts), strict=True)
+    rows = [Row(0 if reward.per_group else i, prompt, extra) for i, (prompt, extra) in enumerate(given)]
     with torch.no_grad():
         scores = reward(x, rows)
         again = reward(x, rows)
-        alone = torch.cat([reward(x[i : i + 1], rows[i : i + 1]) for i in range(len(x))])
+        ones = [] if reward.per_group else [reward(x[i : i + 1], rows[i : i + 1]) for i in range(len(x))]
+        alone = torch.cat(ones) if ones else scores
         turned = reward(x.flip(0), rows[::-1]).flip(0)
     assert scores.isfinite().all(), f"the reward {name} gave {scores.tolist()}: every score should be a finite number"
     assert scores.device == x.device, f"the scores of {name} are on {scores.device}, the samples on {x.device}"
@@ -86,6 +88,8 @@ def check_gradient(reward: Reward, x: Tensor, rows: Sequence[Row], step: float =
     with torch.no_grad():
         ahead, behind = (reward(x + sign * step * direction, rows) for sign in (1, -1))
     numeric = (ahead - behind) / (2 * step)
+    if reward.per_group:  # a score depends on the other samples too
+        slope, numeric = slope.sum(0), numeric.sum(0)
     noise = 1e-5 * max(1.0, scores.abs().max().item()) / step  # of scores in float32
     off = (slope - numeric).abs().max().item()
     said = f"{slope.tolist()} by autograd, {numeric.tolist()} by differences"

@@ -29,7 +29,7 @@ def save_plots(
     if not hasattr(policy.model, "distribution"):
         return
     problem = None
-    if policy.model.state_shape == (1,) and policy.sampler.is_markov and kappa > 0:
+    if policy.model.state_shape == (1,) and policy.sampler.is_markov and kappa > 0 and rewards:
         problem = solve(policy, rows, rewards, kappa)
         plot_densities(problem, policy, file("images/density.png"))
     if policy.model.state_shape == (2,):
@@ -97,13 +97,13 @@ def plot_plane(policy: Policy, rows: Sequence[Row], path: Path, points: int = 60
 def plot_objective(metrics: Path, problem: Problem | None, path: Path) -> None:
     """Objective (or reward, where there is no KL) against reward queries, with the optimum as a line."""
     lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    name = "objective" if lines and "objective" in lines[0] else "reward/total"
+    name = next((n for n in ("objective", "reward/total") if lines and n in lines[0]), "loss")
     figure, axes = axes_of(1, 1)
     axis = axes[0][0]
     axis.plot([line["images"] for line in lines], [line.get(name) for line in lines], label="each epoch's samples")
     if problem is not None:
         axis.axhline(problem.optimum, color="black", linestyle=":", label=f"best possible, {problem.optimum:.4f}")
         axis.axhline(problem.pretrained, color="grey", linestyle="--", label=f"pretrained, {problem.pretrained:.4f}")
-    axis.set(xlabel="reward queries", ylabel="E r - kappa KL" if name == "objective" else "reward")
+    axis.set(xlabel="images", ylabel={"objective": "E r - kappa KL", "reward/total": "reward"}.get(name, name))
     axis.legend()
     save(figure, path)

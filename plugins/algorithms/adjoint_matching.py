@@ -30,7 +30,8 @@ class AdjointMatching(Algorithm):
     """E r - kappa KL by matching each step to its lean adjoint (Domingo-Enrich et al. 2025; docs/theory.md 15).
 
     The adjoint is -grad r / kappa at the sample, carried back through the pretrained chain; a step should then move its
-    mean by -S^2 times the adjoint of the next state. The only fixed point is the optimum, at every number of steps.
+    mean by -S^2 times the adjoint of the next state. The optimum is a fixed point at every number of steps, and the
+    only one where kappa / S^2 exceeds the curvature of what is expected later, as in short steps.
     """
 
     kappa: float = 1.0  # reward per nat of path KL to the pretrained model

@@ -37,7 +37,7 @@ class GRPO(ClippedPolicyGradient):
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         if not self.normalise:
             return super().advantages(rewards, groups)
-        centred = group_advantages(rewards, groups, False, self.leave_one_out)
+        centred = group_advantages(rewards, groups, False, bool(self.leave_one_out))
         return self.bounded(centred * self.scale(rewards, groups))
 
     def surrogate(self, policy: Policy, transition: Transition, batch: Steps) -> tuple[Tensor, Metrics]:

@@ -50,7 +50,7 @@ class TimeValue(nn.Module):
 class QLearning(Algorithm):
     """Maximises beta E r - E int g^2 |s - a|^2 dt by temporal differences (Gao et al. 2024; docs/theory.md 12).
 
-    s is the score of the data, known by samples or as a pretrained score, a the policy's; for an SDE that is beta r
+    s is the score of the data, known by samples or as a pretrained score, a the policy's; at eta = 1 that is beta r
     minus twice the path KL, so kappa = 2 / beta. The value J and the policy's mean learn from one error,
     G = J(next) - J + (running reward - q) D with q = -g^2 |a - mu|^2. The paper's q has a normaliser as well, which
     adds a function of time alone to J, and a large one; without it, a J that is still to be learned does not lead a

@@ -24,12 +24,12 @@ class Remote:
         timeout: float = 60.0,  # seconds for an answer
         retries: int = 3,  # further attempts, after 1, 2, 4, ... times `backoff`
         backoff: float = 1.0,  # seconds
-        batch: int = 16,  # samples in a request, at most
+        per_request: int = 16,  # samples in a request, at most
         concurrent: int = 4,  # requests at a time
     ) -> None:
-        if batch < 1:
-            raise condrl.UsageError(f"config rewards.remote.batch: must be at least 1, got {batch}")
-        self.batch = batch
+        if per_request < 1:
+            raise condrl.UsageError(f"config rewards.remote.per_request: must be at least 1, got {per_request}")
+        self.per_request = per_request
         self.client = Client(url, "rewards.remote.url", TOKEN, timeout, retries, backoff, concurrent)
 
     @property
@@ -39,7 +39,7 @@ class Remote:
     def __call__(self, samples: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         rows = [Row(i, prompt, extra) for i, (prompt, extra) in enumerate(zip(prompts, metadata, strict=True))]
         fitting = MOST_PIXELS // samples[0, 0].numel() if samples.dim() == 4 else len(rows)
-        batch = max(1, min(self.batch, fitting))
+        batch = max(1, min(self.per_request, fitting))
         parts = [slice(start, start + batch) for start in range(0, len(rows), batch)]
         counts = [len(rows[part]) for part in parts]
         bodies = [pack(samples[part], rows[part]) for part in parts]

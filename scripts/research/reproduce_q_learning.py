@@ -229,7 +229,7 @@ def measure(trainer: Trainer, weight: float, prompt: int = 0) -> Measured:
     rows = [trainer.rows[prompt]] * (BATCHES * POINTS)
     x, data = generated(trainer, prompt, len(rows)), fresh_data(trainer, prompt, len(rows))
     kls = [knn_kl(a, b, 1) for a, b in zip(x.split(POINTS), data.split(POINTS), strict=True)]
-    reward = score(trainer.rewards, x, rows, batch=len(rows)).total.mean().item()
+    reward = score(trainer.rewards, x, rows).total.mean().item()
     return Measured(reward, statistics.mean(kls), 1.96 * statistics.stdev(kls) / len(kls) ** 0.5, weight)
 
 

@@ -1,0 +1,48 @@
+"""A reference that moves: a running average of the trained weights, which can stand in for the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condrl.diffusion.policy import Policy, acting
+
+
+class MovingReference:
+    """average <- decay average + (1 - decay) weights after each update; at first it is the policy itself."""
+
+    def __init__(self, policy: Policy, decay: float) -> None:
+        self.decay = decay
+        self.average = [weight.detach().clone() for weight in trained(policy)]
+
+    @torch.no_grad()
+    def update(self, policy: Policy) -> None:
+        """Move towards the policy's weights."""
+        for average, weight in zip(self.average, trained(policy), strict=True):
+            average.lerp_(weight, 1 - self.decay)
+
+    @contextmanager
+    def active(self, policy: Policy) -> Iterator[None]:
+        """Within it, the policy acts with the average of its weights."""
+        with acting(trained(policy), self.average):
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": list(self.average)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises: ValueError when the weights are others."""
+        for average, value in zip(self.average, state["average"], strict=True):
+            if average.shape != value.shape:
+                raise ValueError("the average is of other weights")
+            average.copy_(value)
+
+
+def trained(policy: Policy) -> list[Tensor]:
+    """What is trained of a policy's network."""
+    return [weight for weight in policy.model.module.parameters() if weight.requires_grad]
