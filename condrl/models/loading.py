@@ -217,7 +217,10 @@ def from_file(family: Family, path: Path, config: str | None, dtype: torch.dtype
 
     Raises: UsageError when it is damaged or something else.
     """
-    check_keys(family, path, keys_of(path))
+    keys = keys_of(path)
+    check_keys(family, path, keys)
+    if config is None and "v_pred" in keys:  # a mark that diffusers passes over: it would take the output for noise
+        raise UsageError(f"{path} predicts v: give model.single_file_config=<folder> with a scheduler that says so")
     if config is not None:
         damaged = (f"{file} {why}" for file in jsons_of(family, Path(config)) if (why := why_unreadable(file)))
         if wrong := next(damaged, None):
