@@ -19,7 +19,7 @@ from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout, sample
 from condrl.io.files import ASSETS
 from condrl.models.embeddings import Embeddings
-from condrl.models.loading import WHOLE, load_pipeline
+from condrl.models.loading import load_pipeline
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import Row
 from condrl.rewards.pixels import to_pil
@@ -410,7 +410,7 @@ def weights(folder, part):
 
 
 def load(folder, variant=None):
-    return load_pipeline(str(folder), None, None, torch.float32, variant)
+    return load_pipeline(StableDiffusion.family, str(folder), None, None, torch.float32, variant)
 
 
 def rewrite(file, change):
@@ -523,7 +523,7 @@ def test_what_is_no_pipeline_is_told_where_it_belongs(model, pipeline, tmp_path)
         (lambda file: rewrite(file, lambda s: [s.pop(k) for k in list(s) if k.startswith("first_stage")]), "no first_stage"),
         (lambda file: rewrite(file, lambda s: s.pop("cond_stage_model.transformer.text_model.final_layer_norm.bias")), "lacks weights, such as text_encoder.final_layer_norm.bias"),
         (lambda file: rewrite(file, lambda s: s.pop("model.diffusion_model.out.2.bias")), "lacks weights that the networks need"),
-        (lambda file: rewrite(file, lambda s: s.update({"conditioner.x": torch.zeros(1)}) or [s.pop(k) for k in list(s) if k.startswith("cond_stage")]), "Stable Diffusion XL"),
+        (lambda file: rewrite(file, lambda s: s.update({"conditioner.embedders.1.model.x": torch.zeros(1)}) or [s.pop(k) for k in list(s) if k.startswith("cond_stage")]), "is not a Stable Diffusion 1.x and 2.x model: set model.name=sdxl"),
     ],
 )  # fmt: skip
 def test_damaged_single_files_are_named(change, why, pipeline, tmp_path):
@@ -532,7 +532,7 @@ def test_damaged_single_files_are_named(change, why, pipeline, tmp_path):
     file = write_single_file(pipeline, tmp_path / "model.safetensors")
     change(file)
     with pytest.raises(UsageError, match=rf"^config model\.path: .*model.safetensors.*{why}") as found:
-        load_pipeline(str(file), None, str(pipeline), torch.float32)
+        load_pipeline(StableDiffusion.family, str(file), None, str(pipeline), torch.float32)
     assert "\n" not in str(found.value)
 
 
@@ -581,7 +581,7 @@ def test_unets_that_want_something_else_are_refused(config, match, pipeline, tmp
 @pytest.mark.parametrize(
     ("part", "kind", "match"),
     [
-        ("_class_name", "StableDiffusionXLPipeline", ".* is a StableDiffusionXLPipeline"),
+        ("_class_name", "StableDiffusionXLPipeline", ".* is a StableDiffusionXLPipeline: set model.name=sdxl"),
         ("unet", ["diffusers", "UNet3DConditionModel"], "the unet of .* is UNet3DConditionModel"),
         ("vae", ["diffusers", "AutoencoderTiny"], "the vae of .* is AutoencoderTiny"),
         ("text_encoder", ["transformers", "T5EncoderModel"], "the text_encoder of .* is T5EncoderModel"),
@@ -631,7 +631,7 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(words, tmp_path,
     monkeypatch.setattr(condrl.io.hub, "reachable", lambda _: False)
     monkeypatch.setattr(socket, "getaddrinfo", asked)
     single = tmp_path / "single.safetensors"
-    save_file({f"{start}x": torch.ones(1) for start in WHOLE}, single)
+    save_file({f"{start}x": torch.ones(1) for start in StableDiffusion.family.whole}, single)
     path = words["path"].format(single=single)
     with pytest.raises(UsageError, match="config model.path: .*(not on this machine|single_file_config)") as error:
         StableDiffusion(torch.device("cpu"), path=path)
