@@ -33,11 +33,11 @@ def gradients(name: str, folder: Path) -> dict[str, torch.Tensor]:
 
     trainer.learner.optimizer.step = note
     for epoch in range(2):
-        reward = trainer.run_epoch(epoch)
+        line = trainer.run_epoch(epoch)
     trainer.processes.check_same(trainer.learner.parameters)
     if name == ALGORITHMS[-1]:
         trainer.processes.end()
-    found[f"{name} reward"] = torch.tensor(reward)
+    found[f"{name} reward"] = torch.tensor(line.get("reward/total", line["loss"]))
     return found
 
 

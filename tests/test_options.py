@@ -32,7 +32,12 @@ OPTIONS = {
         "tracker_least": (2, {"advantage": "prompt"}),
         "balance_steps": True,
     },
-    "dpok": {**CLIPPED, "advantage_clip": (0.3, {"normalise": True}), "truncated": (True, {"kappa": 0.5})},
+    "dpok": {
+        **CLIPPED,
+        "advantage_clip": (0.3, {"normalise": True}),
+        "truncated": (True, {"kappa": 0.5}),
+        "leave_one_out": False,
+    },
     "grpo": {**CLIPPED, "global_std": False},
     "ctrl": {
         "kappa": 0.5,
