@@ -193,7 +193,7 @@ def test_how_the_images_of_a_prompt_differ(shape, tmp_path):
     assert found["flat_groups"] == 0.5
 
 
-FINE = {"updates": 100, "reward/total": 1.0, "reward/total_std": 1.0, "images": 100, "diversity": 1.0}
+FINE = {"epoch": 25, "updates": 100, "reward/total": 1.0, "reward/total_std": 1.0, "images": 100, "diversity": 1.0}
 BOUNDS = [  # what is said at the second value and not at the first
     ("flat_groups", "flat_groups", 0.89, 0.9),
     ("clipping", "clip_fraction", 0.49, 0.5),
@@ -208,7 +208,73 @@ BOUNDS = [  # what is said at the second value and not at the first
 @pytest.mark.parametrize(("name", "key", "fine", "bad"), BOUNDS)
 def test_what_is_said_and_what_is_not(name, key, fine, bad):
     line = {**FINE, "kl_budget": 1.0}
-    assert diagnose(FINE, {**line, key: fine}) == {}
-    assert list(diagnose(FINE, {**line, key: bad})) == [name]
+    assert diagnose(FINE, [{**line, key: fine}]) == {}
+    assert list(diagnose(FINE, [{**line, key: bad}])) == [name]
     if name == "value_network":
-        assert diagnose(FINE, {**line, key: bad, "updates": 49}) == {}
+        assert diagnose(FINE, [{**line, key: bad, "updates": 49}]) == {}
+
+
+# ---------------------------------------------------------------------------------------------- trends
+
+
+def course(length, **shapes):
+    """Lines of a run whose measures are functions of the epoch, with a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for epoch in range(1, length + 1):
+        noise = 0.02 * torch.randn((), generator=generator).item()
+        line = {"epoch": epoch, "updates": 4 * epoch, "images": 100 * epoch, "reward/total_std": 0.4, "grad_norm": 0.3}
+        line |= {name.replace("__", "/"): shape(epoch) for name, shape in shapes.items()}
+        line["reward/total"] = line.get("reward/total", 1.0) + noise
+        found.append(line)
+    return found
+
+
+def rises_and_falls(epoch):
+    return 1.0 + min(epoch, 40) * 0.01 - max(0, epoch - 60) * 0.005
+
+
+TRENDS = {
+    "reward_fell": course(120, reward__total=rises_and_falls),
+    "gradient_growth": course(60, grad_norm=lambda epoch: 0.3 * 1.06**epoch),
+    "drift": course(80, reward__total=lambda e: 1.0 + min(e, 30) * 0.01, path_kl=lambda e: 0.1 * e),
+    "heldout_fell": course(60, heldout__x=lambda e: 0.5 - 0.001 * abs(e - 20), heldout__x_ci95=lambda e: 0.03),
+}
+HEALTHY = {
+    "level": course(120),
+    "rising": course(120, reward__total=lambda e: 1.0 + 0.4 * (1 - 0.97**e), path_kl=lambda e: 0.1 * e),
+    "levelling off, held": course(150, reward__total=lambda e: 1.0 + 0.4 * (1 - 0.9**e), path_kl=lambda e: min(e, 40)),
+    "a dip": course(120, reward__total=lambda e: 1.2 - (0.05 if 40 < e < 44 else 0)),
+    "a falling gradient": course(100, grad_norm=lambda e: 3.0 * 0.98**e),
+    "held-out within its interval": course(60, heldout__x=lambda e: 0.5 - 0.0004 * e, heldout__x_ci95=lambda e: 0.03),
+}
+
+
+@pytest.mark.parametrize("name", TRENDS)
+def test_a_trend_is_named(name):
+    assert list(diagnose(TRENDS[name][0], TRENDS[name])) == [name]
+    assert diagnose(TRENDS[name][0], TRENDS[name][:25]) == {}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_courses_have_no_trend(name):
+    for end in range(1, len(HEALTHY[name]) + 1):
+        assert diagnose(HEALTHY[name][0], HEALTHY[name][:end]) == {}
+
+
+def test_trends_name_the_epoch_from_which_it_went_wrong():
+    assert "around epoch 60 to" in diagnose(TRENDS["reward_fell"][0], TRENDS["reward_fell"])["reward_fell"]
+    assert "from 0.5 after epoch 20 to 0.46" in diagnose({}, TRENDS["heldout_fell"])["heldout_fell"]
+    assert "since epoch" in diagnose({}, TRENDS["drift"])["drift"]
+
+
+def test_a_resumed_run_knows_its_course(tmp_path):
+    trainer = g1(tmp_path, "train.epochs=3", "algorithm.kappa=0.5")
+    trainer.fit()
+    again = g1(tmp_path, "train.epochs=3", "algorithm.kappa=0.5")
+    again.load_state_dict(trainer.state_dict())
+    assert (
+        again.recorder.lines
+        == trainer.recorder.lines
+        == [{key: value for key, value in line.items() if key != "diagnosis"} for line in lines(tmp_path)]
+    )

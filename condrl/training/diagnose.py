@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from condrl.algorithms.base import Experience
 
@@ -107,6 +110,88 @@ def reward_hacking(first: Line, line: Line) -> str | None:
     )
 
 
+def reward_fell(lines: Sequence[Line]) -> str | None:
+    means = smoothed(lines, "reward/total")
+    if len(means) < 2:
+        return None
+    best, now = max(means, key=lambda m: m.mean), means[-1]
+    if best.mean - now.mean < max(4 * math.hypot(best.error, now.error), 0.1 * best.spread):
+        return None
+    return (
+        f"the training reward has fallen from {best.mean:.3g} around epoch {best.epoch:.0f} to {now.mean:.3g}: the "
+        "policy has gone too far; end there, or try a lower train.lr, or algorithm.kappa"
+    )
+
+
+def gradient_growth(lines: Sequence[Line]) -> str | None:
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    if len(norms) < 3 * WINDOW:
+        return None
+    early, now = (statistics.median(part) for part in (norms[WINDOW : 2 * WINDOW], norms[-WINDOW:]))
+    if now < GROWTH * early:
+        return None
+    return (
+        f"the gradient's norm has grown {now / early:.0f}-fold since epochs {WINDOW + 1} to {2 * WINDOW}, as before a "
+        "collapse: try a lower train.lr, a larger train.images_per_prompt, or algorithm.kappa"
+    )
+
+
+def drift(lines: Sequence[Line]) -> str | None:
+    means = smoothed(lines, "reward/total")
+    measured = [(line["epoch"], line.get("base_kl", line.get("path_kl"))) for line in lines]
+    kl = [(epoch, value) for epoch, value in measured if value is not None]
+    if not means or not kl:
+        return None
+    best = max(means, key=lambda m: m.mean)
+    reached = next(m for m in means if m.mean >= best.mean - 2 * math.hypot(m.error, best.error))
+    then = next((value for epoch, value in kl if epoch >= reached.epoch), math.inf)
+    if lines[-1]["epoch"] < reached.epoch + 2 * WINDOW or kl[-1][1] < 2 * then:
+        return None
+    return (
+        f"since epoch {reached.epoch:.0f} the path KL to the base model has grown from {then:.3g} to {kl[-1][1]:.3g} "
+        "nats without more reward: end there, or try a lower train.lr, or a larger algorithm.kappa"
+    )
+
+
+def heldout_fell(lines: Sequence[Line]) -> str | None:
+    for name in (n for n in lines[-1] if n.startswith(("heldout/", "validation/")) and f"{n}_ci95" in lines[-1]):
+        best = max((line for line in lines if name in line), key=lambda line: line[name])
+        if best[name] - lines[-1][name] > lines[-1][f"{name}_ci95"]:
+            return (
+                f"{name} has fallen from {best[name]:.3g} after epoch {best['epoch']:.0f} to {lines[-1][name]:.3g}, by "
+                "more than its interval: end there, or try a lower train.lr, or algorithm.kappa"
+            )
+    return None
+
+
+WINDOW = 10  # epochs that are averaged
+GROWTH = 8  # of the gradient's norm, that is too much
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """The mean over some epochs, the last of which is `epoch`."""
+
+    epoch: float
+    mean: float
+    error: float  # standard error of the mean
+    spread: float  # standard deviation of single images
+
+
+def smoothed(lines: Sequence[Line], name: str) -> list[Smoothed]:
+    """A measure's means over windows of epochs, counted from the newest back."""
+    found = []
+    for end in range(len(lines), WINDOW - 1, -WINDOW):
+        part = lines[end - WINDOW : end]
+        if any(name not in line for line in part):
+            break
+        values = [line[name] for line in part]
+        error = statistics.stdev(values) / WINDOW**0.5
+        spread = statistics.mean(line.get(f"{name}_std", 0.0) for line in part)
+        found.append(Smoothed(part[-1]["epoch"], statistics.mean(values), error, spread))
+    return found[::-1]
+
+
 CHECKS: tuple[Callable[[Line, Line], str | None], ...] = (
     flat_groups,
     clipping,
@@ -119,7 +204,14 @@ CHECKS: tuple[Callable[[Line, Line], str | None], ...] = (
 )
 
 
-def diagnose(first: Line, line: Line) -> dict[str, str]:
-    """What is wrong with an epoch, by the name of the check; `first` is what the run's first epoch recorded."""
-    found = {check.__name__: check(first, line) for check in CHECKS}
+TRENDS: tuple[Callable[[Sequence[Line]], str | None], ...] = (reward_fell, gradient_growth, drift, heldout_fell)
+
+
+def diagnose(first: Line, lines: Sequence[Line]) -> dict[str, str]:
+    """What is wrong after the last of a run's epochs, by the name of the check.
+
+    `first` is what the first epoch recorded, with the base model's held-out measures.
+    """
+    found = {check.__name__: check(first, lines[-1]) for check in CHECKS}
+    found |= {check.__name__: check(lines) for check in TRENDS}
     return {name: text for name, text in found.items() if text}

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from condrl.algorithms.base import Collected, Experience
 from condrl.errors import naming
-from condrl.io.records import to_json
+from condrl.io.records import from_json, to_json
 from condrl.processes import Processes
 from condrl.training.diagnose import diagnose, spread_metrics
 from condrl.training.folder import RunFolder
@@ -27,6 +27,7 @@ class Recorder:
         self.folder, self.processes = folder, processes
         self.metrics_file = folder.path / "metrics.jsonl"  # the same whenever a run is repeated or resumed
         self.first: dict[str, float] = {}  # what the first epoch recorded, with the base model's held-out measures
+        self.lines: list[dict[str, Any]] = []  # what was recorded so far
         self.printed: set[str] = set()  # the diagnoses that were printed
 
     @property
@@ -38,6 +39,8 @@ class Recorder:
         """Cut metrics.jsonl to its first `size` bytes."""
         if self.processes.is_main and self.size > size:
             os.truncate(self.folder.claim(self.metrics_file.name), size)
+        content = self.metrics_file.read_text("utf-8") if self.metrics_file.exists() else ""
+        self.lines = [without_diagnosis(from_json(line)) for line in content.splitlines()]
 
     def record(
         self,
@@ -56,7 +59,8 @@ class Recorder:
         else:
             line |= metrics
         self.first = {**line, **self.first}  # the first epoch's, and the base model's held-out measures
-        found = diagnose(self.first, line)
+        self.lines.append(line)
+        found = diagnose(self.first, self.lines)
         if self.processes.is_main:
             self.write(line, found, seconds)
         return line
@@ -83,6 +87,11 @@ class Recorder:
         path = self.folder.file(f"images/epoch_{epoch + 1:04d}.png")
         save_grid(path, list(experience.preview), labels)
         log_picture(self.processes.accelerator, "images", path, epoch + 1)
+
+
+def without_diagnosis(line: Any) -> dict[str, Any]:
+    """What was measured, of a line of the record."""
+    return {name: value for name, value in line.items() if name != "diagnosis"}
 
 
 def reward_metrics(experience: Experience) -> dict[str, float]:
