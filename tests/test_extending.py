@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from helpers import ROOT, run_python
 
 from condrl import UsageError, registry
+from condrl.__main__ import main
 from condrl.config import load_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
@@ -55,12 +58,23 @@ def folder(tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("reader"))
 
 
-def run(command: str, folder: Path, *more: str) -> str:
-    """What a command of the page prints, with further words."""
-    program, *words = [*shlex.split(command), *more]
-    done = run_python(*(["-m", "condrl"] if program == "condrl" else []), *words, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(folder, monkeypatch, capsys) -> Callable[..., str]:
+    """Runs a command of the page in the reader's folder, with further words; returns what it prints."""
+
+    def run(line: str, *more: str) -> str:
+        program, *words = [*shlex.split(line), *more]
+        monkeypatch.chdir(folder)
+        if program == "python":
+            done = run_python(*words, cwd=folder)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+        monkeypatch.setattr(sys, "argv", [program, *words])
+        code, said = main(), capsys.readouterr()
+        assert code == 0, said.err
+        return said.out
+
+    return run
 
 
 def command(start: str, *parts: str) -> str:
@@ -100,8 +114,8 @@ def test_every_option_has_a_comment(plugins):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python ")])
-def test_a_file_checks_itself(line, folder):
-    run(line, folder)
+def test_a_file_checks_itself(line, run):
+    run(line)
 
 
 @pytest.mark.slow
@@ -123,24 +137,24 @@ def test_a_file_finds_what_is_wrong_with_itself(file, right, wrong, tmp_path):
 @pytest.mark.parametrize(
     "line", [line for line in COMMANDS if " toy/" not in line and "finetune" in line], ids=plugin_of
 )
-def test_a_plugin_tunes_the_quickstart(line, folder):
-    said = run(line, folder, *FEW)
+def test_a_plugin_tunes_the_quickstart(line, run):
+    said = run(line, *FEW)
     assert "held-out, tuned" in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in COMMANDS if " sample " in line], ids=plugin_of)
-def test_a_plugin_draws(line, folder):
-    (path,) = re.findall("wrote (.*)", run(line, folder))
+def test_a_plugin_draws(line, run, folder):
+    (path,) = re.findall("wrote (.*)", run(line))
     assert read_image(folder / path, "the sheet").shape[0] == 3
 
 
 @pytest.mark.slow
-def test_the_plugins_command_lists_them(folder):
+def test_the_plugins_command_lists_them(run):
     words = re.findall(r"`(condrl plugins [^`]*)`", PAGE)
     assert words
     for line in words:
-        assert f"{line.split()[-1]}:" in run(line, folder)
+        assert f"{line.split()[-1]}:" in run(line)
 
 
 def test_the_files_and_names_that_the_page_mentions_are_there():
@@ -205,9 +219,9 @@ def test_fading_draws_the_data(plugins):
 
 
 @pytest.mark.slow
-def test_reward_weighted_regression_finds_the_optimum(folder):
+def test_reward_weighted_regression_finds_the_optimum(run, folder):
     """By the page's own command: of the exact problem, without sampling."""
-    said = run(command("condrl finetune toy/m1"), folder)
+    said = run(command("condrl finetune toy/m1"))
     assert "held-out, tuned" in said
     config = load_config([str(folder / "runs" / "weighted" / "config.yaml")])
     policy, rows = make_policy(config, torch.device("cpu")), load_prompts(config.prompts.train, "prompts.train")
@@ -215,6 +229,7 @@ def test_reward_weighted_regression_finds_the_optimum(folder):
     assert abs(problem.gap_closed(problem.audit(policy))) < 1e-6  # not yet
     policy.model.load_adapter(folder / "runs" / "weighted" / "lora")
     assert problem.gap_closed(problem.audit(policy)) > 0.95
+    assert (folder / "runs" / "weighted" / "images" / "density.png").is_file()
     lines = [json.loads(line) for line in (folder / "runs" / "weighted" / "metrics.jsonl").read_text().splitlines()]
     assert abs(lines[-1]["reward/total"] - lines[0]["reward/total"]) < 0.5  # the pretrained model's, to the end
 
@@ -242,8 +257,8 @@ def test_points_of_a_ring_are_as_far_out_as_their_prompt_says(plugins):
 
 
 @pytest.mark.slow
-def test_a_ring_is_tuned(folder):
-    run(command("condrl finetune toy/plane"), folder, "train.epochs=20")
+def test_a_ring_is_tuned(run, folder):
+    run(command("condrl finetune toy/plane"), "train.epochs=20")
     result = json.loads((folder / "runs" / "ring" / "result.json").read_text())
     assert result["heldout"]["quadratic"]["difference"]["mean"] > 0.5
 
