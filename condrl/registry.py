@@ -235,8 +235,8 @@ class Registry:
         plugin = Plugin(self.kind, name or snake_case(getattr(target, "__name__", "")), target, **flags)
         check_plugin(plugin)
         check_name(plugin)
-        known = self.plugins.get(plugin.name)
-        taken = known.source if known else self._shipped().get(plugin.name, plugin.source)
+        existing = self.plugins.get(plugin.name)
+        taken = existing.source if existing else self._shipped().get(plugin.name, plugin.source)
         if Path(taken).resolve() != Path(plugin.source).resolve():
             raise UsageError(f"two files define the {self.kind} {plugin.name!r}: {taken} and {plugin.source}")
         self.plugins[plugin.name] = plugin
@@ -294,8 +294,8 @@ class Registry:
         """Register what an entry point or a dotted path names, unless importing it has done so under this name."""
         if name in self.plugins or not callable(target) or self._belongs_elsewhere(target):
             return
-        known = next((plugin for plugin in self.plugins.values() if plugin.target is target), None)
-        plugin = dataclasses.replace(known or Plugin(self.kind, name, target), name=name)  # with its flags
+        existing = next((plugin for plugin in self.plugins.values() if plugin.target is target), None)
+        plugin = dataclasses.replace(existing or Plugin(self.kind, name, target), name=name)  # with its flags
         check_plugin(plugin)
         self.plugins[name] = plugin
 

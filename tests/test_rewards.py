@@ -230,7 +230,7 @@ def test_what_fails_when_it_is_made_or_loaded_is_bad_input():
         (RunError("c"), "stopped: c", 1),
         (OSError(28, "No space left"), "stopped: [Errno 28] No space left", 1),
         (KeyboardInterrupt(), "interrupted", 130),
-        (Stopped(15), "stopped by SIGTERM; the same command with run.resume=auto goes on", 143),
+        (Stopped(15), "stopped by SIGTERM; the same command with run.resume=auto resumes it", 143),
     ],
 )
 def test_a_traceback_is_shown_when_asked_for(error, line, code, capsys, monkeypatch):

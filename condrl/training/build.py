@@ -49,7 +49,7 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
     if isinstance(schedule, DiscreteSchedule) and schedule.prediction == "epsilon":
         raise UsageError(
             "the sampler starts where there is no signal (zero terminal SNR), and the noise that the model predicts "
-            "tells nothing there: use sampler.spacing=leading"
+            "is meaningless there: use sampler.spacing=leading"
         )
     x, k = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
     first, _ = sampler.step(k, x, lambda x, t: torch.zeros_like(x), sampler.init(x))

@@ -29,8 +29,8 @@ class NFT(Algorithm):
     draws: int = 4  # times at which each image is noised
     times: tuple[float, float] = (0.1, 0.97)  # their range, as a share of the schedule's time
     normalise: bool = True  # divide a group's advantages by its standard deviation
-    adaptive: bool = True  # weigh draws by 1 / mean |error|: less noise, and a minimum that is moved a little
-    old_decay: float = 0.0  # of the average of weights that rolls out, and that steps are taken from; 0: the newest
+    adaptive: bool = True  # weigh draws by 1 / mean |error|: less noise, and a slightly shifted minimum
+    old_decay: float = 0.0  # of the running average of weights that rolls out and that steps start from; 0: the newest
 
     old: MovingReference = field(init=False)
 
