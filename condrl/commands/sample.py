@@ -188,9 +188,7 @@ def split_words(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def default_config(settings: Sequence[str]) -> Path | None:
     """The config of a LoRA without a run: the quickstart's, unless the settings name the model that it is for."""
-    return (
-        None if any(setting_keys(setting) == ["model", "path"] for setting in settings) else CONFIGS / "quickstart.yaml"
-    )
+    return None if any(setting_keys(each) == ["model", "path"] for each in settings) else CONFIGS / "quickstart.yaml"
 
 
 def with_rank(lora: Path, settings: Sequence[str]) -> list[str]:

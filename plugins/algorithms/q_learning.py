@@ -63,9 +63,7 @@ class QLearning(Algorithm):
 
     beta: float = 1.0  # weight of the reward; kappa is 2 / beta, and 0 learns the distribution of the data alone
     temperature: float = 5.0  # of exploration: the variance of an action is this over 2 g^2
-    score: Literal["samples", "all", "paired", "pretrained"] = (
-        "samples"  # of the data, from points: see above; or given
-    )
+    score: Literal["samples", "all", "paired", "pretrained"] = "samples"  # of the data, by points: see above; or given
     samples: int = 300  # points drawn for each step and batch of the roll-out
     floor: float = 1e-12  # density below which points count as too far away, in the ratio estimator
     rule: Literal["loss", "martingale"] = "loss"  # Adam on eq. (31); or updates (29)-(30), the policy's without D
