@@ -94,7 +94,7 @@ CASES = [
     ("text.yaml", "text.yaml is not a config"),
     ("section.yaml", "train: expected a section of keys, got 5"),
     ("missing.yaml rewards.shapes.weight=1", "prompts.train"),
-    ("null_reward.yaml", "for its defaults write rewards.shapes={}"),
+    ("null_reward.yaml", "for its default options write rewards.shapes={}"),
     ("pictures", "'pictures' is a folder"),
     ("--train.epochs=1", "settings are written without dashes"),
     ("env.yaml", "run.name: '${oc.env:HOME}' may only refer to a key"),

@@ -51,11 +51,8 @@ def clip(args: argparse.Namespace) -> list[Row]:
     """Held-out measures before, during and after tuning on CLIP alone, with the path KL to the base model."""
     rows = []
     for seed in range(args.seeds):
-        frequent = (
-            "evaluate.every=7",
-            "train.kl_budget=1e9",
-            f"run.seed={seed}",
-        )  # the budget is never spent: to record
+        # the budget is never spent: it is there to be recorded
+        frequent = ("evaluate.every=7", "train.kl_budget=1e9", f"run.seed={seed}")
         result, lines = tuned(args.work / f"clip_{seed}", [*CLIP, *frequent, *args.words])
         curve = [  # a line's KL is of the policy before its update, its held-out measures of the one after
             {"epoch": line["epoch"], "kl": after["base_kl"], **heldout(line)}
