@@ -236,7 +236,7 @@ def test_prompts_that_cannot_be_shared_out_are_refused(tmp_path):
     words = [*toy_words("ddpo", tmp_path / "run"), "train.prompts_per_epoch=1"]
     done = run_python(*TORCHRUN, FINETUNE, *words, cwd=tmp_path, **CPU)
     assert done.returncode != 0
-    line = "error: config train.prompts_per_epoch: 1 prompts cannot be shared out to 2 processes"
+    line = "error: config train.prompts_per_epoch: 1 prompts cannot be distributed over 2 processes"
     assert done.stderr.count(line) == 1  # not once for each
 
 

@@ -61,13 +61,13 @@ def why_unreadable(path: Path) -> str | None:
         if start.lower().startswith(text):
             return why
     if path.suffix == ".safetensors":
-        return _check_safetensors(path, start)
+        return _safetensors_error(path, start)
     if path.suffix == ".json":
-        return _check_json(path)
+        return _json_error(path)
     return None
 
 
-def _check_safetensors(path: Path, start: bytes) -> str | None:
+def _safetensors_error(path: Path, start: bytes) -> str | None:
     """8 bytes hold the header's length, then comes the header in JSON, then the tensors it lists."""
     if start.startswith((ZIP, PICKLE)):
         return "is a pickle under the name of a safetensors file"
@@ -85,7 +85,7 @@ def _check_safetensors(path: Path, start: bytes) -> str | None:
     return f"is truncated: it has {size:,} of {length:,} bytes" if length > size else None
 
 
-def _check_json(path: Path) -> str | None:
+def _json_error(path: Path) -> str | None:
     try:
         value = json.loads(path.read_bytes())  # as the libraries read it, which write NaN and Infinity themselves
     except RecursionError:
