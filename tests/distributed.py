@@ -20,7 +20,8 @@ SPLIT = ["train.prompts_per_epoch=6", "train.images_per_prompt=8", "train.rollou
 
 def gradients(name: str, folder: Path) -> dict[str, torch.Tensor]:
     """Those of each update, over policy and value network, and the last line's means."""
-    config = load_config([*toy_words(name, folder), *SPLIT])
+    alone = ["train.images_per_prompt=1"] if name == "diffusion_dpo" else []
+    config = load_config([*toy_words(name, folder), *SPLIT, *alone])
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.run.seed)
     trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
@@ -33,11 +34,11 @@ def gradients(name: str, folder: Path) -> dict[str, torch.Tensor]:
 
     trainer.learner.optimizer.step = note
     for epoch in range(2):
-        reward = trainer.run_epoch(epoch)
+        line = trainer.run_epoch(epoch)
     trainer.processes.check_same(trainer.learner.parameters)
     if name == ALGORITHMS[-1]:
         trainer.processes.end()
-    found[f"{name} reward"] = torch.tensor(reward)
+    found[f"{name} reward"] = torch.tensor(line.get("reward/total", line["loss"]))
     return found
 
 

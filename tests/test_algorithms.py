@@ -13,8 +13,9 @@ from condrl.config import load_config
 from condrl.diffusion.path_kl import path_kl
 from condrl.diffusion.rollout import Place
 from condrl.prompts import Row
-from condrl.toys import oracle
-from condrl.toys.exact import Problem, monte_carlo_value, solve
+from condrl.toys import oracle, reference
+from condrl.toys.exact import Problem, solve
+from condrl.toys.reference import monte_carlo_value
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
 from condrl.training.trainer import Clock, Trainer
@@ -51,7 +52,7 @@ def gradients(trainer: Trainer, epochs: int) -> torch.Tensor:
 def chain_of(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sampler, schedule = trainer.policy.sampler, trainer.policy.model.schedule
     assert sampler.affine is not None
-    return oracle.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
+    return reference.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
 
 
 def exact_gradient(
@@ -236,7 +237,9 @@ def test_riccati_is_where_they_go(tmp_path):
     words = ["train.epochs=300", "train.lr=3e-2", "algorithm.name=dpok"]
     trainer = trainer_of("g1", tmp_path, *small(12, *words))
     trainer.fit()
-    found = oracle.riccati(chain_of(trainer), (0.9, 0.6, 0.0), 0.5, (0.0, trainer.policy.model.schedule.prior_std**2))
+    found = reference.riccati(
+        chain_of(trainer), (0.9, 0.6, 0.0), 0.5, (0.0, trainer.policy.model.schedule.prior_std**2)
+    )
     x = torch.tensor([[-0.5], [0.5], [1.5]])
     with torch.no_grad():
         for k in range(12):
@@ -253,7 +256,7 @@ def test_ctrl_on_an_ode_finds_the_deterministic_optimum(tmp_path):
     a, c, _ = chain_of(trainer)
     sampler, g2 = trainer.policy.sampler, trainer.policy.model.schedule.g2(trainer.policy.sampler.times[:-1])
     stand_in = sampler.B / (g2 * -sampler.times.diff()).sqrt()
-    found = oracle.riccati((a, c, stand_in), (0.9, 0.6, 0.0), 0.5, (0.0, 1.0))
+    found = reference.riccati((a, c, stand_in), (0.9, 0.6, 0.0), 0.5, (0.0, 1.0))
     gaps = []
     x = torch.tensor([[0.2], [1.2]])
     with torch.no_grad():

@@ -124,7 +124,7 @@ def test_a_files_options_go_with_the_plugin_they_were_written_for(tmp_path):
         ("run.dir=a: b", "a: b"),
         ("model.negative_prompt=blurry #1 ugly", "blurry #1 ugly"),
         ("model.negative_prompt=no", "no"),
-        ("model.negative_prompt=", ""),
+        ("model.negative_prompt=", None),
         ("model.negative_prompt=[bad", "[bad"),
         ("model.negative_prompt='quoted'", "'quoted'"),
         ("model.negative_prompt=a=b", "a=b"),
@@ -290,12 +290,12 @@ def test_help_shows_every_key_with_a_comment():
     ],
 )
 def test_finetune_exits_with_2_before_any_model_work(words, message, tmp_path, monkeypatch, capsys):
-    import condrl.plugins.models.stable_diffusion
+    import condrl.models.latent
 
     def untouched(*_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(condrl.plugins.models.stable_diffusion, "load_pipeline", untouched)
+    monkeypatch.setattr(condrl.models.latent, "load_pipeline", untouched)
     monkeypatch.chdir(tmp_path)
     files = {"empty": "empty.txt", "broken": "broken.jsonl", "syntax": "syntax.py"}
     (tmp_path / "empty.txt").write_text("\n\n")

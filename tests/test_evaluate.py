@@ -15,7 +15,7 @@ from condrl.diffusion.schedule import OU
 from condrl.prompts import Row
 from condrl.rewards.pixels import to_pil
 from condrl.rewards.scoring import make_reward
-from condrl.toys import oracle
+from condrl.toys import reference
 from condrl.training.build import make_policy, make_sampler
 from condrl.training.evaluate import Diversity, estimate, evaluate, paired, paired_difference, verdict
 from condrl.training.folder import RunFolder
@@ -224,7 +224,7 @@ def test_measures_are_reported_beside_the_rewards_with_their_options(tmp_path):
 
 def moment_of_chain(sampler, schedule):
     """E x^2 at the end of the chain of the pretrained N(1, .49)."""
-    a, c, S = oracle.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
+    a, c, S = reference.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
     m, v = 0.0, schedule.prior_std**2
     for k in range(len(a)):
         m, v = a[k] * m + c[k], a[k] ** 2 * v + S[k] ** 2

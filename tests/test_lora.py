@@ -318,7 +318,7 @@ WRONG = {
         "unet.nowhere.lora.down.weight": VALUE,
         "unet.nowhere.lora.up.weight": OTHER,
     },
-    "another model.*lora_unet_input_blocks_1": {"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": VALUE},
+    "another model.*lora_unet_input_blocks_9": {"lora_unet_input_blocks_9_1_proj_in.lora_down.weight": VALUE},
     "is not whole.*ff.net.2": {"unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2.lora.down.weight": VALUE},
     "conv_in.*model.lora_targets leaves out": {
         "unet.conv_in.lora.down.weight": torch.zeros(2, 4, 3, 3),

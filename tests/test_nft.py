@@ -3,7 +3,12 @@
 import pytest
 import torch
 from chains import SCHEDULE, SHAPES, an_epoch, move, trainer_of
+from helpers import ROOT
 
+from condrl.config import load_config
+from condrl.prompts import load_prompts
+from condrl.toys.exact import solve
+from condrl.training.build import make_trainer
 from condrl.training.trainer import Clock
 
 PLAIN = {"temperature": 3.0, "draws": 3, "times": (0.1, 0.97), "normalise": False, "adaptive": False}
@@ -120,4 +125,66 @@ def test_the_old_policy_may_be_a_running_average(tmp_path):
     for average, kept in zip(averages, again.algorithm.old.average, strict=True):
         torch.testing.assert_close(average, kept)
     with pytest.raises(ValueError, match="other weights"):
-        again.algorithm.load_state_dict({"average": [w[:1] for w in state["average"]]})
+        again.algorithm.load_state_dict({"old": {"average": [w[:1] for w in state["old"]["average"]]}})
+
+
+# ---------------------------------------------------------------------------------------------- kappa
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", [{}, {"temperature": 0.0}, {"adaptive": True}], ids=str)
+def test_kappa_adds_the_squared_distance_to_the_pretrained_velocity(case, shape, tmp_path):
+    options = {**PLAIN, "kappa": 0.7, **case}
+    trainer = trainer_of(tmp_path, shape, algorithm={"name": "nft", **options})
+    move(trainer)
+    experience, _, batch = an_epoch(trainer)
+    move(trainer, 0.1, seed=1)
+    loss, metrics = trainer.algorithm.loss(trainer.policy, batch)
+    model, place = trainer.policy.model, (batch.x, batch.t, batch.condition)
+    with torch.no_grad(), model.reference():
+        base = velocity(model.score(*place), batch.x, batch.t)
+    new, old = velocity(model.score(*place), batch.x, batch.t), velocity(batch.old_score, batch.x, batch.t)
+    alpha = SCHEDULE.alpha(batch.t).float().reshape(-1, *[1] * (batch.x.dim() - 1))
+    sigma = SCHEDULE.sigma(batch.t).float().reshape(-1, *[1] * (batch.x.dim() - 1))
+    target = alpha * batch.noise - sigma * (batch.x - sigma * batch.noise) / alpha
+    rewards, rows = experience.scores.total, [row.index for row in experience.rows]
+    means = [rewards[[j for j, r in enumerate(rows) if r == row and j != i]].mean() for i, row in enumerate(rows)]
+    centred = rewards - torch.stack(means)  # on the others' mean
+    if options["temperature"]:
+        centred = centred.clamp(-options["temperature"], options["temperature"])
+    step, distance, error = (x.flatten(1) for x in (new - old, new - base, target - old))
+    expected = options["temperature"] * step.square().mean(1) + 0.7 * distance.square().mean(1)
+    expected = expected - 2 * centred.repeat(3) * (error * step).mean(1)
+    if options["adaptive"]:
+        expected = expected / error.abs().mean(1)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+    assert metrics["base_distance"].item() == pytest.approx(distance.square().mean().item(), rel=1e-3)
+
+
+def test_stages_are_anchored_where_the_one_before_ended(tmp_path):
+    """The distance is to the policy of that epoch's beginning, times the stages; a checkpoint keeps it."""
+    options = {**PLAIN, "kappa": 0.5, "stages": 3, "temperature": 0.0}
+    trainer = trainer_of(tmp_path, algorithm={"name": "nft", **options}, train={"epochs": 6, "lr": 0.05})
+    starts = []
+    for epoch in range(6):
+        starts.append([p.detach().clone() for p in trainer.learner.weights])
+        trainer.run_epoch(epoch)
+        for anchor, start in zip(trainer.algorithm.anchor.average, starts[epoch // 2 * 2], strict=True):
+            assert torch.equal(anchor, start)
+    again = trainer_of(tmp_path / "again", algorithm={"name": "nft", **options}, train={"epochs": 6})
+    again.algorithm.load_state_dict(trainer.algorithm.state_dict())
+    assert again.algorithm.epoch == 6
+    assert torch.equal(again.algorithm.anchor.average[0], trainer.algorithm.anchor.average[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stages", "low", "high"), [(1, 0.8, 0.92), (4, 0.94, 1.0)])
+def test_stages_take_the_first_orders_error_back(stages, low, high, tmp_path):
+    """On M1 at kappa = .5: the share of the gap to the best objective that is closed."""
+    words = [str(ROOT / "configs" / "toy" / "m1.yaml"), "algorithm.name=nft", f"algorithm.stages={stages}"]
+    words += ["algorithm.temperature=0", "algorithm.normalise=false", "algorithm.adaptive=false", "algorithm.draws=8"]
+    config = load_config([*words, "algorithm.kappa=0.5", "algorithm.times=[0.008,0.99]", f"run.dir={tmp_path}"])
+    trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+    trainer.fit()
+    solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
+    assert low < solved.gap_closed(solved.audit(trainer.policy)) < high

@@ -32,7 +32,12 @@ OPTIONS = {
         "tracker_least": (2, {"advantage": "prompt"}),
         "balance_steps": True,
     },
-    "dpok": {**CLIPPED, "advantage_clip": (0.3, {"normalise": True}), "truncated": (True, {"kappa": 0.5})},
+    "dpok": {
+        **CLIPPED,
+        "advantage_clip": (0.3, {"normalise": True}),
+        "truncated": (True, {"kappa": 0.5}),
+        "leave_one_out": False,
+    },
     "grpo": {**CLIPPED, "global_std": False},
     "ctrl": {
         "kappa": 0.5,
@@ -48,6 +53,8 @@ OPTIONS = {
     },
     "nft": {
         "temperature": 0.8,
+        "kappa": 0.5,
+        "stages": (3, {"kappa": 0.5}),
         "draws": 2,
         "times": (0.3, 0.6),
         "normalise": False,

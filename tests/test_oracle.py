@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from condrl.diffusion.schedule import OU, VP
-from condrl.toys import oracle
+from condrl.toys import oracle, reference
 from condrl.toys.oracle import GaussianMixture, Line, Quadratic
 
 KAPPA = 0.5
@@ -85,7 +85,7 @@ def test_value_gradient_is_the_optimal_control(distribution, reward):
     a, s = schedule.alpha(t), schedule.sigma(t)
     distributions, rewards = everywhere(distribution, x), everywhere(reward, x)
     (slope,) = torch.autograd.grad(oracle.value(distributions, rewards, KAPPA, x, a, s).sum(), x)
-    control = oracle.optimal_score(distributions, rewards, KAPPA, x, a, s) - distributions.noised(a, s).score(x)
+    control = reference.optimal_score(distributions, rewards, KAPPA, x, a, s) - distributions.noised(a, s).score(x)
     torch.testing.assert_close(slope / KAPPA, control.detach(), atol=1e-9, rtol=1e-8)
 
 
@@ -112,7 +112,7 @@ def gaussian(steps, eta=1.0, schedule=None, name="exponential"):
     schedule = schedule or OU()
     times = schedule.grid(steps)
     sampler = make("sampler", {"name": name, "eta": eta}, schedule, times)
-    return oracle.gaussian_chain(sampler, schedule.alpha(times), schedule.sigma(times), 1.0, 0.49), schedule
+    return reference.gaussian_chain(sampler, schedule.alpha(times), schedule.sigma(times), 1.0, 0.49), schedule
 
 
 def objective_of(chain, gain, offset, reward, kappa, start):
@@ -130,7 +130,7 @@ def objective_of(chain, gain, offset, reward, kappa, start):
 def test_riccati_is_the_best_affine_policy(eta):
     chain, schedule = gaussian(12, eta)
     reward, start = (0.9, 0.6, 0.1), (0.0, schedule.prior_std**2)
-    found = oracle.riccati(chain, reward, KAPPA, start)
+    found = reference.riccati(chain, reward, KAPPA, start)
     gain, offset = found.gain.clone().requires_grad_(), found.offset.clone().requires_grad_()
     value = objective_of(chain, gain, offset, reward, KAPPA, start)
     assert value.item() == pytest.approx(found.objective.item(), abs=1e-9)
@@ -144,7 +144,7 @@ def test_optimal_discrete_law_approaches_the_tilted_law():
         chain, schedule = gaussian(steps, schedule=OU(end=12.0, final_time=1e-3), name="euler_maruyama")
         a, s = (c(torch.tensor(12.0)).item() for c in (schedule.alpha, schedule.sigma))
         m, v = a, a**2 * 0.49 + s**2  # the exact distribution at the start
-        found = oracle.riccati(chain, (0.9, 0.6, 0.0), KAPPA, (m, v))
+        found = reference.riccati(chain, (0.9, 0.6, 0.0), KAPPA, (m, v))
         for k in range(steps):
             m, v = (found.gain[k] * m + found.offset[k]).item(), (found.gain[k] ** 2 * v + chain[2][k] ** 2).item()
         precision = 1 / 0.49 + 0.6 / KAPPA
@@ -161,7 +161,7 @@ def test_dynamic_program_is_riccati_where_that_is_exact():
     x, reward = line.x, 0.9 * line.x - 0.3 * line.x**2
     base = a[:, None] * x + c[:, None]
     program = oracle.dynamic_program(line, base, S, reward, KAPPA)
-    found = oracle.riccati(chain, (0.9, 0.6, 0.0), KAPPA, (0.0, schedule.prior_std**2))
+    found = reference.riccati(chain, (0.9, 0.6, 0.0), KAPPA, (0.0, schedule.prior_std**2))
     inside = x.abs() < 3
     optimal = found.gain[:, None] * x + found.offset[:, None]
     torch.testing.assert_close(program.means[:, inside], optimal[:, inside], atol=2e-4, rtol=0)
@@ -190,7 +190,7 @@ def test_distances_of_laws_on_a_line():
     line = Line(-10, 10, 4000)
     p, q = line.masses(-((line.x - 0.5) ** 2) / 2), line.masses(-(line.x**2) / 2)
     assert oracle.kl_of_masses(p, q) == pytest.approx(0.125, abs=1e-6)
-    assert oracle.wasserstein(line, p, q) == pytest.approx(0.5, abs=1e-4)
+    assert reference.wasserstein(line, p, q) == pytest.approx(0.5, abs=1e-4)
     star, log_z = oracle.tilted_masses(line, -(line.x**2) / 2, line.x, 2.0)
     assert (star * line.x).sum().item() == pytest.approx(0.5, abs=1e-6)
     assert log_z == pytest.approx(0.125, abs=1e-6)
@@ -199,7 +199,7 @@ def test_distances_of_laws_on_a_line():
 def test_feynman_kac_estimate():
     """E exp(x / kappa) of N(0, 1) is exp(1 / (2 kappa^2))."""
     rewards = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    found = oracle.feynman_kac(rewards, 2.0)
+    found = reference.feynman_kac(rewards, 2.0)
     assert abs(found.value - 0.25) < 4 * found.error
     assert 0 < found.error < 0.01
 

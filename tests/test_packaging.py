@@ -64,7 +64,7 @@ def test_a_shipped_config_is_tuned_from_an_empty_folder(wheel, tmp_path):
     assert (run / "result.json").is_file()
     command = json.loads((run / "result.json").read_text())["command"]
     assert command[1:] == ["finetune", *words]
-    wrong = run_python("-m", "condrl", "finetune", "toy/g2", cwd=tmp_path, PYTHONPATH=str(wheel))
+    wrong = run_python("-m", "condrl.commands.finetune", "toy/g2", cwd=tmp_path, PYTHONPATH=str(wheel))
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "there is no config file 'toy/g2'" in wrong.stderr
 
@@ -93,6 +93,13 @@ def test_a_notebook_tunes_and_draws(wheel, tmp_path):
     *_, drawn, refused = done.stdout.splitlines()
     assert drawn == "['redness', 'shapes', 'shapes_exact'] [(64, 64), (64, 64), (64, 64), (64, 64)]"
     assert refused.startswith("config train.epochz: there is no such key.")
+
+
+def test_every_shipped_plugin_is_in_the_wheel(wheel):
+    for room in ("rewards", "samplers", "algorithms", "models", "steering"):
+        files = {file.name for file in (ROOT / "plugins" / room).glob("*.py")}
+        assert files == {file.name for file in (wheel / "condrl" / "plugins" / room).glob("*.py")}
+        assert len(files) > 2
 
 
 def test_editable_install_reads_the_checkout(tmp_path):

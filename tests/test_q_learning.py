@@ -15,7 +15,7 @@ from condrl.algorithms.actions import pretrained_scores
 from condrl.config import load_config
 from condrl.diffusion.noise import Noise
 from condrl.prompts import load_prompts
-from condrl.toys import oracle
+from condrl.toys import oracle, reference
 from condrl.toys.datasets import make_dataset, ratio_score
 from condrl.toys.divergence import knn_kl
 from condrl.training.build import make_trainer
@@ -71,13 +71,13 @@ def lq_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Tr
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
 
 
-def fixed_point(trainer: Trainer) -> tuple[oracle.LinearPolicy, torch.Tensor]:
+def fixed_point(trainer: Trainer) -> tuple[reference.LinearPolicy, torch.Tensor]:
     """The Riccati policy and its J_k as (K, 3), coefficients of 1, x, x^2 (docs/theory.md 12)."""
     policy, beta = trainer.policy, 2 / KAPPA
     sampler, schedule = policy.sampler, policy.model.schedule
     alpha, sigma = schedule.alpha(sampler.times), schedule.sigma(sampler.times)
-    a, c, S = oracle.gaussian_chain(sampler, alpha, sigma, 1.0, 0.49)
-    best = oracle.riccati((a, c, S), (LINEAR, CURVATURE, 0.0), KAPPA, (0.0, schedule.prior_std**2))
+    a, c, S = reference.gaussian_chain(sampler, alpha, sigma, 1.0, 0.49)
+    best = reference.riccati((a, c, S), (LINEAR, CURVATURE, 0.0), KAPPA, (0.0, schedule.prior_std**2))
     g2, step = schedule.g2(sampler.times[:-1]), -sampler.times.diff()
     one, x = torch.tensor([1.0, 0, 0], dtype=torch.float64), torch.tensor([0.0, 1, 0], dtype=torch.float64)
 
@@ -162,7 +162,7 @@ def test_at_the_fixed_point_the_error_is_a_martingale_difference(tmp_path, monke
     best, values = fixed_point(trainer)
     policy, algorithm = trainer.policy, trainer.algorithm
     sampler, schedule = policy.sampler, policy.model.schedule
-    a, c, _ = oracle.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
+    a, c, _ = reference.gaussian_chain(sampler, schedule.alpha(sampler.times), schedule.sigma(sampler.times), 1.0, 0.49)
     with torch.no_grad():
         algorithm.value.table.copy_(values)
         correction = torch.stack([(best.gain - a) / sampler.B, (best.offset - c) / sampler.B])

@@ -494,7 +494,7 @@ def test_a_signal_at_any_point_loses_nothing(name, phase, number, tmp_path, monk
     whole.fit()
     first = make(name, tmp_path / "parts", "run.checkpoint_seconds=0")
     saving = condrl.training.trainer, "save_checkpoint"
-    spot = {"rollout": (first.policy, "transition"), "update": (first.algorithm, "loss"), "save": saving}
+    spot = {"rollout": (first.policy, "step"), "update": (first.algorithm, "loss"), "save": saving}
     owner, attribute = spot[phase]
     original, calls = getattr(owner, attribute), []
     count = {"rollout": 7, "update": 4, "save": 3}[phase]

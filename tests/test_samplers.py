@@ -20,9 +20,9 @@ from condrl.diffusion.transition import Coefficients, Sampler
 from condrl.plugins.models.mixture import Mixture
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward, score
-from condrl.toys import oracle
-from condrl.toys.exact import monte_carlo_value
+from condrl.toys import reference
 from condrl.toys.oracle import Line
+from condrl.toys.reference import monte_carlo_value
 from condrl.training.build import make, make_sampler, with_noise_at
 from condrl.training.checks import check_combination
 
@@ -478,7 +478,7 @@ def test_transfer_between_noise_levels():
     for eta, deployed in ((0.5, 0.0), (0.5, 1.0), (1.0, 0.0), (1.4, 0.0)):
         extra = 2 * eta**2 / (1 + eta**2) * (b / kappa) * s0 * rho ** (eta**2) / variance.sqrt()
         chain = make("sampler", {"name": "exponential", "eta": deployed}, schedule, times)
-        gain, _, _ = oracle.gaussian_chain(chain, schedule.alpha(times), schedule.sigma(times), 0.0, s0**2)
+        gain, _, _ = reference.gaussian_chain(chain, schedule.alpha(times), schedule.sigma(times), 0.0, s0**2)
         shift = 0.0
         for k in range(1000):
             shift = gain[k] * shift + chain.B[k] * extra[k]

@@ -19,7 +19,7 @@ from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout, sample
 from condrl.io.files import ASSETS
 from condrl.models.embeddings import Embeddings
-from condrl.models.loading import WHOLE, load_pipeline
+from condrl.models.loading import load_pipeline
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import Row
 from condrl.rewards.pixels import to_pil
@@ -372,6 +372,31 @@ def test_the_text_encoder_is_on_the_device_only_while_it_encodes(model, monkeypa
     assert places == [torch.device("cpu", 0), "encodes", "encodes", torch.device("cpu")]
 
 
+def test_the_reference_of_a_run_that_starts_from_a_lora_is_that_lora(pipeline, tmp_path):
+    """So that its KL is to what is measured as the base."""
+    first = StableDiffusion(CPU, path=str(pipeline), lora_rank=2)
+    with torch.no_grad():
+        for weight in (p for p in first.module.parameters() if p.requires_grad):
+            weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    first.save_adapter(tmp_path / "lora")
+    model = StableDiffusion(CPU, path=str(pipeline), lora_rank=2, lora=str(tmp_path / "lora"))
+    place = torch.randn(2, 4, 8, 8), torch.full((2,), 0.5), model.encode(["a red star", "a blue star"])
+    with torch.no_grad():
+        start = model.score(*place)
+        for weight in (p for p in model.module.parameters() if p.requires_grad):
+            weight += 0.1
+        moved = model.score(*place)
+        with model.reference():
+            torch.testing.assert_close(model.score(*place), start)
+            with model.merged():
+                torch.testing.assert_close(model.score(*place), start, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model.score(*place), moved)
+        with first.reference():
+            plain = first.score(*place[:2], first.encode(["a red star", "a blue star"]))
+    assert (start - plain).abs().max() > 1e-3
+    assert (start - moved).abs().max() > 1e-3
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -385,7 +410,7 @@ def weights(folder, part):
 
 
 def load(folder, variant=None):
-    return load_pipeline(str(folder), None, None, torch.float32, variant)
+    return load_pipeline(StableDiffusion.family, str(folder), None, None, torch.float32, variant)
 
 
 def rewrite(file, change):
@@ -498,7 +523,7 @@ def test_what_is_no_pipeline_is_told_where_it_belongs(model, pipeline, tmp_path)
         (lambda file: rewrite(file, lambda s: [s.pop(k) for k in list(s) if k.startswith("first_stage")]), "no first_stage"),
         (lambda file: rewrite(file, lambda s: s.pop("cond_stage_model.transformer.text_model.final_layer_norm.bias")), "lacks weights, such as text_encoder.final_layer_norm.bias"),
         (lambda file: rewrite(file, lambda s: s.pop("model.diffusion_model.out.2.bias")), "lacks weights that the networks need"),
-        (lambda file: rewrite(file, lambda s: s.update({"conditioner.x": torch.zeros(1)}) or [s.pop(k) for k in list(s) if k.startswith("cond_stage")]), "Stable Diffusion XL"),
+        (lambda file: rewrite(file, lambda s: s.update({"conditioner.embedders.1.model.x": torch.zeros(1)}) or [s.pop(k) for k in list(s) if k.startswith("cond_stage")]), "is not a Stable Diffusion 1.x and 2.x model: set model.name=sdxl"),
     ],
 )  # fmt: skip
 def test_damaged_single_files_are_named(change, why, pipeline, tmp_path):
@@ -507,7 +532,7 @@ def test_damaged_single_files_are_named(change, why, pipeline, tmp_path):
     file = write_single_file(pipeline, tmp_path / "model.safetensors")
     change(file)
     with pytest.raises(UsageError, match=rf"^config model\.path: .*model.safetensors.*{why}") as found:
-        load_pipeline(str(file), None, str(pipeline), torch.float32)
+        load_pipeline(StableDiffusion.family, str(file), None, str(pipeline), torch.float32)
     assert "\n" not in str(found.value)
 
 
@@ -556,7 +581,7 @@ def test_unets_that_want_something_else_are_refused(config, match, pipeline, tmp
 @pytest.mark.parametrize(
     ("part", "kind", "match"),
     [
-        ("_class_name", "StableDiffusionXLPipeline", ".* is a StableDiffusionXLPipeline"),
+        ("_class_name", "StableDiffusionXLPipeline", ".* is a StableDiffusionXLPipeline: set model.name=sdxl"),
         ("unet", ["diffusers", "UNet3DConditionModel"], "the unet of .* is UNet3DConditionModel"),
         ("vae", ["diffusers", "AutoencoderTiny"], "the vae of .* is AutoencoderTiny"),
         ("text_encoder", ["transformers", "T5EncoderModel"], "the text_encoder of .* is T5EncoderModel"),
@@ -606,7 +631,7 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(words, tmp_path,
     monkeypatch.setattr(condrl.io.hub, "reachable", lambda _: False)
     monkeypatch.setattr(socket, "getaddrinfo", asked)
     single = tmp_path / "single.safetensors"
-    save_file({f"{start}x": torch.ones(1) for start in WHOLE}, single)
+    save_file({f"{start}x": torch.ones(1) for start in StableDiffusion.family.whole}, single)
     path = words["path"].format(single=single)
     with pytest.raises(UsageError, match="config model.path: .*(not on this machine|single_file_config)") as error:
         StableDiffusion(torch.device("cpu"), path=path)

@@ -28,6 +28,7 @@ from condrl.io.files import locate
 from condrl.models.loading import load_pipeline
 from condrl.models.lora import LORA_FILE, diffusers_names, lora_layers, lora_state, rank_of
 from condrl.models.points import MODULE_FILE
+from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import load_prompts
 from condrl.rewards.scoring import make_reward
 from condrl.training.checkpoint import (
@@ -496,10 +497,10 @@ def test_a_pipeline_runs_no_code(what, of, pipeline, single_file, ran, tmp_path,
     change(folder, ran)
     path, config = (str(folder), None) if of == "path" else (str(single_file), str(folder))
     if message is None:
-        load_pipeline(path, None, config, torch.float32)
+        load_pipeline(StableDiffusion.family, path, None, config, torch.float32)
     else:
         with pytest.raises(UsageError, match=rf"^config model\.path: .*{message}") as found:
-            load_pipeline(path, None, config, torch.float32)
+            load_pipeline(StableDiffusion.family, path, None, config, torch.float32)
         assert "\n" not in str(found.value)
     assert not ran.exists()
     assert "importable" not in sys.modules
@@ -510,7 +511,8 @@ def test_attention_is_transformers_own(pipeline, tmp_path):
     folder = tmp_path / "pipe"
     shutil.copytree(pipeline, folder)
     set_in(folder / "text_encoder" / "config.json", _attn_implementation="kernels-community/flash-attn3")
-    assert load_pipeline(str(folder), None, None, torch.float32).text_encoder.config._attn_implementation == "sdpa"
+    pipe = load_pipeline(StableDiffusion.family, str(folder), None, None, torch.float32)
+    assert pipe.text_encoder.config._attn_implementation == "sdpa"
 
 
 LOADED = (  # every place that loads a tokenizer, processor, model or pipeline with a class of transformers or diffusers
@@ -534,7 +536,7 @@ def test_no_remote_code_is_trusted_anywhere(monkeypatch, tmp_path, pipeline):
         monkeypatch.setattr(kind, "from_pretrained", classmethod(spied))
     for name in ("pickscore", "image_reward"):
         make_reward(name, files[name]).load()
-    load_pipeline(str(pipeline), None, None, torch.float32)
+    load_pipeline(StableDiffusion.family, str(pipeline), None, None, torch.float32)
     found = {name for name, trusted in calls if trusted is False}
     assert found >= {"CLIPTokenizer", "CLIPImageProcessor", "CLIPModel", "BertTokenizer", "StableDiffusionPipeline"}
     sources = [
@@ -645,7 +647,7 @@ def test_an_asset_is_in_the_package(name):
     with pytest.raises(UsageError, match="is not in the package's assets"):
         load_prompts(f"asset:{name}", "prompts.train")
     with pytest.raises(UsageError, match="is not in the package's assets"):
-        load_pipeline(f"asset:{name}", None, None, torch.float32)
+        load_pipeline(StableDiffusion.family, f"asset:{name}", None, None, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Noised(Examples):
     noise: Tensor = per_step()
     old_score: Tensor = per_step()  # at (x, t), of the policy that made the samples
     advantage: Tensor = per_image()
+    base_score: Tensor | None = per_step(default=None)  # at (x, t), of the policy that the loss keeps near
 
 
 @torch.no_grad()
@@ -44,19 +45,27 @@ def noised_samples(
     strata = (torch.arange(draws)[:, None] + noise.uniform((draws,)).T) / draws
     t = schedule.end * (low + (high - low) * strata).double()  # (draws, B)
     errors = noise.normal((draws, *clean.shape[1:])).transpose(0, 1).to(clean.device)
-    x = noised(schedule, clean.expand_as(errors).flatten(0, 1), t.flatten(), errors.flatten(0, 1))
-    with policy.model.merged():
-        parts = zip(x.split(batch), t.flatten().split(batch), rollout.condition.repeat(draws).split(batch), strict=True)
-        scores = torch.cat([policy.model.score(*part) for part in parts])
-    return Noised(
+    x = noised(schedule, clean.expand_as(errors).flatten(0, 1), t.flatten(), errors.flatten(0, 1)).view_as(errors)
+    found = Noised(
         condition=rollout.condition,
         k=torch.arange(draws),
-        x=x.view_as(errors),
+        x=x,
         t=t,
         noise=errors,
-        old_score=scores.view_as(errors),
+        old_score=x,
         advantage=advantages,
     )
+    return replace(found, old_score=scores_at(policy, found, batch))
+
+
+@torch.no_grad()
+def scores_at(policy: Policy, draws: Noised, batch: int) -> Tensor:
+    """The policy's scores (n, B, ...) at the draws, `batch` at a time."""
+    x, t = draws.x.flatten(0, 1), draws.t.flatten()
+    condition = draws.condition.repeat(len(draws.t))
+    with policy.model.merged():
+        parts = zip(x.split(batch), t.split(batch), condition.split(batch), strict=True)
+        return torch.cat([policy.model.score(*part) for part in parts]).view_as(draws.x)
 
 
 def noised(schedule: Schedule, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:

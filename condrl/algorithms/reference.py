@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condrl.diffusion.policy import Policy
+from condrl.diffusion.policy import Policy, acting
 
 
 class MovingReference:
@@ -28,15 +28,8 @@ class MovingReference:
     @contextmanager
     def active(self, policy: Policy) -> Iterator[None]:
         """Within it, the policy acts with the average of its weights."""
-        weights = trained(policy)
-        own = [weight.data for weight in weights]
-        for weight, average in zip(weights, self.average, strict=True):
-            weight.data = average
-        try:
+        with acting(trained(policy), self.average):
             yield
-        finally:
-            for weight, data in zip(weights, own, strict=True):
-                weight.data = data
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": list(self.average)}

@@ -277,17 +277,18 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
 
 
 def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Evaluation | None:
-    """Measure the policy on the held-out prompts; None when there are none."""
+    """Measure the policy on the held-out prompts; None when there are none, or nothing to measure."""
     from condrl.training.build import deployed, make_measures
     from condrl.training.evaluate import evaluate, first_seed
 
-    if not heldout:
-        return None
     config = trainer.config
+    measures = make_measures(config)
+    if not heldout or not measures:
+        return None
     found = evaluate(
         deployed(config, trainer.policy),
         heldout,
-        make_measures(config),
+        measures,
         seed=first_seed(config.run.seed),
         per_prompt=config.evaluate.images_per_prompt,
         batch=config.train.rollout_batch,
@@ -317,7 +318,7 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     rows = [("held-out", *whos), *((name, *(interval(row[who]) for who in whos)) for name, row in comparison.items())]
     lines = [*aligned(rows), verdict(comparison)]
     if not comparison:
-        lines = ["no held-out prompts (prompts.heldout): nothing says whether the model is better"]
+        lines = ["no held-out prompts (prompts.heldout) or measures: nothing says whether the model is better"]
     took = f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"
     return "\n".join([*lines, took])
 
@@ -331,3 +332,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def interval(estimate: dict[str, Any]) -> str:
     limits = estimate["ci95"]  # none where there is a single prompt
     return f"{estimate['mean']:.3f}" + (f" [{limits[0]:.3f}, {limits[1]:.3f}]" if limits else "")
+
+
+if __name__ == "__main__":  # accelerate launch -m condrl.commands.finetune
+    sys.exit(main(sys.argv[1:]))

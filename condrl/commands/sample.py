@@ -49,7 +49,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl, as for finetune.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="an image of each prompt from each seed")
     parser.add_argument(
-        "--strength", type=float, default=1.0, help="of the LoRA; 1 is what was tuned, 0 the base model"
+        "--strength", type=float, default=1.0, help="of the LoRA; 1 is what was tuned, 0 the model without it"
     )
     parser.add_argument(
         "--steer",

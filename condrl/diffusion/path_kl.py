@@ -22,7 +22,12 @@ class PathKL:
     @property
     def to_go(self) -> Tensor:
         """(K, B) the sum over the steps after k."""
-        return self.kl.flip(0).cumsum(0).flip(0) - self.kl
+        return remaining(self.kl) - self.kl
+
+
+def remaining(costs: Tensor) -> Tensor:
+    """(K, B) the sums of costs (K, B) over step k and the later ones."""
+    return costs.flip(0).cumsum(0).flip(0)
 
 
 @torch.no_grad()

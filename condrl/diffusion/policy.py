@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from condrl.diffusion.model import Model
 from condrl.diffusion.transition import Sampler, Transition
+
+
+@contextmanager
+def acting(weights: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
+    """Within it, weights hold the values of others of the same shapes."""
+    own = [weight.data for weight in weights]
+    for weight, other in zip(weights, others, strict=True):
+        weight.data = other
+    try:
+        yield
+    finally:
+        for weight, data in zip(weights, own, strict=True):
+            weight.data = data
 
 
 class Policy:

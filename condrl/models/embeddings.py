@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 MOST_BYTES = 2**30  # on the host: about 4,500 prompts of Stable Diffusion 1.5 in float32
+Prompt = str | None  # None: no prompt at all, which is not the empty one for every model
 Encoded = tuple[Tensor, ...]  # what a network is given of a prompt
+P = TypeVar("P", bound=Prompt)
 
 
-class Embeddings:
+class Embeddings(Generic[P]):
     """A cache of encoded prompts that drops the least recently used ones beyond `most` bytes.
 
     `encode` is given the prompts that are not in it, and must encode each alone: then the result depends neither on the
     prompts beside it nor on whether it was dropped in between.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Iterable[Encoded]], most: int = MOST_BYTES) -> None:
+    def __init__(self, encode: Callable[[list[P]], Iterable[Encoded]], most: int = MOST_BYTES) -> None:
         self._encode, self._most = encode, most
-        self._cache: OrderedDict[str, Encoded] = OrderedDict()
+        self._cache: OrderedDict[P, Encoded] = OrderedDict()
         self.bytes = 0
 
-    def __call__(self, prompts: Sequence[str]) -> Encoded:
+    def __call__(self, prompts: Sequence[P]) -> Encoded:
         """Each of its tensors for prompts (B, ...), on the host."""
         distinct = list(dict.fromkeys(prompts))
         if new := [prompt for prompt in distinct if prompt not in self._cache]:

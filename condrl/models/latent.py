@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from condrl.diffusion.policy import acting
 from condrl.diffusion.schedule import DiscreteSchedule, Schedule, schedule_from_diffusers
 from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
-from condrl.models.embeddings import Embeddings, Encoded
+from condrl.models.embeddings import Embeddings, Encoded, Prompt
+from condrl.models.loading import Family, load_pipeline
 from condrl.models.lora import load_lora, lora_layers, save_lora
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -28,6 +30,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 class LatentModel(ABC):
     """A text-to-image pipeline in diffusers' format, tuned by a LoRA; a family's plugin adds its particulars."""
 
+    family: ClassVar[Family]  # of pipelines that it can load
     prefix: ClassVar[str] = "unet"  # of the network in the pipeline, and of its modules in LoRA files
 
     device: torch.device
@@ -41,7 +44,7 @@ class LatentModel(ABC):
     width: int | None = None  # of images, pixels; null: as the network was trained
     guidance: float = 5.0  # classifier-free guidance scale; 1: none
     guidance_gradient: Literal["both", "conditional"] = "both"  # branches with a gradient; the cost is the same
-    negative_prompt: str = ""  # the prompt of the unconditional branch
+    negative_prompt: str | None = None  # the prompt of the unconditional branch; null: the model's own, often ""
     lora_rank: int = 16  # rank of the LoRA
     lora_alpha: int | None = None  # LoRA scale is alpha / rank; null: alpha = rank
     lora_targets: tuple[str, ...] = ATTENTION  # modules that get a LoRA, by the end of their names
@@ -58,15 +61,17 @@ class LatentModel(ABC):
         network = getattr(self.pipe, self.prefix).requires_grad_(False)
         self.module: nn.Module = network.to(self.device, memory_format=torch.channels_last)
         self.check_size()
-        self._numbers: dict[str, int] = {}  # of each prompt
-        self._prompts: list[str] = []  # by their numbers
+        self._numbers: dict[Prompt, int] = {}  # of each prompt
+        self._prompts: list[Prompt] = []  # by their numbers
         self._host_embeddings = Embeddings(self._encoded)
         self._table: Encoded = ()  # on the device, of the prompts that were asked for last
         self._places: dict[int, int] = {}  # of prompts, by their numbers, in that table
         self.negative = self.encode([self.negative_prompt])
         add_lora(self.module, self.lora_rank, self.lora_alpha or self.lora_rank, self.lora_targets)
+        self._start: list[Tensor] = []  # what a run that starts from a LoRA starts from
         if self.lora:
             self.load_adapter(locate(self.lora))
+            self._start = [p.detach().clone() for p in self.module.parameters() if p.requires_grad]
         if self.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
             self.module.train()  # diffusers checkpoints in training mode only; these networks have no dropout
@@ -74,14 +79,7 @@ class LatentModel(ABC):
     # ------------------------------------------------------------------------------------------ a family's own
 
     @abstractmethod
-    def load(self) -> Any:
-        """The pipeline, of a kind that is known to work.
-
-        Raises: UsageError when `path` is not one.
-        """
-
-    @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Encoded]:
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         """What the network is given of each prompt, as tensors on any device: first its tokens' features (L, F)."""
 
     @abstractmethod
@@ -91,6 +89,14 @@ class LatentModel(ABC):
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The parts of the network whose frozen weights are gathered together when it is sharded."""
+
+    def load(self) -> Any:
+        """The pipeline, of a kind that is known to work.
+
+        Raises: UsageError when `path` is not one.
+        """
+        config = self.single_file_config
+        return load_pipeline(self.family, self.path, self.revision, config, self.torch_dtype, self.variant)
 
     def make_schedule(self) -> Schedule:
         """The forward process that the network was trained on."""
@@ -142,13 +148,7 @@ class LatentModel(ABC):
 
     # ------------------------------------------------------------------------------------------ prompts
 
-    @property
-    def most_tokens(self) -> int:
-        """What the text encoder has positions for; a tokenizer without a limit of its own says 1e30."""
-        most: int = self.pipe.text_encoder.config.max_position_embeddings
-        return min(most, self.pipe.tokenizer.model_max_length)
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def encode(self, prompts: Sequence[Prompt]) -> Tensor:
         """The numbers (B,) of prompts; those that are too long to be read as a whole are told, once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._numbers]
         self._numbers |= {prompt: len(self._numbers) + i for i, prompt in enumerate(new)}
@@ -156,27 +156,34 @@ class LatentModel(ABC):
         self._check_lengths(new)
         return torch.tensor([self._numbers[prompt] for prompt in prompts])
 
-    def _check_lengths(self, prompts: Sequence[str]) -> None:
-        most, long = self.most_tokens, []
-        parts = [prompts[start : start + 1000] for start in range(0, len(prompts), 1000)]
+    def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
+        texts = [prompt for prompt in prompts if prompt is not None]
+        parts = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
+        long: dict[str, tuple[int, int]] = {}  # their tokens, and how many are read
         for part in tqdm(parts, "reading the prompts", leave=False, disable=None, delay=1):
-            tokens = self.pipe.tokenizer(part).input_ids
-            long += [(prompt, len(ids)) for prompt, ids in zip(part, tokens, strict=True) if len(ids) > most]
+            for tokenizer in self.tokenizers:
+                most, tokens = tokenizer.model_max_length, tokenizer(part).input_ids
+                cut = {text: (len(ids), most) for text, ids in zip(part, tokens, strict=True) if len(ids) > most}
+                long |= cut
         if long:
-            prompt, count = long[0]
+            prompt, (count, most) = next(iter(long.items()))
             others = f", the first of {len(long)} that are too long," if len(long) > 1 else ""
             print_main(
                 f"warning: the prompt {quoted(prompt)}{others} has {count} tokens; the model reads the first {most}"
             )
 
     @property
+    def tokenizers(self) -> list[Any]:
+        """One of each text encoder."""
+        return [getattr(self.pipe, name) for name in self.family.readers]
+
+    @property
     def encoders(self) -> list[Any]:
         """The text encoders, which are on the host while they are not used."""
-        named = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
-        return [encoder for encoder in named if encoder is not None]
+        return [getattr(self.pipe, name) for name in self.family.readers.values()]
 
     @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str]) -> list[Encoded]:
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         for encoder in self.encoders:
             encoder.to(self.device)
         found = [tuple(x.cpu() for x in encoded) for encoded in self.encode_prompts(prompts)]
@@ -252,7 +259,11 @@ class LatentModel(ABC):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it, the network runs without its LoRA."""
+        """Within it, the network is the one that tuning started from: without a LoRA, or with `lora`."""
+        if self._start:
+            with acting([p for p in self.module.parameters() if p.requires_grad], self._start):
+                yield
+            return
         network: Any = self.module
         network.disable_adapters()
         try:
@@ -291,7 +302,7 @@ class LatentModel(ABC):
         load_lora(self.module, folder, self.prefix)
 
 
-def check_guidance(guidance: float, negative_prompt: str) -> None:
+def check_guidance(guidance: float, negative_prompt: str | None) -> None:
     """Raises: UsageError on a scale that guides away from the prompt, and on a negative prompt without effect."""
     if not 1 <= guidance < math.inf:
         raise UsageError(f"config model.guidance: must be at least 1, which is no guidance; got {guidance}")
@@ -319,6 +330,7 @@ def add_lora(network: Any, rank: int, alpha: int, targets: Sequence[str]) -> Non
 
 
 def unet_layers(unet: Any) -> list[nn.Module]:
-    """The residual and attention blocks of a UNet."""
-    parts = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-    return [layer for part in parts for layer in (*part.resnets, *getattr(part, "attentions", ()))]
+    """The residual and attention blocks of a UNet; smaller ones may have no middle, or one without attention."""
+    parts = (part for part in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if part is not None)
+    layers = (layer for part in parts for layer in (*part.resnets, *getattr(part, "attentions", ())))
+    return [layer for layer in layers if layer is not None]

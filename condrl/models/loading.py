@@ -1,22 +1,24 @@
-"""Stable Diffusion pipelines from a folder, a hub id or a single file: the known good ones, the rest in a line."""
+"""Pipelines of known families from a folder, a hub id or a single file: the good ones, the rest in a line."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from condrl.errors import UsageError, out_of_memory
 from condrl.io.files import load_torch, locate, why_unreadable
 from condrl.io.hub import offline_if_unreachable, unreachable_reason
+from condrl.registry import model as models
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of the same networks
 PARTS = {  # the library and the classes that are known to work; any other library would be code that is imported
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -24,31 +26,78 @@ PARTS = {  # the library and the classes that are known to work; any other libra
     "tokenizer": ("transformers", "CLIPTokenizer*"),
     "scheduler": ("diffusers", "*Scheduler"),
 }
-WITHOUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}  # parts that are not loaded
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pt|bin)$)(\w[\w.-]*/)?\w[\w.-]*")
-UNUSUAL = (  # options of a UNet that make it want an input, or the prompt in a form, that it does not get here
-    "addition_embed_type",
-    "class_embed_type",
-    "cross_attention_norm",
-    "dual_cross_attention",
-    "encoder_hid_dim",
-    "encoder_hid_dim_type",
-    "num_class_embeds",
-    "time_cond_proj_dim",
-)
+PLAIN = {  # options of a UNet that make it want an input, or the prompt in a form, that a plain one does not
+    "addition_embed_type": None,
+    "attention_type": "default",
+    "class_embed_type": None,
+    "cross_attention_norm": None,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "num_class_embeds": None,
+    "time_cond_proj_dim": None,
+}
 SINGLE = {  # how the keys of a file begin that is something else than a whole checkpoint
     r"lora_|.*\.lora[._]|.*\.lora_[AB]": "is a LoRA: give it as model.lora=, beside the model.path of its base model",
     r"conv_in\.|down_blocks\.|time_embedding\.": "is a UNet alone: model.path needs the folder of the whole pipeline",
     r"encoder\.|decoder\.|quant_conv\.": "is a VAE alone: model.path needs the whole pipeline",
-    r"conditioner\.": "is a Stable Diffusion XL model; 1.x and 2.x are tuned here",
+    r"conditioner\.embedders\.0\.model\.": "is a Stable Diffusion XL refiner, which redraws images: not tuned here",
 }
-WHOLE = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")  # in every original checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What is known of a family of models: its pipelines, their parts, and what they look like in a single file."""
+
+    title: str
+    pipelines: tuple[str, ...]  # classes in diffusers for the same networks; the first one is loaded
+    parts: Mapping[str, tuple[str, str]] = field(default_factory=lambda: PARTS)
+    without: tuple[str, ...] = ("feature_extractor", "image_encoder")  # parts that are not loaded
+    text_keys: tuple[str, ...]  # how the text encoders' keys begin in a checkpoint in the original layout
+    unet: Mapping[str, Any] = field(default_factory=dict)  # options in which its UNets differ from PLAIN ones
+    vae_in_float32: bool = False  # where the VAE's config says that half precision is too small for it
+    refused: Mapping[str, str] = field(default_factory=dict)  # what an entry of model_index.json that is true says
+    misfit: Callable[[Any], str | None] = lambda pipe: None  # what is wrong with a pipeline of known parts
+
+    @property
+    def networks(self) -> list[str]:
+        """The parts that have weights."""
+        return [name for name in self.parts if not name.startswith(("tokenizer", "scheduler"))]
+
+    @property
+    def readers(self) -> dict[str, str]:
+        """The text encoders by their tokenizers."""
+        return {n: n.replace("tokenizer", "text_encoder") for n in self.parts if n.startswith("tokenizer")}
+
+    @property
+    def pipeline(self) -> Any:
+        """The class in diffusers."""
+        return getattr(importlib.import_module("diffusers"), self.pipelines[0])
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """How keys begin that are in every checkpoint in the original layout."""
+        return ("model.diffusion_model.", "first_stage_model.", *self.text_keys)
+
+
+def others(family: Family, fits: Callable[[Family], bool]) -> Iterator[str]:
+    """What to set where a pipeline is of another family that there is a model plugin for."""
+    for name in models.names():
+        other = getattr(models.find(name).target, "family", None)
+        if isinstance(other, Family) and other is not family and fits(other):
+            yield f"set model.name={name}"
 
 
 def load_pipeline(
-    path: str, revision: str | None, single_file_config: str | None, dtype: torch.dtype, variant: str | None = None
+    family: Family,
+    path: str,
+    revision: str | None,
+    single_file_config: str | None,
+    dtype: torch.dtype,
+    variant: str | None = None,
 ) -> Any:
-    """A StableDiffusionPipeline without its safety checker.
+    """A pipeline of a family, its tokenizers cut where the text encoders' positions end.
 
     Raises: UsageError when the path is neither a file, a folder nor a hub id of a model that is known to work.
     """
@@ -59,17 +108,20 @@ def load_pipeline(
     with offline_if_unreachable(local=source.is_dir() or single_file_config is not None):
         try:
             if source.is_file():
-                pipe = from_file(source, single_file_config, dtype)
+                pipe = from_file(family, source, single_file_config, dtype)
             else:
                 where = str(source) if source.is_dir() else path
-                pipe = from_folder(where, dict(revision=revision, variant=variant, dtype=dtype, use_safetensors=True))
+                options = dict(revision=revision, variant=variant, dtype=dtype, use_safetensors=True)
+                pipe = from_folder(family, where, options)
         except UsageError as error:
             raise UsageError(f"config model.path: {error}") from error
         except Exception as error:  # diffusers, transformers and safetensors raise what they like at a bad file
             if out_of_memory(error):
                 raise
-            raise UsageError(f"config model.path: cannot load {path!r}: {explained(error, source, variant)}") from error
-    check(pipe, path)
+            why = explained(family, error, source, variant)
+            raise UsageError(f"config model.path: cannot load {path!r}: {why}") from error
+    limit_tokenizers(family, pipe)
+    check(family, pipe, path)
     return pipe
 
 
@@ -84,51 +136,70 @@ def be_quiet() -> None:
         library.utils.logging.set_verbosity(logging.CRITICAL)  # what they raise is said here
 
 
-def from_folder(where: str, options: dict[str, Any]) -> Any:
+def from_folder(family: Family, where: str, options: dict[str, Any]) -> Any:
     """The networks one by one, to hear of weights that the files lack, then the rest of the pipeline.
 
     Raises: UsageError on parts of another class, and on weights or a vocabulary that are missing.
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    check_parts(where, options["revision"])
-    attention = {"attn_implementation": "sdpa"}  # transformers' own; a config could ask for a kernel from the hub
-    parts: dict[str, Any] = {}
-    for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)):
-        parts[name], found = kind.from_pretrained(
-            where,
-            subfolder=name,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **(attention if name == "text_encoder" else {}),
-            **options,
-        )
-        if missing := sorted(found["missing_keys"]):
-            raise UsageError(f"the weights of {where}/{name} lack {len(missing)} tensors, such as {missing[0]}")
-        if found["mismatched_keys"]:
-            key = sorted(map(str, found["mismatched_keys"]))[0]
-            raise UsageError(f"the weights of {where}/{name} do not fit its config.json: see {key}")
-    return StableDiffusionPipeline.from_pretrained(where, trust_remote_code=False, **WITHOUT, **parts, **options)
+    check_parts(family, where, options["revision"])
+    parts = {name: network(family, where, name, options) for name in family.networks}
+    without = dict.fromkeys(family.without)
+    return family.pipeline.from_pretrained(where, trust_remote_code=False, **without, **parts, **options)
 
 
-def check_parts(where: str, revision: str | None) -> None:
+def network(family: Family, where: str, name: str, options: dict[str, Any]) -> Any:
+    """A network of a pipeline.
+
+    Raises: UsageError when its weights are not those that its config.json describes.
+    """
+    library, kind = family.parts[name]
+    full = name == "vae" and family.vae_in_float32
+    own = {"attn_implementation": "sdpa"} if library == "transformers" else {}  # a config could name one from the hub
+    loaded, found = getattr(importlib.import_module(library), kind).from_pretrained(
+        where,
+        subfolder=name,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **{**options, **own, "dtype": torch.float32 if full else options["dtype"]},
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise UsageError(f"the weights of {where}/{name} lack {len(missing)} tensors, such as {missing[0]}")
+    if found["mismatched_keys"]:
+        key = sorted(map(str, found["mismatched_keys"]))[0]
+        raise UsageError(f"the weights of {where}/{name} do not fit its config.json: see {key}")
+    return rounded(loaded, options["dtype"]) if full else loaded
+
+
+def rounded(vae: Any, dtype: torch.dtype) -> Any:
+    """A VAE in a precision, unless its config says that it overflows in half precision."""
+    return vae if vae.config.force_upcast else vae.to(dtype)
+
+
+def check_parts(family: Family, where: str, revision: str | None) -> None:
     """Raises: UsageError when the pipeline, or a part of it, is of a class that is not known to work."""
-    from diffusers import StableDiffusionPipeline
-
     if Path(where).is_dir() and not (Path(where) / "model_index.json").is_file():
         raise UsageError(f"{where} {what_folder(Path(where))}")
-    index = StableDiffusionPipeline.load_config(where, revision=revision)
-    if index.get("_class_name") not in PIPELINES:
-        raise UsageError(f"{where} is a {index.get('_class_name')}; known are {', '.join(PIPELINES)}")
-    for name, (library, known) in PARTS.items():
-        found = index.get(name)
-        source, kind = found if isinstance(found, list | tuple) and len(found) == 2 else (None, found)
-        if source != library or not fnmatchcase(str(kind), known):
-            raise UsageError(f"the {name} of {where} is {kind} of {source}; known is {known} of {library}")
-    words = Path(where) / "tokenizer"
-    if words.is_dir() and not any((words / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UsageError(f"{words} has no vocabulary: neither tokenizer.json nor vocab.json")
+    index = family.pipeline.load_config(where, revision=revision)
+    kind = index.get("_class_name")
+    if kind not in family.pipelines:
+        known = f"known are {', '.join(family.pipelines)}"
+        raise UsageError(f"{where} is a {kind}: {next(others(family, lambda f: kind in f.pipelines), known)}")
+    for entry, what in family.refused.items():
+        if index.get(entry):
+            raise UsageError(f"{where} {what}")
+    for name, (library, known) in family.parts.items():
+        check_part(where, name, index.get(name), library, known)
+    for name in family.readers:
+        words = Path(where) / name
+        if words.is_dir() and not any((words / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            raise UsageError(f"{words} has no vocabulary: neither tokenizer.json nor vocab.json")
+
+
+def check_part(where: str, name: str, found: Any, library: str, known: str) -> None:
+    """Raises: UsageError when an entry of model_index.json is not the class that is known to work."""
+    source, kind = found if isinstance(found, list | tuple) and len(found) == 2 else (None, found)
+    if source != library or not fnmatchcase(str(kind), known):
+        raise UsageError(f"the {name} of {where} is {kind} of {source}; known is {known} of {library}")
 
 
 def what_folder(folder: Path) -> str:
@@ -141,27 +212,38 @@ def what_folder(folder: Path) -> str:
     return "is not a diffusers pipeline: it has no model_index.json"
 
 
-def from_file(path: Path, config: str | None, dtype: torch.dtype) -> Any:
+def from_file(family: Family, path: Path, config: str | None, dtype: torch.dtype) -> Any:
     """A checkpoint in the original layout.
 
     Raises: UsageError when it is damaged or something else.
     """
-    from diffusers import StableDiffusionPipeline
-
     keys = keys_of(path)
-    missing = [part for part in WHOLE if not any(key.startswith(part) for key in keys)]
-    if missing:
-        kinds = (what for start, what in SINGLE.items() if any(re.match(start, key) for key in keys))
-        other = (
-            f"is not a whole Stable Diffusion checkpoint: it has no {missing[0]}*, and {min(keys, default='no keys')}"
-        )
-        raise UsageError(f"{path} {next(kinds, other)}")
+    check_keys(family, path, keys)
+    if config is None and "v_pred" in keys:  # a mark that diffusers passes over: it would take the output for noise
+        raise UsageError(f"{path} predicts v: give model.single_file_config=<folder> with a scheduler that says so")
     if config is not None:
-        damaged = (f"{file} {why}" for file in jsons_of(Path(config)) if (why := why_unreadable(file)))
+        damaged = (f"{file} {why}" for file in jsons_of(family, Path(config)) if (why := why_unreadable(file)))
         if wrong := next(damaged, None):
             raise UsageError(f"model.single_file_config: {wrong}")
-        check_parts(config, None)
-    return StableDiffusionPipeline.from_single_file(str(path), config=config, dtype=dtype, **WITHOUT)
+        check_parts(family, config, None)
+    parts = dict.fromkeys(family.without)
+    if family.vae_in_float32:
+        vae = importlib.import_module("diffusers").AutoencoderKL
+        vae = vae.from_single_file(str(path), config=config, subfolder="vae", dtype=torch.float32)
+        parts["vae"] = rounded(vae, dtype)
+    return family.pipeline.from_single_file(str(path), config=config, dtype=dtype, **parts)
+
+
+def check_keys(family: Family, path: Path, keys: list[str]) -> None:
+    """Raises: UsageError when a file is not a whole checkpoint of the family."""
+    missing = [start for start in family.whole if not any(key.startswith(start) for key in keys)]
+    if not missing:
+        return
+    for advice in others(family, lambda other: any(key.startswith(other.text_keys) for key in keys)):
+        raise UsageError(f"{path} is not a {family.title} model: {advice}")
+    kinds = (what for start, what in SINGLE.items() if any(re.match(start, key) for key in keys))
+    rest = f"it has no {missing[0]}*, and {min(keys, default='no keys')}"
+    raise UsageError(f"{path} {next(kinds, f'is not a whole {family.title} checkpoint: {rest}')}")
 
 
 def keys_of(path: Path) -> list[str]:
@@ -180,7 +262,7 @@ def keys_of(path: Path) -> list[str]:
     return list(state.get("state_dict", state))
 
 
-def explained(error: Exception, source: Path, variant: str | None) -> str:
+def explained(family: Family, error: Exception, source: Path, variant: str | None) -> str:
     """What a library complained about, or better, the file that is damaged or missing."""
     lines = [line.strip().split(". ")[0] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, NotImplementedError) and "meta tensor" in lines[0]:
@@ -192,20 +274,20 @@ def explained(error: Exception, source: Path, variant: str | None) -> str:
         hint = "; if it has them in half precision only: model.variant=fp16" if missing else ""
         elsewhere = unreachable_reason() or f"there is no such file or folder, and on the hub: {lines[0]}"
         return (lines[0] if source.exists() else elsewhere) + hint
-    damaged = (f"{file} {why}" for file in files_of(source, variant) if (why := why_unreadable(file)))
-    return next(damaged, None) or missing_weights(source, variant) or lines[0]
+    damaged = (f"{file} {why}" for file in files_of(family, source, variant) if (why := why_unreadable(file)))
+    return next(damaged, None) or missing_weights(family, source, variant) or lines[0]
 
 
-def files_of(folder: Path, variant: str | None) -> Iterator[Path]:
+def files_of(family: Family, folder: Path, variant: str | None) -> Iterator[Path]:
     """The JSON files and weights of a pipeline's parts."""
-    yield from jsons_of(folder)
-    for name in PARTS:
+    yield from jsons_of(family, folder)
+    for name in family.parts:
         yield from (file for file in sorted((folder / name).glob("*.safetensors")) if variant_of(file) == variant)
 
 
-def jsons_of(folder: Path) -> list[Path]:
+def jsons_of(family: Family, folder: Path) -> list[Path]:
     """The JSON files of a pipeline's folder; none of a hub id."""
-    of_parts = (file for name in PARTS for file in sorted((folder / name).glob("*.json")))
+    of_parts = (file for name in family.parts for file in sorted((folder / name).glob("*.json")))
     return [*folder.glob("model_index.json"), *of_parts]
 
 
@@ -215,9 +297,9 @@ def variant_of(file: Path) -> str | None:
     return re.sub(r"-\d+-of-\d+$", "", middle[0]) if middle else None
 
 
-def missing_weights(folder: Path, variant: str | None) -> str | None:
+def missing_weights(family: Family, folder: Path, variant: str | None) -> str | None:
     """Says where a part of a pipeline has no weights as asked for, and what it has."""
-    for part in (folder / name for name in ("unet", "vae", "text_encoder")):
+    for part in (folder / name for name in family.networks):
         found = {variant_of(file) for file in part.glob("*.safetensors")}
         others = sorted(str(kind or "null") for kind in found - {variant})
         if others and variant not in found:
@@ -232,35 +314,46 @@ def missing_weights(folder: Path, variant: str | None) -> str | None:
 # ---------------------------------------------------------------------------------------------- checks
 
 
-def check(pipe: Any, path: str) -> None:
+def limit_tokenizers(family: Family, pipe: Any) -> None:
+    """Let tokenizers cut prompts where the text encoders' positions end; one without a limit of its own says 1e30."""
+    for name, encoder in family.readers.items():
+        tokenizer, text = getattr(pipe, name), getattr(pipe, encoder).config
+        tokenizer.model_max_length = min(text.max_position_embeddings, tokenizer.model_max_length)
+
+
+def check(family: Family, pipe: Any, path: str) -> None:
     """Raises: UsageError when the networks want something else than they get here, or weights are not numbers."""
-    unet, vae, text = pipe.unet.config, pipe.vae.config, pipe.text_encoder.config
+    found = next(misfits(family, pipe), None) or family.misfit(pipe)
+    if found is not None:
+        raise UsageError(f"config model.path: {path!r} {found}: {family.title} for texts are tuned here")
+    check_weights(family, pipe, path)
 
-    def refuse(what: str) -> NoReturn:
-        raise UsageError(f"config model.path: {path!r} {what}: Stable Diffusion 1.x and 2.x for texts are tuned here")
 
-    for name in UNUSUAL:
-        if unet.get(name):
-            refuse(f"has a UNet with {name}={unet[name]!r}")
-    if unet.get("attention_type", "default") != "default":
-        refuse(f"has a UNet with attention_type={unet.attention_type!r}")
+def misfits(family: Family, pipe: Any) -> Iterator[str]:
+    """What the networks have that they do not get here, or of which another one has something else."""
+    unet, vae = pipe.unet.config, pipe.vae.config
+    texts = {name: getattr(pipe, encoder).config for name, encoder in family.readers.items()}
+    for name, plain in PLAIN.items():
+        if (unet.get(name) or plain) != family.unet.get(name, plain):
+            yield f"has a UNet with {name}={unet.get(name)!r}"
     for name in ("in_channels", "out_channels"):
         if unet[name] != vae.latent_channels:
-            refuse(f"has a UNet with {name}={unet[name]}, and a VAE with latent_channels={vae.latent_channels}")
-    if unet.cross_attention_dim != text.hidden_size:
-        refuse(
-            f"has a UNet for prompts of {unet.cross_attention_dim} features, and a text encoder of {text.hidden_size}"
-        )
+            yield f"has a UNet with {name}={unet[name]}, and a VAE with latent_channels={vae.latent_channels}"
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        yield "has a VAE with a mean or a deviation of its latents of each channel"
+    width = sum(text.hidden_size for text in texts.values())
+    if unet.cross_attention_dim != width:
+        yield f"has a UNet for prompts of {unet.cross_attention_dim} features, and text encoders of {width}"
     if not unet.sample_size:
-        refuse("has a UNet without a sample_size")
-    if len(pipe.tokenizer) > text.vocab_size:
-        refuse(f"has a tokenizer of {len(pipe.tokenizer)} words, and a text encoder of {text.vocab_size}")
-    check_weights(pipe, path)
+        yield "has a UNet without a sample_size"
+    for name, text in texts.items():
+        if len(getattr(pipe, name)) > text.vocab_size:
+            yield f"has a {name} of {len(getattr(pipe, name))} words, and a text encoder of {text.vocab_size}"
 
 
-def check_weights(pipe: Any, path: str) -> None:
+def check_weights(family: Family, pipe: Any, path: str) -> None:
     """Raises: UsageError when weights are missing or not finite."""
-    for name in ("unet", "vae", "text_encoder"):
+    for name in family.networks:
         for key, weight in getattr(pipe, name).named_parameters():
             if weight.is_meta:
                 raise UsageError(f"config model.path: {path!r} lacks weights, such as {name}.{key}")

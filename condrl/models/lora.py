@@ -24,6 +24,7 @@ from condrl.io.records import from_json
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 KOHYA_FILE = "comfyui_lora.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+XL = "sdxl_base_v1-0"  # as kohya's trainer calls Stable Diffusion XL, also models that were made from it
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 DOWN = re.compile(r"(.+?)(?:\.lora_down|[._]lora\.down|\.lora_A(?:\.\w+)?)\.weight")
@@ -38,7 +39,7 @@ OTHERS = {  # what a key says of a file that cannot be read as a UNet's LoRA
 CARD = """---
 base_model: {base}
 library_name: diffusers
-tags: [lora, text-to-image, stable-diffusion, condrl]
+tags: [lora, text-to-image, {family}, condrl]
 ---
 
 # LoRA tuned with condrl
@@ -99,7 +100,7 @@ def kohya_names(state: Mapping[str, Tensor], prefix: str = "unet") -> dict[str, 
     named = {}
     for key, value in state.items():
         name, part, _ = key.rsplit(".", 2)
-        base = f"lora_{prefix}_" + name.replace(".", "_")
+        base = kohya_base(name, prefix)
         named[f"{base}.lora_{part}.weight"] = value
         if part == "down":
             named[f"{base}.alpha"] = torch.tensor(float(len(value)))
@@ -120,9 +121,9 @@ def save_lora(
     save_tensors(diffusers_names(state, prefix), folder / LORA_FILE, common)
     save_tensors(kohya_names(state, prefix), folder / KOHYA_FILE, common | kohya_metadata(unet, base, rank))
     rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
-    card = dict(
-        base=json.dumps(base), name=code_span(base), lora=LORA_FILE, kohya=KOHYA_FILE, rank=rank, rewards=rewards
-    )
+    family = "stable-diffusion-xl" if version_of(unet) == XL else "stable-diffusion"
+    names = dict(lora=LORA_FILE, kohya=KOHYA_FILE, family=family)
+    card = dict(base=json.dumps(base), name=code_span(base), rank=rank, rewards=rewards, **names)
     (folder / "README.md").write_text(CARD.format(**card), "utf-8")  # a JSON string is a YAML string whatever is in it
 
 
@@ -136,10 +137,17 @@ def code_span(text: str) -> str:
 def kohya_metadata(unet: Any, base: str, rank: str) -> dict[str, str]:
     """The entries by which A1111 shows a LoRA and tells which models it is for, as kohya's trainer writes them."""
     network = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    versions = {768: "sd_v1", 1024: "sd_v2"}  # by the width of the prompts' embeddings
-    version = versions.get(unet.config.cross_attention_dim)
+    version = version_of(unet)
     known = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}
     return {**network, "ss_sd_model_name": base, **known}
+
+
+def version_of(unet: Any) -> str | None:
+    """What kohya's trainer calls the models that a UNet is of, by the form and width of its prompts."""
+    if unet.config.addition_embed_type == "text_time":
+        return XL
+    versions = {768: "sd_v1", 1024: "sd_v2"}
+    return versions.get(unet.config.cross_attention_dim)
 
 
 # ---------------------------------------------------------------------------------------------- in
@@ -264,12 +272,34 @@ def _finite(alpha: Any) -> float:
     return value
 
 
-def spellings(unet: nn.Module, prefix: str = "unet") -> dict[str, str]:
+def spellings(unet: Any, prefix: str = "unet") -> dict[str, str]:
     """A UNet's modules by each of the names that LoRA files have for them."""
     own = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")  # of peft's layers
     names = [n for n, m in unet.named_modules() if getattr(m, "weight", None) is not None and not own.search(n)]
-    table = {name: name for name in names} | {f"lora_{prefix}_" + name.replace(".", "_"): name for name in names}
+    table = {name: name for name in names} | {kohya_base(name, prefix): name for name in names}
+    if isinstance(layers := unet.config.get("layers_per_block"), int):
+        table |= {kohya_base(original_name(name, layers), prefix): name for name in names}
     return table | {name.removesuffix(".0"): name for name in names if name.endswith(".to_out.0")}
+
+
+def kohya_base(name: str, prefix: str) -> str:
+    """How kohya's trainer begins the keys of a module."""
+    return f"lora_{prefix}_{name.replace('.', '_')}"
+
+
+def original_name(name: str, layers: int) -> str:
+    """What an attention block's module is called in the original layout, as in kohya's files for Stable Diffusion XL.
+
+    Any other module's name is as in diffusers: those files have none of them.
+    """
+    match = re.fullmatch(r"(down|mid|up)_block(?:s\.(\d+))?\.attentions\.(\d+)\.(.+)", name)
+    if not match:
+        return name
+    side, block, layer, rest = match.groups()
+    if side == "mid":
+        return f"middle_block.1.{rest}"
+    place = int(block) * (layers + 1) + int(layer)
+    return f"input_blocks.{place + 1}.1.{rest}" if side == "down" else f"output_blocks.{place}.1.{rest}"
 
 
 def _module(base: str, modules: Mapping[str, str], path: Path, prefix: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import re
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from condrl.errors import UsageError
-from condrl.io.files import load_tensors, load_torch, locate
+from condrl.io.files import load_tensors, load_torch, locate, sha256_of
 from condrl.io.hub import WEIGHTS, check_file, fetching, folder_or_id
 from condrl.io.records import from_json
 from condrl.models.embeddings import Embeddings, Encoded
@@ -48,8 +47,7 @@ def check_same(path: Path, sha256: str | None, option: str) -> None:
     """Raises: UsageError naming the option when there is no such file, or when its sha256 differs."""
     check_file(path, option)
     if sha256:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != sha256.lower():
             raise UsageError(f"config {option}: {path} has sha256 {found}, not {sha256}")
 

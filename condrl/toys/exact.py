@@ -1,4 +1,4 @@
-"""Problems solved exactly: 1-D chains and policies audited without sampling; values of any model by Monte Carlo."""
+"""Problems solved exactly: 1-D chains and policies audited without sampling."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.rollout import Place, advance
 from condrl.errors import UsageError
 from condrl.prompts import Row
 from condrl.rewards.scoring import Reward, score
 from condrl.toys import oracle
-from condrl.toys.oracle import Audit, Line, ValueEstimate
+from condrl.toys.oracle import Audit, Line
 
 
 @dataclass(frozen=True)
@@ -104,29 +103,6 @@ def solve(
     if max(m[[0, -1]].max().item() for m in masses) > 1e-6:
         raise UsageError(f"exact answers: a distribution reaches beyond [-{reach:g}, {reach:g}]")
     return Problem(line, rows, kappa, std, start, cases)
-
-
-@torch.no_grad()
-def monte_carlo_value(
-    policy: Policy,
-    place: Place,
-    row: Row,
-    rewards: Sequence[Reward],
-    kappa: float,
-    particles: int,
-    generator: torch.Generator,
-) -> ValueEstimate:
-    """V = kappa log E exp(r / kappa) at the place of one chain, for any model and reward.
-
-    From `particles` pretrained chains (Feynman-Kac; docs/theory.md 6).
-    """
-    model, i = policy.model, torch.zeros(particles, dtype=torch.long)
-    condition = model.encode([row.prompt] * particles)
-    place = place[i]
-    with model.reference():
-        while place.k < policy.steps:
-            _, place = advance(policy, place, condition, generator)
-    return oracle.feynman_kac(score(rewards, model.decode(place.x), [row] * particles).total, kappa)
 
 
 def _case(

@@ -5,7 +5,6 @@ They are safetensors and JSON, and are written whole or not at all.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from condrl.errors import RunError, UsageError, brief, print_main
+from condrl.io.files import sha256_of
 
 FILES = TENSORS, PLAIN, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -43,7 +43,7 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -
         part.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part / TENSORS)
         (part / PLAIN).write_text(json.dumps(plain, allow_nan=False), "utf-8")
-        digests = {file: _sha256(part / file) for file in (TENSORS, PLAIN)}
+        digests = {file: sha256_of(part / file) for file in (TENSORS, PLAIN)}
         (part / MANIFEST).write_text(json.dumps(digests), "utf-8")
         for path in (*part.iterdir(), part):
             _to_disk(path)
@@ -115,7 +115,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-        damaged = [file for file in (TENSORS, PLAIN) if _sha256(path / file) != manifest[file]]
+        damaged = [file for file in (TENSORS, PLAIN) if sha256_of(path / file) != manifest[file]]
         if damaged:
             raise UsageError(f"the checkpoint {path} is damaged: {damaged[0]} has changed since it was written")
         state: dict[str, Any] = _join(json.loads((path / PLAIN).read_text("utf-8")), load_file(path / TENSORS))
@@ -180,11 +180,6 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
         case {"dict": pairs}:
             return {name: _join(part, tensors) for name, part in pairs}
     return value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _to_disk(path: Path) -> None:

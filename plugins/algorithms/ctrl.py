@@ -17,6 +17,7 @@ from condrl.algorithms.policy_gradient import clipped
 from condrl.algorithms.values import Value
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
+from condrl.diffusion.path_kl import remaining
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import like, x0_from_score
 
@@ -101,10 +102,9 @@ class CTRL(Algorithm):
         kl = weights * (r.means - base).square().flatten(2).sum(2)
         hints = self._hints(policy, experience, base, train.rollout_batch) if self._hinted(policy) else None
         values = torch.stack([self._value(policy, r, k, hints) for k in range(policy.steps)] + [rewards])
-        to_go = kl.flip(0).cumsum(0).flip(0)
         td = values[1:] - values[:-1] - self.kappa * kl
         scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
-        targets, path = rewards - self.kappa * to_go, kl.sum(0).mean()
+        targets, path = rewards - self.kappa * remaining(kl), kl.sum(0).mean()
         errors, wanted = (experience.gather(x)[:, experience.scored] for x in (targets - values[:-1], targets))
         fit = 1 - errors.var(1) / wanted.var(1).clamp(min=1e-12)
         metrics = {"path_kl": path, "objective": rewards.nanmean() - self.kappa * path, "value_explains": fit.max()}

@@ -1,7 +1,7 @@
 """NFT: reward-weighted matching of the policy's own noised samples (DiffusionNFT, Zheng et al. 2025)."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ import condrl
 from condrl.algorithms.base import Algorithm, Experience
 from condrl.algorithms.credit import group_advantages
 from condrl.algorithms.examples import Metrics
-from condrl.algorithms.forward import Noised, noised_samples
+from condrl.algorithms.forward import Noised, noised_samples, scores_at
 from condrl.algorithms.needs import Need, groups
 from condrl.algorithms.reference import MovingReference
 from condrl.config import TrainConfig
@@ -23,9 +23,15 @@ from condrl.diffusion.schedule import like
 @condrl.algorithm
 @dataclass(kw_only=True)
 class NFT(Algorithm):
-    """DiffusionNFT: no likelihoods, so any sampler, and far less gradient noise (Zheng et al. 2025)."""
+    """DiffusionNFT: no likelihoods, so any sampler, and far less gradient noise (Zheng et al. 2025).
 
-    temperature: float = 3.0  # the larger, the smaller an epoch's step, E[A error] / temperature
+    With `kappa` it settles at p ~ p_pre exp(r / kappa), to first order in r / kappa; the temperature then sets only
+    the speed. `stages` reduce the error of the first order (docs/theory.md 13).
+    """
+
+    temperature: float = 3.0  # the larger, the smaller an epoch's step, E[A error] / (temperature + kappa)
+    kappa: float = 0.0  # weight of the squared distance to the pretrained prediction; reward per nat
+    stages: int = 1  # equal parts of the run, each anchored at the end of the one before, with stages * kappa
     draws: int = 4  # times at which each image is noised
     times: tuple[float, float] = (0.1, 0.97)  # their range, as a share of the schedule's time
     normalise: bool = True  # divide a group's advantages by its standard deviation
@@ -33,10 +39,16 @@ class NFT(Algorithm):
     old_decay: float = 0.0  # of the running average of weights that rolls out and that steps start from; 0: the newest
 
     old: MovingReference = field(init=False)
+    anchor: MovingReference = field(init=False)
+    epoch: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.require_positive("temperature")
-        self.require_at_least(1, "draws")
+        self.require_at_least(0, "temperature", "kappa")
+        self.require_at_least(1, "draws", "stages")
+        if self.temperature + self.kappa <= 0:
+            raise condrl.UsageError("config algorithm.temperature: 0 needs a kappa, or nothing bounds a step")
+        if self.stages > 1 and self.kappa == 0:
+            raise condrl.UsageError("config algorithm.stages: has no effect without algorithm.kappa")
         if not 0 < self.times[0] < self.times[1] < 1:  # at 1 there may be no signal, and no velocity
             raise condrl.UsageError(f"config algorithm.times: must rise within (0, 1), got {list(self.times)}")
         if not 0 <= self.old_decay < 1:
@@ -47,42 +59,69 @@ class NFT(Algorithm):
     def needs(self) -> tuple[Need, ...]:
         return (groups,)
 
+    # ------------------------------------------------------------------------------------------ other policies
+
     def setup(self, policy: Policy) -> None:
         self.old = MovingReference(policy, self.old_decay)
+        self.anchor = MovingReference(policy, 0.0)
 
     def after_update(self, policy: Policy) -> None:
         self.old.update(policy)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.old.state_dict() if self.old_decay else {}
+        old = {"old": self.old.state_dict()} if self.old_decay else {}
+        anchor = {"anchor": self.anchor.state_dict(), "epoch": self.epoch} if self.stages > 1 else {}
+        return old | anchor
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.old_decay:
-            self.old.load_state_dict(state)
+            self.old.load_state_dict(state["old"])
+        if self.stages > 1:
+            self.anchor.load_state_dict(state["anchor"])
+            self.epoch = int(state["epoch"])
 
     def acting(self, policy: Policy) -> AbstractContextManager[None]:
         """Within it, the policy is the old one."""
         return self.old.active(policy) if self.old_decay else nullcontext()
+
+    def anchored(self, policy: Policy) -> AbstractContextManager[None]:
+        """Within it, the policy is its anchor, which it is kept near."""
+        return policy.model.reference() if self.stages == 1 else self.anchor.active(policy)
+
+    def begin_epoch(self, policy: Policy, epochs: int) -> None:
+        """Anchor the policy where it is when a stage begins."""
+        if self.stages > 1 and self.epoch * self.stages // epochs != (self.epoch - 1) * self.stages // epochs:
+            self.anchor.update(policy)
+        self.epoch += 1
+
+    # ------------------------------------------------------------------------------------------ an epoch
 
     def rollout(self, policy: Policy, condition: Tensor, noise: Noise, batch: int) -> Rollout:
         with self.acting(policy):
             return super().rollout(policy, condition, noise, batch)
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """Group advantages (B,), bounded by the temperature so that no density is asked to be negative."""
-        return group_advantages(rewards, groups, self.normalise).clamp(-self.temperature, self.temperature)
+        """Group advantages (B,), with a temperature bounded by it so that no density is asked to be negative."""
+        found = group_advantages(rewards, groups, self.normalise, leave_one_out=self.kappa > 0)
+        return found.clamp(-self.temperature, self.temperature) if self.temperature else found
 
     def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Noised:
+        self.begin_epoch(policy, train.epochs)
         advantages = experience.credit(self.advantages, experience.scores.total)
         with self.acting(policy):
-            return noised_samples(
+            found = noised_samples(
                 policy, experience.rollout, advantages, self.draws, self.times, train.rollout_batch, noise
             )
+        if self.kappa == 0:
+            return found
+        with self.anchored(policy):
+            return replace(found, base_score=scores_at(policy, found, train.rollout_batch))
 
     def loss(self, policy: Policy, batch: Noised) -> tuple[Tensor, Metrics]:
-        """temperature |d|^2 - 2 A <e, d> of each draw, (B,): d is the change of velocity, e the old one's error.
+        """temperature |d|^2 + kappa |b|^2 - 2 A <e, d> of each draw, (B,).
 
-        With r = (1 + A / a) / 2 and temperature = a b this is, but for a constant, a / b times DiffusionNFT's
+        d is the change of velocity, b its distance to the anchor's, e the old one's error. With r = (1 + A / a) / 2 and
+        temperature = a b this is without kappa, but for a constant, a / b times DiffusionNFT's
         r |e - b d|^2 + (1 - r) |e + b d|^2, whose minimum is at d = E[A e | x] / temperature (docs/theory.md 13).
         """
         schedule = policy.model.schedule
@@ -92,6 +131,11 @@ class NFT(Algorithm):
         error = (sigma / alpha * (-batch.noise / sigma - batch.old_score)).flatten(1)
         step = change.square().mean(1)
         loss = self.temperature * step - 2 * batch.advantage * (error * change).mean(1)
+        metrics = {"velocity_change": step.detach().mean()}
+        if batch.base_score is not None:
+            distance = (sigma / alpha * (score - batch.base_score)).flatten(1).square().mean(1)
+            loss = loss + self.stages * self.kappa * distance
+            metrics["base_distance"] = distance.detach().mean()
         if self.adaptive:
             loss = loss / error.abs().mean(1)
-        return loss, {"velocity_change": step.detach().mean()}
+        return loss, metrics
