@@ -177,7 +177,7 @@ def load_for_drawing(file: Path | None, overrides: Sequence[str], is_steered: bo
 
     Rewards have an effect if drawing `is_steered`, and come from the overrides alone.
 
-    Raises: UsageError as `load_config`, and on an override that does not concern drawing.
+    Raises: UsageError as `load_config` does, and on an override that does not concern drawing.
     """
     for override in overrides:
         if setting_keys(override)[0] not in ("model", "sampler", "plugins", *(["rewards"] if is_steered else [])):
@@ -205,7 +205,7 @@ def load_for_evaluation(file: Path | None, overrides: Sequence[str], is_trusted:
     Measures that the overrides name replace the file's, whose options they keep. Unless the file `is_trusted`, nothing
     is imported for it, and no server that it names is contacted.
 
-    Raises: UsageError as `load_config`, and on an override that does not concern evaluation.
+    Raises: UsageError as `load_config` does, and on an override that does not concern evaluation.
     """
     for override in overrides:
         keys = setting_keys(override)
@@ -462,7 +462,7 @@ def _check_numbers(value: Any, where: str) -> None:
 
 
 def _check_lists(values: Any, schema: Any, where: str) -> None:
-    """Raises: UsageError as `_check_list`, for a value of a dataclass or of one within it."""
+    """Raises: UsageError as `_check_list` does, for a value of a dataclass or of one within it."""
     for name, kind in type_hints(schema).items() if isinstance(values, Mapping) else ():
         key = f"{where}.{name}".lstrip(".")
         if dataclasses.is_dataclass(kind):

@@ -77,7 +77,8 @@ def warn_of_address_limit() -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         print_main(
-            f"warning: ulimit -v limits this process to {limit / 1e9:.1f} GB of addresses: if it aborts, raise it"
+            f"warning: ulimit -v limits this process to {limit / 1e9:.1f} GB of address space: if it aborts, raise "
+            "that limit"
         )
 
 

@@ -39,12 +39,12 @@ COMMON = {  # keys of a plugin's section that are not its own: none of its optio
     "model": ("name",),
     "steering": ("name",),
 }
-GIVEN = {
-    "sampler": 2,
-    "algorithm": 0,
-    "model": 1,
-    "steering": 1,
-}  # arguments that a plugin is called with, beside its options
+GIVEN = {  # the arguments that a plugin is called with, beside its options
+    "sampler": ("schedule", "times"),
+    "algorithm": (),
+    "model": ("device",),
+    "steering": ("draws",),
+}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def check_plugin(plugin: Plugin) -> None:
         )
     given = [name_of(p) for p in parameters if p.kind is not p.KEYWORD_ONLY]
     if plugin.kind != "reward":
-        check_options_alone(what, given[GIVEN[plugin.kind] :])
+        check_given(plugin, what, given)
     elif isinstance(target, type):
         check_options_alone(what, given)
         check_reward_class(what, target)
@@ -159,6 +159,20 @@ def check_plugin(plugin: Plugin) -> None:
 def name_of(parameter: inspect.Parameter) -> str:
     """A parameter's name, with its stars."""
     return str(parameter).partition(":")[0].partition("=")[0]
+
+
+def check_given(plugin: Plugin, what: str, given: list[str]) -> None:
+    """Raises: UsageError when a plugin does not take what all of its kind are given, or is an unfinished dataclass."""
+    expected = GIVEN[plugin.kind]
+    check_options_alone(what, given[len(expected) :])
+    if len(given) < len(expected):
+        raise UsageError(
+            f"{what} takes ({', '.join(given)}) where a {plugin.kind} takes ({', '.join(expected)}[, *, option: type = "
+            "default, ...])"
+        )
+    annotated = inspect.isclass(plugin.target) and vars(plugin.target).get("__annotations__")
+    if plugin.kind == "algorithm" and annotated and "__dataclass_fields__" not in vars(plugin.target):
+        raise UsageError(f"{what} has fields and is not a dataclass: write @dataclass(kw_only=True) above the class")
 
 
 def check_options_alone(what: str, given: list[str]) -> None:
@@ -235,8 +249,8 @@ class Registry:
         plugin = Plugin(self.kind, name or snake_case(getattr(target, "__name__", "")), target, **flags)
         check_plugin(plugin)
         check_name(plugin)
-        known = self.plugins.get(plugin.name)
-        taken = known.source if known else self._shipped().get(plugin.name, plugin.source)
+        existing = self.plugins.get(plugin.name)
+        taken = existing.source if existing else self._shipped().get(plugin.name, plugin.source)
         if Path(taken).resolve() != Path(plugin.source).resolve():
             raise UsageError(f"two files define the {self.kind} {plugin.name!r}: {taken} and {plugin.source}")
         self.plugins[plugin.name] = plugin
@@ -294,8 +308,8 @@ class Registry:
         """Register what an entry point or a dotted path names, unless importing it has done so under this name."""
         if name in self.plugins or not callable(target) or self._belongs_elsewhere(target):
             return
-        known = next((plugin for plugin in self.plugins.values() if plugin.target is target), None)
-        plugin = dataclasses.replace(known or Plugin(self.kind, name, target), name=name)  # with its flags
+        existing = next((plugin for plugin in self.plugins.values() if plugin.target is target), None)
+        plugin = dataclasses.replace(existing or Plugin(self.kind, name, target), name=name)  # with its flags
         check_plugin(plugin)
         self.plugins[name] = plugin
 

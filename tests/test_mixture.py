@@ -85,7 +85,7 @@ def test_bad_laws_are_one_line(distributions, message):
 
 
 def test_unknown_prompts_and_schedule_options():
-    with pytest.raises(UsageError, match=r"nothing is said of 'lefft'. Did you mean 'left'"):
+    with pytest.raises(UsageError, match=r"there is no distribution for 'lefft'. Did you mean 'left'"):
         model().encode(["lefft"])
     with pytest.raises(UsageError, match="schedule_options: vp got an unexpected keyword argument 'rate'"):
         model(schedule_options={"rate": 1.0})

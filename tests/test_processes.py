@@ -90,7 +90,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert 5 <= len(record.read_bytes().splitlines()) < 150
     done = run_python(FINETUNE, *words, cwd=tmp_path, **CPU)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     whole = [*toy_words("adjoint_matching", tmp_path / "whole"), *SMALL, "train.epochs=150"]
     assert run_python(FINETUNE, *whole, cwd=tmp_path, **CPU).returncode == 0
     weights = [load_file(tmp_path / folder / "lora" / "network.safetensors") for folder in ("parts", "whole")]
@@ -236,7 +236,7 @@ def test_prompts_that_cannot_be_shared_out_are_refused(tmp_path):
     words = [*toy_words("ddpo", tmp_path / "run"), "train.prompts_per_epoch=1"]
     done = run_python(*TORCHRUN, FINETUNE, *words, cwd=tmp_path, **CPU)
     assert done.returncode != 0
-    line = "error: config train.prompts_per_epoch: 1 prompts cannot be shared out to 2 processes"
+    line = "error: config train.prompts_per_epoch: 1 prompts cannot be distributed over 2 processes"
     assert done.stderr.count(line) == 1  # not once for each
 
 

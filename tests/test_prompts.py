@@ -72,9 +72,9 @@ def refused(path):
         (
             "a.jsonl",
             '{"prompt": "a", "prompt": "b"}',
-            "line 1: not usable JSON: the key 'prompt' comes twice",
+            "line 1: not usable JSON: the key 'prompt' is duplicated",
         ),
-        ("a.jsonl", '{"prompt": "a", "k": {"x": 1, "x": 2}}', "the key 'x' comes twice"),
+        ("a.jsonl", '{"prompt": "a", "k": {"x": 1, "x": 2}}', "the key 'x' is duplicated"),
         ("a.jsonl", '{"prompt": "a", "k": ' + 100_000 * "[", "line 1: not usable JSON"),
         ("a.jsonl", '{"prompt": "a", "k": 1' + 5000 * "0" + "}", "line 1: not usable JSON"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": " \\n"}', "line 2: the prompt is empty"),

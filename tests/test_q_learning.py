@@ -414,7 +414,7 @@ def test_each_prompt_has_its_own_data_and_reward(tmp_path):
         (["algorithm.score=paired"], "paired with beta above 0 starts from a model of the data"),
         (["model.data={roll: {name: swiss_rol}}"], "swiss_rol.*Did you mean 'swiss_roll'"),
         (["model.data={roll: {name: swiss_roll, nois: 1}}"], "nois"),
-        (["prompts.train=asset:paper/mixture.txt"], "nothing is said of 'two modes'"),
+        (["prompts.train=asset:paper/mixture.txt"], "there is no distribution for 'two modes'"),
         (["model.weights=nowhere"], "nowhere holds no network.safetensors"),
     ],
 )
@@ -482,7 +482,7 @@ def test_a_preconditioned_network_adds_to_the_score_of_a_gaussian(tmp_path):
             parameter.zero_()
         torch.testing.assert_close(model.score(x, t, condition), -x / wide.square())
     model.save_adapter(tmp_path / "network")
-    with pytest.raises(UsageError, match="of another network .other options"):
+    with pytest.raises(UsageError, match="belongs to another network .other model options"):
         roll_trainer(tmp_path, f"model.weights={tmp_path / 'network'}")
     other = ("model.preconditioned=true", f"model.weights={tmp_path / 'network'}", "model.points=100", "model.seed=5")
     with torch.no_grad():  # the width of the data that it has learned comes with it

@@ -11,8 +11,16 @@ from helpers import ROOT, run_python
 
 import condrl
 from condrl import UsageError
+from condrl.algorithms.base import Algorithm
+from condrl.algorithms.examples import Examples
 from condrl.config import GridConfig, RewardConfig, load_config
+from condrl.diffusion.schedule import VP
+from condrl.diffusion.transition import Coefficients
+from condrl.prompts import load_prompts
 from condrl.registry import COMMON, load_file, snake_case
+from condrl.training.build import make_sampler, make_trainer
+from condrl.training.checks import check_combination
+from condrl.training.preflight import preflight
 
 
 def write(path, text):
@@ -400,3 +408,104 @@ def test_help_of_the_plugin_scripts_needs_no_torch():
         assert done.returncode == 0
         assert done.stderr.strip() == "False"
         assert f"python scripts/{script}.py" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- what newcomers get wrong
+
+
+@condrl.sampler
+def gives_numbers(schedule, times):
+    return times[:-1], times[:-1], times[:-1]
+
+
+@condrl.sampler
+def one_number_too_many(schedule, times):
+    return Coefficients(schedule, times, times, times, times)
+
+
+@condrl.sampler
+def not_finite(schedule, times):
+    return Coefficients(schedule, times, times[:-1] / 0, times[:-1], times[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gives_numbers", "the sampler gives_numbers returned a tuple: it should return Coefficients.at"),
+        ("one_number_too_many", r"has A of shape \(9,\): each of 8 steps needs a finite number"),
+        ("not_finite", r"has A of values \[inf"),
+    ],
+)
+def test_a_sampler_that_returns_something_else_is_one_line(name, said):
+    with pytest.raises(UsageError, match=said):
+        make_sampler({"name": name, "steps": 8, "spacing": "uniform"}, VP())
+
+
+def test_a_plugin_takes_what_its_kind_is_given():
+    with pytest.raises(UsageError, match=r"takes \(schedule\) where a sampler takes \(schedule, times\[, \*, option"):
+        condrl.sampler(lambda schedule: None, name="too_few")
+    with pytest.raises(UsageError, match=r"takes \(\) where a steering takes \(draws\["):
+        condrl.steering(lambda: None, name="too_few")
+
+
+def test_an_algorithm_is_a_dataclass_below_algorithm(tmp_path):
+    class Plain(Algorithm):
+        kappa: float = 0.0
+
+    with pytest.raises(UsageError, match=r"has fields and is not a dataclass: write @dataclass\(kw_only=True\)"):
+        condrl.algorithm(Plain, name="plain")
+
+    @condrl.algorithm
+    class Elsewhere:
+        pass
+
+    config = load_config([str(ROOT / "configs" / "toy" / "g1.yaml"), "algorithm.name=elsewhere"])
+    with pytest.raises(
+        UsageError, match=r"elsewhere should be a class derived from condrl\.algorithms\.base\.Algorithm"
+    ):
+        check_combination(config)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Mistaken(Algorithm):
+    """Returns from its loss what it is told to."""
+
+    returns: str = "fine"
+
+    def examples(self, policy, experience, train, noise):
+        return Examples(condition=experience.rollout.condition, k=torch.arange(2))
+
+    def loss(self, policy, batch):
+        loss = policy.action(torch.zeros(len(batch.k), 1), batch.k, batch.condition)[:, 0]
+        value = loss.detach().mean()
+        return {
+            "fine": (loss, {"value": value}),
+            "a mean": (loss.mean(), {}),
+            "a tensor alone": loss,
+            "detached": (loss.detach(), {}),
+            "a float": (loss, {"value": 0.5}),
+        }[self.returns]
+
+
+condrl.algorithm(Mistaken, name="mistaken")
+
+
+@pytest.mark.parametrize(
+    ("returns", "said"),
+    [
+        ("fine", None),
+        ("a mean", r"the algorithm's loss has shape \(\) for \d+ pairs: it should be the loss of each"),
+        ("a tensor alone", "should return two things: a tensor, and a dict of metrics"),
+        ("detached", "has no gradient in what is trained"),
+        ("a float", "the algorithm's metric 'value' is a float: it should be a tensor"),
+    ],
+)
+def test_a_loss_that_is_something_else_is_one_line_before_the_run(returns, said, tmp_path):
+    words = ["algorithm.name=mistaken", f"algorithm.returns={returns}", f"run.dir={tmp_path}"]
+    config = load_config([str(ROOT / "configs" / "toy" / "g1.yaml"), *words])
+    trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+    if said is None:
+        assert preflight(trainer)
+        return
+    with pytest.raises(UsageError, match=said):
+        preflight(trainer)

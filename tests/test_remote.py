@@ -381,7 +381,7 @@ def test_a_token_is_asked_for(tmp_path, monkeypatch):
         reward = make_reward("remote", {"url": url, **QUICK})
         found = reward(torch.ones(1, 2), rows(1))
         assert found.isnan().all()
-        assert f"{url} answered 401: the token is missing or another one" in reward.failure(found, rows(1))
+        assert f"{url} answered 401: the token is missing or wrong" in reward.failure(found, rows(1))
         monkeypatch.setenv("CONDRL_REWARD_TOKEN", " secret\r\n")  # as `set` of Windows and an editor leave it
         assert make_reward("remote", {"url": url, **QUICK})(torch.ones(1, 2), rows(1)).tolist() == [1.0]
 

@@ -218,7 +218,7 @@ def test_a_killed_run_ends_like_one_that_was_not(command, kills, adapter, tmp_pa
         killed += process.wait() == -signal.SIGKILL
     assert killed == kills
     ended = subprocess.run(command(parts), check=True, capture_output=True, text=True)
-    assert "going on from" in ended.stderr
+    assert "resuming from" in ended.stderr
     for file in ("metrics.jsonl", f"lora/{adapter}"):
         assert (whole / file).read_bytes() == (parts / file).read_bytes()
     held = [json.loads((folder / "result.json").read_text())["heldout"] for folder in (whole, parts)]
@@ -245,7 +245,7 @@ def test_a_signal_ends_the_epoch_and_saves(number, code, tmp_path):
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "run.resume=auto goes on" in said
+    assert "run.resume=auto resumes it" in said
     (path,) = checkpoints(tmp_path / "run" / "checkpoints")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert read_checkpoint(path)["epoch"] == len(lines)
@@ -555,7 +555,7 @@ def test_going_on_elsewhere_leaves_the_other_runs_checkpoints(tmp_path):
     command = finetune(tmp_path / "b", f"run.resume={source}", "train.epochs=2", name="dpok")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {source}" in done.stderr
+    assert f"resuming from {source}" in done.stderr
     assert len(checkpoints(tmp_path / "a" / "checkpoints")) == 2
 
 

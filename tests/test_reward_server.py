@@ -110,7 +110,7 @@ def test_without_the_token_nothing_is_read_and_nothing_said():
         for changes in ({}, {"Authorization": "Bearer secrets"}, {"Authorization": "Bearer \u00fc"}):
             status, content = exchange(port, head(2**26, **changes))  # the body is not waited for
             assert (status, server.queue.count) == (401, 0)
-        assert json.loads(content) == {"error": "the token is missing or another one"}
+        assert json.loads(content) == {"error": "the token is missing or wrong"}
         status, content = exchange(port, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
         assert (status, b"test" in content) == (401, False)
         right = head(len(BODY), Host="gpu7:8200", Authorization="Bearer secret")
@@ -121,7 +121,7 @@ def test_who_is_refused_hears_why_while_still_sending():
     with serving(token="secret") as (port, _):
         client = Client(f"http://127.0.0.1:{port}", "rewards.remote.url", None, 20.0, 0, 0.0, 1)
         assert client.ask([b"x" * 2**24], [bytes]) == [None]
-    assert client.errors[0].endswith("answered 401: the token is missing or another one")
+    assert client.errors[0].endswith("answered 401: the token is missing or wrong")
 
 
 def test_a_client_that_drips_is_hung_up_on():
@@ -311,7 +311,7 @@ def test_nothing_of_a_request_is_guessed(change):
 
 
 def test_a_key_that_comes_twice_among_many_takes_no_time():
-    with pytest.raises(ValueError, match="the key '99999' comes twice"):
+    with pytest.raises(ValueError, match="the key '99999' is duplicated"):
         from_json("{" + ",".join(f'"{i}":0' for i in range(100_000)) + ',"99999":0}')
 
 

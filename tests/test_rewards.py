@@ -12,10 +12,13 @@ from condrl.commands import sample
 from condrl.commands.console import exit_code
 from condrl.config import load_config
 from condrl.errors import RewardError, Stopped
-from condrl.prompts import Row
+from condrl.prompts import Row, load_prompts
 from condrl.rewards.scoring import make_reward, score
 from condrl.shapes import scenes
+from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
+from condrl.training.evaluate import evaluate
+from condrl.training.preflight import preflight
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 ROWS = [Row(0, "a red star", {"k": 1.0}), Row(1, "two small blue circles", {"k": 2.0})]
@@ -88,6 +91,27 @@ def test_a_group_reward_is_given_all_images_of_a_prompt_row_and_only_them():
     assert seen == [(3, ["a"] * 3), (70, ["a"] * 70), (1, ["b"])]
     assert sorted(found[:3].tolist()) == [0, 1, 2]
     assert sorted(found[3:73].tolist()) == list(range(70))
+
+
+def test_groups_are_whole_in_the_trial_and_on_held_out_prompts(tmp_path):
+    """Also where a batch would end within one."""
+    sizes = []
+
+    @condrl.reward(per="group")
+    def grouped(samples, prompts):
+        assert len(set(prompts)) == 1
+        sizes.append(len(samples))
+        return samples.mean(1)
+
+    toy = str(ROOT / "configs" / "toy" / "p1.yaml")
+    words = [toy, "rewards.quadratic.weight=0", "rewards.grouped.weight=1", f"run.dir={tmp_path}"]
+    trainer = make_trainer(load_config(words), load_prompts("asset:toy/p1.jsonl", "x"))
+    preflight(trainer)
+    assert set(sizes) == {1, 4}  # of a single image for each row, and of the trial's groups
+    sizes.clear()
+    measures = [make_reward("grouped", {})]
+    evaluate(trainer.policy, trainer.rows, measures, seed=0, per_prompt=3, batch=8, pictures=0)
+    assert sizes == [3] * 4
 
 
 @pytest.mark.parametrize("flags", [{"per": "groups"}, {"per": "group", "cached": True}])
@@ -230,7 +254,7 @@ def test_what_fails_when_it_is_made_or_loaded_is_bad_input():
         (RunError("c"), "stopped: c", 1),
         (OSError(28, "No space left"), "stopped: [Errno 28] No space left", 1),
         (KeyboardInterrupt(), "interrupted", 130),
-        (Stopped(15), "stopped by SIGTERM; the same command with run.resume=auto goes on", 143),
+        (Stopped(15), "stopped by SIGTERM; the same command with run.resume=auto resumes it", 143),
     ],
 )
 def test_a_traceback_is_shown_when_asked_for(error, line, code, capsys, monkeypatch):

@@ -115,6 +115,6 @@ def pretrained_scores(policy: Policy, rollout: Rollout, batch: int) -> Tensor:
         for k in range(policy.steps):
             for images in torch.arange(len(rollout.condition)).split(batch):
                 rows = images.to(found.device)
-                place = rollout.states[k, rows], torch.full((len(images),), k), rollout.condition[images]
-                found[k, rows] = policy.action(*place)
+                step = rollout.states[k, rows], torch.full((len(images),), k), rollout.condition[images]
+                found[k, rows] = policy.action(*step)
     return found

@@ -28,7 +28,7 @@ class Collected:
     rows: list[Row]
     processes: Processes
     indices: range  # of these rows among those of all processes
-    total: int  # how many those are
+    total: int  # how many there are
     scored: Tensor  # (total,) bool: which of those can be learned from
 
     @property
@@ -67,7 +67,7 @@ class Context:
     noise: Noise
     processes: Processes
     indices: range  # of this process's rows among those of all
-    total: int  # how many those are
+    total: int  # how many there are
     score: Callable[[Rollout, list[Row]], Experience]  # decodes the samples of trajectories and scores them
 
 
@@ -83,11 +83,11 @@ class OwnNetwork:
 
 
 class Algorithm:
-    """The base of algorithm plugins, which are dataclasses: a field is an option. What they do not say is as here."""
+    """The base of algorithm plugins, which are dataclasses whose fields are options; what they leave out is as here."""
 
     kappa: float | None = None  # reward per nat of path KL to the pretrained model; None where there is no such option
     off_policy = False  # whether what it rolls out is not the policy's own
-    uses_rewards = True  # whether a run without rewards makes no sense
+    uses_rewards = True  # whether a run needs rewards
 
     def require_positive(self, *options: str) -> None:
         """Raises: UsageError on an option that is 0 or less."""
@@ -121,7 +121,7 @@ class Algorithm:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
 
     def collect(self, context: Context, rows: list[Row]) -> Collected:
         """What an epoch learns from: trajectories for the prompts of rows (B), with their scores.

@@ -50,7 +50,7 @@ class Examples:
 
     @property
     def count(self) -> int:
-        """B; of pairs, how many they are."""
+        """B; of pairs, their number."""
         return len(self.condition)
 
     def at(self, images: Tensor, k: Tensor) -> Self:

@@ -73,7 +73,7 @@ def markov_steps(setting: Setting) -> None:
 
 
 def affine_steps(setting: Setting) -> None:
-    """A sampler that is three numbers per step, of the score at every step."""
+    """A sampler of three numbers per step, and the score at every step."""
     if setting.sampler.affine is None:
         raise UsageError(
             f"the algorithm {setting.algorithm} needs a sampler whose steps are affine in the score, and "
@@ -81,13 +81,13 @@ def affine_steps(setting: Setting) -> None:
         )
     if not setting.sampler.schedule.alpha(setting.sampler.times[0]) > 0:
         raise UsageError(
-            f"the algorithm {setting.algorithm} needs the score at every step, which says nothing where there is no "
+            f"the algorithm {setting.algorithm} needs the score at every step, which is meaningless without a "
             "signal (zero terminal SNR): use sampler.spacing=leading"
         )
 
 
 def noise(setting: Setting) -> None:
-    """Steps with noise, some at least."""
+    """At least one step with noise."""
     if setting.sampler.stochastic.any():
         return
     advice = "set sampler.eta=1, or look at the sampler's own options"
@@ -128,5 +128,8 @@ def trained_steps(sampler: Sampler, train: TrainConfig) -> Tensor:
     if wrong or not chosen:
         raise UsageError(f"config train.steps: {wrong or chosen} are not among the steps with noise, {stochastic}")
     if train.steps_per_image is not None and not 1 <= train.steps_per_image <= len(chosen):
-        raise UsageError(f"config train.steps_per_image: {train.steps_per_image} of the {len(chosen)} trained steps")
+        raise UsageError(
+            f"config train.steps_per_image: must be from 1 to {len(chosen)}, the number of trained steps, got "
+            f"{train.steps_per_image}"
+        )
     return torch.tensor(sorted(set(chosen)))

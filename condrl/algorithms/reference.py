@@ -36,13 +36,13 @@ class MovingReference:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises: ValueError when the weights are others."""
+        """Raises: ValueError when the weights have other shapes."""
         for average, value in zip(self.average, state["average"], strict=True):
             if average.shape != value.shape:
-                raise ValueError("the average is of other weights")
+                raise ValueError("the average has other shapes than the weights")
             average.copy_(value)
 
 
 def trained(policy: Policy) -> list[Tensor]:
-    """What is trained of a policy's network."""
+    """The trained weights of a policy's network."""
     return [weight for weight in policy.model.module.parameters() if weight.requires_grad]

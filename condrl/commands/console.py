@@ -1,4 +1,4 @@
-"""How a command ends: in one line and an exit code, whoever has stopped reading what it prints."""
+"""How a command ends: in one line and an exit code, even if nobody reads its output any more."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ HEAD_START = 2.0  # seconds that the process which prints an error gets before t
 
 
 class Surviving:
-    """A text stream to which nothing is written any more once that has failed; the work goes on without it.
+    """A text stream to which nothing more is written once writing has failed; the work continues without it.
 
-    It fails when the program that reads a pipe has ended, a terminal was closed, or a disk is full.
+    Writing fails when the program that reads a pipe has ended, a terminal was closed, or a disk is full.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -42,7 +42,7 @@ class Surviving:
             self._discard(error)
 
     def _discard(self, error: OSError) -> None:
-        """Lead what is still to come, and what Python keeps in its buffer, nowhere."""
+        """Discard what is still to come, and what Python has in its buffer."""
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
         os.close(null)
@@ -55,7 +55,7 @@ class Surviving:
 
 @contextmanager
 def surviving_streams() -> Iterator[None]:
-    """Within it, printing does not fail; a letter that the terminal does not have is printed as an escape."""
+    """Within it, printing does not fail; a character that the terminal lacks is printed as an escape."""
     before = sys.stdout, sys.stderr
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         for stream in before:
@@ -71,7 +71,7 @@ def surviving_streams() -> Iterator[None]:
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """Do the work of a script; its errors become one line and an exit code, 130 after Ctrl+C.
+    """Do the work of a command; its errors become one line and an exit code, 130 after Ctrl+C.
 
     With CONDRL_DEBUG=1 in the environment their traceback is shown as well, by each process.
     """
@@ -92,7 +92,7 @@ def exit_code(work: Callable[[], object]) -> int:
 def last_words(error: BaseException) -> tuple[str, int]:
     """The line and the exit code for an error.
 
-    Raises: the error itself, when it is not one that a line explains.
+    Raises: the error itself, when a line cannot explain it.
     """
     match error:
         case UsageError():
@@ -100,7 +100,7 @@ def last_words(error: BaseException) -> tuple[str, int]:
         case RunError():
             return f"stopped: {' '.join(str(error).splitlines())}", 1
         case Stopped():
-            return f"stopped by {error}; the same command with run.resume=auto goes on", 128 + error.number
+            return f"stopped by {error}; the same command with run.resume=auto resumes it", 128 + error.number
         case KeyboardInterrupt():
             return "interrupted", 130
         case _ if out_of_memory(error):

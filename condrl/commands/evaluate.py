@@ -1,13 +1,13 @@
 """Evaluate a fine-tuned model beside its base, on the same prompts, from the same seeds.
 
-    python scripts/evaluate.py runs/quickstart                            what the run measured at its end, by image
+    python scripts/evaluate.py runs/quickstart                            what the run measured last, image by image
     python scripts/evaluate.py runs/quickstart rewards.sharpness.weight=1 evaluate.images_per_prompt=4
     python scripts/evaluate.py runs/quickstart --prompts my_prompts.txt --steps 5 10 20 --strength 0.5 1
     python scripts/evaluate.py runs/quickstart --samplers ddim ddim,eta=0 dpm_solver_pp
 
-The first word is a run's folder, or a LoRA's folder or file; one without a run needs --prompts and measures.
-`key=value` words change the model, the sampler and how much is measured as they do for finetune.py; measures that they
-name take the place of the run's. Code and servers that a run's config names are used with --trust only.
+The first argument is a run's folder, or a LoRA's folder or file; one without a run needs --prompts and measures.
+`key=value` overrides change the model, the sampler and how much is measured as they do for finetune.py; measures that
+they name replace the run's. Code and servers that a run's config names are used with --trust only.
 
 Writes RUN/evaluation/: evaluation.jsonl (a line per image, sampler and strength), evaluation.json (the summary) and
 pictures/. Several samplers, numbers of steps and strengths are measured one after the other, the base once per sampler.
@@ -57,10 +57,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--strength", type=float, nargs="+", default=[1.0], help="of the LoRA; 1 is what was tuned, 0 no LoRA at all"
     )
-    parser.add_argument("--pictures", type=int, default=8, help="the first so many images are written, base and tuned")
+    parser.add_argument("--pictures", type=int, default=8, help="how many images are written, base and tuned")
     parser.add_argument("--out", type=Path, metavar="DIR", help="by default the run's evaluation/")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary there")
     parser.add_argument("--trust", action="store_true", help="the run's config may name plugins and servers")
     parser.add_argument("--batch", type=int, help="images drawn at a time; by default the run's train.rollout_batch")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
@@ -68,7 +68,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def main(words: list[str]) -> int:
-    """Exit code: 0, 1 when something stood in the way, 2 for bad input, 130 after Ctrl+C."""
+    """Exit code: 0, 1 when it had to stop, 2 for bad input, 130 after Ctrl+C."""
     return exit_code(lambda: evaluate(parse(words)))
 
 
@@ -87,13 +87,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def evaluated(words: Sequence[str], **options: Any) -> dict[str, Any]:
-    """The summary that the command would write with these words and options.
+def evaluated(arguments: Sequence[str], **options: Any) -> dict[str, Any]:
+    """The summary that the command would write with these arguments and options.
 
-    Raises: UsageError as the command.
+    Raises: UsageError as the command does.
     """
     out = options.pop("out")
-    return evaluate(argparse.Namespace(words=words, json=None, out=Path(out) if out else None, **options))
+    return evaluate(argparse.Namespace(words=arguments, json=None, out=Path(out) if out else None, **options))
 
 
 # ---------------------------------------------------------------------------------------------- what to do
@@ -105,7 +105,7 @@ class Plan:
 
     configs: list[Config]  # one for each sampler, alike in all else
     tuned: Path  # a LoRA's file, or a folder with a network of points
-    source: Path | None  # the run that it is of
+    source: Path | None  # the run that it belongs to
     rows: list[Row]
     strengths: list[float]
     folder: RunFolder
@@ -151,7 +151,7 @@ def read_plan(args: argparse.Namespace) -> Plan:
 def check_numbers(args: argparse.Namespace) -> None:
     """Raises: UsageError on options out of range, and on one that is given twice."""
     if (args.batch is not None and args.batch < 1) or args.pictures < 0:
-        raise UsageError("--batch has to be at least 1, and --pictures at least 0")
+        raise UsageError("--batch must be at least 1, and --pictures at least 0")
     for name in ("steps", "samplers", "strength"):
         values = getattr(args, name)
         if twice := [value for value in values if values.count(value) > 1]:
@@ -161,9 +161,9 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def check_strengths(strengths: Sequence[float], tuned: Path) -> None:
-    """Raises: UsageError on strengths that nothing can have."""
+    """Raises: UsageError on strengths that are not valid."""
     if not all(map(math.isfinite, strengths)):
-        raise UsageError(f"--strength has to be finite numbers, got {' '.join(map(str, strengths))}")
+        raise UsageError(f"--strength must be finite numbers, got {' '.join(map(str, strengths))}")
     if tuned.is_dir() and list(strengths) != [1]:
         raise UsageError(f"--strength is of a LoRA, and {tuned} holds a network of points")
 
@@ -171,7 +171,7 @@ def check_strengths(strengths: Sequence[float], tuned: Path) -> None:
 def read_configs(args: argparse.Namespace, settings: list[str], tuned: Path, run: Path | None) -> list[Config]:
     """A config for each sampler.
 
-    Raises: UsageError on settings and samplers that cannot be, and where nothing says what to measure.
+    Raises: UsageError on invalid settings and samplers, and when nothing says what to measure.
     """
     from condrl.training.build import make_sampler, stand_in
 
@@ -179,8 +179,8 @@ def read_configs(args: argparse.Namespace, settings: list[str], tuned: Path, run
         check_alone(tuned, settings, args.prompts)
         settings = settings if tuned.is_dir() else with_rank(tuned, settings)
     file = run / "config.yaml" if run else default_config(settings)
-    words = [[*settings, *more] for more in sampler_words(args.samplers, args.steps)]
-    configs = [load_for_evaluation(file, some, args.trust) for some in words]
+    overrides = [[*settings, *more] for more in sampler_overrides(args.samplers, args.steps)]
+    configs = [load_for_evaluation(file, each, args.trust) for each in overrides]
     samplers = [config.evaluate.sampler or config.sampler for config in configs]
     for section in samplers:
         make_sampler(section, stand_in(section))
@@ -190,8 +190,8 @@ def read_configs(args: argparse.Namespace, settings: list[str], tuned: Path, run
 
 
 def check_alone(tuned: Path, settings: Sequence[str], prompts: str | None) -> None:
-    """Raises: UsageError when nothing says what to measure of a LoRA without a run."""
-    measured = [word for word in settings if re.match(r"rewards\b|evaluate\.measures\b", word)]
+    """Raises: UsageError when a LoRA without a run comes without a measure or prompts."""
+    measured = [setting for setting in settings if re.match(r"rewards\b|evaluate\.measures\b", setting)]
     if not measured or not prompts:
         raise UsageError(
             f"{tuned} belongs to no run, so nothing says what to measure: name a measure and prompts, as in "
@@ -199,7 +199,7 @@ def check_alone(tuned: Path, settings: Sequence[str], prompts: str | None) -> No
         )
 
 
-def sampler_words(samplers: Sequence[str], steps: Sequence[int]) -> list[list[str]]:
+def sampler_overrides(samplers: Sequence[str], steps: Sequence[int]) -> list[list[str]]:
     """The settings of each sampler with each number of steps.
 
     Raises: UsageError on what is not NAME or NAME,option=value.
@@ -225,7 +225,7 @@ def read_rows(prompts: str | None, config: Config, run: Path | None, settings: S
         raise UsageError(f"{run} has no held-out prompts: give --prompts FILE")
     given = (prompts, "--prompts") if prompts else (config.prompts.heldout or "", "prompts.heldout")
     rows = load_prompts(*given)
-    is_counted = not prompts or any(setting_keys(word) == ["evaluate", "prompts"] for word in settings)
+    is_counted = not prompts or any(setting_keys(setting) == ["evaluate", "prompts"] for setting in settings)
     rows = rows[: config.evaluate.prompts] if is_counted else rows
     if run and exists(locate(config.prompts.train)):
         warn_of_training_prompts(rows, load_prompts(config.prompts.train, "prompts.train"))
@@ -301,7 +301,7 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
 
 
 def make_policies(plan: Plan) -> list[Policy]:
-    """The base with each sampler, on a model that knows the prompts."""
+    """The base with each sampler, on a model that has encoded the prompts."""
     import torch
 
     from condrl.training.build import deployed, make_policy
@@ -357,13 +357,13 @@ def measured(plan: Plan, policy: Policy, bar: tqdm[Any], visit: Callable[[Batch]
     """The policy on the prompts, as a run measures it at its end."""
     from condrl.training.evaluate import evaluate, first_seed
 
-    said: list[str] = []
+    warned: list[str] = []
 
     def see(batch: Batch) -> None:
         visit(batch)
         bar.update(len(batch.indices))
-        if batch.scores.failure and not said:
-            said.append(batch.scores.failure)
+        if batch.scores.failure and not warned:
+            warned.append(batch.scores.failure)
             bar.write(visible(f"warning: {batch.scores.failure}"), sys.stderr)
 
     seed, measures = first_seed(plan.config.run.seed), measures_of(plan.config)
@@ -379,7 +379,7 @@ def entry(plan: Plan, number: int, strength: float, base: Evaluation, tuned: Eva
 
 
 def base_name(config: Config) -> str:
-    """The model that is compared with: the LoRA's that the run started from, where it started from one."""
+    """The model to compare with, and the LoRA that the run started from, if any."""
     model = str(config.model.get("path") or config.model["name"])
     lora = config.model.get("lora")
     return f"{model} with the LoRA {lora}" if lora else model
@@ -419,7 +419,7 @@ class Writer:
         from condrl.io.records import to_json
 
         tuned = {name: values.tolist() for name, values in batch.scores.each.items()}
-        for place, index in enumerate(batch.indices):
+        for position, index in enumerate(batch.indices):
             row = self.plan.rows[index // self.plan.per_prompt]
             line = {
                 "prompt": row.prompt,
@@ -429,7 +429,7 @@ class Writer:
                 "sampler": self.plan.samplers[sampler],
                 "strength": strength,
                 "base": {name: values[index].item() for name, values in base.each.items()},
-                "tuned": {name: values[place] for name, values in tuned.items()},
+                "tuned": {name: values[position] for name, values in tuned.items()},
                 "pictures": self._pictures(batch, index, sampler, strength),
             }
             self.record.write(to_json(line) + "\n")
@@ -458,7 +458,7 @@ class Writer:
         return f"pictures/{sampler + 1}_{name}_{section['steps']}/{index:04d}_{who}.png"
 
 
-# ---------------------------------------------------------------------------------------------- saying it
+# ---------------------------------------------------------------------------------------------- reporting
 
 
 def report(result: dict[str, Any]) -> list[str]:
@@ -482,7 +482,7 @@ def cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def label(sampler: dict[str, Any], samplers: Sequence[dict[str, Any]]) -> str:
-    """A sampler's name, its steps, and the options in which it differs from others of the name."""
+    """A sampler's name, its steps, and the options in which it differs from others of that name."""
     others = [other for other in samplers if other["name"] == sampler["name"]]
     differing = [key for key in sampler if key != "steps" and any(other[key] != sampler[key] for other in others)]
     return ", ".join([sampler["name"], f"{sampler['steps']} steps", *(f"{key}={sampler[key]}" for key in differing)])

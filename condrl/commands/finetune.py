@@ -1,9 +1,9 @@
 """Fine-tune a text-to-image diffusion model with rewards.
 
     accelerate launch scripts/finetune.py                                       configs/quickstart.yaml
-    accelerate launch scripts/finetune.py my.yaml train.lr=1e-4                 later words win
+    accelerate launch scripts/finetune.py my.yaml train.lr=1e-4                 later ones win
     accelerate launch scripts/finetune.py plugins=[my_reward.py] rewards.redness.weight=1
-    condrl finetune toy/p1                                                      a config that comes with it, by name
+    condrl finetune toy/p1                                                      a shipped config, by name
 
 Writes runs/<run.name>/: config.yaml, metrics.jsonl (a line per epoch), images/, lora/, result.json.
 --json FILE writes the result there too. --dry-run checks everything, tries a few images, and says what the run would
@@ -45,14 +45,14 @@ def main(words: list[str]) -> int:
     return exit_code(lambda: finetune(words))
 
 
-def finetune(words: list[str]) -> dict[str, Any]:
+def finetune(arguments: list[str]) -> dict[str, Any]:
     """Check everything that can be checked without the model, then tune; returns the result, empty for a dry run."""
     begun = time.monotonic()
     warn_of_address_limit()
-    words, copy = split_json(words)
-    dry = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
-    config = load_config(words, default=CONFIGS / "quickstart.yaml")
+    arguments, copy = split_json(arguments)
+    dry = "--dry-run" in arguments
+    arguments = [argument for argument in arguments if argument != "--dry-run"]
+    config = load_config(arguments, default=CONFIGS / "quickstart.yaml")
 
     from condrl.io.records import write_json
     from condrl.prompts import load_prompts
@@ -68,7 +68,7 @@ def finetune(words: list[str]) -> dict[str, Any]:
     check_combination(config)
     if not dry:
         check_folder(config)
-        find_checkpoint(config)  # for its complaints, before the model is loaded
+        find_checkpoint(config)  # for its errors, before the model is loaded
     for reward in [*make_rewards(config), *make_measures(config)]:
         reward.load()
     if warning := transfer_warning(config):
@@ -87,19 +87,19 @@ def end_with_launcher() -> None:
             set_option(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def split_json(words: list[str]) -> tuple[list[str], Path | None]:
-    """The words without `--json FILE`, and the file.
+def split_json(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments without `--json FILE`, and the file.
 
     Raises: UsageError when no file follows.
     """
-    if "--json" not in words:
-        return words, None
-    place = words.index("--json")
-    if place + 1 == len(words):
+    if "--json" not in arguments:
+        return arguments, None
+    position = arguments.index("--json")
+    if position + 1 == len(arguments):
         raise UsageError("--json needs a file: --json result.json")
-    path = Path(words[place + 1])
+    path = Path(arguments[position + 1])
     check_json(path)
-    return words[:place] + words[place + 2 :], path
+    return arguments[:position] + arguments[position + 2 :], path
 
 
 def check_json(path: Path) -> None:
@@ -160,7 +160,7 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
             check_state(trainer, checkpoint[1], checkpoint[0])
-            print_main(f"going on from {checkpoint[0]}")
+            print_main(f"resuming from {checkpoint[0]}")
         processes.barrier()  # all have read what is now replaced
         if processes.is_main:
             prepare(trainer, checkpoint)
@@ -265,7 +265,7 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
-        print_main("\nstopping with a checkpoint; once more to stop at once")
+        print_main("\nstopping with a checkpoint; interrupt again to stop at once")
         trainer.processes.stop(number)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}

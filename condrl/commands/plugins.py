@@ -42,7 +42,7 @@ def option_line(option: Option) -> str:
 
 
 def type_name(kind: Any) -> str:
-    """A type as one would say it of a config: words to choose from, and null for None."""
+    """A type as a config has it: the values to choose from, and null for None."""
     parts = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(map(str, parts))
@@ -58,19 +58,19 @@ def main(words: list[str]) -> int:
     return exit_code(lambda: show(words))
 
 
-def show(words: list[str]) -> None:
+def show(arguments: list[str]) -> None:
     """Print the plugins of these names, or all."""
-    if {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
-    for word in words:
-        if word.endswith(".py"):
-            load_file(word)
-    names = [word for word in words if not word.endswith(".py")]
+    for argument in arguments:
+        if argument.endswith(".py"):
+            load_file(argument)
+    names = [argument for argument in arguments if not argument.endswith(".py")]
     plugins = [plugin for registry in REGISTRIES.values() for plugin in registry.all()]
     known = [plugin.name for plugin in plugins]
     for name in names:
         if name not in known:
             near = suggestion(name, known)
-            raise UsageError(f"no plugin is called {name!r}.{near} There are: {', '.join(known)}")
+            raise UsageError(f"no plugin is called {name!r}.{near} Available: {', '.join(known)}")
     print("\n\n".join(describe(plugin) for plugin in plugins if not names or plugin.name in names))

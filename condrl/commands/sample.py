@@ -5,9 +5,9 @@
     python scripts/sample.py --prompt "a black square" sampler.steps=30 model.guidance=4
     python scripts/sample.py --prompt "a black square" --steer best_of_n,n=8 rewards.shapes.weight=1
 
-The first word is a run's folder, whose model draws with the sampler that it was evaluated with, or a LoRA's folder or
-file; without it the quickstart's base model draws. `key=value` words change the model and the sampler as they do for
-finetune.py. Plugins are code: those that a run's config names are imported only if you name them, plugins=[my.py].
+The first argument is a run's folder, whose model draws with the sampler that it was evaluated with, or a LoRA's folder
+or file; without it the quickstart's base model draws. `key=value` overrides change the model and the sampler as they do
+for finetune.py. Plugins are code: those that a run's config names are imported only if you name them, plugins=[my.py].
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--steer",
         metavar="NAME[,option=value]",
-        help="a steering plugin, as smc,particles=8, which draws with rewards.NAME.weight=1 and the like",
+        help="a steering plugin, such as smc,particles=8, which draws with rewards.NAME.weight=1 and the like",
     )
     parser.add_argument("--compare", action="store_true", help="base | tuned, from the same noise")
     parser.add_argument(
@@ -69,7 +69,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def main(words: list[str]) -> int:
-    """Exit code: 0, 1 when something stood in the way, 2 for bad input."""
+    """Exit code: 0, 1 when it had to stop, 2 for bad input."""
     return exit_code(lambda: sample(parse(words)))
 
 
@@ -85,21 +85,26 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def drawn(
-    words: Sequence[str], prompts: Sequence[str], seeds: Sequence[int], strength: float, batch: int, device: str | None
+    arguments: Sequence[str],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    strength: float,
+    batch: int,
+    device: str | None,
 ) -> list[Image]:
-    """The images that the command would write with these words and options.
+    """The images that the command would write with these arguments and options.
 
-    Raises: UsageError as the command.
+    Raises: UsageError as the command does.
     """
     from condrl.rewards.pixels import to_pil
 
     options = {"prompt": list(prompts), "prompts": None, "seeds": list(seeds), "compare": False, "steer": None}
-    args = argparse.Namespace(words=words, strength=strength, batch=batch, device=device, **options)
+    args = argparse.Namespace(words=arguments, strength=strength, batch=batch, device=device, **options)
     return [to_pil(image) for image in images(args, read_request(args))[1]]
 
 
 class Request(NamedTuple):
-    """What is to be drawn with what, and the folder that it belongs to."""
+    """What to draw and with what, and the folder that it belongs to."""
 
     config: Config
     lora: Path | None
@@ -122,25 +127,25 @@ def read_request(args: argparse.Namespace) -> Request:
     if lora is None and (args.compare or args.strength != 1):
         raise UsageError("--compare and --strength need a run or LoRA folder beside the base model")
     if not math.isfinite(args.strength):
-        raise UsageError(f"--strength has to be a finite number, got {args.strength}")
+        raise UsageError(f"--strength must be a finite number, got {args.strength}")
     if args.batch < 1 or not all(0 <= seed < 2**63 for seed in args.seeds):
-        raise UsageError("--batch has to be at least 1, and --seeds at least 0 and below 2^63")
+        raise UsageError("--batch must be at least 1, and --seeds at least 0 and below 2^63")
     pairs = [(prompt, seed) for prompt in prompts for seed in args.seeds]
     return Request(config, lora, home, pairs, find_device(args.device), read_steer(args.steer, config))
 
 
-def read_steer(word: str | None, config: Config) -> Steer | None:
-    """A steering plugin with the options that a word has set.
+def read_steer(argument: str | None, config: Config) -> Steer | None:
+    """The steering plugin that an argument names, with its options, and the rewards to steer by.
 
-    Raises: UsageError on a word that is not NAME or NAME,option=value, on its options, and without rewards.
+    Raises: UsageError when it is not NAME or NAME,option=value, on invalid options, and without rewards.
     """
     from condrl.training.build import make_rewards
 
-    if word is None:
+    if argument is None:
         return None
-    name, *options = word.split(",")
+    name, *options = argument.split(",")
     if not name or "=" in name or not all(is_setting(option) for option in options):
-        raise UsageError(f"--steer {word}: give NAME or NAME,option=value, as in smc,particles=8")
+        raise UsageError(f"--steer {argument}: give NAME or NAME,option=value, as in smc,particles=8")
     plugin = REGISTRIES["steering"].find(name)
     values = merged([read_argument(option) for option in options])
     rewards = make_rewards(config)
@@ -151,14 +156,14 @@ def read_steer(word: str | None, config: Config) -> Steer | None:
     return functools.partial(plugin.target, **typed_options(plugin, values, "--steer")), rewards
 
 
-def read_words(words: Sequence[str], is_steered: bool = False) -> tuple[Config, Path | None, Path]:
+def read_words(arguments: Sequence[str], is_steered: bool = False) -> tuple[Config, Path | None, Path]:
     """The config to draw with, the LoRA, and the folder of what is drawn.
 
     Raises: UsageError when a folder holds neither a run nor a LoRA.
     """
     from condrl.models.points import MODULE_FILE
 
-    named, settings = split_words(words)
+    named, settings = split_words(arguments)
     if named is None:
         return load_for_drawing(default_config(settings), settings, is_steered), None, HOME
     lora, run = find(named)
@@ -170,24 +175,24 @@ def read_words(words: Sequence[str], is_steered: bool = False) -> tuple[Config, 
     return load_for_drawing(file, settings, is_steered), lora, run or HOME
 
 
-def split_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The run or LoRA that words name, if any, and the settings among them.
+def split_words(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The run or LoRA that the arguments name, if any, and the settings among them.
 
     Raises: UsageError when there are several.
     """
-    named = [Path(word) for word in words if not is_setting(word)]
+    named = [Path(argument) for argument in arguments if not is_setting(argument)]
     if len(named) > 1:
         raise UsageError(f"expected one run or LoRA, got {' '.join(map(str, named))}")
-    return next(iter(named), None), [word for word in words if is_setting(word)]
+    return next(iter(named), None), [argument for argument in arguments if is_setting(argument)]
 
 
 def default_config(settings: Sequence[str]) -> Path | None:
-    """The config of a LoRA without a run: the quickstart's, unless the settings say which model it is for."""
-    return None if any(setting_keys(word) == ["model", "path"] for word in settings) else CONFIGS / "quickstart.yaml"
+    """The config of a LoRA without a run: the quickstart's, unless the settings name the model that it is for."""
+    return None if any(setting_keys(each) == ["model", "path"] for each in settings) else CONFIGS / "quickstart.yaml"
 
 
 def with_rank(lora: Path, settings: Sequence[str]) -> list[str]:
-    """The settings after the rank of a LoRA file, which nothing else says where there is no run."""
+    """The settings after the rank of a LoRA file, which nothing else gives if there is no run."""
     from condrl.models.lora import rank_of
 
     return [f"model.lora_rank={rank_of(lora)}", *settings]
@@ -226,7 +231,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_suffix(path: Path) -> None:
-    """Raises: UsageError when no format of images goes by the path's ending."""
+    """Raises: UsageError when the path's ending is not that of an image format that can be written."""
     from PIL import Image
 
     Image.init()
@@ -240,18 +245,18 @@ def check_suffix(path: Path) -> None:
     except (KeyError, ValueError, OSError):  # the format is not known, not for writing, or not for colours
         writable = False
     if not writable:
-        raise UsageError(f"--out {path}: give the name of an image, as {path.stem or 'samples'}.png")
+        raise UsageError(f"--out {path}: give the name of an image, such as {path.stem or 'samples'}.png")
 
 
 def in_run(folder: Path) -> Path:
-    """Raises: UsageError when a run's folder has a link there, to write elsewhere."""
+    """Raises: UsageError when a run's folder has a link there, through which it would write elsewhere."""
     if folder.is_symlink():
         raise UsageError(f"{folder} is a link, and a run's folder is not written to through links: give --out")
     return folder
 
 
 def unused(folder: Path) -> Path:
-    """The first of folder/0000.png, 0001.png, ... that is not there, not even as a link that leads nowhere."""
+    """The first of folder/0000.png, 0001.png, ... that does not exist, not even as a dangling link."""
     return next(path for i in itertools.count() if not os.path.lexists(path := folder / f"{i:04d}.png"))
 
 
@@ -313,4 +318,8 @@ def states_of(policy: Policy, pairs: Sequence[tuple[str, int]], steer: Steer | N
         return score(rewards, policy.model.decode(states), [rows[i] for i in images.tolist()]).total
 
     with policy.model.merged():
-        return plugin(Draws(policy, condition, generators, total))
+        states = plugin(Draws(policy, condition, generators, total))
+    if getattr(states, "shape", None) != (len(pairs), *policy.model.state_shape):
+        got = getattr(states, "shape", type(states).__name__)
+        raise UsageError(f"--steer: the plugin returned {got}, not the final states of {len(pairs)} images")
+    return states

@@ -47,7 +47,7 @@ LONGEST_WAIT = 60  # seconds that a client is asked to wait, at most
 
 
 class Server(ThreadingHTTPServer):
-    """A reward behind HTTP: requests are read at once, within bounds, and scored one after the other as they came."""
+    """A reward behind HTTP: requests are read at once, within bounds, and scored one by one in the order they came."""
 
     daemon_threads = True
     request_queue_size = 1024  # connections that the system keeps until they are accepted
@@ -64,7 +64,7 @@ class Server(ThreadingHTTPServer):
         if self.connections.acquire(blocking=False):
             try:
                 super().process_request(request, client_address)
-            except BaseException:  # there can be no further thread
+            except BaseException:  # no further thread can be started
                 self.connections.release()
                 raise
         else:
@@ -79,7 +79,7 @@ class Server(ThreadingHTTPServer):
             self.connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a client that has gone, or of one that waits while the server ends."""
+        """Report nothing about a client that has gone, or one that waits while the server ends."""
         error = sys.exception()
         if error and not isinstance(error, OSError | CancelledError):
             print_main(f"warning: no answer to {client_address[0]}: {brief(error)}")
@@ -89,7 +89,7 @@ class Server(ThreadingHTTPServer):
         self.scorer.shutdown(wait=False, cancel_futures=True)
 
     def answer(self, body: bytes, gone: Callable[[], bool]) -> tuple[int, dict[str, Any]] | None:
-        """The status and content for a request: scores, null where one failed; or what is wrong. None for nobody."""
+        """The status and content for a request: scores (null: failed) or an error; None if the client is gone."""
         import torch
 
         from condrl.rewards.wire import unpack
@@ -119,7 +119,7 @@ class Queue:
         self.seconds = 0.0
 
     def enter(self, size: int) -> bool:
-        """Whether there is room for a request of so many bytes; if so, it is in."""
+        """Whether there is room for a request of `size` bytes; if so, it is admitted."""
         with self.lock:
             room = self.count < MOST_WAITING and (not self.count or self.bytes + size <= MOST_HELD)
             if room:
@@ -184,13 +184,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.refused():
             return self.drain()
         if self.headers.get_content_type() != "application/json":
-            self.reply(415, {"error": "a request is application/json"})
+            self.reply(415, {"error": "a request must be application/json"})
             return self.drain()
         if size is None or size > MOST_BYTES:
             self.reply(413, {"error": f"a request needs a Content-Length of at most {MOST_BYTES} bytes"})
             return self.drain()
         if not self.server.queue.enter(size):
-            self.reply(503, {"error": "too many requests wait"}, {"Retry-After": str(self.server.queue.wait)})
+            self.reply(503, {"error": "too many requests are waiting"}, {"Retry-After": str(self.server.queue.wait)})
             return self.drain()
         try:
             body = self.rfile.read(size)
@@ -201,21 +201,21 @@ class Handler(BaseHTTPRequestHandler):
             self.server.queue.leave(size)
 
     def refused(self) -> bool:
-        """Whether it is not for this client; then that is answered. A web page, which has an origin, never is."""
+        """Whether the client is refused, and if so, the answer. Web pages, which send an Origin, always are."""
         given, token = self.headers.get("Authorization", ""), self.server.token
         hosts = self.headers.get_all("Host", [])
         if "Origin" in self.headers:
             self.reply(403, {"error": "web pages are not answered"})
         elif not token and not (len(hosts) == 1 and is_local(hosts[0])):
-            self.reply(403, {"error": "without a token it is asked as localhost, 127.0.0.1 or [::1]"})
+            self.reply(403, {"error": "without a token, Host must be localhost, 127.0.0.1 or [::1]"})
         elif token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            self.reply(401, {"error": "the token is missing or another one"})
+            self.reply(401, {"error": "the token is missing or wrong"})
         else:
             return False
         return True
 
     def gone(self) -> bool:
-        """Whether the client has hung up, so that nobody would hear the answer."""
+        """Whether the client has hung up, so that nobody would receive the answer."""
         self.connection.settimeout(0)
         try:
             return not self.connection.recv(1, socket.MSG_PEEK)
@@ -227,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.settimeout(self.timeout)
 
     def drain(self) -> None:
-        """Read away what a client is still sending, else it hears of a broken connection instead of the answer."""
+        """Discard what a client is still sending, or it would see a broken connection instead of the answer."""
         self.connection.shutdown(socket.SHUT_WR)
         while self.rfile.read1(2**16):  # until it hangs up, or the deadline
             pass
@@ -284,17 +284,17 @@ def serve(args: argparse.Namespace) -> None:
 def reward_of(args: argparse.Namespace) -> Reward:
     """The reward that the command line asks for, its files loaded.
 
-    Raises: UsageError when it cannot be had.
+    Raises: UsageError when it cannot be made.
     """
     from condrl.rewards.scoring import make_reward
 
     for path in args.plugin:
         load_file(path)
     plugin = registry.find(args.reward)
-    if wrong := [word for word in args.options if not is_setting(word)]:
+    if wrong := [option for option in args.options if not is_setting(option)]:
         raise UsageError(f"{wrong[0]!r} is not an option of the reward: options are written key=value")
     types = {option.name: option.type for option in plugin.options.values()}
-    parts = [retyped(read_argument(f"options.{word}"), {"options": types}) for word in args.options]
+    parts = [retyped(read_argument(f"options.{option}"), {"options": types}) for option in args.options]
     given = merged(parts).get("options", {})
     reward = make_reward(args.reward, typed_options(plugin, given, args.reward))
     reward.load()
@@ -312,6 +312,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("options", nargs="*", metavar="key=value", help="its options")
     parser.add_argument("--plugin", action="append", default=[], help="a file with your own rewards; may be repeated")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8200, help="0: any that is free")
+    parser.add_argument("--port", type=int, default=8200, help="0: any free port")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU where there is one")
     return parser.parse_args(words)

@@ -14,7 +14,7 @@ from condrl.diffusion.schedule import Schedule
 
 
 class Model(Protocol):
-    """What a model plugin provides. A condition is a (B,) tensor of the numbers that `encode` gave prompts."""
+    """What a model plugin provides. A condition is a (B,) tensor of the numbers that `encode` assigned to prompts."""
 
     schedule: Schedule
     module: nn.Module  # the network that holds every trained weight
@@ -30,7 +30,7 @@ class Model(Protocol):
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Of what `decode` gives: images (3, H, W), or points (d,)."""
+        """Of what `decode` returns: images (3, H, W), or points (d,)."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -38,15 +38,15 @@ class Model(Protocol):
         ...
 
     def predict(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """What the network says at x (B, ...), times t (B,), in its own terms: its one call."""
+        """The network's output at x (B, ...), times t (B,), in its own terms; the only place that calls it."""
         ...
 
     def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """The action at x (B, ...), times t (B,), from what `predict` says with and without the prompt."""
+        """The action at x (B, ...), times t (B,), from `predict` with and without the prompt."""
         ...
 
     def features(self, condition: Tensor) -> Tensor:
-        """What a value network is told of conditions (B,), (B, F)."""
+        """Features (B, F) of conditions (B,) for a value network."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:

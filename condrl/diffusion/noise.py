@@ -16,8 +16,8 @@ from torch import Tensor
 class Noise:
     """Draws for images of an epoch, the same however the images are split over batches and processes.
 
-    Each image has a place in the epoch, and `group` images in a row share a stream. The n-th draw of a `Noise` is a
-    function of the seed, n and the places, so parts of it (`noise[rows]`) begin anew.
+    Each image has an index in the epoch, and `group` consecutive images share a stream. The n-th draw of a `Noise` is a
+    function of the seed, n and the indices, so parts of it (`noise[rows]`) start over.
     """
 
     def __init__(self, seed: str, indices: range, group: int) -> None:

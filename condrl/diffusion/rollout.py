@@ -21,7 +21,7 @@ class Place:
     solver_state: Tensor | None  # (B, ...) before it, of a sampler that has one
 
     def __getitem__(self, rows: Tensor) -> Place:
-        """Those of some rows, also repeated ones, as resampling needs."""
+        """The chains of some rows, which may repeat, as resampling needs."""
         return Place(self.x[rows], self.k, None if self.solver_state is None else self.solver_state[rows])
 
 

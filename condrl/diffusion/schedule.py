@@ -5,7 +5,7 @@ times: 0 is data, `end` is noise. All times and coefficients are float64; tensor
 
 The action of a policy is the score; where alpha_t = 0 (zero terminal SNR) the score is -x whatever the network says, so
 there, and only there, the action is the denoised prediction x0 itself: `Schedule.score` gives it, `x0_from_score` takes
-it, and `coefficients` has the A and B that go with it. All other statistics follow from A, B and S as ever.
+it, and `coefficients` has the A and B that go with it. All other statistics follow from A, B and S as usual.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ class Schedule(ABC):
         return (self.alpha(t) / self.sigma(t)).log()
 
     def clock(self, t: Tensor) -> Tensor:
-        """What small networks are told of times t (B,): (B, 2), both of order 1."""
+        """Features (B, 2) of times t (B,) for small networks, both of order 1."""
         return torch.stack([t / self.end, self.log_snr(t).clamp(-5, 5) / 3], -1)
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        """The times at which lambda(t) is so much, by bisection, within [0, end]."""
+        """The times at which lambda(t) is `log_snr`, by bisection, within [0, end]."""
         low, high = torch.zeros_like(log_snr), torch.full_like(log_snr, self.end)
         for _ in range(60):
             middle = (low + high) / 2
@@ -129,7 +129,7 @@ class Schedule(ABC):
         return times[1:]
 
     def score(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """What a network says at x (B, ...) and times t (B,), as the action: here it is a score."""
+        """A network's output at x (B, ...) and times t (B,), as the action: here it is a score."""
         return prediction
 
     @property
@@ -342,14 +342,16 @@ class DiscreteSchedule(Schedule):
 def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
     """The schedule of a diffusers scheduler config (DDPM, DDIM, PNDM, Euler, DPM-Solver families).
 
-    Raises: UsageError on another process, and on a prediction type, spacing or beta schedule that is not known.
+    Raises: UsageError on another process, and on a prediction type, spacing or beta schedule that is not supported.
     """
     check_process(config)
     prediction, spacing = config.get("prediction_type", "epsilon"), config.get("timestep_spacing", "leading")
     if prediction not in get_args(Prediction):
-        raise UsageError(f"the model predicts {prediction!r}; known are {', '.join(get_args(Prediction))}")
+        raise UsageError(f"the model predicts {prediction!r}; supported are {', '.join(get_args(Prediction))}")
     if spacing not in DIFFUSERS_SPACINGS:
-        raise UsageError(f"the scheduler's timestep_spacing is {spacing!r}; known are {', '.join(DIFFUSERS_SPACINGS)}")
+        raise UsageError(
+            f"the scheduler's timestep_spacing is {spacing!r}; supported are {', '.join(DIFFUSERS_SPACINGS)}"
+        )
     alpha_bar = (1 - betas_of(config)).cumprod(0)
     if config.get("rescale_betas_zero_snr"):
         root = alpha_bar.sqrt()
@@ -364,12 +366,12 @@ def check_process(config: Mapping[str, Any]) -> None:
     name = config.get("_class_name", "scheduler")
     if "_class_name" in config and name not in VP_SCHEDULERS:
         raise UsageError(
-            f"the model's scheduler is a {name}; known are those with a table of noise levels, as "
+            f"the model's scheduler is a {name}; supported are those with a table of noise levels, such as "
             f"{', '.join(VP_SCHEDULERS[1::3])}"
         )
     for key, usual in (("use_flow_sigmas", False), ("thresholding", False), ("timestep_type", "discrete")):
         if config.get(key, usual) != usual:
-            raise UsageError(f"the model's {name} has {key}={config[key]}, which is not known here")
+            raise UsageError(f"the model's {name} has {key}={config[key]}, which is not supported")
 
 
 def betas_of(config: Mapping[str, Any]) -> Tensor:
@@ -386,7 +388,9 @@ def betas_of(config: Mapping[str, Any]) -> Tensor:
         u = torch.arange(count + 1, dtype=torch.float64) / count
         bar = torch.cos((u + 0.008) / 1.008 * torch.pi / 2).square()
         return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-    raise UsageError(f"the scheduler's beta_schedule {kind!r} is not known: linear, scaled_linear, squaredcos_cap_v2")
+    raise UsageError(
+        f"the scheduler's beta_schedule is {kind!r}; supported are linear, scaled_linear, squaredcos_cap_v2"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- conversions
@@ -416,7 +420,7 @@ def x0_from_score(score: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Ten
 
 
 def coefficients(alpha_t: Tensor, sigma_t: Tensor, alpha_u: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B (K,) of steps whose mean is alpha_u x0 + kept eps, x0 and eps being the network's word at (x, t).
+    """A and B (K,) of steps whose mean is alpha_u x0 + kept eps, x0 and eps being the network's at (x, t).
 
     A x + B action: the action is the score, or x0 where alpha_t = 0.
     """

@@ -1,4 +1,4 @@
-"""What a steering plugin is given: images to draw, and what rewards say of states on the way."""
+"""What a steering plugin is given: images to draw, and the rewards of states on the way."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Transition(Gaussian):
-    """The distribution of the next state, and what the network said of this one."""
+    """The distribution of the next state, and the network's output at this one."""
 
     action: Tensor  # (B, ...)
     denoised: Tensor  # (B, ...) E[x_0 | x] by that action
@@ -83,7 +83,7 @@ class Sampler(ABC):
 
         Raises: UsageError when it cannot leave its noise out.
         """
-        raise UsageError("config sampler.noise_steps: this sampler has no with_noise, which would leave noise out")
+        raise UsageError("config sampler.noise_steps: this sampler has no with_noise to leave noise out")
 
     def init(self, x: Tensor) -> Tensor | None:
         """The solver state (B, ...) before the first step from x (B, ...); None if steps depend on x alone."""
@@ -141,7 +141,7 @@ class Coefficients(Sampler):
         """Raises: UsageError when it was made for one noise level."""
         if self.numbers is None or self.noise_level is None:
             raise UsageError(
-                "config sampler.noise_steps: this sampler says its coefficients at one noise level only; its plugin "
+                "config sampler.noise_steps: this sampler has its coefficients at one noise level only; its plugin "
                 "has to make them with Coefficients.at"
             )
         return self.at(self.schedule, self.times, self.noise_level.where(mask, 0.0), self.numbers)
@@ -172,8 +172,8 @@ def euler_maruyama(schedule: Schedule, times: Tensor, noise_level: Tensor | floa
     def numbers(level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         noise_rate = level.square() * schedule.noise_rate(times) * step
         A, B = 1 - schedule.f(t) * step, (schedule.g2(t) * step + noise_rate) / 2
-        quiet = 1 - from_x * step - noise_rate / (2 * schedule.sigma(t).square())
-        return quiet.where(no_signal, A), (-from_denoised * step).where(no_signal, B), noise_rate.sqrt()
+        without_signal = 1 - from_x * step - noise_rate / (2 * schedule.sigma(t).square())
+        return without_signal.where(no_signal, A), (-from_denoised * step).where(no_signal, B), noise_rate.sqrt()
 
     return Coefficients.at(schedule, times, noise_level, numbers)
 
@@ -195,8 +195,8 @@ class Overshoot(Sampler):
         """(K,) the times w."""
         t, u = self.times[:-1], self.times[1:]
         level = self.schedule.log_snr(u)
-        aim = self.schedule.time_of(level + self.noise_level**2 * (level - self.schedule.log_snr(t)))
-        return u.where((self.noise_level == 0) | (u == 0), aim)
+        overshot = self.schedule.time_of(level + self.noise_level**2 * (level - self.schedule.log_snr(t)))
+        return u.where((self.noise_level == 0) | (u == 0), overshot)
 
     @property
     def stochastic(self) -> Tensor:

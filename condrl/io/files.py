@@ -1,4 +1,4 @@
-"""Where files lie, and files of weights: reading one ends in tensors, or in a line that says what is wrong."""
+"""Where files are, and files of weights: reading one gives tensors, or a one-line error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1]
 ASSETS = PACKAGE / "assets"
 CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"  # how files of torch.save begin, since and before torch 1.6
-TEXTS = {  # how texts begin that lie where a file of weights should be
+TEXTS = {  # how texts begin that are found in place of a file of weights
     b"version https://git-lfs": "is a Git LFS pointer, not the file: run git lfs pull",
     b"<!doctype html": "is a web page, not the file: download it again",
     b"<html": "is a web page, not the file: download it again",
@@ -47,10 +47,10 @@ def expanded(path: str) -> Path:
 
 
 def why_unreadable(path: Path) -> str | None:
-    """What is wrong with a file of weights or JSON, as the end of a sentence; None when nothing shows.
+    """What is wrong with a file of weights or JSON, as the end of a sentence; None when nothing is found.
 
-    Told apart are missing and empty files, folders, Git LFS pointers, web pages and, by the suffix, safetensors files
-    that are truncated or something else, and JSON that is damaged or no object.
+    It tells apart missing and empty files, folders, Git LFS pointers, web pages and, by the suffix, safetensors files
+    that are truncated or something else, and JSON that is damaged or not an object.
     """
     if not path.is_file():
         return "is a folder, not a file" if path.is_dir() else "does not exist"
@@ -62,14 +62,14 @@ def why_unreadable(path: Path) -> str | None:
         if start.lower().startswith(text):
             return why
     if path.suffix == ".safetensors":
-        return _why_no_safetensors(path, start)
+        return _safetensors_error(path, start)
     if path.suffix == ".json":
-        return _why_no_json(path)
+        return _json_error(path)
     return None
 
 
-def _why_no_safetensors(path: Path, start: bytes) -> str | None:
-    """8 bytes hold the header's length, then comes the header in JSON, then the tensors it says."""
+def _safetensors_error(path: Path, start: bytes) -> str | None:
+    """8 bytes hold the header's length, then comes the header in JSON, then the tensors it lists."""
     if start.startswith((ZIP, PICKLE)):
         return "is a pickle under the name of a safetensors file"
     size, length = path.stat().st_size, 8 + int.from_bytes(start[:8], "little")
@@ -86,7 +86,7 @@ def _why_no_safetensors(path: Path, start: bytes) -> str | None:
     return f"is truncated: it has {size:,} of {length:,} bytes" if length > size else None
 
 
-def _why_no_json(path: Path) -> str | None:
+def _json_error(path: Path) -> str | None:
     try:
         value = json.loads(path.read_bytes())  # as the libraries read it, which write NaN and Infinity themselves
     except RecursionError:
@@ -97,7 +97,7 @@ def _why_no_json(path: Path) -> str | None:
 
 
 def load_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; `what` it should be begins the complaint.
+    """The tensors of a safetensors file, on the CPU; the error begins with `what` it should be.
 
     Raises: UsageError in one line that names the file and says what is wrong with it.
     """
@@ -114,7 +114,7 @@ def load_tensors(path: Path, what: str) -> dict[str, Tensor]:
 def load_metadata(path: Path, what: str) -> dict[str, str]:
     """The texts in the header of a safetensors file.
 
-    Raises: UsageError as `load_tensors`.
+    Raises: UsageError as `load_tensors` does.
     """
     from safetensors import SafetensorError, safe_open
 

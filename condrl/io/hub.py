@@ -23,7 +23,7 @@ SECONDS = 5.0  # to wait for the hub's first answer
 def hub_file(source: str, name: str, option: str) -> str:
     """A local file's path; or that of the file `name` of a hub repository, OWNER/NAME or OWNER/NAME@REVISION.
 
-    Raises: UsageError naming the config's option when it can be had neither here nor there.
+    Raises: UsageError naming the config's option when it is found neither locally nor on the hub.
     """
     path = locate(source)
     if path.exists() or source.endswith(WEIGHTS) or not re.fullmatch(REPOSITORY, source):
@@ -39,12 +39,12 @@ def hub_file(source: str, name: str, option: str) -> str:
 def folder_or_id(source: str, option: str) -> str:
     """A folder's path, or the hub id as it is.
 
-    Raises: UsageError naming the config's option when there is no such folder, or texts in it cannot be read.
+    Raises: UsageError naming the config's option when there is no such folder, or its text files cannot be read.
     """
     folder = locate(source)
     if folder.is_dir():
         for file in sorted(folder.iterdir()):
-            if file.suffix in (".json", ".txt"):  # a tokenizer would take a Git LFS pointer for a list of words
+            if file.suffix in (".json", ".txt"):  # a tokenizer would take a Git LFS pointer for a vocabulary
                 check_file(file, option)
         return str(folder)
     if folder.exists() or not re.fullmatch(REPOSITORY, source):
@@ -62,7 +62,7 @@ def check_file(path: Path, option: str) -> None:
 
 @contextmanager
 def fetching(option: str, what: str, local: bool = False) -> Iterator[None]:
-    """Within it, what hinders a library from loading `what`, from a folder or the hub, becomes one line.
+    """Within it, errors of a library that loads `what`, from a folder or the hub, become one line.
 
     Raises: UsageError naming the config's option.
     """
@@ -79,9 +79,9 @@ def fetching(option: str, what: str, local: bool = False) -> Iterator[None]:
 
 @contextmanager
 def offline_if_unreachable(local: bool) -> Iterator[None]:
-    """Within it, the hub's cache alone is asked where the hub cannot be reached.
+    """Within it, only the hub's cache is used if the hub cannot be reached.
 
-    Its library would try again for 23 seconds a file. With `local` files nobody is asked.
+    Its library would retry for 23 seconds per file. With `local` files the hub is not contacted.
     """
     from huggingface_hub import constants
 
@@ -94,7 +94,7 @@ def offline_if_unreachable(local: bool) -> Iterator[None]:
 
 
 def unreachable_reason() -> str | None:
-    """What to say of something that is not in the cache, where the hub cannot be reached; None where it can."""
+    """Why something that is not in the cache cannot be had; None if the hub can be reached."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
@@ -102,11 +102,11 @@ def unreachable_reason() -> str | None:
     return f"it is not on this machine, and {constants.ENDPOINT} cannot be reached: give a file or folder"
 
 
-def _reason(place: Path, error: Exception) -> str:
-    for file in sorted(place.iterdir()) if place.is_dir() else [place] if place.exists() else []:
+def _reason(source: Path, error: Exception) -> str:
+    for file in sorted(source.iterdir()) if source.is_dir() else [source] if source.exists() else []:
         if file.is_file() and (why := why_unreadable(file)):
             return f"{file} {why}"
-    return (None if place.exists() else unreachable_reason()) or brief(error)
+    return (None if source.exists() else unreachable_reason()) or brief(error)
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def reachable(endpoint: str) -> bool:
     try:
         urllib.request.urlopen(endpoint, timeout=SECONDS).close()
     except (urllib.error.HTTPError, http.client.HTTPException, ValueError):
-        return True  # somebody does, or the hub's library will say what is wrong
+        return True  # a server does, or the hub's library will say what is wrong
     except OSError as error:
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # it is there; others may trust it
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # it is there; its library may trust it
     return True

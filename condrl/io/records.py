@@ -1,4 +1,4 @@
-"""JSON that every reader takes: without NaN, infinities and keys that come twice."""
+"""JSON that every reader accepts: without NaN, infinities and duplicate keys."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def to_json(content: Any, indent: int | None = None) -> str:
 
 
 def from_json(text: str | bytes) -> Any:
-    """What a JSON text says.
+    """The value of a JSON text.
 
-    Raises: ValueError on anything else, also NaN, numbers beyond floats, keys that come twice, and very deep nesting.
+    Raises: ValueError on anything else, also NaN, numbers beyond floats, duplicate keys, and very deep nesting.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_in_range)
@@ -28,11 +28,11 @@ def from_json(text: str | bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises: ValueError on a key that comes twice."""
+    """Raises: ValueError on a duplicate key."""
     found = dict(pairs)
     if len(found) < len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the key {name!r} comes twice")
+        raise ValueError(f"the key {name!r} is duplicated")
     return found
 
 
@@ -49,7 +49,7 @@ def _in_range(text: str) -> float:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write it to a file whose folder is made if need be."""
+    """Write content as JSON to a file, whose folder is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
         path.write_text(to_json(content, indent=2) + "\n", "utf-8")

@@ -16,29 +16,29 @@ P = TypeVar("P", bound=Prompt)
 
 
 class Embeddings(Generic[P]):
-    """A memory of what prompts are encoded to that drops the least recently used ones beyond `most` bytes.
+    """A cache of encoded prompts that drops the least recently used ones beyond `most` bytes.
 
-    `encode` is given the prompts that are not in it, and has to encode each alone: then the result depends neither on
-    the prompts beside it nor on whether it was dropped in between.
+    `encode` is given the prompts that are not in it, and must encode each alone: then the result depends neither on the
+    prompts beside it nor on whether it was dropped in between.
     """
 
     def __init__(self, encode: Callable[[list[P]], Iterable[Encoded]], most: int = MOST_BYTES) -> None:
         self._encode, self._most = encode, most
-        self._known: OrderedDict[P, Encoded] = OrderedDict()
+        self._cache: OrderedDict[P, Encoded] = OrderedDict()
         self.bytes = 0
 
     def __call__(self, prompts: Sequence[P]) -> Encoded:
         """Each of its tensors for prompts (B, ...), on the host."""
         distinct = list(dict.fromkeys(prompts))
-        if new := [prompt for prompt in distinct if prompt not in self._known]:
+        if new := [prompt for prompt in distinct if prompt not in self._cache]:
             for prompt, encoded in zip(new, self._encode(new), strict=True):
-                self._known[prompt] = tuple(x.cpu() for x in encoded)
-                self.bytes += size(self._known[prompt])
+                self._cache[prompt] = tuple(x.cpu() for x in encoded)
+                self.bytes += size(self._cache[prompt])
         for prompt in distinct:
-            self._known.move_to_end(prompt)
-        found = tuple(map(torch.stack, zip(*(self._known[prompt] for prompt in prompts), strict=True)))
+            self._cache.move_to_end(prompt)
+        found = tuple(map(torch.stack, zip(*(self._cache[prompt] for prompt in prompts), strict=True)))
         while self.bytes > self._most:
-            self.bytes -= size(self._known.popitem(last=False)[1])
+            self.bytes -= size(self._cache.popitem(last=False)[1])
         return found
 
 

@@ -20,7 +20,7 @@ from condrl.registry import suggestion
 class Points(ABC):
     """A model of points (B, d), with one distribution for each prompt that its config names."""
 
-    distributions_option: ClassVar[str]  # the option that names the prompts
+    distributions_option: ClassVar[str] = "distributions"  # the option that names the prompts
     device: torch.device
     prompts: list[str]
     schedule: Schedule
@@ -36,8 +36,10 @@ class Points(ABC):
         """
         for prompt in prompts:
             if prompt not in self.prompts:
-                known = suggestion(prompt, self.prompts)
-                raise UsageError(f"config model.{self.distributions_option}: nothing is said of {prompt!r}.{known}")
+                near = suggestion(prompt, self.prompts)
+                raise UsageError(
+                    f"config model.{self.distributions_option}: there is no distribution for {prompt!r}.{near}"
+                )
         return torch.tensor([self.prompts.index(prompt) for prompt in prompts])
 
     def features(self, condition: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class Points(ABC):
         """The score (B, d) at x (B, d) and times t (B,)."""
 
     def score(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """What the network says, which is the score."""
+        """The network's output, which is the score."""
         self.evaluations += len(x)
         return self.predict(x, t, condition)
 
@@ -92,10 +94,10 @@ class Points(ABC):
 
 
 def check_signal(schedule: Schedule) -> None:
-    """Raises: UsageError when a schedule begins without signal, where a network for the score cannot say anything."""
+    """Raises: UsageError when a schedule begins without signal, where a learned score is meaningless."""
     if not schedule.alpha(torch.tensor(schedule.end)) > 0:
         raise UsageError(
-            "config model.schedule_options: there is no signal at `end`, where a learned score says nothing: lower end"
+            "config model.schedule_options: there is no signal at `end`, where a learned score is meaningless: lower it"
         )
 
 
@@ -125,5 +127,5 @@ def load_module(module: nn.Module, folder: Path) -> None:
     except RuntimeError as error:
         difference = str(error).splitlines()[-1].strip()
         raise UsageError(
-            f"{folder / MODULE_FILE} is of another network (other options of the model?): {difference}"
+            f"{folder / MODULE_FILE} belongs to another network (other model options?): {difference}"
         ) from error

@@ -146,7 +146,7 @@ class Client:
 
     @contextmanager
     def with_deadline(self, seconds: float, connection: socket.socket) -> Iterator[None]:
-        """Within it, a socket is shut down after `seconds` in all; its own timeout begins again with each read."""
+        """Within it, a socket is shut down after `seconds` in all; its own timeout restarts with each read."""
         timer = threading.Timer(seconds, hang_up, [connection])
         timer.daemon = True
         timer.start()

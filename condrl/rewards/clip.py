@@ -1,4 +1,4 @@
-"""What rewards with a network share; CLIP: images to embeddings with gradients, prompts to remembered embeddings."""
+"""What rewards with a network share; CLIP: images to embeddings with gradients, prompts to cached embeddings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fitted(samples: Tensor, size: int, mean: Sequence[float], std: Sequence[floa
 
 
 def check_same(path: Path, sha256: str | None, option: str) -> None:
-    """Raises: UsageError naming the option when there is no such file, or when its sha256 is another one."""
+    """Raises: UsageError naming the option when there is no such file, or when its sha256 differs."""
     check_file(path, option)
     if sha256:
         found = sha256_of(path)
@@ -151,7 +151,7 @@ class Clip:
         return self.config or (f"{self.source}/open_clip_config.json" if self.weights is None else self.name)
 
     def load(self) -> None:
-        """Load the model and what turns prompts into tokens, now.
+        """Load the model and the tokenizer now.
 
         Raises: UsageError when they cannot be loaded.
         """

@@ -34,7 +34,7 @@ def from_pil(image: Image.Image) -> Tensor:
 
 
 def read_image(path: Path, what: str) -> Tensor:
-    """An image file, (3, H, W) in [0, 1]; `what` it should be begins the complaint.
+    """An image file, (3, H, W) in [0, 1]; the error begins with `what` it should be.
 
     Raises: UsageError naming the file when it is not an image, or cannot be decoded completely.
     """

@@ -16,7 +16,7 @@ def of_rows(
 ) -> Tensor:
     """Vectors (B, d) for points (B, d): each prompt row's own `name` in its metadata, else the default.
 
-    Raises: UsageError naming the prompt when it is neither a number nor d numbers, or when the samples are no points.
+    Raises: UsageError naming the prompt when it is neither a number nor d numbers, or when the samples are not points.
     """
     if samples.dim() != 2:
         raise UsageError(f"{name!r} is for points (B, d), and the model makes samples of shape {tuple(samples.shape)}")

@@ -1,4 +1,4 @@
-"""A set of weighted rewards: they are called, checked and added up here, so that a reward is only a function."""
+"""A set of weighted rewards: they are called, checked and summed here, so that a reward is just a function."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from condrl.errors import LESS, RewardError, RunError, UsageError, brief, out_of
 from condrl.prompts import Row
 from condrl.registry import reward as registry
 
-MOST_CACHED = 100_000  # scores that a reward remembers
+MOST_CACHED = 100_000  # scores that a reward keeps
 
 
 class MissingKey(KeyError):
@@ -58,7 +58,7 @@ class RewardObject(Protocol):
         ...
 
     def load(self) -> None:
-        """Open the files that it needs, so that what is wrong with them is said at the start."""
+        """Open the files that it needs, so that errors in them show at the start."""
         ...
 
     def offload(self) -> None:
@@ -82,7 +82,7 @@ class Reward:
     weight: float
     call: Callable[..., Any]
     differentiable: bool = True
-    cache: dict[bytes, float] | None = None  # scores by digest of image and row, of a reward that remembers them
+    cache: dict[bytes, float] | None = None  # scores by digest of image and row, of a reward that keeps them
     batch: int = 64  # images scored at a time
     per_group: bool = False  # whether it is given all images of a prompt row, and only them, instead
 
@@ -111,7 +111,7 @@ class Reward:
         return torch.tensor([found[key] for key in keys], device=samples.device)
 
     def parts(self, rows: Sequence[Row]) -> list[slice]:
-        """The places of the samples that it is given together."""
+        """The slices of the samples that it is given together."""
         if not self.per_group:
             return [slice(start, start + self.batch) for start in range(0, len(rows), self.batch)]
         ends = [i for i in range(1, len(rows)) if rows[i].index != rows[i - 1].index]
@@ -134,11 +134,11 @@ class Reward:
     def blamed(self, rows: Sequence[Row] = ()) -> Iterator[None]:
         """Within it, whatever a reward raises becomes one line that names it and the first prompt.
 
-        Raises: RewardError; UsageError where the reward said so itself.
+        Raises: RewardError; UsageError when the reward raised one itself.
         """
         try:
             yield
-        except UsageError as error:  # what rewards share cannot know for whom it works
+        except UsageError as error:  # shared code cannot know which reward it works for
             raise UsageError(self._named(str(error).replace("rewards.*", f"rewards.{self.name}"))) from error
         except RunError as error:
             raise RewardError(self._named(str(error))) from error
@@ -147,8 +147,8 @@ class Reward:
         except (Exception, SystemExit) as error:  # user code
             if out_of_memory(error):
                 raise RunError(f"the reward {self.name!r} ran out of memory: {LESS} ({brief(error)})") from error
-            place = f" for the prompt {quoted(rows[0].prompt)}" if rows else ""
-            raise RewardError(f"the reward {self.name!r} failed{place}: {brief(error)}") from error
+            where = f" for the prompt {quoted(rows[0].prompt)}" if rows else ""
+            raise RewardError(f"the reward {self.name!r} failed{where}: {brief(error)}") from error
 
     def _named(self, text: str) -> str:
         return text if self.name in text else f"the reward {self.name!r}: {text}"
@@ -167,7 +167,7 @@ class Reward:
             return dict(getattr(self.call, "state_dict", dict)())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` returned; nothing to do for a reward without one."""
+        """Restore a state that `state_dict` returned; a reward without one is left alone."""
         if hasattr(self.call, "load_state_dict"):
             with self.blamed():
                 self.call.load_state_dict(dict(state))
@@ -178,7 +178,7 @@ class Reward:
             getattr(self.call, "offload", lambda: None)()
 
     def failure(self, scores: Tensor, rows: Sequence[Row]) -> str | None:
-        """What to say of the first failed score of (B,); None when there is none."""
+        """A message on the first failed score of (B,); None when there is none."""
         failed = (~scores.isfinite()).nonzero()
         if not len(failed):
             return None
@@ -214,12 +214,12 @@ def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
 
 @functools.cache
 def _cache_of(reward: str) -> dict[bytes, float]:
-    """One for all that ask for the same reward with the same options."""
+    """One cache for all that ask for the same reward with the same options."""
     return {}
 
 
 def digest(sample: Tensor, row: Row) -> bytes:
-    """The same for the same sample, prompt and metadata."""
+    """A digest that is the same for the same sample, prompt and metadata."""
     values = sample.detach().float().cpu().contiguous()
     made_for = json.dumps([row.prompt, row.metadata, list(values.shape)], sort_keys=True, default=str)
     return hashlib.sha256(values.numpy().tobytes() + made_for.encode()).digest()
@@ -231,7 +231,7 @@ class Scores:
 
     each: dict[str, Tensor]
     total: Tensor
-    failure: str | None = None  # what to say of the first that failed
+    failure: str | None = None  # a message on the first that failed
 
 
 def weighted(each: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -1,9 +1,9 @@
-"""Checks for rewards of one's own.
+"""Checks for your own rewards.
 
     from condrl.rewards.testing import check_reward
     check_reward("redness", channel=1)
 
-Each complaint is an AssertionError that says what is wrong.
+Each failure is an AssertionError that says what is wrong.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_reward(
 
     Raises: AssertionError saying what is wrong.
     """
-    reward = dataclasses.replace(make_reward(name, options), cache=None)  # nothing from memory
+    reward = dataclasses.replace(make_reward(name, options), cache=None)  # no cached scores
     x = smooth_images(len(prompts)) if samples is None else samples
     given = zip(prompts, metadata or [{}] * len(prompts), strict=True)
     rows = [Row(0 if reward.per_group else i, prompt, extra) for i, (prompt, extra) in enumerate(given)]
@@ -80,8 +80,8 @@ def check_gradient(reward: Reward, x: Tensor, rows: Sequence[Row], step: float =
     direction = direction.to(x)
     samples = x.clone().requires_grad_()
     scores = reward(samples, rows)
-    said = f"the reward {reward.name} has no gradient in the samples: say @condrl.reward(differentiable=False)"
-    assert scores.requires_grad, said
+    message = f"the reward {reward.name} has no gradient in the samples: use @condrl.reward(differentiable=False)"
+    assert scores.requires_grad, message
     (gradient,) = torch.autograd.grad(scores.sum(), samples)
     assert gradient.isfinite().all(), f"the gradient of {reward.name} is not finite"
     slope = (gradient * direction).flatten(1).sum(1)
@@ -92,8 +92,8 @@ def check_gradient(reward: Reward, x: Tensor, rows: Sequence[Row], step: float =
         slope, numeric = slope.sum(0), numeric.sum(0)
     noise = 1e-5 * max(1.0, scores.abs().max().item()) / step  # of scores in float32
     off = (slope - numeric).abs().max().item()
-    said = f"{slope.tolist()} by autograd, {numeric.tolist()} by differences"
-    assert off <= 0.05 * numeric.abs().max().item() + noise, f"the gradient of {reward.name} is wrong: {said}"
+    message = f"{slope.tolist()} by autograd, {numeric.tolist()} by differences"
+    assert off <= 0.05 * numeric.abs().max().item() + noise, f"the gradient of {reward.name} is wrong: {message}"
 
 
 def smooth_images(count: int, channels: int = 3, height: int = 64, width: int = 64, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class DaemonPool(Executor):
-    """An executor with so many daemon threads; its tasks begin in the order in which they are submitted."""
+    """An executor with `threads` daemon threads; its tasks begin in the order in which they are submitted."""
 
     def __init__(self, threads: int) -> None:
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()

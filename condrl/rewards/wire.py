@@ -32,7 +32,7 @@ def read_secret(variable: str) -> str | None:
     name, and so perhaps the key itself.
     """
     if not re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII):
-        raise UsageError("a key is given by the name of an environment variable that holds it, as OPENAI_API_KEY")
+        raise UsageError("a key is given by the name of an environment variable that holds it, such as OPENAI_API_KEY")
     value = os.environ.get(variable)
     if value is None:
         return None

@@ -110,9 +110,7 @@ def parse(prompt: str) -> Request:
         if found:
             request = Request((_parse_phrase(first, prompt), _parse_phrase(second, prompt)), relation)
             if len(request.objects) > 2:
-                raise UsageError(
-                    f"the prompt {prompt!r} relates more than one object to another: that can mean two things"
-                )
+                raise UsageError(f"the prompt {prompt!r} relates more than one object to another: that is ambiguous")
             return request
     parts = prompt.replace(" and ", ", ").split(", ")
     request = Request(tuple(_parse_phrase(part, prompt) for part in parts))
@@ -132,7 +130,7 @@ def _parse_phrase(text: str, prompt: str) -> Phrase:
         if shape in SHAPES:
             return Phrase(shape, words[1], size, count)
     raise UsageError(
-        f"the shapes vocabulary has no reading of {text!r} in the prompt {prompt!r}: "
+        f"the shapes vocabulary does not cover {text!r} in the prompt {prompt!r}: "
         "write (a | two | three) [small | large] colour shape, as in 'a small red star left of a blue square'; "
         f"colours: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}"
     )
@@ -200,7 +198,7 @@ def random_scene(rng: random.Random, weights: Sequence[float] = (2, 4, 3), repea
 
 
 def place(scene: list[SceneObject], shape: str, color: str, size: str, rng: random.Random) -> SceneObject | None:
-    """A thing at a random place clear of the scene's, with a random diameter of its size; None when none is found."""
+    """An object at a random position clear of the scene's, with a random diameter of its size; None if none fits."""
     for _ in range(40):
         diameter = rng.randint(*DIAMETERS[size])
         low, high = diameter / 2 + 2, SIDE - diameter / 2 - 2
@@ -268,7 +266,7 @@ def connected_components(mask: np.ndarray) -> list[np.ndarray]:
         padded = np.pad(labels, 1)
         neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
         spread = np.where(mask, np.maximum.reduce([labels, *neighbours]), 0)
-        spread = np.where(mask, spread.ravel()[spread - 1], 0)  # a label is a pixel: go on to that pixel's label
+        spread = np.where(mask, spread.ravel()[spread - 1], 0)  # a label is a pixel: continue to that pixel's label
         if np.array_equal(spread, labels):
             return [labels == label for label in np.unique(labels) if label]
         labels = spread

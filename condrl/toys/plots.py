@@ -25,7 +25,7 @@ def save_plots(
     record: Path,
     file: Callable[[str], Path],
 ) -> None:
-    """Write density.png (1-D) or plane.png (2-D), and objective.png, to where `file` says that images/NAME lies."""
+    """Write density.png (1-D) or plane.png (2-D), and objective.png, to the paths that `file` gives for images/NAME."""
     if not hasattr(policy.model, "distribution"):
         return
     problem = None
@@ -85,10 +85,10 @@ def plot_plane(policy: Policy, rows: Sequence[Row], path: Path, points: int = 60
             left.scatter(*samples.cpu().T, s=5, alpha=0.5, label=name)
         left.set(title=row.prompt, xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
         left.legend(loc="lower left")
-        place = lattice, middle.expand(len(lattice)), model.encode([row.prompt] * len(lattice))
-        change = model.score(*place)
+        grid = lattice, middle.expand(len(lattice)), model.encode([row.prompt] * len(lattice))
+        change = model.score(*grid)
         with model.reference():
-            change = change - model.score(*place)
+            change = change - model.score(*grid)
         right.quiver(*lattice.cpu().T, *change.cpu().T, angles="xy")
         right.set(title=f"change of the score at t = {middle:.2f}", aspect="equal")
     save(figure, path)

@@ -1,4 +1,4 @@
-"""Known answers that nothing but tests asks for, kept as reference: closed forms, and values by Monte Carlo."""
+"""Known answers that only tests use, kept as reference: closed forms, and values by Monte Carlo."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def monte_carlo_value(
 ) -> ValueEstimate:
     """V = kappa log E exp(r / kappa) at the place of one chain, for any model and reward.
 
-    By as many pretrained chains as there are particles (Feynman-Kac; docs/theory.md 6).
+    From `particles` pretrained chains (Feynman-Kac; docs/theory.md 6).
     """
     model, i = policy.model, torch.zeros(particles, dtype=torch.long)
     condition = model.encode([row.prompt] * particles)

@@ -14,7 +14,7 @@ from condrl.config import Config, GridConfig
 from condrl.diffusion.model import Model
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
-from condrl.diffusion.transition import Sampler
+from condrl.diffusion.transition import Coefficients, Sampler
 from condrl.errors import UsageError
 from condrl.processes import Processes
 from condrl.prompts import Row
@@ -36,8 +36,16 @@ def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
     options = {key: value for key, value in section.items() if key not in grid}
     times, chosen = schedule.grid(section["steps"], section["spacing"]), section.get("noise_steps")
     sampler: Sampler = make("sampler", options, schedule, times)
+    if not isinstance(sampler, Sampler):
+        got = type(sampler).__name__
+        raise UsageError(
+            f"the sampler {section['name']} returned a {got}: it should return Coefficients.at(...), or another "
+            "condrl.diffusion.transition.Sampler"
+        )
     if not schedule.alpha(times[0]) > 0:
         check_start(sampler, schedule, section["name"])
+    if sampler.affine is not None:
+        check_numbers(sampler.affine, section["name"])
     return sampler if chosen is None else with_noise_at(sampler, chosen)
 
 
@@ -49,7 +57,7 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
     if isinstance(schedule, DiscreteSchedule) and schedule.prediction == "epsilon":
         raise UsageError(
             "the sampler starts where there is no signal (zero terminal SNR), and the noise that the model predicts "
-            "tells nothing there: use sampler.spacing=leading"
+            "is meaningless there: use sampler.spacing=leading"
         )
     x, k = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
     first, _ = sampler.step(k, x, lambda x, t: torch.zeros_like(x), sampler.init(x))
@@ -58,6 +66,15 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
             f"the sampler {name} cannot start where there is no signal (zero terminal SNR): use sampler.name=ddim, or "
             "sampler.spacing=leading"
         )
+
+
+def check_numbers(numbers: Coefficients, name: str) -> None:
+    """Raises: UsageError when a sampler's coefficients are not one finite number for each step."""
+    count = len(numbers.times) - 1
+    for letter, values in (("A", numbers.A), ("B", numbers.B), ("S", numbers.S)):
+        if values.shape != (count,) or not values.isfinite().all():
+            got = f"shape {tuple(values.shape)}" if values.shape != (count,) else f"values {values.tolist()}"
+            raise UsageError(f"the sampler {name} has {letter} of {got}: each of {count} steps needs a finite number")
 
 
 def with_noise_at(sampler: Sampler, chosen: Sequence[int]) -> Sampler:
@@ -71,6 +88,19 @@ def with_noise_at(sampler: Sampler, chosen: Sequence[int]) -> Sampler:
     mask = torch.zeros(count, dtype=torch.bool)
     mask[list(chosen)] = True
     return sampler.with_noise(mask)
+
+
+def make_algorithm(config: Config) -> Algorithm:
+    """The config's algorithm.
+
+    Raises: UsageError when the plugin is not one.
+    """
+    algorithm: Any = make("algorithm", config.algorithm)
+    if not isinstance(algorithm, Algorithm):
+        raise UsageError(
+            f"the algorithm {config.algorithm['name']} should be a class derived from condrl.algorithms.base.Algorithm"
+        )
+    return algorithm
 
 
 def make_rewards(config: Config) -> list[Reward]:
@@ -112,7 +142,7 @@ def make_trainer(
     policy.model.encode([row.prompt for row in [*train, *heldout]])
     if processes.sharded:
         policy.model.shard()
-    algorithm: Algorithm = make("algorithm", config.algorithm)
+    algorithm = make_algorithm(config)
     check_needs(algorithm.needs, Setting(config, policy.sampler))  # now with the model's own schedule
     return Trainer(config, policy, algorithm, make_rewards(config), train, processes)
 

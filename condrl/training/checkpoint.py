@@ -27,7 +27,7 @@ FILES = TENSORS, PLAIN, MANIFEST = "tensors.safetensors", "state.json", "manifes
 def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -> None:
     """Write nested dicts and lists of tensors and JSON values to folder/name, and drop all but the newest `keep`.
 
-    They are written under another name, with the sha256 of each file, and renamed once they are on the disk.
+    The checkpoint is written under another name, with the sha256 of each file, and renamed once it is on the disk.
 
     Raises: RunError when it cannot be written; earlier checkpoints are then as they were.
     """

@@ -10,7 +10,7 @@ from condrl.config import Config
 from condrl.diffusion.transition import Sampler
 from condrl.errors import UsageError
 from condrl.prompts import Row, duplicate_note
-from condrl.training.build import make, make_sampler, stand_in, weights_in_words
+from condrl.training.build import make_algorithm, make_sampler, stand_in, weights_in_words
 
 
 def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -> list[str]:
@@ -46,7 +46,7 @@ def transfer(eta: float, deployed: float) -> float:
 
 def transfer_warning(config: Config) -> str | None:
     """A warning for a config that tunes at one noise level and evaluates at another; None when none is needed."""
-    algorithm: Algorithm = make("algorithm", config.algorithm)
+    algorithm = make_algorithm(config)
     if not config.evaluate.sampler or not {noisy_steps, affine_steps} & set(algorithm.needs):
         return None
     tuned, used = (noise_level(make_sampler(s, stand_in(s))) for s in (config.sampler, config.evaluate.sampler))
@@ -67,7 +67,7 @@ def check_combination(config: Config) -> None:
     sampler = make_sampler(config.sampler, stand_in(config.sampler))
     if config.evaluate.sampler:
         make_sampler(config.evaluate.sampler, stand_in(config.evaluate.sampler))
-    algorithm: Algorithm = make("algorithm", config.algorithm)
+    algorithm = make_algorithm(config)
     check_rewards(config, algorithm)
     if config.train.kl_budget is not None:
         check_budget(config, sampler, algorithm)

@@ -232,6 +232,8 @@ def evaluate(
     Two policies evaluated with the same arguments start from the same noise. The first process has the pictures.
     `visit` sees every batch of this process as soon as it is scored.
     """
+    if any(measure.per_group for measure in measures):
+        batch = max(1, batch // per_prompt) * per_prompt  # a prompt's images are scored together
     prompts = len(rows)
     share = processes.local_indices(prompts) if processes else range(prompts)
     indices = range(share.start * per_prompt, share.stop * per_prompt)

@@ -93,7 +93,7 @@ def make_accelerator(config: Config) -> Any:
         raise UsageError(f"{accelerator.distributed_type} is not supported: use one of configs/accelerate")
     if config.train.prompts_per_epoch < accelerator.num_processes:
         raise UsageError(
-            f"config train.prompts_per_epoch: {config.train.prompts_per_epoch} prompts cannot be shared out to "
+            f"config train.prompts_per_epoch: {config.train.prompts_per_epoch} prompts cannot be distributed over "
             f"{accelerator.num_processes} processes: raise it, or start fewer"
         )
     if asks_for_shards(accelerator):

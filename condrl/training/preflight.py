@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from condrl.algorithms.base import Collected, Experience
 from condrl.algorithms.examples import Examples, RatioExamples, check_ratios
 from condrl.diffusion.noise import rng_state, set_rng_state
 from condrl.diffusion.rollout import Place
-from condrl.errors import RewardError, RunError
+from condrl.errors import RewardError, RunError, UsageError
 from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import Reward, usage_errors
@@ -203,7 +204,9 @@ def try_rows(rewards: Sequence[Reward], image: Tensor, rows: Sequence[Row], proc
         some = typical(rows, ROWS if reward.cache is None else EXPENSIVE_ROWS)
         own = [some[i] for i in processes.local_indices(len(some))]
         with torch.no_grad():
-            scores = reward(image.expand(len(own), *image.shape[1:]), own) if own else image.new_zeros(0)
+            parts = [own[part] for part in reward.parts(own)] if own else []
+            found = [reward(image.expand(len(part), *image.shape[1:]), part) for part in parts]
+            scores = torch.cat(found) if found else image.new_zeros(0)
         reward.offload()
         failed = int(processes.sum(scores.isnan().sum().float()))
         if failed > MOST_FAILED * len(some):
@@ -236,14 +239,36 @@ def smaller(trainer: Trainer) -> Trainer:
 def differentiate(twin: Trainer, examples: Examples) -> float:
     """Do the backward passes of all pairs; returns the GB that a pair's graph holds."""
     most = 0.0
-    for some in examples.every_pair().split(min(twin.config.train.loss_batch, examples.count)):
+    size = min(twin.config.train.loss_batch, examples.count + 1)  # across steps, and not as many as there are images
+    for some in examples.every_pair().split(size):
         with held_bytes(twin) as held:
-            loss, _ = twin.algorithm.loss(twin.policy, examples.at(*some.unbind(1)))
-        loss.sum().backward()
+            returned = twin.algorithm.loss(twin.policy, examples.at(*some.unbind(1)))
+        checked(returned, len(some)).sum().backward()
         most = max(most, sum(held.values()) / len(some) / 1e9)
     for parameter in twin.learner.parameters:
         parameter.grad = None
     return most
+
+
+def checked(returned: Any, pairs: int) -> Tensor:
+    """The loss that an algorithm returned for some pairs.
+
+    Raises: UsageError when it is not a loss of each with a gradient, and tensors to log.
+    """
+    if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[0], Tensor):
+        raise UsageError("the algorithm's loss should return two things: a tensor, and a dict of metrics")
+    loss, metrics = returned
+    if loss.shape != (pairs,):
+        raise UsageError(
+            f"the algorithm's loss has shape {tuple(loss.shape)} for {pairs} pairs: it should be the loss of each, "
+            f"({pairs},), not their mean"
+        )
+    if not loss.requires_grad:
+        raise UsageError("the algorithm's loss has no gradient in what is trained: is it detached, or under no_grad?")
+    for name, value in metrics.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"the algorithm's metric {name!r} is a {type(value).__name__}: it should be a tensor")
+    return loss
 
 
 @contextmanager

@@ -133,18 +133,18 @@ def check_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
 def difference(trainer: Trainer, state: dict[str, Any]) -> str | None:
     """How a checkpoint differs from those of this run, apart from what `load_memories` loads; None when it does not."""
     try:
-        known, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
-        found = {"state": known, "param_groups": [{"lr": group["lr"]} for group in groups]}
-        used = [i for i in range(len(trainer.learner.parameters)) if i in known]
+        moments, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
+        found = {"state": moments, "param_groups": [{"lr": group["lr"]} for group in groups]}
+        used = [i for i in range(len(trainer.learner.parameters)) if i in moments]
     except (LookupError, TypeError) as error:
         return f"its optimizer lacks a state, or param_groups with an lr ({brief(error)})"
-    moments = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in trainer.learner.parameters]
-    expected = {"state": {i: moments[i] for i in used}, "param_groups": [{"lr": lr} for lr in trainer.learner.rates]}
+    shapes = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in trainer.learner.parameters]
+    expected = {"state": {i: shapes[i] for i in used}, "param_groups": [{"lr": lr} for lr in trainer.learner.rates]}
     memories = dict.fromkeys(("first", "rewards", "algorithm", "rng"))
     own = {**trainer.state_dict(), **memories, "optimizer": expected}
     if why := unlike(own, {**state, **{name: None for name in memories if name in state}, "optimizer": found}):
         return why
-    if below := [i for i, moment in known.items() if (moment["exp_avg_sq"] < 0).any()]:
+    if below := [i for i, moment in moments.items() if (moment["exp_avg_sq"] < 0).any()]:
         return f"optimizer.state.{below[0]}.exp_avg_sq is below zero"
     train = trainer.config.train
     if state["updates"] > state["epoch"] * train.inner_epochs * train.updates_per_epoch:

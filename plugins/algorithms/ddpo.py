@@ -22,7 +22,7 @@ class DDPO(ClippedPolicyGradient):
 
     advantage: Literal["group", "prompt"] = "group"  # against the epoch's images of a prompt, or its last rewards
     tracker_length: int = 32  # rewards remembered per prompt by advantage=prompt
-    tracker_least: int = 16  # until so many are known, advantage=prompt standardises over the epoch
+    tracker_least: int = 16  # until this many are known, advantage=prompt standardises over the epoch
     balance_steps: bool = False  # weigh steps so that the noise of their gradients is alike at the network's output
 
     tracker: PromptTracker = field(init=False)
@@ -32,7 +32,7 @@ class DDPO(ClippedPolicyGradient):
         if self.kappa and self.advantage == "prompt":
             raise condrl.UsageError("config algorithm: kappa needs advantage=group")
         if self.advantage == "prompt" and (not self.normalise or self.leave_one_out):
-            raise condrl.UsageError("config algorithm: normalise and leave_one_out are of advantage=group")
+            raise condrl.UsageError("config algorithm: normalise and leave_one_out need advantage=group")
         self.tracker = PromptTracker(self.tracker_length, self.tracker_least)
 
     def state_dict(self) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class DiffusionDPO(Algorithm):
         return variance.where(noisy, 0.0) * (path / variance).sum() / noisy.sum()
 
     def loss(self, policy: Policy, batch: NoisedPairs) -> tuple[Tensor, Metrics]:
-        """-log sigmoid(kappa n (margin)) of each draw (B,), with as many terms n in the bound as steps have noise."""
+        """-log sigmoid(kappa n (margin)) of each draw (B,); the bound has n terms, one per step with noise."""
         better, worse = (batch.base_errors - self.errors(policy, batch)).unbind(1)
         margin = self.kappa * policy.sampler.stochastic.sum() * (better - worse)
         accuracy = (margin > 0).float().mean()

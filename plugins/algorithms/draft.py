@@ -22,7 +22,7 @@ class Chains(Examples):
     """An epoch's trajectories from the first differentiated step on, which are one step of learning."""
 
     states: Tensor = per_chain()  # (n + 1, B, ...)
-    images: Tensor = per_image()  # their places in the experience
+    images: Tensor = per_image()  # their indices in the experience
     experience: Experience
 
     def score(self, samples: Tensor) -> Tensor:

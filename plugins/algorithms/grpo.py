@@ -20,8 +20,8 @@ from condrl.diffusion.transition import Transition
 class GRPO(ClippedPolicyGradient):
     """Group-relative advantages and clipped weights with Flow-GRPO's defaults (Liu et al. 2025; docs/theory.md 10).
 
-    Published are means over the D dimensions where other algorithms here have sums: the clip range bounds the ratio per
-    dimension, exp(log w / D). The gradient is that of the sum, so that kappa keeps its unit. For MixGRPO's window of
+    As published, means over the D dimensions take the place of other algorithms' sums: the clip range bounds the ratio
+    per dimension, exp(log w / D). The gradient is that of the sum, so kappa keeps its unit. For MixGRPO's window of
     noisy steps set sampler.noise_steps (Li et al. 2025; docs/theory.md 3).
     """
 

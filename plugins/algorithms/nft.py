@@ -25,8 +25,8 @@ from condrl.diffusion.schedule import like
 class NFT(Algorithm):
     """DiffusionNFT: no likelihoods, so any sampler, and far less gradient noise (Zheng et al. 2025).
 
-    With `kappa` there is a place where it settles, p ~ p_pre exp(r / kappa) to first order in r / kappa; the
-    temperature then sets the speed alone. `stages` take the first order's error back (docs/theory.md 13).
+    With `kappa` it settles at p ~ p_pre exp(r / kappa), to first order in r / kappa; the temperature then sets only
+    the speed. `stages` reduce the error of the first order (docs/theory.md 13).
     """
 
     temperature: float = 3.0  # the larger, the smaller an epoch's step, E[A error] / (temperature + kappa)
@@ -35,8 +35,8 @@ class NFT(Algorithm):
     draws: int = 4  # times at which each image is noised
     times: tuple[float, float] = (0.1, 0.97)  # their range, as a share of the schedule's time
     normalise: bool = True  # divide a group's advantages by its standard deviation
-    adaptive: bool = True  # weigh draws by 1 / mean |error|: less noise, and a minimum that is moved a little
-    old_decay: float = 0.0  # of the average of weights that rolls out, and that steps are taken from; 0: the newest
+    adaptive: bool = True  # weigh draws by 1 / mean |error|: less noise, and a slightly shifted minimum
+    old_decay: float = 0.0  # of the running average of weights that rolls out and that steps start from; 0: the newest
 
     old: MovingReference = field(init=False)
     anchor: MovingReference = field(init=False)
@@ -85,7 +85,7 @@ class NFT(Algorithm):
         return self.old.active(policy) if self.old_decay else nullcontext()
 
     def anchored(self, policy: Policy) -> AbstractContextManager[None]:
-        """Within it, the policy is the one that it is kept near."""
+        """Within it, the policy is its anchor, which it is kept near."""
         return policy.model.reference() if self.stages == 1 else self.anchor.active(policy)
 
     def begin_epoch(self, policy: Policy, epochs: int) -> None:

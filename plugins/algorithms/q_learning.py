@@ -23,7 +23,7 @@ from condrl.toys.datasets import ratio_score
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes(Examples):
-    """An epoch's whole trajectories, or as many steps at each time, which are one step of learning."""
+    """An epoch's whole trajectories, or the same number of steps at each time: one step of learning."""
 
     states: Tensor = per_chain()
     nexts: Tensor = per_chain()
@@ -55,7 +55,7 @@ class QLearning(Algorithm):
     G = J(next) - J + (running reward - q) D with q = -g^2 |a - mu|^2. The paper's q has a normaliser as well, which
     adds a function of time alone to J, and a large one; without it, a J that is still to be learned does not lead a
     pretrained policy away.
-    By `samples`, s is estimated from some points of the data at each state of a roll-out, by `all` from every one.
+    With `samples`, s is estimated from some points of the data at each state of a roll-out, with `all` from every one.
     `paired` rolls nothing out: it learns from single steps that start at noised points, off-policy, each with the score
     given its own point; rewards in the record are then those at the data's states, and `denoising` is
     E sum_k g^2 |s_0 - mu|^2 dt.
@@ -63,9 +63,9 @@ class QLearning(Algorithm):
 
     beta: float = 1.0  # weight of the reward; kappa is 2 / beta, and 0 learns the distribution of the data alone
     temperature: float = 5.0  # of exploration: the variance of an action is this over 2 g^2
-    score: Literal["samples", "all", "paired", "pretrained"] = "samples"  # of the data, by points: see below; or given
+    score: Literal["samples", "all", "paired", "pretrained"] = "samples"  # of the data, by points: see above; or given
     samples: int = 300  # points drawn for each step and batch of the roll-out
-    floor: float = 1e-12  # density below which points are taken for too far away, in the ratio estimator
+    floor: float = 1e-12  # density below which points count as too far away, in the ratio estimator
     rule: Literal["loss", "martingale"] = "loss"  # Adam on eq. (31); or updates (29)-(30), the policy's without D
     value_lr: float = 1e-3  # learning rate of the value network
     value_width: int = 64  # its hidden units

@@ -99,7 +99,7 @@ def shape(state: Mapping[str, Tensor], name: str) -> torch.Size:
 def renamed(state: Mapping[str, Tensor], own: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights of a published file under the names of a network's `own`, in its dtype.
 
-    Raises: ValueError as `Network`.
+    Raises: ValueError as `Network` does.
     """
     published = {name: functools.reduce(lambda n, pair: n.replace(*pair), NAMES.items(), name) for name in own}
     for name, theirs in published.items():

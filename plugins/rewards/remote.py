@@ -20,7 +20,7 @@ class Remote:
     def __init__(
         self,
         *,
-        url: str,  # where the server listens, as http://127.0.0.1:8200
+        url: str,  # where the server listens, such as http://127.0.0.1:8200
         timeout: float = 60.0,  # seconds for an answer
         retries: int = 3,  # further attempts, after 1, 2, 4, ... times `backoff`
         backoff: float = 1.0,  # seconds

@@ -1,4 +1,4 @@
-"""What a vision-language model says about an image, asked over an OpenAI-compatible server."""
+"""A vision-language model's verdict on an image, from an OpenAI-compatible server."""
 
 import base64
 import json
@@ -28,13 +28,13 @@ class VLMJudge:
     def __init__(
         self,
         *,
-        url: str,  # of the server's API, as http://127.0.0.1:8000/v1
+        url: str,  # of the server's API, such as http://127.0.0.1:8000/v1
         model: str,  # its name on the server
         answer: Literal["yes", "number"] = "yes",  # yes: from the log-probabilities of the first word
         question: str | None = None,  # with {prompt}, {low} and {high}; by default one that fits the answer
         low: float = 0.0,  # least number
         high: float = 10.0,  # greatest number
-        key: str | None = None,  # environment variable with the server's key, as OPENAI_API_KEY
+        key: str | None = None,  # environment variable with the server's key, such as OPENAI_API_KEY
         timeout: float = 60.0,  # seconds for an answer
         retries: int = 3,  # further attempts, after 1, 2, 4, ... times `backoff`
         backoff: float = 1.0,  # seconds

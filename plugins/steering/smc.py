@@ -16,7 +16,7 @@ def smc(
     kappa: float = 1.0,  # the target is p exp(r / kappa), p the policy's own distribution
     resample_below: float = 0.5,  # when the effective number of particles falls below this share of them
 ) -> Tensor:
-    """Feynman-Kac steering with the reward's gain at the denoised prediction as potential (Singhal et al. 2025).
+    """Feynman-Kac steering whose potential is the reward's gain at the denoised prediction (Singhal et al. 2025).
 
     A step is one network call for each particle: the prediction that its transition was made of is scored. The weights
     telescope to r(x_K) / kappa, so as the number of particles grows the result is exact, whatever the predictions say.

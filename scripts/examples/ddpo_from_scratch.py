@@ -43,7 +43,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
 class Chain:
     """A sampler with K steps; every field is (K,)."""
 
-    t: Tensor  # what the network is told
+    t: Tensor  # the network's timestep
     alpha: Tensor  # at t
     sigma: Tensor
     A: Tensor

@@ -10,7 +10,7 @@
     python scripts/research/benchmark.py steps       tuned with 20 steps, deployed with 8 and 80
     python scripts/research/benchmark.py q_learning  episodes per second, beside a plain loop over steps
 
-`key=value` words change configs/quickstart.yaml, or the toys' configs for the last four.
+`key=value` overrides change configs/quickstart.yaml, or the toys' configs for the last four.
 --json FILE writes what was measured.
 """
 
@@ -205,11 +205,11 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Stable Diffusion 1.5's own configuration with random weights, saved, loaded, rolled out once and updated once."""
     with tempfile.TemporaryDirectory() as folder:
         save_sd15(Path(folder))
-        words = [f"model.path={folder}", "rewards.shapes.weight=0", "rewards.jpeg_compressibility.weight=1"]
+        overrides = [f"model.path={folder}", "rewards.shapes.weight=0", "rewards.jpeg_compressibility.weight=1"]
         small = ["sampler.steps=2", "train.prompts_per_epoch=1", "train.images_per_prompt=2", "train.rollout_batch=1"]
         update = ["train.updates_per_epoch=1", "train.steps=null", "train.steps_per_image=1", "train.loss_batch=1"]
-        words += ["model.gradient_checkpointing=true", *small, *update, *args.words]
-        config = load_config([str(QUICKSTART), *words])
+        overrides += ["model.gradient_checkpointing=true", *small, *update, *args.words]
+        config = load_config([str(QUICKSTART), *overrides])
         loading = time.perf_counter()
         trainer = quickstart_trainer(config, prompts=4)
     clock = Clock()
@@ -228,7 +228,7 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         "seconds": {"load": loaded, **clock.seconds},
         "grad_norm": metrics["grad_norm"],
         "network_calls": trainer.policy.model.evaluations,
-        "settings": words[1:],
+        "settings": overrides[1:],
     }
 
 
@@ -259,8 +259,8 @@ def seconds_of_unet(args: argparse.Namespace) -> tuple[float, float, float]:
     """Of one call for one image of Stable Diffusion 1.5, of one with its backward pass, and of decoding the image."""
     with tempfile.TemporaryDirectory() as folder:
         save_sd15(Path(folder))
-        words = [f"model.path={folder}", "model.gradient_checkpointing=true", *args.words]
-        model = quickstart_trainer(load_config([str(QUICKSTART), *words]), prompts=1).policy.model
+        overrides = [f"model.path={folder}", "model.gradient_checkpointing=true", *args.words]
+        model = quickstart_trainer(load_config([str(QUICKSTART), *overrides]), prompts=1).policy.model
     condition, x, t = torch.zeros(1, dtype=torch.long), torch.randn(1, *model.state_shape), torch.full((1,), 0.5)
     x, t = x.to(model.device), t.to(model.device)
 
@@ -282,7 +282,7 @@ def reward_cost(name: str, repeats: int, threads: int) -> dict[str, Any]:
         reward = make_reward(name, options)
         x, rows = torch.rand(4, 3, 512, 512, device=device), [Prompt(i, f"a cat of {i} colours") for i in range(4)]
         with torch.no_grad():
-            reward(x, rows)  # loads the model, and knows the prompts
+            reward(x, rows)  # loads the model and encodes the prompts
             times = [seconds(lambda: reward(x, rows)) / len(rows) for _ in range(repeats)]
     return {"seconds": statistics.median(times), "peak_memory_gb": peak_memory_gb(device)}
 
@@ -294,20 +294,20 @@ ALGORITHMS = ("reinforce", "ddpo", "dpok", "grpo", "ctrl", "draft", "adjoint_mat
 Row = dict[str, Any]
 
 
-def toy_trainer(problem: str, words: list[str]) -> Trainer:
+def toy_trainer(problem: str, overrides: list[str]) -> Trainer:
     """A toy's trainer with a folder of its own for what it records."""
     folder = tempfile.mkdtemp(prefix="condrl_toy_")
-    config = load_config([str(TOYS / f"{problem}.yaml"), f"run.dir={folder}", *words])
+    config = load_config([str(TOYS / f"{problem}.yaml"), f"run.dir={folder}", *overrides])
     torch.manual_seed(config.run.seed)
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
 
 
 def exact(config: Config, args: argparse.Namespace) -> list[Row]:
-    """Rows of algorithm x problem x seed: how much of the way to the best possible objective was gone."""
+    """Rows of algorithm x problem x seed: how much of the gap to the best possible objective was closed."""
     rows: list[Row] = []
     for problem, algorithm, seed in itertools.product(args.problems, args.algorithms, range(args.seeds)):
-        words = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", f"run.seed={seed}", *args.words]
-        row = {"algorithm": algorithm, "problem": problem, "seed": seed, **gap(problem, words)}
+        overrides = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", f"run.seed={seed}", *args.words]
+        row = {"algorithm": algorithm, "problem": problem, "seed": seed, **gap(problem, overrides)}
         row |= {"words": args.words, "revision": provenance()["revision"]}
         print(
             f"{algorithm:<16} {problem} seed {seed}  gap closed {row['gap_closed']:.4f}  "
@@ -320,9 +320,9 @@ def exact(config: Config, args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def gap(problem: str, words: list[str]) -> Row:
+def gap(problem: str, overrides: list[str]) -> Row:
     """Tune a toy and audit it."""
-    trainer = toy_trainer(problem, words)
+    trainer = toy_trainer(problem, overrides)
     solved = solve(trainer.policy, trainer.rows, trainer.rewards, trainer.config.algorithm["kappa"])
     tuning = seconds(trainer.fit)
     audits = solved.audit(trainer.policy)
@@ -344,8 +344,8 @@ def transfer(config: Config, args: argparse.Namespace) -> list[Row]:
     """
     rows: list[Row] = []
     for eta in (0.5, 1.0, 1.4):
-        words = ["algorithm.kappa=0.5", "rewards.quadratic.curvature=[0]", f"sampler.eta={eta}", *args.words]
-        trainer = toy_trainer("g1", words)
+        overrides = ["algorithm.kappa=0.5", "rewards.quadratic.curvature=[0]", f"sampler.eta={eta}", *args.words]
+        trainer = toy_trainer("g1", overrides)
         trainer.fit()
         schedule = trainer.policy.model.schedule
         alpha, sigma = (c(torch.tensor(schedule.end)).item() for c in (schedule.alpha, schedule.sigma))
@@ -386,8 +386,8 @@ def steps(config: Config, args: argparse.Namespace) -> list[Row]:
     """Tune M1 with 20 steps, deploy with 8, 20 and 80: the gap each closes in the chain that it is deployed with."""
     rows: list[Row] = []
     for algorithm, seed in itertools.product(args.algorithms, range(args.seeds)):
-        words = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", "sampler.steps=20", f"run.seed={seed}"]
-        trainer = toy_trainer("m1", [*words, *args.words])
+        overrides = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", "sampler.steps=20", f"run.seed={seed}"]
+        trainer = toy_trainer("m1", [*overrides, *args.words])
         trainer.fit()
         for count in (8, 20, 80):
             section = {**trainer.config.sampler, "steps": count}
@@ -485,10 +485,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="measured epochs")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument(
-        "--problems", type=lambda s: s.split(","), default=["g1", "m1", "p1"], help="toys of `exact`, as g1,m1"
+        "--problems", type=lambda s: s.split(","), default=["g1", "m1", "p1"], help="toys of `exact`, such as g1,m1"
     )
     parser.add_argument(
-        "--algorithms", type=lambda s: s.split(","), default=list(ALGORITHMS), help="of `exact`, as dpok,ctrl"
+        "--algorithms", type=lambda s: s.split(","), default=list(ALGORITHMS), help="of `exact`, such as dpok,ctrl"
     )
     parser.add_argument("--seeds", type=int, default=1, help="seeds of `exact`")
     return parser.parse_intermixed_args(words)

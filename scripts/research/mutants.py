@@ -1,13 +1,13 @@
 """Which bugs would the tests let through? Breaks the code in small ways, one at a time, and runs the tests for it.
 
     python scripts/research/mutants.py                          all of them: an hour or two on one core
-    python scripts/research/mutants.py --only ctrl.py nft       those whose file, text or tests have one of the words
+    python scripts/research/mutants.py --only ctrl.py nft       those whose file, text or tests contain a word
     python scripts/research/mutants.py --list                   what they are; nothing is run
     python scripts/research/mutants.py --all-tests              the whole quick suite for each, not the tests it names
 
 A mutant is a text of a file that becomes another; they are in mutants.txt. The work is done on a temporary copy of the
 repository, so nothing of yours is touched. Slow tests are left out, and the others have to pass before anything is
-broken. A text that is not found exactly once is refused: the code has moved on, and the mutant has to follow. The exit
+broken. A text that is not found exactly once is refused: the code has changed, and the mutant has to follow. The exit
 code is 1 when one survives.
 """
 
@@ -51,7 +51,7 @@ class Mutant:
 
 
 def read(text: str) -> list[Mutant]:
-    """The mutants of a text such as mutants.txt, where it is said how they are written."""
+    """The mutants of a text such as mutants.txt, which says how they are written."""
     found, file, tests, entry = [], "", "", Entry("")
     for line in [*text.splitlines(), ""]:
         if line.startswith("== "):
@@ -102,7 +102,7 @@ def main(words: Sequence[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of a mutant's file, text or tests")
-    found.add_argument("--list", action="store_true", help="say what they are")
+    found.add_argument("--list", action="store_true", help="list them; run nothing")
     found.add_argument("--all-tests", action="store_true", help="run the whole quick suite for each")
     return found
 
@@ -133,7 +133,7 @@ def copied() -> Iterator[Path]:
 
 
 def verdicts(mutants: Iterable[Mutant], copy: Path, everything: bool) -> Iterator[tuple[Mutant, str, float]]:
-    """Each mutant with what became of it, and seconds; each line is printed as it is known."""
+    """Each mutant with its outcome and seconds; each line is printed as soon as it is known."""
     sound: dict[tuple[str, ...], str] = {}
     for mutant in mutants:
         tests = ("tests",) if everything else mutant.tests
@@ -147,7 +147,7 @@ def verdicts(mutants: Iterable[Mutant], copy: Path, everything: bool) -> Iterato
 
 
 def broken(mutant: Mutant, copy: Path, tests: Sequence[str]) -> str:
-    """What the tests say of the copy with the mutant in it."""
+    """The tests' verdict on the copy with the mutant in it."""
     file = copy / mutant.file
     whole = file.read_text("utf-8")
     file.write_text(whole.replace(mutant.old, mutant.new), "utf-8")
@@ -169,7 +169,7 @@ def tested(copy: Path, tests: Sequence[str]) -> str:
 
 
 def run_tests(copy: Path, tests: Sequence[str]) -> None:
-    """In a process of its own, forked from this one, which has the slow imports behind it; says nothing."""
+    """In a process of its own, forked from this one, which has done the slow imports; prints nothing."""
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere.fileno(), stream.fileno())

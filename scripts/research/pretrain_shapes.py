@@ -159,7 +159,7 @@ def train_unet(args: argparse.Namespace) -> None:
 
 
 def cool_unet(args: argparse.Namespace) -> None:
-    """On from a copy of what `unet` has reached, at a rate that falls to zero."""
+    """Continue from a copy of what `unet` has reached, at a rate that falls to zero."""
     lr, steps = args.lr or 5e-4, args.steps or 4000
     if not (args.work / "cool.pt").exists():
         state = torch.load(args.work / "unet.pt", weights_only=True)
@@ -171,7 +171,7 @@ def cool_unet(args: argparse.Namespace) -> None:
 def denoise(args: argparse.Namespace, name: str, steps: int, rate: Callable[[int], float], **facts: int) -> None:
     """Train text encoder and UNet up to a step.
 
-    Three times out of four are in the noisier half, where it is decided what is where: from uniform times, relations
+    Three times out of four are in the noisier half, which decides what goes where: from uniform times, relations
     between objects are hardly learned.
     """
     from diffusers import DDIMScheduler
@@ -215,7 +215,7 @@ Scene = list[scenes.SceneObject]
 
 
 def altered(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with one thing recoloured, reshaped, resized, removed, repeated or moved."""
+    """The scene with one object recoloured, reshaped, resized, removed, repeated or moved."""
     while True:
         at = rng.randrange(len(scene))
         others, thing = scene[:at] + scene[at + 1 :], scene[at]
@@ -543,7 +543,7 @@ def clip_card(clip: Any, measures: dict[str, float], progress: Progress) -> str:
     return f"""# shapes_clip: a small CLIP of the scenes
 
 Tells how well a 64 x 64 image of coloured shapes fits its prompt. A folder of open_clip's (`local-dir:`), half
-precision; as a reward: `rewards.clip.model=asset:shapes_clip`. Weights: {weights}. Trained from nothing by
+precision; as a reward: `rewards.clip.model=asset:shapes_clip`. Weights: {weights}. Trained from scratch by
 `scripts/research/pretrain_shapes.py clip` on scenes drawn by rule, each beside a copy with one thing altered:
 {progress.step} steps of 128, {progress.seconds:.0f} s on a shared CPU core, loss {progress.loss:.4f}.
 

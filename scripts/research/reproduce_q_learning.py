@@ -8,7 +8,7 @@
     python scripts/research/reproduce_q_learning.py report            write docs/q_learning.md from what --json holds
     python scripts/research/reproduce_q_learning.py all --quick       a short rehearsal: one seed, few episodes
 
-Every trained network is kept under --work, so that a run that was stopped goes on with what is missing. The rows
+Every trained network is kept under --work, so that a run that was stopped resumes with what is missing. The rows
 of the tables are written to --json as they come, the figures beside it.
 """
 
@@ -49,7 +49,7 @@ PAGE = ROOT / "docs" / "q_learning.md"
 CONFIGS = ROOT / "configs" / "paper"
 BATCHES, POINTS = 100, 300  # for the KL and its interval, as in the paper
 DATA_REWARD = 0.444  # of the data itself
-CLOSE = 0.01  # how near a reward has to be to the one that a row asks for
+CLOSE = 0.01  # how near a reward must be to the one that a row asks for
 SIMULATORS = {"SDE": ("euler_maruyama", 1.0), "ODE-Euler": ("euler_maruyama", 0.0), "DDIM": ("ddim", 0.0)}
 
 # (algorithm, setting, reward asked for) -> (reward, KL) that the paper prints
@@ -110,13 +110,13 @@ paper's. Its bad model B had 30,000 episodes; here 3,000 give the KL that it rep
 50,000 episodes were run, the last column says so.
 """
 NOTES = {  # below the titles
-    "table5": "Each goes on from A with its own simulator; the paper's are trained from nothing.\n",
-    "table6": "Each goes on from the model of Table 5.\n",
+    "table5": "Each continues from A with its own simulator; the paper's are trained from scratch.\n",
+    "table6": "Each continues from the model of Table 5.\n",
     "ours": """What changed: each step starts at a noised data point and learns from the score given that point
 (`algorithm.score=paired`), less what does not depend on the action; the network adds to the score of a Gaussian as wide
 as the data (`model.preconditioned`); exploration is a fifth, steps are 50, and the learning rate falls from 6e-3 to 0
 (the value's from 2e-3): `configs/paper/swiss_roll_paired.yaml`. An episode is 300 steps at each time. The first row has
-learned the data's distribution from nothing, and the others start from it, for as many episodes again.
+learned the data's distribution from scratch, and the others start from it, for the same number of episodes.
 """,
 }
 FIGURES = """## Figures
@@ -167,23 +167,28 @@ class Spec:
         text = json.dumps(asdict(self), sort_keys=True)
         return work / f"{self.algorithm}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
-    def words(self, work: Path) -> list[str]:
+    def overrides(self, work: Path) -> list[str]:
         """The config file and what differs from it."""
         sampler, eta = SIMULATORS[self.simulator]
-        words = [
+        overrides = [
             str(CONFIGS / f"{self.config}.yaml"),
             f"sampler.name={sampler}",
             f"sampler.eta={eta}",
             f"sampler.steps={self.steps}",
         ]
-        words += [f"run.dir={self.folder(work)}", "run.overwrite=true", f"run.seed={self.seed}"]
-        words += [f"model.seed={self.seed}", f"train.epochs={self.episodes}", f"algorithm.name={self.algorithm}"]
+        overrides += [f"run.dir={self.folder(work)}", "run.overwrite=true", f"run.seed={self.seed}"]
+        overrides += [f"model.seed={self.seed}", f"train.epochs={self.episodes}", f"algorithm.name={self.algorithm}"]
         if self.start:
-            words.append(f"model.weights={self.start.folder(work)}")
+            overrides.append(f"model.weights={self.start.folder(work)}")
         if self.algorithm == "q_learning":
-            return [*words, f"algorithm.beta={self.weight}"]
+            return [*overrides, f"algorithm.beta={self.weight}"]
         kappa = 2 / self.weight if self.weight else 0.0
-        return [*words, f"algorithm.kappa={kappa}", "algorithm.normalise=false", f"train.loss_batch={300 * self.steps}"]
+        return [
+            *overrides,
+            f"algorithm.kappa={kappa}",
+            "algorithm.normalise=false",
+            f"train.loss_batch={300 * self.steps}",
+        ]
 
 
 def trained(spec: Spec, work: Path) -> Trainer:
@@ -198,7 +203,7 @@ def trained(spec: Spec, work: Path) -> Trainer:
 
 
 def loaded_or_trained(spec: Spec, folder: Path, work: Path) -> Trainer:
-    config = load_config(spec.words(work))
+    config = load_config(spec.overrides(work))
     torch.manual_seed(spec.seed)
     trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
     if (folder / "done.json").exists():
@@ -216,7 +221,7 @@ def loaded_or_trained(spec: Spec, folder: Path, work: Path) -> Trainer:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a policy's samples are like: mean actions, batches of 300 against as many fresh points of the data."""
+    """What a policy's samples are like: mean actions, batches of 300 against 300 fresh points of the data."""
 
     reward: float
     kl: float
@@ -341,7 +346,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def tables(names: Sequence[str], args: argparse.Namespace) -> None:
-    """Print the rows of the tables as they are done; what --json holds already is not done again."""
+    """Print the rows of the tables as they are done; what --json already holds is not repeated."""
     cells = [Cell(table, *key) for table in TABLES for key in TABLES[table]]
     held = {Cell.of(row): row["runs"] for row in rows_of(args.json)}
     known: dict[Cell, list[Run]] = {cell: held.get(cell, []) for cell in cells}
@@ -411,7 +416,7 @@ def figures(args: argparse.Namespace) -> None:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """The page of the tables and of what they say of the paper's claims."""
+    """The page of the tables and of what they say about the paper's claims."""
     parts = [HEAD]
     if older := dict.fromkeys(
         TITLES[row["table"]] for row in rows if any(run.get("normaliser") for run in row["runs"])
@@ -483,14 +488,16 @@ def claims(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
     def recovers() -> str:
         row = known["table3", "pretrained", "A", None]
-        good = row["kl"] - row["ci95"] <= 0.17 and abs(row["reward"] - DATA_REWARD) < 0.03
-        return each([good], [f"KL {row['kl']:.2f} (paper .17), reward {row['reward']:.2f} (data {DATA_REWARD:.2f})"])
+        recovered = row["kl"] - row["ci95"] <= 0.17 and abs(row["reward"] - DATA_REWARD) < 0.03
+        return each(
+            [recovered], [f"KL {row['kl']:.2f} (paper .17), reward {row['reward']:.2f} (data {DATA_REWARD:.2f})"]
+        )
 
     def no_worse() -> str:
         cells = [("table3", "A", r) for r in TARGETS] + [("table4", "B", r) for r in TARGETS]
         rows = [(kl(t, "q_learning", s, r), known[t, "q_learning", s, r]) for t, s, r in cells]
-        good = [value <= row["paper_kl"] + row["ci95"] for value, row in rows]
-        return each(good, [f"{row['setting']} {value:.2f} ({row['paper_kl']:.2f})" for value, row in rows])
+        as_low = [value <= row["paper_kl"] + row["ci95"] for value, row in rows]
+        return each(as_low, [f"{row['setting']} {value:.2f} ({row['paper_kl']:.2f})" for value, row in rows])
 
     def halfway() -> str:
         rows = [(kl("ours", "q_learning", "ours", r), r, known["ours", "q_learning", "ours", r]) for r in TARGETS]

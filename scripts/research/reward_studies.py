@@ -4,8 +4,8 @@
     python scripts/research/reward_studies.py trade_off  on CLIP and small JPEG files at once, by several weights
     python scripts/research/reward_studies.py all
 
-Runs are kept under --work and go on where they were stopped; docs/results/rewards.json and two plots hold the results.
-`key=value` words change configs/quickstart.yaml.
+Runs are kept under --work and resume where they were stopped; docs/results/rewards.json and two plots hold the results.
+`key=value` overrides change configs/quickstart.yaml.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ SHARES = (0.0, 0.25, 0.5, 0.6, 0.75, 1.0)  # of the weight that the JPEG's size 
 Row = dict[str, Any]
 
 
-def tuned(folder: Path, words: Sequence[str]) -> tuple[Row, list[Row]]:
+def tuned(folder: Path, overrides: Sequence[str]) -> tuple[Row, list[Row]]:
     """The result and the record of a run; tuned now unless it was before.
 
     Raises: UsageError when it was with other settings.
     """
-    config = load_config([str(QUICKSTART), *words, f"run.dir={folder}"])
+    config = load_config([str(QUICKSTART), *overrides, f"run.dir={folder}"])
     check_same_settings(config, folder / "config.yaml")
     if not (folder / "result.json").exists():
-        command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *words]
+        command = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *overrides]
         subprocess.run([*command, f"run.dir={folder}", "run.resume=auto"], check=True)
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     return json.loads((folder / "result.json").read_text("utf-8")), [json.loads(line) for line in lines]
@@ -51,15 +51,16 @@ def clip(args: argparse.Namespace) -> list[Row]:
     """Held-out measures before, during and after tuning on CLIP alone, with the path KL to the base model."""
     rows = []
     for seed in range(args.seeds):
-        often = ("evaluate.every=7", "train.kl_budget=1e9", f"run.seed={seed}")  # the budget is never spent: to record
-        result, lines = tuned(args.work / f"clip_{seed}", [*CLIP, *often, *args.words])
+        # the budget is never spent: it is there to be recorded
+        frequent = ("evaluate.every=7", "train.kl_budget=1e9", f"run.seed={seed}")
+        result, lines = tuned(args.work / f"clip_{seed}", [*CLIP, *frequent, *args.words])
         curve = [  # a line's KL is of the policy before its update, its held-out measures of the one after
             {"epoch": line["epoch"], "kl": after["base_kl"], **heldout(line)}
             for line, after in pairwise(lines)
             if heldout(line)
         ]
         rows.append({"seed": seed, "heldout": result["heldout"], "curve": curve})
-        print(f"seed {seed}: {said(result)}; at the end about {lines[-1]['base_kl']:.1f} nats", flush=True)
+        print(f"seed {seed}: {summary(result)}; at the end about {lines[-1]['base_kl']:.1f} nats", flush=True)
     figure, panels = axes_of(1, 3)
     for panel, measure in zip(panels[0], ("clip", "shapes_exact", "shapes"), strict=True):
         for row in rows:
@@ -77,7 +78,7 @@ def heldout(line: Row) -> dict[str, float]:
     return {name.removeprefix("heldout/"): value for name, value in line.items() if name.startswith("heldout/")}
 
 
-def said(result: Row) -> str:
+def summary(result: Row) -> str:
     measures = result["heldout"].items()
     return ", ".join(f"{name} {m['base']['mean']:.3f} -> {m['tuned']['mean']:.3f}" for name, m in measures)
 
@@ -88,10 +89,10 @@ def trade_off(args: argparse.Namespace) -> list[Row]:
     for share in SHARES:
         weights = [f"rewards.clip.weight={1 - share}", f"rewards.jpeg_compressibility.weight={share}"]
         measures = ["evaluate.measures.jpeg_compressibility={}", "evaluate.measures.clip.model=asset:shapes_clip"]
-        words = [*CLIP, *weights, *measures, "train.normalise_rewards=true", *args.words]
-        result, _ = tuned(args.work / f"share_{share:g}", words)
+        overrides = [*CLIP, *weights, *measures, "train.normalise_rewards=true", *args.words]
+        result, _ = tuned(args.work / f"share_{share:g}", overrides)
         rows.append({"share": share, "heldout": result["heldout"]})
-        print(f"share {share:g}: {said(result)}", flush=True)
+        print(f"share {share:g}: {summary(result)}", flush=True)
     figure, panels = axes_of(1, 1, 4.0)
     panel, names = panels[0][0], ("jpeg_compressibility", "clip")
     points = [[row["heldout"][name]["tuned"]["mean"] for name in names] for row in rows]

@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def load(url: str, pid: int, requests: int) -> dict[str, Any]:
-    """What a server at an address does under load."""
+    """How a server at an address behaves under load."""
     found: dict[str, Any] = {}
     images = torch.nn.functional.interpolate(smooth_images(16), SIDE)
     for batch in (1, 16):
@@ -65,8 +65,8 @@ def load(url: str, pid: int, requests: int) -> dict[str, Any]:
     def one(_: int) -> str:
         client = Client(url, "url", None, 60.0, 0, 0.0, 1)
         gate.wait()
-        good = client.ask([body], [partial(answer_of, count=1)])[0] is not None
-        return "scored" if good else client.errors[0].removeprefix(f"{url} ")
+        scored = client.ask([body], [partial(answer_of, count=1)])[0] is not None
+        return "scored" if scored else client.errors[0].removeprefix(f"{url} ")
 
     with ThreadPoolExecutor(100) as pool:
         found["a_hundred_at_once"] = dict(Counter(pool.map(one, range(100))))
@@ -79,7 +79,7 @@ def load(url: str, pid: int, requests: int) -> dict[str, Any]:
 
 
 def ask(url: str, body: bytes, batch: int, count: int) -> int:
-    """Ask so many times, four at a time; returns how many failed."""
+    """Ask `count` times, four at a time; returns how many failed."""
     client = Client(url, "url", None, 60.0, 0, 0.0, 4)
     return client.ask([body] * count, [partial(answer_of, count=batch)] * count).count(None)
 
