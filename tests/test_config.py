@@ -282,7 +282,7 @@ def test_help_shows_every_key_with_a_comment():
         (["algorithm.name=ddpo", "sampler.eta=0"], "ddpo needs steps with noise"),
         (["train.steps=[0]"], "nft does not choose among denoising steps"),
         (["algorithm.draws=0"], "algorithm.draws: must be at least 1, got 0"),
-        (["algorithm.temperature=-1"], "algorithm.temperature: must be positive, got -1"),
+        (["algorithm.temperature=-1"], "algorithm.temperature: must be at least 0, got -1"),
         (["algorithm.times=[0.5,0.2]"], "algorithm.times: must rise within (0, 1), got [0.5, 0.2]"),
         (["sampler.eta=2"], "must be in [0, 1], got 2.0"),
         (["rewards.shapes.weight=0", "rewards.shapes_exact.weight=0"], "no reward has a weight"),

@@ -86,7 +86,7 @@ CASES = [
     # files
     ("nowhere.yaml", "there is no config file 'nowhere.yaml'"),
     ("a" * 5000, "there is no config file"),
-    ("algorithm=nft algorithm.kappa=1", "algorithm.kappa: there is no such key. Available: temperature"),
+    ("algorithm=nft algorithm.clip_range=1", "algorithm.clip_range: there is no such key. Available: temperature"),
     ("algorithm=7", "unknown algorithm '7'"),
     ("plugins=[tensor.py] rewards.mine.weight=1", "rewards.mine: a parameter of this plugin cannot be set"),
     ("broken.yaml", "cannot read broken.yaml"),
@@ -220,9 +220,9 @@ CASES = [
     ("algorithm.name=dpok sampler.name=dpm_solver_pp sampler.eta=1", "remembers earlier steps"),
     ("train.steps=[0]", "nft does not choose among denoising steps"),
     ("algorithm.draws=0", "algorithm.draws: must be at least 1, got 0"),
-    ("algorithm.temperature=-1", "algorithm.temperature: must be positive, got -1"),
+    ("algorithm.temperature=-1", "algorithm.temperature: must be at least 0, got -1"),
     ("algorithm.times=[0.5,0.2]", "algorithm.times: must rise within (0, 1)"),
-    ("algorithm.kappa=1", "algorithm.kappa: there is no such key. Available: temperature"),
+    ("algorithm.clip_range=1", "algorithm.clip_range: there is no such key. Available: temperature"),
     ("train.kl_budget=5 sampler.eta=0", "train.kl_budget"),
     # folders
     ("run.name=a/b", "run.name: 'a/b' is not the name of a folder"),

@@ -124,7 +124,7 @@ def test_the_old_policy_may_be_a_running_average(tmp_path):
     again.algorithm.load_state_dict(state)
     for average, kept in zip(averages, again.algorithm.old.average, strict=True):
         torch.testing.assert_close(average, kept)
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match="other shapes than the weights"):
         again.algorithm.load_state_dict({"old": {"average": [w[:1] for w in state["old"]["average"]]}})
 
 
