@@ -16,7 +16,11 @@ from typing import Any
 import torch
 
 from condrl import registry
+from condrl.config import load_config
+from condrl.prompts import load_prompts
 from condrl.shapes.networks import make_text_encoder, make_tokenizer
+from condrl.training.build import make_trainer
+from condrl.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"  # test data that is not ours to give
@@ -102,6 +106,14 @@ def toy_words(name: str, folder: Path) -> list[str]:
     file = str(ROOT / "configs" / "toy" / "p1.yaml")
     few = ["train.epochs=6", "train.images_per_prompt=8", "train.rollout_batch=16", "train.prompts_per_epoch=2"]
     return [file, f"algorithm.name={name}", f"run.dir={folder}", *few, "sampler.steps=5", *OPTIONS.get(name, [])]
+
+
+def toy_trainer(name: str, folder: Path, *more: str) -> Trainer:
+    """What tunes by those words, and more, in its folder."""
+    config = load_config([*toy_words(name, folder), *more])
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(config.run.seed)
+    return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
 
 
 @dataclass(frozen=True)

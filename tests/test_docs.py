@@ -149,11 +149,11 @@ def test_every_other_snippet_runs(code, checkout, tmp_path):
 
 
 def test_every_test_that_the_pages_name_exists():
-    code = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    code = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     for page in PAGES:
         for name in re.findall(r"`(test_\w+)`", page.read_text()):
             assert f"def {name}(" in code, f"{page.name}: {name}"
-        for name in re.findall(r"`(tests/\w+\.py)`", page.read_text()):
+        for name in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 

@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, toy_words
+from helpers import ROOT, toy_trainer, toy_words
 from PIL import Image
-from test_resume import make
 
 import condrl
 from condrl.commands.console import exit_code
@@ -124,7 +123,7 @@ def test_too_little_memory_is_a_line_that_says_what_to_lower(work, capsys):
 
 
 def test_an_update_without_memory_stops_with_a_checkpoint_from_before(tmp_path, monkeypatch, capsys):
-    trainer = make("dpok", tmp_path, "run.checkpoint_seconds=1e9")
+    trainer = toy_trainer("dpok", tmp_path, "run.checkpoint_seconds=1e9")
     loss = trainer.algorithm.loss
     monkeypatch.setattr("condrl.training.trainer.LONG", 0.0)
     monkeypatch.setattr(trainer.algorithm, "loss", lambda *a: too_much() if trainer.epoch == 2 else loss(*a))
@@ -176,7 +175,7 @@ def plot(folder):
 
 
 def lora(folder):
-    trainer = make("dpok", folder)
+    trainer = toy_trainer("dpok", folder)
     with largest_file(1000), trainer.folder.replacing("lora") as part:
         trainer.policy.model.save_adapter(part)
 
@@ -207,7 +206,7 @@ def test_a_file_that_becomes_too_large_is_a_line_that_names_it(name, tmp_path, c
 
 
 def test_a_record_and_a_checkpoint_that_do_not_fit_leave_the_earlier_checkpoint(tmp_path, capsys):
-    trainer = make("dpok", tmp_path)
+    trainer = toy_trainer("dpok", tmp_path)
     trainer.run_epoch(0)
     trainer.checkpoint()
     size = trainer.recorder.metrics_file.stat().st_size + 100

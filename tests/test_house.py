@@ -95,3 +95,11 @@ def test_importing_is_light(code, tmp_path):
     heavy = "[name for name in ('torch', 'diffusers', 'transformers', 'peft', 'open_clip') if name in sys.modules]"
     done = run_python("-c", f"{code}, sys; print({heavy})", cwd=tmp_path)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_tests_lie_in_the_rooms_of_what_they_test():
+    folders = {file.parent.relative_to(ROOT / "tests") for file in (ROOT / "tests").rglob("test_*.py")} - {Path()}
+    rooms = {file.parent.relative_to(ROOT) for file in modules()}
+    assert len(folders) > 10
+    for folder in folders:
+        assert (folder if folder.parts[0] == "plugins" else Path("condrl") / folder) in rooms

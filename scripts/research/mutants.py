@@ -77,7 +77,8 @@ class Entry:
     new: list[str] = field(default_factory=list)
 
     def mutant(self, file: str, tests: str) -> Mutant:
-        paths = tuple(f"tests/test_{name}.py" for name in tests.split())
+        files = {file.stem: file for file in (ROOT / "tests").rglob("test_*.py")}
+        paths = tuple(str(files[f"test_{name}"].relative_to(ROOT)) for name in tests.split())
         return Mutant(self.what, file, "\n".join(self.old), "\n".join(self.new), paths)
 
 

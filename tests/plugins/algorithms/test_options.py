@@ -145,7 +145,7 @@ TRAIN = {
     "kl_budget": 1e-9,
     "over_budget": "adapt",
 }
-BETTER_TESTED = {  # in test_updates.py: what they change is no result
+BETTER_TESTED = {  # in test_learner.py: what they change is no result
     "rollout_batch",
     "loss_batch",
     "max_failed",

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import open_clip
 import pytest
 import torch
-from helpers import answering
+from helpers import ROOT, answering
 from reward_files import save_reward_files
 from torch import nn
 
@@ -415,7 +415,7 @@ SHARED = {
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_option_has_a_test(name):
-    sources = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    sources = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     for option in registry.reward.find(name).options:
         test = TESTED.get(name, {}).get(option) or SHARED[option]
         assert callable(test) or f"def {test}(" in sources, (name, option)

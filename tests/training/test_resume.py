@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from chains import Recorded, trainer_of
-from helpers import ALGORITHMS, ROOT, toy_words
+from helpers import ALGORITHMS, ROOT, toy_trainer, toy_words
 from safetensors import SafetensorError
 
 import condrl
@@ -46,25 +46,18 @@ from condrl.training.trainer import Trainer
 KILLS = int(os.environ.get("KILLS", "3"))
 
 
-def make(name: str, folder: Path, *more: str) -> Trainer:
-    config = load_config([*toy_words(name, folder), *more])
-    folder.mkdir(exist_ok=True)
-    torch.manual_seed(config.run.seed)
-    return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
-
-
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_going_on_is_not_having_stopped(name, tmp_path):
     """Weights, value networks and every recorded number, to the last bit, for each algorithm there is."""
-    whole = make(name, tmp_path / "whole")
+    whole = toy_trainer(name, tmp_path / "whole")
     whole.fit()
-    first = make(name, tmp_path / "parts")
+    first = toy_trainer(name, tmp_path / "parts")
     for epoch in range(3):
         first.run_epoch(epoch)
     first.checkpoint()
     first.run_epoch(3)  # lost: recorded, but after the checkpoint
     torch.rand(7)
-    again = make(name, tmp_path / "parts")
+    again = toy_trainer(name, tmp_path / "parts")
     again.load_state_dict(newest_checkpoint(tmp_path / "parts" / "checkpoints")[1])
     again.fit()
     for a, b in zip(whole.learner.weights, again.learner.weights, strict=True):
@@ -86,10 +79,10 @@ def drawn_by_chance(samples, prompts):
 
 def test_a_budget_that_is_spent_stays_spent(tmp_path):
     words = ["train.kl_budget=1e-9", "train.over_budget=stop"]
-    first = make("dpok", tmp_path, *words)
+    first = toy_trainer("dpok", tmp_path, *words)
     first.fit()
     assert 0 < first.epoch < first.config.train.epochs
-    again = make("dpok", tmp_path, *words)
+    again = toy_trainer("dpok", tmp_path, *words)
     again.load_state_dict(newest_checkpoint(tmp_path / "checkpoints")[1])
     again.fit()
     assert again.epoch == first.epoch
@@ -108,17 +101,17 @@ REMEMBERED = {
 def test_what_a_run_remembers_goes_on(what, tmp_path):
     """Whatever epochs to come depend on: each of these runs ends otherwise if it is forgotten."""
     name, words = REMEMBERED[what]
-    whole = make(name, tmp_path / "whole", *words)
+    whole = toy_trainer(name, tmp_path / "whole", *words)
     state = rng_state()  # `make` seeds torch's alone
     whole.fit()
     set_rng_state(state)
-    first = make(name, tmp_path / "parts", *words)
+    first = toy_trainer(name, tmp_path / "parts", *words)
     for epoch in range(3):
         first.run_epoch(epoch)
     first.checkpoint()
     random.seed(1)
     np.random.seed(1)
-    again = make(name, tmp_path / "parts", *words)
+    again = toy_trainer(name, tmp_path / "parts", *words)
     again.load_state_dict(newest_checkpoint(tmp_path / "parts" / "checkpoints")[1])
     again.fit()
     records = [(tmp_path / part / "metrics.jsonl").read_text().splitlines() for part in ("whole", "parts")]
@@ -253,7 +246,7 @@ def test_a_signal_ends_the_epoch_and_saves(number, code, tmp_path):
 
 
 def test_stopping_is_an_error_of_its_own(tmp_path):
-    trainer = make("ddpo", tmp_path)
+    trainer = toy_trainer("ddpo", tmp_path)
     trainer.processes.stop(signal.SIGTERM)
     with pytest.raises(Stopped, match="SIGTERM"):
         trainer.fit()
@@ -330,7 +323,7 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("left\n")  # a relative path, kept as an absolute one
     mine = "prompts.train=mine.txt"
-    trainer = make("ddpo", tmp_path, mine)
+    trainer = toy_trainer("ddpo", tmp_path, mine)
     (tmp_path / "config.yaml").write_text(to_yaml(trainer.config))
     trainer.checkpoint()
     same = [*toy_words("ddpo", tmp_path), mine, "run.resume=auto"]
@@ -354,7 +347,7 @@ def test_other_settings_are_refused(tmp_path, monkeypatch):
 
 def test_a_run_without_its_record_is_not_resumed(tmp_path):
     """Nor with a part of it; in another folder it goes on without."""
-    trainer = make("dpok", tmp_path / "run")
+    trainer = toy_trainer("dpok", tmp_path / "run")
     for epoch in range(2):
         trainer.run_epoch(epoch)
     trainer.checkpoint()
@@ -490,9 +483,9 @@ def test_a_finished_run_without_checkpoints_is_not_replaced_by_resuming(tmp_path
 def test_a_signal_at_any_point_loses_nothing(name, phase, number, tmp_path, monkeypatch):
     """Long epochs are given up at once, and the run that goes on ends bit for bit like an undisturbed one."""
     monkeypatch.setattr("condrl.training.trainer.LONG", 0.0)
-    whole = make(name, tmp_path / "whole")
+    whole = toy_trainer(name, tmp_path / "whole")
     whole.fit()
-    first = make(name, tmp_path / "parts", "run.checkpoint_seconds=0")
+    first = toy_trainer(name, tmp_path / "parts", "run.checkpoint_seconds=0")
     saving = condrl.training.trainer, "save_checkpoint"
     spot = {"rollout": (first.policy, "step"), "update": (first.algorithm, "loss"), "save": saving}
     owner, attribute = spot[phase]
@@ -512,7 +505,7 @@ def test_a_signal_at_any_point_loses_nothing(name, phase, number, tmp_path, monk
     assert len(calls) >= count
     _, state = newest_checkpoint(tmp_path / "parts" / "checkpoints")
     assert state["epoch"] == {"rollout": 1, "update": 1, "save": 3}[phase]
-    again = make(name, tmp_path / "parts")
+    again = toy_trainer(name, tmp_path / "parts")
     again.load_state_dict(state)
     again.fit()
     assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
@@ -522,9 +515,9 @@ def test_a_signal_at_any_point_loses_nothing(name, phase, number, tmp_path, monk
 
 def test_a_run_whose_reward_fails_goes_on_from_that_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr("condrl.training.trainer.LONG", 0.0)
-    whole = make("dpok", tmp_path / "whole")
+    whole = toy_trainer("dpok", tmp_path / "whole")
     whole.fit()
-    first = make("dpok", tmp_path / "parts", "run.checkpoint_seconds=1e9")
+    first = toy_trainer("dpok", tmp_path / "parts", "run.checkpoint_seconds=1e9")
     scored, collect = [], first.collect
 
     def failing(epoch, clock):
@@ -538,7 +531,7 @@ def test_a_run_whose_reward_fails_goes_on_from_that_epoch(tmp_path, monkeypatch)
         first.fit()
     _, state = newest_checkpoint(tmp_path / "parts" / "checkpoints")
     assert state["epoch"] == 3
-    again = make("dpok", tmp_path / "parts")
+    again = toy_trainer("dpok", tmp_path / "parts")
     again.load_state_dict(state)
     again.fit()
     for a, b in zip(whole.learner.weights, again.learner.weights, strict=True):
@@ -547,7 +540,7 @@ def test_a_run_whose_reward_fails_goes_on_from_that_epoch(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_going_on_elsewhere_leaves_the_other_runs_checkpoints(tmp_path):
-    trainer = make("dpok", tmp_path / "a")
+    trainer = toy_trainer("dpok", tmp_path / "a")
     for epoch in range(2):
         trainer.run_epoch(epoch)
         trainer.checkpoint()
@@ -577,7 +570,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_full_disk_under_the_record_is_one_line(tmp_path, monkeypatch, capsys):
-    trainer = make("dpok", tmp_path)
+    trainer = toy_trainer("dpok", tmp_path)
     file = trainer.folder.file
     monkeypatch.setattr(
         trainer.folder, "file", lambda name: Path("/dev/full") if name == "metrics.jsonl" else file(name)
