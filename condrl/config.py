@@ -58,6 +58,7 @@ class RunConfig:
 class PromptsConfig:
     train: str = ""  # a .txt file (a prompt per line) or .jsonl (rows with "prompt" and metadata)
     heldout: str | None = None  # prompts never trained on, for evaluation
+    validation: str | None = None  # others, by which the best epoch is chosen (with evaluate.every); null: none is
 
 
 @dataclass
@@ -80,6 +81,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     kl_budget: float | None = None  # nats of path KL to the base model that a run may spend; null: no limit
     over_budget: Literal["stop", "adapt"] = "stop"  # beyond it, end the run; or raise algorithm.kappa until it is met
+    patience: int | None = None  # end after this many evaluations on validation prompts without a better one
     max_failed: float = 0.1  # stop when a larger share of an epoch's scores failed; fewer are left out
     max_bad_updates: int = 3  # stop after this many in a row whose gradient is not finite; fewer are skipped
 
@@ -232,7 +234,9 @@ def _evaluating(tree: Mapping[str, Any], overrides: Sequence[Part], is_trusted: 
         )
     own = ("model", "prompts", "train", "run", *(["plugins"] if is_trusted else []))
     kept = {
-        key: value for key, value in section_at(tree, "evaluate").items() if key in ("images_per_prompt", "prompts")
+        key: value
+        for key, value in section_at(tree, "evaluate").items()
+        if key in ("images_per_prompt", "prompts", "every")
     }
     whole = {key: tree[key] for key in own if key in tree}
     sampler = _drawing(tree)["sampler"]
@@ -542,7 +546,7 @@ def check_arithmetic(config: Config) -> None:
     train, images = config.train, config.images_per_epoch
     counts = (
         ("train", train, COUNTS),
-        ("train", train, ("steps_per_image",)),
+        ("train", train, ("steps_per_image", "patience")),
         ("evaluate", config.evaluate, ("images_per_prompt", "prompts", "every")),
         ("run", config.run, ("keep_checkpoints", "threads")),
     )
@@ -572,6 +576,10 @@ def check_arithmetic(config: Config) -> None:
         raise UsageError(f"config train.kl_budget: must be above 0, got {train.kl_budget}")
     if train.kl_budget is None and train.over_budget != "stop":
         raise UsageError("config train.over_budget: has no effect without train.kl_budget")
+    if train.patience is not None and not (config.prompts.validation and config.evaluate.every):
+        raise UsageError("config train.patience: has no effect without prompts.validation and evaluate.every")
+    if config.prompts.validation and not config.evaluate.every:
+        raise UsageError("config prompts.validation: has no effect without evaluate.every")
     if not 0 <= train.max_failed < 1:
         raise UsageError(f"config train.max_failed: must be in [0, 1), got {train.max_failed}")
     if not all(0 <= beta < 1 for beta in train.betas):

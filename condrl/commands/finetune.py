@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from condrl.commands.console import exit_code
 from condrl.config import config_help, load_config, to_yaml
@@ -64,7 +64,10 @@ def finetune(arguments: list[str]) -> dict[str, Any]:
     check_launcher()
 
     train = load_prompts(config.prompts.train, "prompts.train")
-    heldout = load_prompts(config.prompts.heldout, "prompts.heldout") if config.prompts.heldout else []
+    heldout, validation = (
+        load_prompts(path, f"prompts.{name}")[: config.evaluate.prompts] if path else []
+        for name, path in (("heldout", config.prompts.heldout), ("validation", config.prompts.validation))
+    )
     check_combination(config)
     if not dry:
         check_folder(config)
@@ -73,7 +76,7 @@ def finetune(arguments: list[str]) -> dict[str, Any]:
         reward.load()
     if warning := transfer_warning(config):
         print_main(f"warning: {warning}")
-    result = run(config, train, heldout[: config.evaluate.prompts], begun, dry)
+    result = run(config, Prompts(train, heldout, validation), begun, dry)
     if copy and result and os.environ.get("RANK", "0") == "0":
         write_json(copy, result)
     return result
@@ -112,7 +115,15 @@ def check_json(path: Path) -> None:
         raise UsageError(f"--json {path}: is not a file that can be written")
 
 
-def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float, dry: bool) -> dict[str, Any]:
+class Prompts(NamedTuple):
+    """The rows of a run's prompt files."""
+
+    train: Sequence[Row]
+    heldout: Sequence[Row]
+    validation: Sequence[Row]
+
+
+def run(config: Config, prompts: Prompts, begun: float, dry: bool) -> dict[str, Any]:
     """Tune with all processes; returns the result, empty for a dry run."""
     import torch
 
@@ -124,26 +135,25 @@ def run(config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: flo
     torch.manual_seed(config.run.seed)
     processes = Processes(make_accelerator(config))
     try:
-        return processes.synchronized(lambda: tried_and_tuned(config, train, heldout, begun, dry, processes))
+        return processes.synchronized(lambda: tried_and_tuned(config, prompts, begun, dry, processes))
     finally:
         processes.end()
 
 
-def tried_and_tuned(
-    config: Config, train: Sequence[Row], heldout: Sequence[Row], begun: float, dry: bool, processes: Processes
-) -> dict[str, Any]:
+def tried_and_tuned(config: Config, prompts: Prompts, begun: float, dry: bool, processes: Processes) -> dict[str, Any]:
     """Load the model and try it; unless the run is dry, tune it."""
     from condrl.training.build import make_measures, make_trainer
     from condrl.training.checks import announcement
     from condrl.training.preflight import preflight
 
-    trainer = make_trainer(config, train, heldout, processes)
-    for line in [*preflight(trainer, heldout, make_measures(config)), *announcement(config, train, heldout)]:
+    later = [*prompts.heldout, *prompts.validation]
+    trainer = make_trainer(config, prompts.train, later, processes)
+    for line in [*preflight(trainer, later, make_measures(config)), *announcement(config, *prompts)]:
         print_main(line)
-    return {} if dry else measure_and_tune(trainer, heldout, begun)
+    return {} if dry else measure_and_tune(trainer, prompts, begun)
 
 
-def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> dict[str, Any]:
+def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[str, Any]:
     """Measure, tune, save, measure again; the first process writes and prints."""
     from condrl.io.records import write_json
     from condrl.training.evaluate import compared
@@ -167,18 +177,17 @@ def measure_and_tune(trainer: Trainer, heldout: Sequence[Row], begun: float) -> 
         processes.barrier()
         start_trackers(config, processes, folder)
         before = folder.files_in(TRACKED)
-        base = heldout_evaluation(trainer, heldout, "base")
-        trainer.recorder.first = flat(base)
+        base = evaluation(trainer, prompts.heldout, "held-out, base")
+        trainer.recorder.first = flat(base, "heldout") | watch(trainer, prompts)
         processes.accelerator.log(trainer.recorder.first, step=0)
-        if config.evaluate.every and heldout:
-            trainer.heldout = lambda: flat(heldout_evaluation(trainer, heldout, f"after {trainer.epoch + 1} epochs"))
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint[1])
         with stopping_on_signals(trainer):
             tune(trainer)
-        tuned = heldout_evaluation(trainer, heldout, "tuned")
+        tuned = evaluation(trainer, prompts.heldout, "held-out, tuned")
         result = {
             "heldout": compared(base, tuned) if base and tuned else {},
+            **best_result(trainer, prompts, base),
             "seconds": round(time.monotonic() - begun, 1),
             "peak_memory_gb": round(peak_memory_gb(model.device), 3),
             "images": trainer.images,
@@ -232,11 +241,54 @@ def tune(trainer: Trainer) -> None:
     save_lora(trainer)
 
 
-def save_lora(trainer: Trainer) -> None:
+def watch(trainer: Trainer, prompts: Prompts) -> dict[str, float]:
+    """Have the policy measured every `evaluate.every` epochs, and the best LoRA kept; returns what the base is.
+
+    On validation prompts, or, where there are none, on the held-out ones, by which nothing is chosen.
+    """
+    if not trainer.config.evaluate.every:
+        return {}
+    if not prompts.validation:
+        trainer.heldout = lambda: flat(
+            evaluation(trainer, prompts.heldout, f"held-out, after {trainer.epoch + 1} epochs"), "heldout"
+        )
+        return {}
+
+    def look(epoch: int, who: str) -> dict[str, float]:
+        found = evaluation(trainer, prompts.validation, f"validation, {who}")
+        if found is None:
+            return {}
+        weights = {reward.name: reward.weight for reward in trainer.rewards} or dict.fromkeys(found.measures, 1.0)
+        total = sum(weight * found.measures[name].mean for name, weight in weights.items())
+        if trainer.best.take(epoch, total) and epoch:
+            save_lora(trainer, "lora_best")
+        return flat(found, "validation")
+
+    trainer.heldout = lambda: look(trainer.epoch + 1, f"after {trainer.epoch + 1} epochs")
+    return look(0, "base")
+
+
+def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, Any]:
+    """The epoch that validation prompts chose, and what its LoRA is on held-out ones, for result.json."""
+    from condrl.training.evaluate import compared
+
+    best = trainer.best
+    if best.value is None or not best.epoch:
+        return {"best": {"epoch": 0}} if best.value is not None else {}
+    trainer.processes.barrier()  # lora_best/ is there
+    weights = [weight.detach().clone() for weight in trainer.learner.weights]
+    trainer.policy.model.load_adapter(trainer.config.folder / "lora_best")
+    found = evaluation(trainer, prompts.heldout, f"held-out, best (epoch {best.epoch})")
+    for weight, value in zip(trainer.learner.weights, weights, strict=True):
+        weight.data.copy_(value)
+    return {"best": {"epoch": best.epoch, "heldout": compared(base, found) if base and found else {}}}
+
+
+def save_lora(trainer: Trainer, name: str = "lora") -> None:
     from condrl.training.build import weights_in_words
 
     if trainer.processes.is_main:
-        with trainer.folder.replacing("lora") as folder:
+        with trainer.folder.replacing(name) as folder:
             trainer.policy.model.save_adapter(folder, {"rewards": weights_in_words(trainer.config)})
 
 
@@ -276,18 +328,18 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Evaluation | None:
-    """Measure the policy on the held-out prompts; None when there are none, or nothing to measure."""
+def evaluation(trainer: Trainer, rows: Sequence[Row], who: str) -> Evaluation | None:
+    """Measure the policy on some prompts; None when there are none, or nothing to measure."""
     from condrl.training.build import deployed, make_measures
     from condrl.training.evaluate import evaluate, first_seed
 
     config = trainer.config
     measures = make_measures(config)
-    if not heldout or not measures:
+    if not rows or not measures:
         return None
     found = evaluate(
         deployed(config, trainer.policy),
-        heldout,
+        rows,
         measures,
         seed=first_seed(config.run.seed),
         per_prompt=config.evaluate.images_per_prompt,
@@ -297,15 +349,15 @@ def heldout_evaluation(trainer: Trainer, heldout: Sequence[Row], who: str) -> Ev
     )
     if trainer.processes.is_main:
         means = ", ".join(f"{name} {e.mean:.3f}" for name, e in found.measures.items())
-        print(f"held-out, {who}: {means}", flush=True)
+        print(f"{who}: {means}", flush=True)
     return found
 
 
-def flat(found: Evaluation | None) -> dict[str, float]:
-    """Each measure's mean and the half-width of its interval, as a line of the record has them."""
+def flat(found: Evaluation | None, prompts: str) -> dict[str, float]:
+    """Each measure's mean on such prompts and the half-width of its interval, as a line of the record has them."""
     line: dict[str, float] = {}
     for name, e in found.measures.items() if found else ():
-        line |= {f"heldout/{name}": e.mean} | ({f"heldout/{name}_ci95": e.half_width} if e.ci95 else {})
+        line |= {f"{prompts}/{name}": e.mean} | ({f"{prompts}/{name}_ci95": e.half_width} if e.ci95 else {})
     return line
 
 
@@ -316,11 +368,23 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     comparison = result["heldout"]
     whos = ("base", "tuned", "difference")
     rows = [("held-out", *whos), *((name, *(interval(row[who]) for who in whos)) for name, row in comparison.items())]
-    lines = [*aligned(rows), verdict(comparison)]
+    lines = [*aligned(rows), verdict(comparison), *best_lines(result.get("best"))]
     if not comparison:
         lines = ["no held-out prompts (prompts.heldout) or measures: nothing says whether the model is better"]
     took = f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"
     return "\n".join([*lines, took])
+
+
+def best_lines(best: dict[str, Any] | None) -> list[str]:
+    """What to say of the epoch that validation prompts chose, if there are any."""
+    if best is None:
+        return []
+    if not best["epoch"]:
+        return ["best on validation prompts: the base model; there is no lora_best/"]
+    means = ", ".join(f"{name} {interval(row['tuned'])}" for name, row in best["heldout"].items())
+    return [
+        f"best on validation prompts: epoch {best['epoch']}, kept in lora_best/; held-out: {means or 'not measured'}"
+    ]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -13,20 +13,30 @@ from condrl.prompts import Row, duplicate_note
 from condrl.training.build import make_algorithm, make_sampler, stand_in, weights_in_words
 
 
-def announcement(config: Config, train: Sequence[Row], heldout: Sequence[Row]) -> list[str]:
+def announcement(
+    config: Config, train: Sequence[Row], heldout: Sequence[Row], validation: Sequence[Row] = ()
+) -> list[str]:
     """Lines to print before a run: its rewards, prompts and measures."""
     lines = [f"rewards: {weights_in_words(config)}", f"prompts: {config.prompts.train} ({len(train)})"]
-    for name, rows in (("train", train), ("heldout", heldout)):
+    for name, rows in (("train", train), ("heldout", heldout), ("validation", validation)):
         if note := duplicate_note(rows):
             lines.append(f"prompts.{name}: {note}")
-    if both := {row.prompt for row in train} & {row.prompt for row in heldout}:
-        lines.append(f"warning: {len(both)} of the held-out prompts are trained on too, such as {min(both)!r}")
+    for name, rows, others, use in (
+        ("held-out", heldout, train, "trained on"),
+        ("validation", validation, train, "trained on"),
+        ("held-out", heldout, validation, "used for validation"),
+    ):
+        if both := {row.prompt for row in rows} & {row.prompt for row in others}:
+            lines.append(f"warning: {len(both)} of the {name} prompts are {use} too, such as {min(both)!r}")
+    rewards = [name for name, options in config.rewards.items() if options["weight"] != 0]
     if heldout:
-        rewards = [name for name, options in config.rewards.items() if options["weight"] != 0]
         names = ", ".join(dict.fromkeys([*config.evaluate.measures, *rewards]))
         lines.append(f"measured on {config.prompts.heldout} ({len(heldout)}), base and tuned: {names}")
-    elif config.evaluate.measures or config.evaluate.every or config.evaluate.sampler:
+    elif not validation and (config.evaluate.measures or config.evaluate.every or config.evaluate.sampler):
         lines.append("evaluate.* has no effect without prompts.heldout: nothing will be measured")
+    if validation:
+        by = " + ".join(rewards or config.evaluate.measures)
+        lines.append(f"the best epoch is chosen on {config.prompts.validation} ({len(validation)}), by {by}")
     return lines
 
 

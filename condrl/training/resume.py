@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def difference(trainer: Trainer, state: dict[str, Any]) -> str | None:
         return f"its optimizer lacks a state, or param_groups with an lr ({brief(error)})"
     shapes = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in trainer.learner.parameters]
     expected = {"state": {i: shapes[i] for i in used}, "param_groups": [{"lr": lr} for lr in trainer.learner.rates]}
-    memories = dict.fromkeys(("first", "rewards", "algorithm", "rng"))
+    memories = dict.fromkeys(("first", "best", "rewards", "algorithm", "rng"))
     own = {**trainer.state_dict(), **memories, "optimizer": expected}
     if why := unlike(own, {**state, **{name: None for name in memories if name in state}, "optimizer": found}):
         return why
@@ -149,6 +150,16 @@ def difference(trainer: Trainer, state: dict[str, Any]) -> str | None:
     train = trainer.config.train
     if state["updates"] > state["epoch"] * train.inner_epochs * train.updates_per_epoch:
         return f"it has more updates ({state['updates']}) than there are in {state['epoch']} epochs"
+    best = state["best"]
+    if not isinstance(best, dict) or is_not_best(best):
+        return "best is not the best epoch of a run"
     if not isinstance(state["first"], dict) or not all(isinstance(v, int | float) for v in state["first"].values()):
         return "first is not what an epoch recorded"
     return None
+
+
+def is_not_best(best: Mapping[str, Any]) -> bool:
+    """Whether what a checkpoint has as the best epoch cannot be one."""
+    counts, value = [best.get("epoch"), best.get("waited")], best.get("value")
+    whole = all(isinstance(count, int) and count >= 0 for count in counts) and len(best) == 3
+    return not whole or not (value is None or (isinstance(value, int | float) and math.isfinite(value)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from condrl.errors import RunError, Stopped, print_main
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
 from condrl.rewards.scoring import Reward, Scores, score, weighted
+from condrl.training.best import Best
 from condrl.training.checkpoint import checkpoint_files, save_checkpoint
 from condrl.training.folder import RunFolder
 from condrl.training.learner import Learner
@@ -55,6 +57,7 @@ class Trainer:
         self.recorder = Recorder(self.folder, processes)
         self.epoch = self.images = 0
         self.heldout: Callable[[], dict[str, float]] | None = None  # measures the policy, for `evaluate.every`
+        self.best = Best()  # by validation prompts
         self.budget_exhausted = False  # whether the run is to end because of train.kl_budget
 
     # ------------------------------------------------------------------------------------------ phases
@@ -77,6 +80,11 @@ class Trainer:
             if self.budget_exhausted:
                 print_main(f"ended after epoch {self.epoch}: train.kl_budget is spent")
                 break
+            if self.is_out_of_patience:
+                print_main(
+                    f"ended after epoch {self.epoch}: on validation prompts epoch {self.best.epoch} was the best"
+                )
+                break
             before = copy.deepcopy(self.state_dict()) if long or self.asks_elsewhere else None
             try:
                 line = self.run_epoch(epoch, is_interruptible=before is not None)
@@ -89,7 +97,7 @@ class Trainer:
             now = time.monotonic()
             due, took_long, ended = now - saved >= self.config.run.checkpoint_seconds, now - ended >= LONG, now
             stopping, (due, long) = self.processes.broadcast(due, took_long)
-            if stopping or due or self.budget_exhausted or self.epoch == epochs:
+            if stopping or due or self.budget_exhausted or self.is_out_of_patience or self.epoch == epochs:
                 self.checkpoint()
                 saved = now
             if stopping:
@@ -261,6 +269,7 @@ class Trainer:
             "skipped": self.learner.skipped,
             "first": self.recorder.first,
             "spent": self.budget_exhausted,
+            "best": dataclasses.asdict(self.best),
             "kappa": self.algorithm.kappa,
             "evaluations": self.processes.add_up({"calls": self.policy.model.evaluations})["calls"],
             "rewards": self.processes.gather_objects({reward.name: reward.state_dict() for reward in self.rewards}),
@@ -278,7 +287,7 @@ class Trainer:
         learner, self.recorder.first = self.learner, state["first"]
         self.epoch, self.images = state["epoch"], state["images"]
         learner.updates, learner.bad_updates, learner.skipped = state["updates"], state["bad_updates"], state["skipped"]
-        self.budget_exhausted = state["spent"]
+        self.budget_exhausted, self.best = state["spent"], Best(**state["best"])
         if state["kappa"] is not None:
             self.algorithm.kappa = state["kappa"]
         self.policy.model.evaluations = state["evaluations"] if self.processes.is_main else 0
@@ -302,6 +311,12 @@ class Trainer:
         set_rng_state(state["rng"][self.processes.rank % len(state["rng"])])
 
     # ------------------------------------------------------------------------------------------ helpers
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether `train.patience` evaluations have found nothing better."""
+        patience = self.config.train.patience
+        return patience is not None and self.best.waited >= patience
 
     @property
     def asks_elsewhere(self) -> bool:

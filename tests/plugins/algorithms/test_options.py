@@ -150,6 +150,7 @@ BETTER_TESTED = {  # in test_learner.py: what they change is no result
     "loss_batch",
     "max_failed",
     "max_bad_updates",
+    "patience",  # in tests/training/test_best.py
 }
 
 
