@@ -12,11 +12,8 @@ from condrl.commands import finetune
 from condrl.config import load_config
 from condrl.training.best import Best
 
-WATCHED = [
-    "evaluate.every=2",
-    "evaluate.images_per_prompt=200",
-    f"prompts.validation={ROOT}/condrl/assets/toy/p1.jsonl",
-]
+P1 = ROOT / "condrl" / "assets" / "toy" / "p1.jsonl"
+WATCHED = ["evaluate.every=2", "evaluate.images_per_prompt=200", f"prompts.validation={P1}"]
 
 
 def test_a_tie_is_not_better_and_the_base_counts():
@@ -30,7 +27,15 @@ def test_a_tie_is_not_better_and_the_base_counts():
 
 def run(folder, *more):
     """A run that gains at first and is then ruined by its rate, watched every other epoch."""
-    words = [*toy_words("reinforce", folder), *WATCHED, "algorithm.normalise=false", *more]
+    others = folder.parent / "validation.jsonl"  # other prompts than the held-out ones
+    others.write_text("\n".join(P1.read_text().splitlines()[:2]))
+    words = [
+        *toy_words("reinforce", folder),
+        *WATCHED,
+        f"prompts.validation={others}",
+        "algorithm.normalise=false",
+        *more,
+    ]
     assert finetune.main(words) == 0
     record = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return record, json.loads((folder / "result.json").read_text())
@@ -44,6 +49,7 @@ def test_the_best_lora_is_kept_and_both_are_reported(tmp_path, capsys):
     assert not any(key.startswith("heldout/") for line in record for key in line)
     chosen = max(values, key=values.get)
     assert result["best"]["epoch"] == chosen
+    assert abs(values[12] - result["heldout"]["quadratic"]["tuned"]["mean"]) > 0.01
     assert chosen < 12  # else nothing is shown
     out = capsys.readouterr()
     assert f"best on validation prompts: epoch {chosen}, kept in lora_best/" in out.out
