@@ -87,6 +87,7 @@ class Algorithm:
 
     kappa: float | None = None  # reward per nat of path KL to the pretrained model; None where there is no such option
     off_policy = False  # whether what it rolls out is not the policy's own
+    depends_on_epochs = False  # whether what an epoch does depends on how many the run has
     uses_rewards = True  # whether a run needs rewards
 
     def require_positive(self, *options: str) -> None:

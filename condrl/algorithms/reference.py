@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ class MovingReference:
 
     def __init__(self, policy: Policy, decay: float) -> None:
         self.decay = decay
-        self.average = [weight.detach().clone() for weight in trained(policy)]
+        self.average = weights_of(policy)
 
     @torch.no_grad()
     def update(self, policy: Policy) -> None:
@@ -36,13 +36,23 @@ class MovingReference:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises: ValueError when the weights have other shapes."""
+        """Raises: ValueError when the weights are others."""
+        check_like(state["average"], self.average)
         for average, value in zip(self.average, state["average"], strict=True):
-            if average.shape != value.shape:
-                raise ValueError("the average has other shapes than the weights")
             average.copy_(value)
 
 
 def trained(policy: Policy) -> list[Tensor]:
     """The trained weights of a policy's network."""
     return [weight for weight in policy.model.module.parameters() if weight.requires_grad]
+
+
+def weights_of(policy: Policy) -> list[Tensor]:
+    """A copy of what is trained of a policy's network."""
+    return [weight.detach().clone() for weight in trained(policy)]
+
+
+def check_like(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Raises: ValueError when weights do not have the shapes that are expected."""
+    if [value.shape for value in found] != [value.shape for value in expected]:
+        raise ValueError("these are other weights")

@@ -324,15 +324,14 @@ def try_measures(plan: Plan, policy: Policy) -> None:
     from condrl.diffusion.noise import seeded
     from condrl.diffusion.rollout import sample
     from condrl.rewards.scoring import usage_errors
-    from condrl.training.preflight import EXPENSIVE_ROWS, ROWS, typical
+    from condrl.training.preflight import try_rows
 
     condition = policy.model.encode([plan.rows[0].prompt])
     with usage_errors(), torch.no_grad():
         image = policy.model.decode(sample(policy, condition, seeded([0]), 1))
-        for measure in measures_of(plan.config):
-            rows = typical(plan.rows, ROWS if measure.cache is None else EXPENSIVE_ROWS)
-            measure(image.expand(len(rows), *image.shape[1:]), rows)
-            measure.offload()
+        try_rows(
+            measures_of(plan.config), image, plan.rows, plan.config.evaluate.images_per_prompt, most_failed=1.0
+        )  # scores that fail are left out and counted
 
 
 def compared_with_base(

@@ -13,6 +13,7 @@ do; nothing is written.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -357,6 +358,8 @@ def flat(found: Evaluation | None, prompts: str) -> dict[str, float]:
     """Each measure's mean on such prompts and the half-width of its interval, as a line of the record has them."""
     line: dict[str, float] = {}
     for name, e in found.measures.items() if found else ():
+        if not math.isfinite(e.mean):  # every score failed
+            continue
         line |= {f"{prompts}/{name}": e.mean} | ({f"{prompts}/{name}_ci95": e.half_width} if e.ci95 else {})
     return line
 

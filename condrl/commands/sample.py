@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from condrl.commands.console import exit_code
 from condrl.config import Config, load_for_drawing, typed_options
-from condrl.errors import UsageError, visible, warn_of_address_limit
+from condrl.errors import RewardError, UsageError, visible, warn_of_address_limit
 from condrl.io.files import CONFIGS
-from condrl.overrides import exists, is_setting, merged, read_argument, setting_keys
+from condrl.overrides import exists, is_setting, merged, read_argument, retyped, setting_keys
 from condrl.registry import REGISTRIES
 
 if TYPE_CHECKING:
@@ -147,12 +147,15 @@ def read_steer(argument: str | None, config: Config) -> Steer | None:
     if not name or "=" in name or not all(is_setting(option) for option in options):
         raise UsageError(f"--steer {argument}: give NAME or NAME,option=value, as in smc,particles=8")
     plugin = REGISTRIES["steering"].find(name)
-    values = merged([read_argument(option) for option in options])
+    types = {option.name: option.type for option in plugin.options.values()}
+    values = merged([retyped(read_argument(option), types) for option in options])
     rewards = make_rewards(config)
     if not rewards:
         raise UsageError("--steer needs rewards to draw with, as in rewards.shapes.weight=1")
     if grouped := [reward.name for reward in rewards if reward.per_group]:
         raise UsageError(f"--steer: the reward {grouped[0]!r} compares the images of a prompt, and cannot steer one")
+    for reward in rewards:
+        reward.load()
     return functools.partial(plugin.target, **typed_options(plugin, values, "--steer")), rewards
 
 
@@ -315,10 +318,12 @@ def states_of(policy: Policy, pairs: Sequence[tuple[str, int]], steer: Steer | N
     plugin, rewards = steer
 
     def total(states: Tensor, images: Tensor) -> Tensor:
-        return score(rewards, policy.model.decode(states), [rows[i] for i in images.tolist()]).total
+        found = score(rewards, policy.model.decode(states), [rows[i] for i in images.tolist()])
+        if found.failure:
+            raise RewardError(f"{found.failure}: without every score nothing can be steered")
+        return found.total
 
-    with policy.model.merged():
-        states = plugin(Draws(policy, condition, generators, total))
+    states = plugin(Draws(policy, condition, generators, total))
     if getattr(states, "shape", None) != (len(pairs), *policy.model.state_shape):
         got = getattr(states, "shape", type(states).__name__)
         raise UsageError(f"--steer: the plugin returned {got}, not the final states of {len(pairs)} images")

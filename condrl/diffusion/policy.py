@@ -15,9 +15,9 @@ from condrl.diffusion.transition import Sampler, Transition
 def acting(weights: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
     """Within it, weights hold the values of others of the same shapes."""
     own = [weight.data for weight in weights]
-    for weight, other in zip(weights, others, strict=True):
-        weight.data = other
     try:
+        for weight, other in zip(weights, others, strict=True):
+            weight.data = other
         yield
     finally:
         for weight, data in zip(weights, own, strict=True):

@@ -278,12 +278,13 @@ class LatentModel(ABC):
         Half-precision weights would round the LoRA away, and sharded ones are not all here: they are left alone.
         """
         full = self.torch_dtype == torch.float32 and not self.sharded
-        layers = [layer for layer in lora_layers(self.module).values() if full and not layer.disable_adapters]
+        every = lora_layers(self.module).values() if full else ()
+        layers = [layer for layer in every if not layer.disable_adapters and not layer.merged]  # it may be nested
         weights = [layer.get_base_layer().weight for layer in layers]
         originals = [weight.data for weight in weights]
-        for layer in layers:
-            layer.merge(safe_merge=True)  # into a copy of the weight
         try:
+            for layer in layers:
+                layer.merge(safe_merge=True)  # into a copy of the weight
             yield
         finally:
             for layer, weight, original in zip(layers, weights, originals, strict=True):

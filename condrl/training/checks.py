@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from condrl.algorithms.base import Algorithm
 from condrl.algorithms.needs import Setting, affine_steps, check_needs, noisy_steps
-from condrl.config import Config
+from condrl.config import Config, TrainConfig
 from condrl.diffusion.transition import Sampler
 from condrl.errors import UsageError
 from condrl.prompts import Row, duplicate_note
@@ -31,7 +31,8 @@ def announcement(
     rewards = [name for name, options in config.rewards.items() if options["weight"] != 0]
     if heldout:
         names = ", ".join(dict.fromkeys([*config.evaluate.measures, *rewards]))
-        lines.append(f"measured on {config.prompts.heldout} ({len(heldout)}), base and tuned: {names}")
+        what = f"base and tuned: {names}" if names else "by nothing: name measures, as in evaluate.measures.shapes={}"
+        lines.append(f"measured on {config.prompts.heldout} ({len(heldout)}), {what}")
     elif not validation and (config.evaluate.measures or config.evaluate.every or config.evaluate.sampler):
         lines.append("evaluate.* has no effect without prompts.heldout: nothing will be measured")
     if validation:
@@ -89,7 +90,16 @@ def check_rewards(config: Config, algorithm: Algorithm) -> None:
     weighted = [name for name, options in config.rewards.items() if options["weight"] != 0]
     if algorithm.uses_rewards and not weighted:
         raise UsageError("config rewards: no reward has a weight; add one, as in rewards.shapes.weight=1")
-    if config.rewards and not algorithm.uses_rewards:
+    if not algorithm.uses_rewards:
+        check_reward_free(config)
+
+
+def check_reward_free(config: Config) -> None:
+    """Raises: UsageError on rewards, and on settings of theirs, where an algorithm does not learn from any."""
+    for name in ("normalise_rewards", "max_failed"):
+        if getattr(config.train, name) != getattr(TrainConfig(), name):
+            raise UsageError(f"config train.{name}: has no effect on the algorithm {config.algorithm['name']}")
+    if config.rewards:
         without = " ".join(f"rewards.{name}=null" for name in config.rewards)
         raise UsageError(
             f"config rewards: the algorithm {config.algorithm['name']} does not learn from rewards: leave them out "

@@ -165,7 +165,7 @@ def heldout_fell(lines: Sequence[Line]) -> str | None:
 
 
 WINDOW = 10  # epochs that are averaged
-GROWTH = 8  # of the gradient's norm, that is too much
+GROWTH = 5  # of the gradient's norm, that is too much
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,7 @@ class Evaluation:
     """The measures of a policy on the held-out prompts."""
 
     measures: dict[str, Estimate]
-    each: dict[
-        str, Tensor
-    ]  # (P * images_per_prompt,) scores, a prompt's images next to each other; nan where one failed
+    each: dict[str, Tensor]  # (P * images_per_prompt,) scores, a prompt's next to each other; nan where one failed
     scores: dict[str, Tensor]  # (P,) means of the prompts, nan where all of a prompt's scores failed
     diversity: Tensor  # (P,) root mean square deviation of a prompt's samples from their mean; nan for a single image
     pictures: list[Tensor]  # the first images (3, H, W) in [0, 1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from condrl.algorithms.base import Algorithm, Collected, OwnNetwork
 from condrl.algorithms.examples import Examples, Metrics
@@ -82,7 +82,10 @@ class Learner:
                 totals[name].append(value.detach() * (len(some) / steps.numel()))
         self.processes.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, train.max_grad_norm)
-        if finite := self.finite(norm):
+        own_networks = [p for group in self.optimizer.param_groups[1:] for p in group["params"]]
+        finite = bool(norm.isfinite()) and has_finite_gradients(own_networks)
+        self.count_bad(finite)
+        if finite:
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
@@ -91,16 +94,14 @@ class Learner:
             self.algorithm.after_update(self.policy)
         return {name: torch.stack(values).sum() for name, values in totals.items()}, norm if finite else None
 
-    def finite(self, norm: Tensor) -> bool:
-        """Whether every gradient is finite; if not, the update is to be skipped.
+    def count_bad(self, finite: bool) -> None:
+        """Count an update that is skipped because its gradient is not finite.
 
         Raises: RunError when that has happened `train.max_bad_updates` times in a row.
         """
-        own = [p.grad for group in self.optimizer.param_groups[1:] for p in group["params"] if p.grad is not None]
-        norms = torch.stack([norm, *(gradient.norm() for gradient in own)])
-        if norms.isfinite().all():
+        if finite:
             self.bad_updates = 0
-            return True
+            return
         self.bad_updates += 1
         self.skipped += 1
         if self.bad_updates >= self.config.train.max_bad_updates:
@@ -108,17 +109,17 @@ class Learner:
                 f"{self.bad_updates} updates in a row, the last after update {self.updates}, had a gradient that is "
                 "not finite, and were not made: lower train.lr, or use model.dtype=bfloat16 or float32 if it is float16"
             )
-        return False
 
     def extra_steps(self, examples: Examples, parts: Sequence[Tensor], weight: float) -> None:
         """The own optimiser steps of the algorithm's networks, on the same pairs."""
         for name, network in self.networks.items():
+            own = list(network.module.parameters())
             for _ in range(network.extra_steps):
                 for some in parts:
                     loss = self.algorithm.own_loss(name, self.policy, examples.at(*some.unbind(1)))
-                    torch.autograd.backward(loss.sum() * weight, inputs=list(network.module.parameters()))
-                self.processes.sum_gradients(list(network.module.parameters()))
-                if self.finite(torch.zeros(())):
+                    torch.autograd.backward(loss.sum() * weight, inputs=own)
+                self.processes.sum_gradients(own)
+                if has_finite_gradients(own):
                     self.optimizer.step()  # of what has a gradient: this network alone
                 self.optimizer.zero_grad()
 
@@ -137,6 +138,11 @@ class Learner:
             factor *= 1 - self.updates / (train.epochs * train.inner_epochs * train.updates_per_epoch)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+
+
+def has_finite_gradients(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether every gradient that there is is finite."""
+    return all(bool(p.grad.norm().isfinite()) for p in parameters if p.grad is not None)
 
 
 def parameter_group(own: OwnNetwork) -> dict[str, Any]:

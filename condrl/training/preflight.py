@@ -50,8 +50,9 @@ def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[
     with usage_errors(), untouched([*trainer.rewards, *measures]):
         trial = attempt(trainer)
         image = some_image(trainer, trial.collected)
-        try_rows(trainer.rewards, image, trainer.rows, trainer.processes)
-        try_rows(measures, image, heldout, trainer.processes)
+        group, per_prompt = trainer.config.train.images_per_prompt, trainer.config.evaluate.images_per_prompt
+        try_rows(trainer.rewards, image, trainer.rows, group, trainer.processes)
+        try_rows(measures, image, heldout, per_prompt, trainer.processes)
     if trial.kl_gradient == 0:
         raise RunError("algorithm.kappa asks for a KL to the base model, but it has no gradient in what is trained")
     lines = [arithmetic(trainer, trial), memory(trainer, trial)]
@@ -195,23 +196,35 @@ def check_scores(trainer: Trainer, experience: Experience) -> None:
         raise RewardError(f"{message} ({failed} of the {experience.total} images tried have no score)")
 
 
-def try_rows(rewards: Sequence[Reward], image: Tensor, rows: Sequence[Row], processes: Processes) -> None:
+def try_rows(
+    rewards: Sequence[Reward],
+    image: Tensor,
+    rows: Sequence[Row],
+    group: int,
+    processes: Processes | None = None,
+    most_failed: float = MOST_FAILED,
+) -> None:
     """Score one image (1, ...) as if it had been made for each of many rows, each process its share of them.
+
+    A reward that compares images is given a `group` of it for each row.
 
     Raises: RewardError when a reward cannot score most of them, UsageError when it raises that for a prompt.
     """
     for reward in rewards:
         some = typical(rows, ROWS if reward.cache is None else EXPENSIVE_ROWS)
-        own = [some[i] for i in processes.local_indices(len(some))]
+        own = [some[i] for i in processes.local_indices(len(some))] if processes else some
+        own = [row for row in own for _ in range(group if reward.per_group else 1)]
         with torch.no_grad():
             parts = [own[part] for part in reward.parts(own)] if own else []
             found = [reward(image.expand(len(part), *image.shape[1:]), part) for part in parts]
             scores = torch.cat(found) if found else image.new_zeros(0)
         reward.offload()
-        failed = int(processes.sum(scores.isnan().sum().float()))
-        if failed > MOST_FAILED * len(some):
-            message = next(text for text in processes.gather_objects(reward.failure(scores, own)) if text)
-            raise RewardError(f"{message} ({failed} of the {len(some)} rows tried have no score)")
+        tried = torch.stack([scores.isnan().sum().float(), torch.tensor(float(len(own))).to(scores.device)])
+        failed, count = map(int, (processes.sum(tried) if processes else tried).tolist())
+        if failed > most_failed * count:
+            failures = [reward.failure(scores, own)]
+            message = next(text for text in (processes.gather_objects(failures[0]) if processes else failures) if text)
+            raise RewardError(f"{message} ({failed} of the {count} rows tried have no score)")
 
 
 def typical(rows: Sequence[Row], most: int) -> list[Row]:

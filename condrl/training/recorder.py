@@ -39,7 +39,8 @@ class Recorder:
         """Cut metrics.jsonl to its first `size` bytes."""
         if self.processes.is_main and self.size > size:
             os.truncate(self.folder.claim(self.metrics_file.name), size)
-        content = self.metrics_file.read_text("utf-8") if self.metrics_file.exists() else ""
+        has_record = self.processes.is_main and self.metrics_file.exists()
+        content = self.metrics_file.read_text("utf-8") if has_record else ""
         self.lines = [without_diagnosis(from_json(line)) for line in content.splitlines()]
 
     def record(
@@ -59,10 +60,9 @@ class Recorder:
         else:
             line |= metrics
         self.first = {**line, **self.first}  # the first epoch's, and the base model's held-out measures
-        self.lines.append(line)
-        found = diagnose(self.first, self.lines)
         if self.processes.is_main:
-            self.write(line, found, seconds)
+            self.lines.append(line)
+            self.write(line, diagnose(self.first, self.lines), seconds)
         return line
 
     def write(self, line: dict[str, Any], found: Mapping[str, str], seconds: Mapping[str, float]) -> None:

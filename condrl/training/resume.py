@@ -16,6 +16,7 @@ from condrl.errors import UsageError, brief
 from condrl.io.files import expanded
 from condrl.io.records import from_json
 from condrl.overrides import read_argument
+from condrl.training.build import make_algorithm
 from condrl.training.checkpoint import newest_checkpoint, read_checkpoint, unlike
 from condrl.training.folder import RunFolder
 from condrl.training.host import flatten
@@ -97,13 +98,14 @@ def check_same_settings(config: Config, saved: Path) -> None:
         return
     read: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
     then, now = flatten(read_argument(str(saved)).values), flatten(read)
-    free = {"train.epochs"} if config.train.lr_decay == "none" else set()
+    fixed = config.train.lr_decay != "none" or make_algorithm(config).depends_on_epochs
+    free = set() if fixed else {"train.epochs"}
     for key in sorted({*then, *now} - free):
         matters = key == "run.seed" or not key.startswith(("run.", "evaluate."))
         if key == "train.epochs" and then.get(key) != now.get(key):
             raise UsageError(
-                f"run.resume: that run's learning rate falls to zero at the end of its {then.get(key)} epochs "
-                "(train.lr_decay=linear), so it cannot be made longer: start another run from what it learned, with "
+                f"run.resume: that run was planned for {then.get(key)} epochs (train.lr_decay=linear, or an algorithm "
+                "in stages), so it cannot be made longer: start another run from what it learned, with "
                 f"model.lora={saved.parent / 'lora'}"
             )
         if matters and then.get(key) != now.get(key):

@@ -148,7 +148,8 @@ class CTRL(Algorithm):
             times = t.expand(len(x))
             clean = x0_from_score(base[k], x, like(schedule.alpha(times), x), like(schedule.sigma(times), x))
             rows.append(experience.score(torch.cat([policy.model.decode(part) for part in clean.split(batch)]), every))
-        return torch.stack(rows)
+        hints = torch.stack(rows)
+        return hints.where(hints.isfinite(), experience.scores.total)  # a score on the way may fail
 
     def _value(self, policy: Policy, r: Actions, k: int, hints: Tensor | None) -> Tensor:
         t = policy.sampler.times[k].expand(len(r.condition))

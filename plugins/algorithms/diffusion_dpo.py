@@ -166,4 +166,8 @@ def check_side(row: Row, side: str, shape: tuple[int, ...]) -> None:
 def read_side(row: Row, side: str) -> Tensor:
     """An image (3, H, W) in [0, 1], or a point (d,)."""
     value: Any = row.metadata[side]
-    return read_image(row.folder / value, f"row {row.index + 1}") if isinstance(value, str) else torch.tensor(value)
+    return (
+        read_image(row.folder / value, f"row {row.index + 1}")
+        if isinstance(value, str)
+        else torch.tensor(value, dtype=torch.float32)
+    )

@@ -11,11 +11,11 @@ from condrl.algorithms.base import Algorithm, Experience
 from condrl.algorithms.credit import group_advantages
 from condrl.algorithms.examples import Metrics
 from condrl.algorithms.forward import Noised, noised_samples, scores_at
-from condrl.algorithms.needs import Need, groups
-from condrl.algorithms.reference import MovingReference
+from condrl.algorithms.needs import Need, Setting, groups
+from condrl.algorithms.reference import MovingReference, check_like, trained, weights_of
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
-from condrl.diffusion.policy import Policy
+from condrl.diffusion.policy import Policy, acting
 from condrl.diffusion.rollout import Rollout
 from condrl.diffusion.schedule import like
 
@@ -38,8 +38,8 @@ class NFT(Algorithm):
     adaptive: bool = True  # weigh draws by 1 / mean |error|: less noise, and a slightly shifted minimum
     old_decay: float = 0.0  # of the running average of weights that rolls out and that steps start from; 0: the newest
 
-    old: MovingReference = field(init=False)
-    anchor: MovingReference = field(init=False)
+    old: MovingReference | None = field(init=False, default=None)
+    anchor: list[Tensor] = field(init=False, default_factory=list)  # weights, where there are stages
     epoch: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -54,44 +54,50 @@ class NFT(Algorithm):
         if not 0 <= self.old_decay < 1:
             raise condrl.UsageError(f"config algorithm.old_decay: must be in [0, 1), got {self.old_decay}")
         self.off_policy = self.old_decay > 0
+        self.depends_on_epochs = self.stages > 1
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (groups,)
+        return (groups, self.has_an_epoch_a_stage)
+
+    def has_an_epoch_a_stage(self, setting: Setting) -> None:
+        """A run of as many epochs as there are stages at least."""
+        if setting.config.train.epochs < self.stages:
+            raise condrl.UsageError(f"config algorithm.stages: {self.stages} of them do not fit into train.epochs")
 
     # ------------------------------------------------------------------------------------------ other policies
 
     def setup(self, policy: Policy) -> None:
-        self.old = MovingReference(policy, self.old_decay)
-        self.anchor = MovingReference(policy, 0.0)
+        self.old = MovingReference(policy, self.old_decay) if self.old_decay else None
+        self.anchor = weights_of(policy) if self.stages > 1 else []
 
     def after_update(self, policy: Policy) -> None:
-        self.old.update(policy)
+        if self.old:
+            self.old.update(policy)
 
     def state_dict(self) -> dict[str, Any]:
-        old = {"old": self.old.state_dict()} if self.old_decay else {}
-        anchor = {"anchor": self.anchor.state_dict(), "epoch": self.epoch} if self.stages > 1 else {}
-        return old | anchor
+        old = {"old": self.old.state_dict()} if self.old else {}
+        return old | ({"anchor": list(self.anchor), "epoch": self.epoch} if self.anchor else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.old_decay:
+        if self.old:
             self.old.load_state_dict(state["old"])
-        if self.stages > 1:
-            self.anchor.load_state_dict(state["anchor"])
-            self.epoch = int(state["epoch"])
+        if self.anchor:
+            check_like(state["anchor"], self.anchor)
+            self.anchor, self.epoch = [value.clone() for value in state["anchor"]], int(state["epoch"])
 
     def acting(self, policy: Policy) -> AbstractContextManager[None]:
         """Within it, the policy is the old one."""
-        return self.old.active(policy) if self.old_decay else nullcontext()
+        return self.old.active(policy) if self.old else nullcontext()
 
     def anchored(self, policy: Policy) -> AbstractContextManager[None]:
-        """Within it, the policy is its anchor, which it is kept near."""
-        return policy.model.reference() if self.stages == 1 else self.anchor.active(policy)
+        """Within it, the policy is the one that it is kept near."""
+        return acting(trained(policy), self.anchor) if self.anchor else policy.model.reference()
 
     def begin_epoch(self, policy: Policy, epochs: int) -> None:
         """Anchor the policy where it is when a stage begins."""
-        if self.stages > 1 and self.epoch * self.stages // epochs != (self.epoch - 1) * self.stages // epochs:
-            self.anchor.update(policy)
+        if self.anchor and self.epoch * self.stages // epochs != (self.epoch - 1) * self.stages // epochs:
+            self.anchor = weights_of(policy)
         self.epoch += 1
 
     # ------------------------------------------------------------------------------------------ an epoch

@@ -27,6 +27,8 @@ def smc(
             f"{particles}, {kappa:g} and {resample_below:g}"
         )
     policy, (images, condition, generators) = draws.policy, draws.repeated(particles)
+    if particles > 1 and not policy.sampler.stochastic.any():
+        raise condrl.UsageError("steering smc: the sampler has no noise, so copies would stay alike: set sampler.eta=1")
     place = start(policy, len(images), generators)
     log_weights = torch.zeros(len(draws.condition), particles)
     promised = torch.zeros_like(log_weights)

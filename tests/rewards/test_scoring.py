@@ -107,7 +107,7 @@ def test_groups_are_whole_in_the_trial_and_on_held_out_prompts(tmp_path):
     words = [toy, "rewards.quadratic.weight=0", "rewards.grouped.weight=1", f"run.dir={tmp_path}"]
     trainer = make_trainer(load_config(words), load_prompts("asset:toy/p1.jsonl", "x"))
     preflight(trainer)
-    assert set(sizes) == {1, 4}  # of a single image for each row, and of the trial's groups
+    assert set(sizes) == {4, 128}  # the trial's groups, and whole ones for each row
     sizes.clear()
     measures = [make_reward("grouped", {})]
     evaluate(trainer.policy, trainer.rows, measures, seed=0, per_prompt=3, batch=8, pictures=0)

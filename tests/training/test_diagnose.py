@@ -10,11 +10,13 @@ from helpers import ROOT
 
 import condrl
 from condrl import RunError, UsageError
+from condrl.commands.finetune import flat
 from condrl.config import load_config
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
 from condrl.training.diagnose import diagnose, spread_metrics
+from condrl.training.evaluate import Estimate, Evaluation
 from condrl.training.trainer import Clock, Trainer
 
 SMALL = ["train.images_per_prompt=64", "train.rollout_batch=64", "sampler.steps=8", "model.knots=8"]
@@ -278,3 +280,10 @@ def test_a_resumed_run_knows_its_course(tmp_path):
         == trainer.recorder.lines
         == [{key: value for key, value in line.items() if key != "diagnosis"} for line in lines(tmp_path)]
     )
+
+
+def test_a_measure_of_which_every_score_failed_is_not_recorded(tmp_path):
+    """It is no number, which a record cannot hold, and which a resumed run could not compare."""
+    measures = {"none": Estimate(float("nan"), None, failed=4), "some": Estimate(0.5, (0.4, 0.6))}
+    found = flat(Evaluation(measures, {}, {}, torch.zeros(0), [], []), "heldout")
+    assert found == {"heldout/some": 0.5, "heldout/some_ci95": pytest.approx(0.1)}

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from chains import SHAPES, SIDES, Recorded, Shaped, an_epoch, at, move, step_of, trainer_of
+from chains import SHAPES, SIDES, Recorded, Shaped, an_epoch, at, move, pulled, step_of, trainer_of
 from torch.distributions import kl_divergence
 
 import condrl
@@ -116,6 +116,21 @@ def test_an_own_network_has_its_own_settings_and_extra_steps(tmp_path):
     for group, wanted in zip(groups, expected, strict=True):
         for p, q in zip(group, wanted, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_an_extra_step_without_a_finite_gradient_is_left_out_alone(tmp_path):
+    """It is neither made nor counted as an update of the policy's that was skipped."""
+    trainer = trainer_of(tmp_path, own=Recorded(own=True, extra_steps=2), train={"epochs": 2, "max_bad_updates": 1})
+    trainer.algorithm.own_loss = lambda name, policy, batch: sum(
+        (p * float("nan")).sum() + 0 * batch.target for p in trainer.algorithm.own.parameters()
+    )
+    trainer.algorithm.loss = lambda policy, batch: (pulled(policy.model.module, batch.target), {})
+    before = [p.detach().clone() for p in trainer.algorithm.own.parameters()]
+    trainer.fit()
+    assert trainer.learner.skipped == 0
+    assert trainer.learner.updates == 2
+    for p, q in zip(trainer.algorithm.own.parameters(), before, strict=True):
+        assert torch.equal(p, q)
 
 
 def test_the_gradients_norm_is_recorded_before_it_is_clipped(tmp_path):

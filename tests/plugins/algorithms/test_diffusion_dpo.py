@@ -107,6 +107,15 @@ def test_before_the_first_update_nothing_is_preferred(tmp_path):
     torch.testing.assert_close(loss, torch.full_like(loss, 0.6931472))
 
 
+def test_whole_numbers_are_points_too(tmp_path):
+    rows = [{"prompt": "left", "better": [1], "worse": [-2]}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trainer = trainer_of([*toy_words("diffusion_dpo", tmp_path / "run"), f"prompts.train={tmp_path}/pairs.jsonl"])
+    states = trainer.collect(0, Clock()).states
+    assert states.dtype == torch.float32
+    assert states[:, 0, 0].tolist() == [1.0, -2.0]
+
+
 # ---------------------------------------------------------------------------------------------- images
 
 
@@ -173,8 +182,10 @@ def test_a_row_that_is_no_pair_is_named_before_any_work(said, tmp_path):
     ("words", "said"),
     [
         (["rewards.quadratic.weight=1"], r"does not learn from rewards: leave them out with rewards\.quadratic=null"),
+        (["train.normalise_rewards=true"], r"train\.normalise_rewards: has no effect on the algorithm diffusion_dpo"),
+        (["train.max_failed=0.5"], r"train\.max_failed: has no effect"),
         (["train.images_per_prompt=2"], r"reads one pair from each row: set train\.images_per_prompt=1"),
-        (["train.kl_budget=1"], r"train\.kl_budget: what the algorithm rolls out"),
+        (["train.kl_budget=1"], r"train\.kl_budget: as configured, the algorithm does not roll out the policy"),
         (["sampler.name=heun", "sampler.eta=1"], "affine in the score"),
         (["sampler.eta=0"], "needs steps with noise"),
         (["algorithm.kappa=0"], r"algorithm\.kappa: must be positive"),

@@ -3,12 +3,16 @@
 import pytest
 import torch
 from chains import SCHEDULE, SHAPES, an_epoch, move, trainer_of
-from helpers import ROOT
+from helpers import ROOT, toy_words
 
+from condrl import UsageError
+from condrl.commands import finetune
 from condrl.config import load_config
 from condrl.prompts import load_prompts
 from condrl.toys.exact import solve
 from condrl.training.build import make_trainer
+from condrl.training.checks import check_combination
+from condrl.training.resume import find_checkpoint
 from condrl.training.trainer import Clock
 
 PLAIN = {"temperature": 3.0, "draws": 3, "times": (0.1, 0.97), "normalise": False, "adaptive": False}
@@ -124,7 +128,7 @@ def test_the_old_policy_may_be_a_running_average(tmp_path):
     again.algorithm.load_state_dict(state)
     for average, kept in zip(averages, again.algorithm.old.average, strict=True):
         torch.testing.assert_close(average, kept)
-    with pytest.raises(ValueError, match="other shapes than the weights"):
+    with pytest.raises(ValueError, match="these are other weights"):
         again.algorithm.load_state_dict({"old": {"average": [w[:1] for w in state["old"]["average"]]}})
 
 
@@ -169,12 +173,22 @@ def test_stages_are_anchored_where_the_one_before_ended(tmp_path):
     for epoch in range(6):
         starts.append([p.detach().clone() for p in trainer.learner.weights])
         trainer.run_epoch(epoch)
-        for anchor, start in zip(trainer.algorithm.anchor.average, starts[epoch // 2 * 2], strict=True):
+        for anchor, start in zip(trainer.algorithm.anchor, starts[epoch // 2 * 2], strict=True):
             assert torch.equal(anchor, start)
     again = trainer_of(tmp_path / "again", algorithm={"name": "nft", **options}, train={"epochs": 6})
     again.algorithm.load_state_dict(trainer.algorithm.state_dict())
     assert again.algorithm.epoch == 6
-    assert torch.equal(again.algorithm.anchor.average[0], trainer.algorithm.anchor.average[0])
+    assert torch.equal(again.algorithm.anchor[0], trainer.algorithm.anchor[0])
+
+
+def test_stages_are_planned_for_the_runs_epochs(tmp_path):
+    """More of them than epochs are refused, and so is a run in stages that is made longer."""
+    words = [*toy_words("nft", tmp_path), "algorithm.kappa=0.5", "algorithm.stages=3", "train.lr_decay=none"]
+    with pytest.raises(UsageError, match="algorithm.stages: 3 of them do not fit into train.epochs"):
+        check_combination(load_config([*words, "train.epochs=2"]))
+    assert finetune.main(words) == 0
+    with pytest.raises(UsageError, match=r"that run was planned for 6 epochs .* in stages"):
+        find_checkpoint(load_config([*words, "train.epochs=9", "run.resume=auto"]))
 
 
 @pytest.mark.slow

@@ -372,6 +372,30 @@ def test_the_text_encoder_is_on_the_device_only_while_it_encodes(model, monkeypa
     assert places == [torch.device("cpu", 0), "encodes", "encodes", torch.device("cpu")]
 
 
+def test_merging_may_be_nested_and_fail(pipeline):
+    """The inner one leaves the outer's weights alone; a LoRA that cannot be merged leaves the network as it was."""
+    model = StableDiffusion(CPU, path=str(pipeline), lora_rank=2)
+    trained = [p for p in model.module.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for weight in trained:
+            weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    place = torch.randn(2, 4, 8, 8), torch.full((2,), 0.5), model.encode(["a red star", "a blue star"])
+    with torch.no_grad(), model.merged():
+        outer = model.score(*place)
+        with model.merged():
+            assert torch.equal(model.score(*place), outer)
+        assert torch.equal(model.score(*place), outer)
+    assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters())
+    with torch.no_grad():
+        trained[-1].fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"), model.merged():
+        pass
+    for name, p in model.module.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p, before[name]), name
+
+
 def test_the_reference_of_a_run_that_starts_from_a_lora_is_that_lora(pipeline, tmp_path):
     """So that its KL is to what is measured as the base."""
     first = StableDiffusion(CPU, path=str(pipeline), lora_rank=2)

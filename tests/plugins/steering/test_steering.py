@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import ROOT, run_python
 
-from condrl import registry
+from condrl import UsageError, registry
+from condrl.commands import sample as command
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout, sample
@@ -64,6 +65,28 @@ def test_smc_with_one_particle_is_the_chain():
     with torch.no_grad():
         plain = sample(draws.policy, draws.condition, seeded(list(range(5))), 5)
     assert torch.equal(steer("smc", draws, particles=1), plain)
+
+
+def test_particles_of_a_deterministic_sampler_are_refused():
+    draws = draws_of(2)
+    quiet = Policy(
+        draws.policy.model,
+        make_sampler({"name": "ddim", "eta": 0.0, "steps": 5, "spacing": "uniform"}, draws.policy.model.schedule),
+    )
+    with pytest.raises(UsageError, match="the sampler has no noise, so copies would stay alike"):
+        steer("smc", Draws(quiet, draws.condition, draws.generators, draws.score))
+
+
+def test_a_score_that_fails_stops_the_drawing_in_a_line(tmp_path, capsys):
+    plugin = tmp_path / "fails.py"
+    plugin.write_text(
+        "import condrl\n@condrl.reward\ndef fails(samples, prompts):\n"
+        "    return samples.mean((1, 2, 3)).where(samples.mean((1, 2, 3)) < 0, float('nan'))\n"
+    )
+    for name in ("smc,particles=2", "best_of_n,n=2"):
+        words = ["--prompt", "a red star", "--steer", name, f"plugins=[{plugin}]", "rewards.fails.weight=1"]
+        assert command.main([*words, "sampler.steps=2", "--out", str(tmp_path / "x.png")]) == 1
+        assert "without every score nothing can be steered" in capsys.readouterr().err
 
 
 def test_particles_are_redrawn_in_proportion_to_their_weights():
@@ -130,8 +153,6 @@ def test_steered_pictures_obey_better(tmp_path):
     ],
 )
 def test_what_cannot_steer_is_one_line(words, said, tmp_path, capsys):
-    from condrl.commands import sample as command
-
     assert command.main(["--prompt", "a red star", "--out", str(tmp_path / "x.png"), *words]) == 2
     error = capsys.readouterr().err
     assert said in error
