@@ -164,7 +164,10 @@ def name_of(parameter: inspect.Parameter) -> str:
 def check_given(plugin: Plugin, what: str, given: list[str]) -> None:
     """Raises: UsageError when a plugin does not take what all of its kind are given, or is an unfinished dataclass."""
     expected = GIVEN[plugin.kind]
-    check_options_alone(what, given[len(expected) :])
+    more = given[len(expected) :]
+    if more and "__dataclass_fields__" in vars(plugin.target):
+        raise UsageError(f"{what}: write @dataclass(kw_only=True), so that a config can set {more[0]}")
+    check_options_alone(what, more)
     if len(given) < len(expected):
         raise UsageError(
             f"{what} takes ({', '.join(given)}) where a {plugin.kind} takes ({', '.join(expected)}[, *, option: type = "
@@ -172,7 +175,10 @@ def check_given(plugin: Plugin, what: str, given: list[str]) -> None:
         )
     annotated = inspect.isclass(plugin.target) and vars(plugin.target).get("__annotations__")
     if plugin.kind == "algorithm" and annotated and "__dataclass_fields__" not in vars(plugin.target):
-        raise UsageError(f"{what} has fields and is not a dataclass: write @dataclass(kw_only=True) above the class")
+        raise UsageError(
+            f"{what} has fields and is not a dataclass: write @dataclass(kw_only=True) between @condrl.algorithm and "
+            "the class"
+        )
 
 
 def check_options_alone(what: str, given: list[str]) -> None:

@@ -101,11 +101,12 @@ def check_ratios(examples: RatioExamples, policy: Policy, batch: int, most: int 
     """
     pairs = examples.every_pair()
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))][:most]
-    worst = 0.0
+    off = []
     for part in pairs.split(batch):
         some = examples.at(*part.unbind(1))
         log_prob = some.log_prob(policy)  # with gradients, as the update does
-        worst = max(worst, (log_prob - some.old_log_prob).exp().sub(1).abs().max().item())
+        off.append((log_prob.detach() - some.old_log_prob).exp().sub(1).abs().max())
+    worst = torch.stack(off).max().item()  # nan, if one is
     allowed = RATIO_TOLERANCE["half" if has_half_precision(policy) else "full"]
     if not worst <= allowed:
         raise RunError(

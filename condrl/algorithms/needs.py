@@ -107,6 +107,11 @@ def noisy_steps(setting: Setting) -> None:
 
 def check_needs(needs: tuple[Need, ...], setting: Setting) -> None:
     """Raises: UsageError on the first need that is not met, or on a choice of steps that has no effect."""
+    if not isinstance(needs, tuple) or not all(map(callable, needs)):
+        raise UsageError(
+            f"the algorithm {setting.algorithm}: needs should be a property that returns a tuple of functions, as of "
+            "condrl.algorithms.needs"
+        )
     for need in needs:
         need(setting)
     train = setting.config.train

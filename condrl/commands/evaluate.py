@@ -49,7 +49,9 @@ RECORD, SUMMARY = "evaluation.jsonl", "evaluation.json"
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "condrl evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*", metavar="RUN key=value")
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl; by default the run's held-out prompts")
     parser.add_argument("--samplers", nargs="+", default=[], metavar="NAME[,option=value]", help="one after the other")

@@ -43,7 +43,9 @@ HOME = Path("runs")  # of what is drawn without a run
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "condrl sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*", metavar="FOLDER key=value")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl, as for finetune.py")
@@ -305,6 +307,8 @@ def images_of(policy: Policy, request: Request, batch: int, who: str) -> list[Te
 
 def states_of(policy: Policy, pairs: Sequence[tuple[str, int]], steer: Steer | None) -> Tensor:
     """The final state (B, ...) of each pair of prompt and seed, drawn by the policy itself or by a steering plugin."""
+    import torch
+
     from condrl.diffusion import rollout
     from condrl.diffusion.noise import seeded
     from condrl.diffusion.steering import Draws
@@ -324,7 +328,8 @@ def states_of(policy: Policy, pairs: Sequence[tuple[str, int]], steer: Steer | N
         return found.total
 
     states = plugin(Draws(policy, condition, generators, total))
-    if getattr(states, "shape", None) != (len(pairs), *policy.model.state_shape):
-        got = getattr(states, "shape", type(states).__name__)
-        raise UsageError(f"--steer: the plugin returned {got}, not the final states of {len(pairs)} images")
+    shape = (len(pairs), *policy.model.state_shape)
+    if not isinstance(states, torch.Tensor) or states.shape != shape or not states.isfinite().all():
+        got = f"a tensor of shape {tuple(states.shape)}" if isinstance(states, torch.Tensor) else type(states).__name__
+        raise UsageError(f"--steer: the plugin should return a finite tensor of shape {shape}, the final states: {got}")
     return states

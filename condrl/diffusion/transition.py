@@ -127,7 +127,10 @@ class Coefficients(Sampler):
     def at(cls, schedule: Schedule, times: Tensor, noise_level: Tensor | float, numbers: Numbers) -> Coefficients:
         """The coefficients at noise levels, one for all steps or (K,); other levels can be asked for later."""
         level = torch.as_tensor(noise_level, dtype=times.dtype).expand(len(times) - 1)
-        return cls(schedule, times, *numbers(level), level, numbers)
+        made = numbers(level)
+        if len(made) != 3:
+            raise UsageError(f"a sampler's numbers are A, B and S, and it gave {len(made)} of them")
+        return cls(schedule, times, *made, level, numbers)
 
     @property
     def stochastic(self) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from condrl.config import Config, GridConfig
 from condrl.diffusion.model import Model
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
-from condrl.diffusion.transition import Coefficients, Sampler
-from condrl.errors import UsageError
+from condrl.diffusion.transition import Coefficients, Sampler, Transition
+from condrl.errors import UsageError, brief
 from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.registry import REGISTRIES
@@ -30,12 +31,27 @@ def make(kind: str, section: Mapping[str, Any], *arguments: Any) -> Any:
     return REGISTRIES[kind].find(section["name"]).target(*arguments, **options)
 
 
+@contextmanager
+def blaming(kind: str, name: str) -> Iterator[None]:
+    """Within it, whatever a plugin raises becomes one line that names it.
+
+    Raises: UsageError.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # a plugin is the user's code
+        raise UsageError(f"the {kind} {name!r} failed when it was made: {brief(error)}") from error
+
+
 def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
     """The config's sampler on the time grid it asks for."""
     grid = {field.name for field in dataclasses.fields(GridConfig)}
     options = {key: value for key, value in section.items() if key not in grid}
     times, chosen = schedule.grid(section["steps"], section["spacing"]), section.get("noise_steps")
-    sampler: Sampler = make("sampler", options, schedule, times)
+    with blaming("sampler", section["name"]):
+        sampler: Sampler = make("sampler", options, schedule, times)
     if not isinstance(sampler, Sampler):
         got = type(sampler).__name__
         raise UsageError(
@@ -44,8 +60,11 @@ def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
         )
     if not schedule.alpha(times[0]) > 0:
         check_start(sampler, schedule, section["name"])
-    if sampler.affine is not None:
-        check_numbers(sampler.affine, section["name"])
+    with blaming("sampler", section["name"]):
+        if sampler.affine is not None:
+            check_numbers(sampler.affine, section["name"])
+        else:
+            check_step(sampler, section["name"])
     return sampler if chosen is None else with_noise_at(sampler, chosen)
 
 
@@ -75,6 +94,20 @@ def check_numbers(numbers: Coefficients, name: str) -> None:
         if values.shape != (count,) or not values.isfinite().all():
             got = f"shape {tuple(values.shape)}" if values.shape != (count,) else f"values {values.tolist()}"
             raise UsageError(f"the sampler {name} has {letter} of {got}: each of {count} steps needs a finite number")
+    if (numbers.S < 0).any():
+        raise UsageError(f"the sampler {name} has a negative S, which is a standard deviation: {numbers.S.tolist()}")
+
+
+def check_step(sampler: Sampler, name: str) -> None:
+    """Raises: UsageError when the last step of a sampler that is not affine does not return what it should."""
+    x, count = torch.ones(2, 1), len(sampler.times) - 1
+    returned: Any = sampler.step(torch.full((2,), count - 1), x, lambda x, t: -x, sampler.init(x))
+    if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[0], Transition):
+        raise UsageError(f"the sampler {name}: step should return a Transition and the next solver state")
+    if sampler.stochastic.shape != (count,):
+        raise UsageError(f"the sampler {name}: stochastic should have {count} values, a bool for each step")
+    if not (returned[0].mean.isfinite().all() and returned[0].std.isfinite().all() and (returned[0].std >= 0).all()):
+        raise UsageError(f"the sampler {name}: its last step has a mean or a std that is not finite, or a negative std")
 
 
 def with_noise_at(sampler: Sampler, chosen: Sequence[int]) -> Sampler:
@@ -95,11 +128,17 @@ def make_algorithm(config: Config) -> Algorithm:
 
     Raises: UsageError when the plugin is not one.
     """
-    algorithm: Any = make("algorithm", config.algorithm)
+    name = config.algorithm["name"]
+    with blaming("algorithm", name):
+        algorithm: Any = make("algorithm", config.algorithm)
     if not isinstance(algorithm, Algorithm):
-        raise UsageError(
-            f"the algorithm {config.algorithm['name']} should be a class derived from condrl.algorithms.base.Algorithm"
-        )
+        raise UsageError(f"the algorithm {name} should be a class derived from condrl.algorithms.base.Algorithm")
+    for method in ("examples", "loss"):
+        if getattr(type(algorithm), method) is getattr(Algorithm, method):
+            raise UsageError(f"the algorithm {name} has no method {method}")
+    own = [getattr(type(algorithm), m) is not getattr(Algorithm, m) for m in ("state_dict", "load_state_dict")]
+    if own[0] != own[1]:
+        raise UsageError(f"the algorithm {name} needs both state_dict and load_state_dict, or a resumed run forgets")
     return algorithm
 
 

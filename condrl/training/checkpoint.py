@@ -154,6 +154,16 @@ def unlike(expected: Any, found: Any, name: str = "") -> str | None:
     return next((why for part, own, other in parts if (why := unlike(own, other, part))), None)
 
 
+def check_saveable(state: Any) -> None:
+    """Raises: UsageError when an algorithm's state holds something else than tensors and JSON values."""
+    try:
+        json.dumps(_split(state, {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"the algorithm's state_dict cannot be saved, it may hold tensors, numbers, text, lists and dicts: {error}"
+        ) from error
+
+
 def _split(value: Any, tensors: dict[str, Tensor]) -> Any:
     """The value with its tensors moved to `tensors`, under numbers, and replaced by these keys."""
     if isinstance(value, Tensor):

@@ -155,14 +155,11 @@ def paired(base: Tensor, tuned: Tensor) -> dict[str, Any]:
 
 
 def verdict(comparison: Mapping[str, Mapping[str, Any]]) -> str:
-    """A sentence on each measure: better or worse where the paired interval leaves out 0, else not shown."""
-    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "not shown": []}
+    """A sentence on each measure: better or worse where the paired interval leaves out 0, or else no difference."""
+    verdicts: dict[str, list[str]] = {"better": [], "worse": [], "no difference shown": []}
     for name, row in comparison.items():
-        interval = row["difference"]["ci95"]
-        which = (
-            "not shown" if not interval or interval[0] <= 0 <= interval[1] else "better" if interval[0] > 0 else "worse"
-        )
-        verdicts[which].append(name)
+        low, high = row["difference"]["ci95"] or (0, 0)  # none where there is a single prompt
+        verdicts["better" if low > 0 else "worse" if high < 0 else "no difference shown"].append(name)
     return "; ".join(f"{which}: {', '.join(names)}" for which, names in verdicts.items() if names)
 
 

@@ -22,6 +22,7 @@ from condrl.errors import RewardError, RunError, UsageError
 from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import Reward, usage_errors
+from condrl.training.checkpoint import check_saveable
 from condrl.training.trainer import Clock, Trainer
 
 PROMPTS, IMAGES = 2, 4  # of the trial, for each process
@@ -160,6 +161,8 @@ def attempt(trainer: Trainer) -> Trial:
         check_ratios(examples, twin.policy, twin.config.train.loss_batch)
     learning = model.evaluations
     saved = differentiate(twin, examples)
+    twin.algorithm.after_update(twin.policy)
+    check_saveable(twin.algorithm.state_dict())
     passes = (trainer.config.train.steps_per_image or len(examples.k)) / len(examples.k)
     trial = Trial(
         images=twin.config.train.images_per_prompt,

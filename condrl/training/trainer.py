@@ -21,7 +21,7 @@ from condrl.diffusion.noise import Noise, rng_state, set_rng_state
 from condrl.diffusion.path_kl import path_kl
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout
-from condrl.errors import RunError, Stopped, print_main
+from condrl.errors import RunError, Stopped, UsageError, print_main
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
 from condrl.rewards.scoring import Reward, Scores, score, weighted
@@ -211,6 +211,9 @@ class Trainer:
         train = self.config.train
         noise = self.noise(epoch, "examples", experience.indices)
         examples = self.algorithm.examples(self.policy, experience, train, noise)
+        if not isinstance(examples, Examples):
+            got = type(examples).__name__
+            raise UsageError(f"the algorithm's examples returned a {got}, not condrl.algorithms.examples.Examples")
         if has_half_precision(self.policy) and isinstance(examples, RatioExamples):
             return recomputed(examples, self.policy, train.loss_batch)
         return examples

@@ -205,7 +205,7 @@ def test_one_prompt_has_no_interval(toy, tmp_path, capsys):
     row = result["evaluations"][0]["heldout"]["quadratic"]
     assert row["difference"]["ci95"] is None
     assert {line["prompt"] for line in lines} == {"left"}
-    assert "not shown: quadratic" in capsys.readouterr().out
+    assert "no difference shown: quadratic" in capsys.readouterr().out
 
 
 def test_scores_that_fail_are_left_out_and_told(toy, tmp_path, capsys):

@@ -74,7 +74,7 @@ def test_a_verdict_rests_on_the_paired_interval():
         "c": row(-0.3, -0.1),
         "d": {"difference": {"mean": 1, "ci95": None}},
     }
-    assert verdict(rows) == "better: a; worse: c; not shown: b, d"
+    assert verdict(rows) == "better: a; worse: c; no difference shown: b, d"
 
 
 def test_intervals_cover_the_truth_95_percent_of_the_time():
