@@ -13,7 +13,8 @@ import json
 import math
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -188,8 +189,24 @@ def load_for_drawing(file: Path | None, overrides: Sequence[str], is_steered: bo
         if {"lora", "lora_alpha"} & section_at(read_argument(override).values, "model").keys():
             raise UsageError(f"{override} has no effect here: give the LoRA as a folder, and its scale as --strength")
     part = read_argument(str(file)) if file else Part("", {}, {})
-    part = replace(part, values=_drawing(part.values), texts=_drawing(part.texts), is_found=True)
-    return _config([part, *map(read_argument, overrides)])
+    own = replace(part, values=_drawing(part.values), texts=_drawing(part.texts), is_found=True)
+    with _pointing_to_plugins(part):
+        return _config([own, *map(read_argument, overrides)])
+
+
+@contextmanager
+def _pointing_to_plugins(found: Part) -> Iterator[None]:
+    """Within it, an unknown plugin leads to the plugin files of a found config, which are not imported for it."""
+    try:
+        yield
+    except UsageError as error:
+        files = ",".join(map(str, found.values.get("plugins") or ()))
+        if not str(error).startswith("unknown ") or not files:
+            raise
+        raise UsageError(
+            f"{error}; {found.argument} was found, not named, so its plugin files are not imported: if you trust them, "
+            f"give plugins=[{files}]"
+        ) from error
 
 
 def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,10 +233,11 @@ def load_for_evaluation(file: Path | None, overrides: Sequence[str], is_trusted:
     given = [read_argument(override) for override in overrides]
     part = read_argument(str(file)) if file else Part("", {}, {})
     values, texts = (_evaluating(tree, given, is_trusted) for tree in (part.values, part.texts))
-    part = replace(part, values=values, texts=texts, is_found=not is_trusted)
+    own = replace(part, values=values, texts=texts, is_found=not is_trusted)
     if not is_trusted:
-        _check_measures(part, given)
-    return _config([part, *given])
+        _check_measures(own, given)
+    with _pointing_to_plugins(part):
+        return _config([own, *given])
 
 
 def _evaluating(tree: Mapping[str, Any], overrides: Sequence[Part], is_trusted: bool) -> dict[str, Any]:

@@ -422,3 +422,22 @@ def test_a_found_config_asks_no_server_and_imports_nothing(reward, run, tmp_path
     found = copied(run, tmp_path / "run", lambda _: tree + reward + "\n")
     said = refused(capsys, found, "--prompts", run.parent / "heldout.txt", "--out", tmp_path / "x")
     assert "that file was found, not named: pass --trust" in said
+
+
+def test_a_run_with_a_samplers_file_says_how_to_trust_it(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import condrl\nfrom condrl.diffusion.transition import euler_maruyama\n\n@condrl.sampler\n"
+        "def of_this_test(schedule, times, *, eta: float = 1.0):\n    return euler_maruyama(schedule, times, eta)\n"
+    )
+    words = [*toy_words("nft", tmp_path / "run"), f"plugins=[{file}]", "sampler.name=of_this_test", "train.epochs=1"]
+    assert finetune.main([*words, "evaluate.images_per_prompt=20"]) == 0
+    from condrl.registry import sampler
+
+    del sampler.plugins["of_this_test"]
+    capsys.readouterr()
+    assert command.main([str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"was found, not named, so its plugin files are not imported: if you trust them, give plugins=[{file}]" in error
+    )
