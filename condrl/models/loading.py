@@ -133,7 +133,7 @@ def be_quiet() -> None:
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # which diffusers passes to the hub
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity(logging.CRITICAL)  # what they raise is said here
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # what they raise is reported here
 
 
 def from_folder(family: Family, where: str, options: dict[str, Any]) -> Any:

@@ -200,7 +200,7 @@ def find_lora(source: Path) -> Path:
 def read_lora(unet: nn.Module, path: Path, prefix: str = "unet") -> dict[str, Factors]:
     """The changes of weights in a file by the UNet's module names, whatever names the file uses.
 
-    Raises: UsageError when the file is damaged, is no plain LoRA, or was made for another network.
+    Raises: UsageError when the file is damaged, is not a plain LoRA, or was made for another network.
     """
     scales, factors = Scales.read(path, prefix), {}
     for name, (down, up, alpha) in _by_module(unet, path, load_tensors(path, "LoRA"), prefix).items():

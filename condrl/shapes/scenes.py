@@ -3,7 +3,7 @@
     prompt  -> Request          parse("a red star left of a small blue square")
     Scene   -> image            draw(scene)
     image   -> objects          read(image)
-    (image, Request) -> score   obedience(read(image), request)        1 means the prompt is obeyed exactly
+    (image, Request) -> score   grade(read(image), request)            1 means the prompt is obeyed exactly
 
 Grammar:  phrase := (a | an | two | three) [small | large] colour shape[s]
           prompt := phrase | phrase relation phrase | phrase and phrase | phrase, phrase and phrase
@@ -324,7 +324,7 @@ def _template(shape: str, height: int, width: int) -> np.ndarray:
 
 
 def grade(images: np.ndarray, prompts: Sequence[str]) -> list[float]:
-    """The obedience of each image, float (B, 3, H, W) in [0, 1], to its prompt.
+    """How well each image (B, 3, H, W) in [0, 1] obeys its prompt.
 
     Raises: UsageError on a prompt outside the vocabulary.
     """
