@@ -1,9 +1,9 @@
-"""Coloured shapes on a plain ground: scenes drawn by rule, their prompts, and a checker that reads an image back.
+"""Coloured shapes on a plain background: scenes drawn by rule, their prompts, and a checker that reads an image back.
 
     prompt  -> Request          parse("a red star left of a small blue square")
     Scene   -> image            draw(scene)
     image   -> objects          read(image)
-    (image, Request) -> score   grade(read(image), request)            1 means the prompt is obeyed exactly
+    (image, Request) -> score   grade_scene(read(image), request)      1 means the prompt is obeyed exactly
 
 Grammar:  phrase := (a | an | two | three) [small | large] colour shape[s]
           prompt := phrase | phrase relation phrase | phrase and phrase | phrase, phrase and phrase
