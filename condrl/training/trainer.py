@@ -129,10 +129,12 @@ class Trainer:
                 batch = self.config.train.loss_batch
                 check_ratios(examples, self.policy, batch, None if epoch == 0 else batch)
                 clock.lap("check")
-            budget = self.base_kl(experience) if isinstance(experience, Experience) else None
-            metrics = self.learner.update(examples, experience, epoch) | self.keep_to_budget(budget)
+            is_measured = bool(self.heldout) and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0
+            has_budget = self.config.train.kl_budget is not None
+            kl = self.base_kl(experience) if has_budget or (is_measured and self.has_base_kl) else None
+            metrics = self.learner.update(examples, experience, epoch) | self.keep_to_budget(kl)
             clock.lap("update")
-            if self.heldout and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0:
+            if self.heldout and is_measured:
                 metrics |= self.heldout()
                 clock.lap("heldout")
         self.epoch, self.images = epoch + 1, self.images + experience.total
@@ -218,9 +220,16 @@ class Trainer:
             return recomputed(examples, self.policy, train.loss_batch)
         return examples
 
-    def base_kl(self, experience: Experience) -> float | None:
-        """The path KL of the rolled-out policy to the base model, over a few images; None without a budget."""
-        if self.config.train.kl_budget is None:
+    @property
+    def has_base_kl(self) -> bool:
+        """Whether the policy that is rolled out has a path KL to the base model."""
+        sampler, algorithm = self.policy.sampler, self.algorithm
+        on_policy = algorithm.uses_rewards and not algorithm.off_policy
+        return on_policy and sampler.is_markov and bool(sampler.stochastic.any())
+
+    def base_kl(self, experience: Collected) -> float | None:
+        """The path KL of the rolled-out policy to the base model, over a few images; None without a roll-out."""
+        if not isinstance(experience, Experience):
             return None
         indices, kl = experience.indices, torch.zeros((), dtype=torch.float64)
         own = min(indices.stop, KL_IMAGES) - indices.start
@@ -233,7 +242,7 @@ class Trainer:
         """End a run that exceeds `train.kl_budget`, or adapt kappa; returns what to record."""
         budget = self.config.train.kl_budget
         if kl is None or budget is None:
-            return {}
+            return {} if kl is None else {"base_kl": kl}
         found = {"base_kl": kl, "kl_budget": budget}
         if self.config.train.over_budget == "stop":
             self.budget_exhausted = kl > budget

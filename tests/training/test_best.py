@@ -47,6 +47,8 @@ def test_the_best_lora_is_kept_and_both_are_reported(tmp_path, capsys):
     values = {line["epoch"]: line["validation/quadratic"] for line in record if "validation/quadratic" in line}
     assert list(values) == [2, 4, 6, 8, 10, 12]
     assert not any(key.startswith("heldout/") for line in record for key in line)
+    assert [line["epoch"] for line in record if "base_kl" in line] == list(values)
+    assert record[-1]["base_kl"] > 0
     chosen = max(values, key=values.get)
     assert result["best"]["epoch"] == chosen
     assert values[12] != result["heldout"]["quadratic"]["tuned"]["mean"]
