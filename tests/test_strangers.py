@@ -85,7 +85,7 @@ def broadcast(tensor):
 
 FIRST = ("optimizer", "state", 0)
 WRONG = {
-    "weights are missing": ("ddpo", drop("weights"), "see weights"),
+    "weights are missing": ("ddpo", drop("weights"), "such as weights"),
     "a shape that broadcasts": ("ddpo", put("weights", 0, value=broadcast), r"weights\.0 "),
     "weights that are NaN": ("ddpo", put("weights", 1, value=nan), r"weights\.1 .*not finite"),
     "a text for weights": ("ddpo", put("weights", 0, value="x"), r"weights\.0 "),
