@@ -104,7 +104,6 @@ class Formulas:
         return torch.stack(rows)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.8, 0.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -191,3 +190,18 @@ def test_the_value_network_has_its_own_rate_and_width(tmp_path):
     assert trainer.algorithm.value.head[0].out_features == 24
     trainer.run_epoch(0)
     assert [group["lr"] for group in trainer.learner.optimizer.param_groups] == pytest.approx([0.025, 0.005])
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_value_network_takes_its_steps(steps, tmp_path):
+    """One with the policy, and the rest alone, on the same error."""
+    trainer = trainer_of(tmp_path, algorithm={"name": "ctrl", "value_steps": steps})
+    made, step = [], trainer.learner.optimizer.step
+    trainer.learner.optimizer.step = lambda: (
+        made.append([p.grad is not None for p in (trainer.learner.weights[0], *trainer.algorithm.value.parameters())]),
+        step(),
+    )
+    trainer.run_epoch(0)
+    assert len(made) == steps
+    assert all(made[0])
+    assert all(not own[0] and all(own[1:]) for own in made[1:])

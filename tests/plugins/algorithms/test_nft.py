@@ -1,5 +1,7 @@
 """nft against DiffusionNFT's own loss (Zheng et al. 2025), with every option, in several shapes."""
 
+import dataclasses
+
 import pytest
 import torch
 from chains import SCHEDULE, SHAPES, an_epoch, move, trainer_of
@@ -179,6 +181,20 @@ def test_stages_are_anchored_where_the_one_before_ended(tmp_path):
     again.algorithm.load_state_dict(trainer.algorithm.state_dict())
     assert again.algorithm.epoch == 6
     assert torch.equal(again.algorithm.anchor[0], trainer.algorithm.anchor[0])
+
+
+def test_each_of_several_stages_has_as_many_times_kappa(tmp_path):
+    """At the start of one the anchor is the old policy, so the loss is (temperature + stages kappa) |d|^2 - 2 A <e, d>."""
+    losses = []
+    for stages, temperature in ((3, 0.0), (1, 1.5)):
+        options = {**PLAIN, "kappa": 0.5 if stages > 1 else 0.0, "stages": stages, "temperature": temperature}
+        trainer = trainer_of(tmp_path, algorithm={"name": "nft", **options}, train={"epochs": 6})
+        move(trainer)
+        _, _, batch = an_epoch(trainer)
+        batch = dataclasses.replace(batch, advantage=torch.linspace(-1, 1, len(batch.advantage)))
+        move(trainer, 0.1, seed=1)
+        losses.append(trainer.algorithm.loss(trainer.policy, batch)[0])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
 
 
 def test_stages_are_planned_for_the_runs_epochs(tmp_path):
