@@ -13,7 +13,7 @@ from condrl.diffusion.transition import Sampler, Transition
 
 @contextmanager
 def acting(weights: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
-    """Within it, weights hold the values of others of the same shapes."""
+    """Within it, weights hold the values of others of the same shapes: an average or an old policy acts, uncopied."""
     own = [weight.data for weight in weights]
     try:
         for weight, other in zip(weights, others, strict=True):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from condrl.algorithms.base import Experience
 
 Line = Mapping[str, float]  # what an epoch recorded
+WINDOW = 10  # epochs that are averaged
+GROWTH = 5  # of the gradient's norm, that is too much
 
 
 def spread_metrics(experience: Experience) -> dict[str, float]:
@@ -93,8 +95,13 @@ def kl_budget(first: Line, line: Line) -> str | None:
     )
 
 
+def measured(line: Line) -> list[str]:
+    """The names of the measures of held-out or validation prompts that have an interval."""
+    return [n for n in line if n.startswith(("heldout/", "validation/")) and f"{n}_ci95" in line]
+
+
 def reward_hacking(first: Line, line: Line) -> str | None:
-    names = [n for n in line if n.startswith("heldout/") and f"{n}_ci95" in first and f"{n}_ci95" in line]
+    names = [n for n in measured(line) if f"{n}_ci95" in first]
     if not names or "reward/total" not in line:
         return None
     gained = line["reward/total"] - first["reward/total"]
@@ -103,7 +110,7 @@ def reward_hacking(first: Line, line: Line) -> str | None:
     fallen = [n for n in names if line[n] + line[f"{n}_ci95"] < first[n] - first[f"{n}_ci95"]]
     if not fallen:
         return None
-    drops = ", ".join(f"{n.removeprefix('heldout/')} from {first[n]:.3g} to {line[n]:.3g}" for n in fallen)
+    drops = ", ".join(f"{n} from {first[n]:.3g} to {line[n]:.3g}" for n in fallen)
     return (
         f"the reward rose by {gained:.3g} while held-out measures fell ({drops}): the policy exploits the reward; try "
         "a larger algorithm.kappa, train.kl_budget, fewer epochs, or these measures as further rewards"
@@ -154,7 +161,7 @@ def drift(lines: Sequence[Line]) -> str | None:
 
 
 def heldout_fell(lines: Sequence[Line]) -> str | None:
-    for name in (n for n in lines[-1] if n.startswith(("heldout/", "validation/")) and f"{n}_ci95" in lines[-1]):
+    for name in measured(lines[-1]):
         best = max((line for line in lines if name in line), key=lambda line: line[name])
         if best[name] - lines[-1][name] > lines[-1][f"{name}_ci95"]:
             return (
@@ -162,10 +169,6 @@ def heldout_fell(lines: Sequence[Line]) -> str | None:
                 "more than its interval: end there, or try a lower train.lr, or algorithm.kappa"
             )
     return None
-
-
-WINDOW = 10  # epochs that are averaged
-GROWTH = 5  # of the gradient's norm, that is too much
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class NFT(Algorithm):
             return super().rollout(policy, condition, noise, batch)
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """Group advantages (B,), with a temperature bounded by it so that no density is asked to be negative."""
+        """Group advantages (B,), bounded by the temperature, if any, so that no density becomes negative."""
         found = group_advantages(rewards, groups, self.normalise, leave_one_out=self.kappa > 0)
         return found.clamp(-self.temperature, self.temperature) if self.temperature else found
 

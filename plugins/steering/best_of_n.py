@@ -19,5 +19,5 @@ def best_of_n(
         raise condrl.UsageError(f"steering best_of_n: n must be at least 1, got {n}")
     images, condition, generators = draws.repeated(n)
     states = sample(draws.policy, condition, generators, len(condition))
-    best = draws.score(states, images).view(-1, n).nan_to_num(-torch.inf).argmax(1)
+    best = draws.score(states, images).view(-1, n).argmax(1)
     return states[torch.arange(len(best)) * n + best.cpu()]

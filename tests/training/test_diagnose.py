@@ -153,26 +153,27 @@ def test_a_budget_that_cannot_be_kept_is_refused(words, error, tmp_path):
         check_combination(config)
 
 
-def test_a_reward_that_is_exploited(tmp_path, capsys):
+@pytest.mark.parametrize("measured", ["heldout", "validation"])
+def test_a_reward_that_is_exploited(measured, tmp_path, capsys):
     steep = ["rewards.quadratic.linear=[3]", "rewards.quadratic.curvature=[0]"]
     trainer = g1(tmp_path, "train.epochs=30", "algorithm.kappa=0.01", "train.lr=5e-2", "evaluate.every=10", *steep)
     trainer.recorder.first = {
-        "heldout/other": 1.0,
-        "heldout/other_ci95": 0.1,
-        "heldout/same": 1.0,
-        "heldout/same_ci95": 0.1,
+        f"{measured}/other": 1.0,
+        f"{measured}/other_ci95": 0.1,
+        f"{measured}/same": 1.0,
+        f"{measured}/same_ci95": 0.1,
     }
     values = iter((0.95, 0.8, 0.5))
     trainer.heldout = lambda: {
-        "heldout/other": next(values),
-        "heldout/other_ci95": 0.05,
-        "heldout/same": 0.9,
-        "heldout/same_ci95": 0.1,
+        f"{measured}/other": next(values),
+        f"{measured}/other_ci95": 0.05,
+        f"{measured}/same": 0.9,
+        f"{measured}/same_ci95": 0.1,
     }
     trainer.fit()
     hacked = [line["epoch"] for line in lines(tmp_path) if "reward_hacking" in line["diagnosis"]]
     assert hacked == [20, 30]
-    assert "(other from 1 to 0.8)" in capsys.readouterr().err
+    assert f"({measured}/other from 1 to 0.8)" in capsys.readouterr().err
 
 
 @condrl.reward(name="flat_for_one_prompt")
