@@ -72,6 +72,8 @@ class TrainConfig:
     inner_epochs: int = 1  # passes over the epoch's images
     normalise_rewards: bool = False  # each over its standard deviation in the epoch, so that weights compare
     steps: list[int] | None = None  # indices of the denoising steps that are trained; null: all
+    window: int | None = None  # neighbouring steps with noise, which move with each epoch; others have none; null: all
+    same_start: bool = False  # start the images of a prompt from the same noise, so that only their steps' differ
     steps_per_image: int | None = None  # how many of them to train per image, redrawn in each pass; null: all
     loss_batch: int = 64  # (image, step) pairs in one forward and backward
     lr: float = 3e-4  # AdamW learning rate

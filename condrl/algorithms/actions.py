@@ -40,26 +40,30 @@ def action_log_prob(mean: Tensor, action: Tensor, variance: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def explore(policy: Policy, condition: Tensor, noise: Noise, batch: int, variance: Tensor) -> Actions:
+def explore(
+    policy: Policy, condition: Tensor, noise: Noise, batch: int, variance: Tensor, rest: Tensor | None = None
+) -> Actions:
     """Trajectories for conditions (B,), `batch` at a time, with actions of variances (K,).
 
-    The sampler's steps must be affine in the score.
+    `rest` (K,) is the std of the noise that is added to the state beside; None: the sampler's. The sampler's steps must
+    be affine in the score.
     """
     rows = [slice(start, start + batch) for start in range(0, len(condition), batch)]
-    parts = [_explore(policy, condition[part], noise[part], variance) for part in rows]
+    parts = [_explore(policy, condition[part], noise[part], variance, rest) for part in rows]
     names = ("states", "log_probs", "means", "actions")
     whole = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
     return Actions(condition=condition, **whole)
 
 
-def _explore(policy: Policy, condition: Tensor, noise: Noise, variance: Tensor) -> Actions:
+def _explore(policy: Policy, condition: Tensor, noise: Noise, variance: Tensor, rest: Tensor | None) -> Actions:
     sampler, model = policy.sampler.affine, policy.model
     assert sampler is not None  # needs
     shape = (len(condition), *model.state_shape)
     x = randn(shape, noise, model.device) * model.schedule.prior_std
     draws = noise.normal((policy.steps, 2, *model.state_shape)).transpose(0, 1).to(model.device)
     states, means, actions = [x], [], []
-    steps = zip(*(c.tolist() for c in (sampler.A, sampler.B, sampler.S, variance.sqrt())), strict=True)
+    beside = sampler.S if rest is None else rest
+    steps = zip(*(c.tolist() for c in (sampler.A, sampler.B, beside, variance.sqrt())), strict=True)
     for k, (A, B, S, std) in enumerate(steps):
         means.append(policy.action(x, torch.full((len(x),), k), condition))
         actions.append(means[-1] + std * draws[k, :, 0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from condrl.config import Config, TrainConfig
-from condrl.diffusion.transition import Sampler
+from condrl.diffusion.transition import Sampler, windowed
 from condrl.errors import UsageError
 from condrl.registry import reward
 
@@ -100,9 +100,19 @@ def noise(setting: Setting) -> None:
 
 
 def noisy_steps(setting: Setting) -> None:
-    """Steps with noise, among which `train.steps` chooses."""
+    """Steps with noise, among which `train.steps` or `train.window` chooses."""
     noise(setting)
-    trained_steps(setting.sampler, setting.config.train)
+    train, noisy = setting.config.train, int(setting.sampler.stochastic.sum())
+    if train.window is None:
+        trained_steps(setting.sampler, train)
+        return
+    if train.steps is not None:
+        raise UsageError("config train.steps: has no effect beside train.window, whose steps are trained")
+    if not 1 <= train.window <= noisy:
+        raise UsageError(
+            f"config train.window: must be from 1 to {noisy}, the number of steps with noise, got {train.window}"
+        )
+    trained_steps(windowed(setting.sampler, train.window, 0), train)
 
 
 def check_needs(needs: tuple[Need, ...], setting: Setting) -> None:
@@ -115,10 +125,10 @@ def check_needs(needs: tuple[Need, ...], setting: Setting) -> None:
     for need in needs:
         need(setting)
     train = setting.config.train
-    if noisy_steps not in needs and (train.steps is not None or train.steps_per_image is not None):
+    chosen = [name for name in ("steps", "steps_per_image", "window") if getattr(train, name) is not None]
+    if noisy_steps not in needs and chosen:
         raise UsageError(
-            f"the algorithm {setting.algorithm} does not choose among denoising steps: leave train.steps and "
-            "train.steps_per_image out"
+            f"the algorithm {setting.algorithm} does not choose among denoising steps: leave train.{chosen[0]} out"
         )
 
 

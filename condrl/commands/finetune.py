@@ -177,9 +177,10 @@ def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[s
             prepare(trainer, checkpoint)
         processes.barrier()
         start_trackers(config, processes, folder)
-        before = folder.files_in(TRACKED)
+        there = folder.files_in(TRACKED)
         base = evaluation(trainer, prompts.heldout, "held-out, base")
-        trainer.recorder.first = flat(base, "heldout") | watch(trainer, prompts)
+        before = flat(base, "heldout") | watch(trainer, prompts)
+        trainer.recorder.first = dict(before)
         processes.accelerator.log(trainer.recorder.first, step=0)
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint[1])
@@ -188,6 +189,7 @@ def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[s
         tuned = evaluation(trainer, prompts.heldout, "held-out, tuned")
         result = {
             "heldout": compared(base, tuned) if base and tuned else {},
+            "before": before,
             **best_result(trainer, prompts, base),
             "seconds": round(time.monotonic() - begun, 1),
             "peak_memory_gb": round(peak_memory_gb(model.device), 3),
@@ -203,7 +205,7 @@ def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[s
             processes.accelerator.log(tracked_result(result), step=trainer.epoch)
             for picture in pictures:
                 log_picture(processes.accelerator, picture.stem, picture, trainer.epoch)
-            folder.adopt(folder.files_in(TRACKED) - before)
+            folder.adopt(folder.files_in(TRACKED) - there)
             print(visible(summary(result, config.folder)))
     return result
 

@@ -17,15 +17,16 @@ class Noise:
     """Draws for images of an epoch, the same however the images are split over batches and processes.
 
     Each image has an index in the epoch, and `group` consecutive images share a stream. The n-th draw of a `Noise` is a
-    function of the seed, n and the indices, so parts of it (`noise[rows]`) start over.
+    function of the seed, n and the indices, so parts of it (`noise[rows]`) start over. With `same_start` the first draw
+    is the same for all images of a stream.
     """
 
-    def __init__(self, seed: str, indices: range, group: int) -> None:
-        self.seed, self.indices, self.group = seed, indices, group
+    def __init__(self, seed: str, indices: range, group: int, same_start: bool = False) -> None:
+        self.seed, self.indices, self.group, self.same_start = seed, indices, group, same_start
         self.draws = itertools.count()
 
     def __getitem__(self, rows: slice) -> Noise:
-        return Noise(self.seed, self.indices[rows], self.group)
+        return Noise(self.seed, self.indices[rows], self.group, self.same_start)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal (B, *shape)."""
@@ -43,7 +44,8 @@ class Noise:
         draw, parts, indices = next(self.draws), [], self.indices
         for stream in range(indices.start // self.group, -(-indices.stop // self.group)):
             start = stream * self.group
-            whole = kind((self.group, *shape), generator=self.shared(f"{stream} {draw}"))
+            drawn = 1 if self.same_start and draw == 0 else self.group
+            whole = kind((drawn, *shape), generator=self.shared(f"{stream} {draw}")).expand(self.group, *shape)
             parts.append(whole[max(0, indices.start - start) : indices.stop - start])
         return torch.cat(parts)
 

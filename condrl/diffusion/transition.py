@@ -155,6 +155,18 @@ class Coefficients(Sampler):
         return self.transition(k, x, action, A * x + B * action, S), None
 
 
+def windowed(sampler: Sampler, size: int, turn: int) -> Sampler:
+    """The sampler with noise at `size` neighbouring steps alone, one further at each turn (docs/theory.md 3).
+
+    Raises: UsageError when the sampler cannot leave its noise out.
+    """
+    noisy = sampler.stochastic.nonzero()[:, 0]
+    first = turn % (len(noisy) - size + 1)
+    mask = torch.zeros_like(sampler.stochastic)
+    mask[noisy[first : first + size]] = True
+    return sampler.with_noise(mask)
+
+
 def check_noise_level(value: float, option: str = "eta", most: float = math.inf) -> None:
     """Raises: UsageError on a sampler's option that is not a noise level."""
     if not 0 <= value <= most:

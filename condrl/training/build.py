@@ -167,9 +167,7 @@ def make_policy(config: Config, device: torch.device) -> Policy:
 
 def deployed(config: Config, policy: Policy) -> Policy:
     """The policy with the sampler that it is evaluated with."""
-    if not config.evaluate.sampler:
-        return policy
-    return Policy(policy.model, make_sampler(config.evaluate.sampler, policy.model.schedule))
+    return Policy(policy.model, make_sampler(config.evaluate.sampler or config.sampler, policy.model.schedule))
 
 
 def make_trainer(

@@ -18,9 +18,10 @@ from condrl.algorithms.base import Algorithm, Collected, Context, Experience
 from condrl.algorithms.examples import Examples, RatioExamples, check_ratios, has_half_precision, recomputed
 from condrl.config import Config
 from condrl.diffusion.noise import Noise, rng_state, set_rng_state
-from condrl.diffusion.path_kl import path_kl
+from condrl.diffusion.path_kl import PathKL, path_kl
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.rollout import Rollout
+from condrl.diffusion.rollout import Rollout, rollout
+from condrl.diffusion.transition import windowed
 from condrl.errors import RunError, Stopped, UsageError, print_main
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
@@ -49,6 +50,7 @@ class Trainer:
     ) -> None:
         self.config, self.policy, self.algorithm = config, policy, algorithm
         self.rewards, self.rows, self.processes = rewards, rows, processes
+        self.sampler = policy.sampler  # with all of its noise
         algorithm.setup(policy)
         algorithm.check_rows(policy, rows)
         self.learner = Learner(config, policy, algorithm, processes)
@@ -146,11 +148,13 @@ class Trainer:
     def collect(self, epoch: int, clock: Clock) -> Collected:
         """What the algorithm learns from in an epoch, for this process's share of the prompt rows."""
         train = self.config.train
+        if train.window is not None:
+            self.policy.sampler = windowed(self.sampler, train.window, epoch)
         drawn = epoch_rows(self.rows, self.config.run.seed, epoch, train.prompts_per_epoch)
         share, group = self.processes.local_indices(len(drawn)), train.images_per_prompt
         rows = [drawn[i] for i in share for _ in range(group)]
         indices, images = range(share.start * group, share.stop * group), len(drawn) * group
-        noise = self.noise(epoch, "rollout", indices)
+        noise = self.noise(epoch, "rollout", indices, train.same_start)
 
         def scored(trajectories: Rollout, rows: list[Row]) -> Experience:
             clock.lap("rollout")
@@ -223,7 +227,7 @@ class Trainer:
     @property
     def has_base_kl(self) -> bool:
         """Whether the policy that is rolled out has a path KL to the base model."""
-        sampler, algorithm = self.policy.sampler, self.algorithm
+        sampler, algorithm = self.sampler, self.algorithm
         on_policy = algorithm.uses_rewards and not algorithm.off_policy
         return on_policy and sampler.is_markov and bool(sampler.stochastic.any())
 
@@ -234,9 +238,18 @@ class Trainer:
         indices, kl = experience.indices, torch.zeros((), dtype=torch.float64)
         own = min(indices.stop, KL_IMAGES) - indices.start
         if own > 0:
-            some = path_kl(self.policy, experience.rollout.first(own), self.config.train.rollout_batch)
+            some = self.path_kl(experience.rollout.first(own), indices[:own])
             kl = some.kl.sum(dtype=torch.float64).cpu()
         return self.processes.sum(kl).item() / min(experience.total, KL_IMAGES)
+
+    def path_kl(self, some: Rollout, indices: range) -> PathKL:
+        """Of some of an epoch's images, or, where a window has left noise out, of others with all of it."""
+        batch = self.config.train.rollout_batch
+        if self.config.train.window is None:
+            return path_kl(self.policy, some, batch)
+        whole = Policy(self.policy.model, self.sampler)
+        noise = self.noise(self.epoch, "path KL", indices)
+        return path_kl(whole, rollout(whole, some.condition, noise, batch), batch)
 
     def keep_to_budget(self, kl: float | None) -> dict[str, float]:
         """End a run that exceeds `train.kl_budget`, or adapt kappa; returns what to record."""
@@ -339,9 +352,9 @@ class Trainer:
         """What randomness is a function of."""
         return f"{self.config.run.seed} {epoch} {phase}"
 
-    def noise(self, epoch: int, phase: str, indices: range) -> Noise:
+    def noise(self, epoch: int, phase: str, indices: range, same_start: bool = False) -> Noise:
         """Randomness of the images at some indices of an epoch."""
-        return Noise(self.seed(epoch, phase), indices, self.config.train.images_per_prompt)
+        return Noise(self.seed(epoch, phase), indices, self.config.train.images_per_prompt, same_start)
 
 
 class Clock:

@@ -12,7 +12,7 @@ from condrl.algorithms.actions import Actions, action_log_prob, action_variance,
 from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
 from condrl.algorithms.credit import group_scale
 from condrl.algorithms.examples import Metrics, RatioExamples, per_image, per_step
-from condrl.algorithms.needs import Need, affine_steps, groups
+from condrl.algorithms.needs import Need, affine_steps, groups, noisy_steps, trained_steps
 from condrl.algorithms.policy_gradient import clipped
 from condrl.algorithms.values import Value
 from condrl.config import TrainConfig
@@ -29,10 +29,10 @@ class ActionSteps(RatioExamples):
     x: Tensor = per_step()
     action: Tensor = per_step()
     variance: Tensor = per_step()  # of the action
-    base: Tensor = per_step()  # the pretrained score
     advantage: Tensor = per_step()
     scale: Tensor = per_image()  # what the prompt's objective is multiplied by
     target: Tensor = per_step()  # the return that the value should predict
+    base: Tensor | None = per_step(default=None)  # the pretrained score, where the KL to it counts
     hint: Tensor | None = per_step(default=None)  # r(x0hat)
 
     def log_prob(self, policy: Policy) -> Tensor:
@@ -50,7 +50,7 @@ class CTRL(Algorithm):
     """
 
     kappa: float = 0.0  # reward per nat of path KL to the pretrained model
-    exploration: float = 2.0  # the variance of an action is this over 2 g(t)^2
+    exploration: float | None = 2.0  # an action's variance is this over 2 g(t)^2; null: it has the sampler's own noise
     clip_range: float = 0.2  # bound on |ratio - 1| of an action's probability
     memory: float = 5.0  # time constant of the advantage estimate, as a share of the schedule's time
     value_lr: float = 3e-3  # learning rate of the value network
@@ -63,13 +63,15 @@ class CTRL(Algorithm):
     value: Value = field(init=False)
 
     def __post_init__(self) -> None:
-        self.require_positive("exploration", "clip_range", "memory", "value_lr", "value_width", "advantage_clip")
+        self.require_positive("clip_range", "memory", "value_lr", "value_width", "advantage_clip")
+        if self.exploration is not None:
+            self.require_positive("exploration")
         self.require_at_least(1, "value_steps")
         self.require_at_least(0, "kappa")
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (affine_steps, groups)
+        return (affine_steps, groups, *((noisy_steps,) if self.exploration is None else ()))
 
     def setup(self, policy: Policy) -> None:
         features = policy.model.features(torch.zeros(1, dtype=torch.long)).shape[1]
@@ -88,8 +90,16 @@ class CTRL(Algorithm):
         fiat = policy.model.schedule.g2(sampler.times[:-1]) * -sampler.times.diff() / 2
         return fiat.where(sampler.S == 0, sampler.B.square() / (2 * sampler.S.square()))
 
+    def noise_levels(self, policy: Policy) -> tuple[Tensor, Tensor]:
+        """The variance of each step's action, and the std of what is added to the state beside it, (K,)."""
+        sampler = policy.sampler.affine
+        assert sampler is not None  # needs
+        if self.exploration is None:
+            return (sampler.S / sampler.B).square(), torch.zeros_like(sampler.S)
+        return action_variance(policy, self.exploration), sampler.S
+
     def rollout(self, policy: Policy, condition: Tensor, noise: Noise, batch: int) -> Actions:
-        return explore(policy, condition, noise, batch, action_variance(policy, self.exploration))
+        return explore(policy, condition, noise, batch, *self.noise_levels(policy))
 
     # ------------------------------------------------------------------------------------------ credit
 
@@ -97,27 +107,30 @@ class CTRL(Algorithm):
     def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> ActionSteps:
         r, rewards = experience.rollout, experience.scores.total
         assert isinstance(r, Actions)  # from our own rollout
-        base = pretrained_scores(policy, r, train.rollout_batch)
-        weights = self.costs(policy).to(base).unsqueeze(1)
-        kl = weights * (r.means - base).square().flatten(2).sum(2)
-        hints = self._hints(policy, experience, base, train.rollout_batch) if self._hinted(policy) else None
+        base = pretrained_scores(policy, r, train.rollout_batch) if self.kappa else None
+        kl, metrics = torch.zeros_like(r.log_probs, dtype=r.means.dtype), {}
+        if base is not None:
+            kl = self.costs(policy).to(base).unsqueeze(1) * (r.means - base).square().flatten(2).sum(2)
+            path = kl.sum(0).mean()
+            metrics = {"path_kl": path, "objective": rewards.nanmean() - self.kappa * path}
+        hints = self._hints(policy, experience, train.rollout_batch) if self._hinted(policy) else None
         values = torch.stack([self._value(policy, r, k, hints) for k in range(policy.steps)] + [rewards])
         td = values[1:] - values[:-1] - self.kappa * kl
         scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
-        targets, path = rewards - self.kappa * remaining(kl), kl.sum(0).mean()
+        targets = rewards - self.kappa * remaining(kl)
         errors, wanted = (experience.gather(x)[:, experience.scored] for x in (targets - values[:-1], targets))
         fit = 1 - errors.var(1) / wanted.var(1).clamp(min=1e-12)
-        metrics = {"path_kl": path, "objective": rewards.nanmean() - self.kappa * path, "value_explains": fit.max()}
+        metrics |= {"value_explains": fit.max(), **{f"value_explains/step_{k}": share for k, share in enumerate(fit)}}
         advantages = self._accumulate(policy, td) * scale
         if self.normalise:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         return ActionSteps(
             condition=r.condition,
-            k=torch.arange(policy.steps),
+            k=trained_steps(policy.sampler, train) if self.exploration is None else torch.arange(policy.steps),
             old_log_prob=r.log_probs,
             x=r.states[:-1],
             action=r.actions,
-            variance=action_variance(policy, self.exploration)[:, None].expand_as(r.log_probs),
+            variance=self.noise_levels(policy)[0][:, None].expand_as(r.log_probs),
             base=base,
             advantage=advantages,
             scale=scale,
@@ -139,14 +152,15 @@ class CTRL(Algorithm):
     def _hinted(self, policy: Policy) -> bool:
         return len(policy.model.state_shape) > 1 if self.value_hint is None else self.value_hint
 
-    def _hints(self, policy: Policy, experience: Experience, base: Tensor, batch: int) -> Tensor:
-        """(K, B) rewards of the pretrained model's denoised states."""
+    def _hints(self, policy: Policy, experience: Experience, batch: int) -> Tensor:
+        """(K, B) rewards of the denoised states, by the policy's own scores."""
         r, schedule = experience.rollout, policy.model.schedule
+        assert isinstance(r, Actions)  # from our own rollout
         rows, every = [], torch.arange(len(r.condition))
         for k, t in enumerate(policy.sampler.times[:-1]):
             x = r.states[k]
             times = t.expand(len(x))
-            clean = x0_from_score(base[k], x, like(schedule.alpha(times), x), like(schedule.sigma(times), x))
+            clean = x0_from_score(r.means[k], x, like(schedule.alpha(times), x), like(schedule.sigma(times), x))
             rows.append(experience.score(torch.cat([policy.model.decode(part) for part in clean.split(batch)]), every))
         hints = torch.stack(rows)
         return hints.where(hints.isfinite(), experience.scores.total)  # a score on the way may fail
@@ -162,9 +176,11 @@ class CTRL(Algorithm):
         mean = policy.action(batch.x, batch.k, batch.condition)
         log_ratio = action_log_prob(mean, batch.action, batch.variance) - batch.old_log_prob
         loss, metrics = clipped(log_ratio, batch.advantage, self.clip_range)
-        cost = self.costs(policy)[batch.k].to(mean) * (mean - batch.base).square().flatten(1).sum(1)
+        if batch.base is not None:
+            cost = self.costs(policy)[batch.k].to(mean) * (mean - batch.base).square().flatten(1).sum(1)
+            loss = loss + self.kappa * batch.scale * cost
         error = self.own_loss("value", policy, batch)
-        return loss + self.kappa * batch.scale * cost + error, metrics | {"value_loss": error.mean()}
+        return loss + error, metrics | {"value_loss": error.mean()}
 
     def own_loss(self, name: str, policy: Policy, batch: ActionSteps) -> Tensor:
         """The value's squared error, weighed by the step (B,)."""

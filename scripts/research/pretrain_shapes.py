@@ -426,7 +426,8 @@ def export(args: argparse.Namespace) -> None:
     pipe.to(torch.float16).save_pretrained(args.out)
     make_tokenizer(args.out / "tokenizer")  # vocab.json and merges.txt, for readers that do not know tokenizer.json
     keep_text_model_prefix(args.out / "text_encoder" / "model.safetensors")
-    load_in_float32(args.out / "text_encoder" / "config.json")
+    edit_json(args.out / "text_encoder" / "config.json", dtype="float32")  # as diffusers loads the other parts
+    edit_json(args.out / "vae" / "config.json", _name_or_path=None)  # where it was loaded from
     write_prompts(args.out)
     (args.out / HISTORY).write_text(json.dumps(history, indent=2) + "\n", "utf-8")
     weights = {
@@ -440,9 +441,11 @@ def vae_history(args: argparse.Namespace) -> dict[str, Any]:
     return {"vae": {"samples": 24 * vae.step, "hours": round(vae.seconds / 3600, 2), "loss": round(vae.loss, 4)}}
 
 
-def load_in_float32(path: Path) -> None:
-    """Let transformers load a text encoder as diffusers loads the other parts, whatever precision its file has."""
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"dtype": "float32"}, indent=2) + "\n", "utf-8")
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text("utf-8")) | changes
+    kept = {key: value for key, value in content.items() if value is not None or key not in changes}
+    path.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
 @torch.no_grad()
@@ -469,7 +472,8 @@ def pipeline_measures(folder: Path) -> dict[str, float]:
         kinds: dict[str, list[float]] = {}
         for seen, request in zip(things, requests, strict=True):
             exact = float(scenes.grade_scene(seen, request) == 1)
-            kind = "relation" if request.relation else f"{len(request.objects)} objects"
+            count = len(request.objects)
+            kind = "relation" if request.relation else f"{count} object{'s' * (count > 1)}"
             for name in (kind, "all"):
                 kinds.setdefault(name, []).append(exact)
             if request.relation and scenes.grade_scene(seen, scenes.Request(request.phrases)) == 1:

@@ -1,0 +1,158 @@
+"""Every algorithm's recipe on the embedded pipeline, at the same budget of network work; for benchmark.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import condrl
+from condrl.config import Config, load_config
+from condrl.io.records import from_json, write_json
+from condrl.prompts import load_prompts
+from condrl.shapes import scenes
+from condrl.training.build import make_trainer
+from condrl.training.evaluate import paired_difference
+from condrl.training.host import provenance
+from condrl.training.trainer import Clock, Trainer
+
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
+EXACT, GRADED = "shapes_exact", "shapes"
+GAINS = (0.05, 0.1)  # of what is obeyed exactly, whose cost is reported
+EVALUATION = ("evaluate.images_per_prompt=2", "evaluate.sampler.steps=10", "evaluate.sampler.eta=1")
+
+
+class Work:
+    """Counts network calls of one image: 1 for a forward pass, 3 for one with its backward pass."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.calls = self.units = 0
+        trainer.policy.model.module.register_forward_hook(self._count)
+
+    def _count(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        count = len(output.sample)
+        self.calls += count
+        self.units += 3 * count if output.sample.requires_grad else count
+
+
+def work_of_an_epoch(config: Config) -> Work:
+    """What the first epoch of a run needs: the roll-out, and what is learned from it."""
+    trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+    work = Work(trainer)
+    experience = trainer.collect(0, Clock())
+    trainer.learner.update(trainer.examples(experience, 0), experience, 0)
+    return work
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def images(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run what is missing of every recipe and seed, `--jobs` at a time, and summarise all that is there."""
+    names = args.recipes or sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    runs = [(name, seed) for seed in range(args.seeds) for name in names]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda run: tune(args.folder, *run, args.words), runs))
+    return [summary(args.folder, name, args.seeds, args.words) for name in names]
+
+
+def tune(folder: Path, name: str, seed: int, words: Iterable[str]) -> None:
+    """Tune by a recipe, or continue where that was interrupted, then measure; by one thread."""
+    run = folder / f"{name}_{seed}"
+    own = [f"run.dir={run}", f"run.seed={seed}", "run.threads=1"]
+    if not (run / "result.json").exists():
+        call("finetune", str(RECIPES / f"{name}.yaml"), *words, *own, "run.resume=auto")
+    if not (run / "evaluation" / "evaluation.json").exists():
+        call("evaluate", str(run), *EVALUATION, "--overwrite")
+
+
+def call(*words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "condrl", *words], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise condrl.UsageError(f"condrl {' '.join(words)} ended with exit code {done.returncode}")
+
+
+# ---------------------------------------------------------------------------------------------- summaries
+
+
+def summary(folder: Path, name: str, seeds: int, words: list[str]) -> dict[str, Any]:
+    """A recipe's row: what its runs gained, and what that took."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = load_config([str(RECIPES / f"{name}.yaml"), *words, f"run.dir={scratch}"])
+        work = work_of_an_epoch(config)
+    found = [seed_row(folder / f"{name}_{seed}", work) for seed in range(seeds)]
+    gains = [row[EXACT]["difference"]["mean"] for row in found]
+    return {
+        "recipe": name,
+        "algorithm": config.algorithm["name"],
+        "gain": statistics.mean(gains),
+        "lowest": min(row[EXACT]["difference"]["ci95"][0] for row in found),
+        "work_per_image": work.units / config.images_per_epoch,
+        "seeds": found,
+    }
+
+
+def seed_row(run: Path, work: Work) -> dict[str, Any]:
+    result, evaluation = (read(run / name) for name in ("result.json", "evaluation/evaluation.json"))
+    lines = [from_json(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    heldout = evaluation["evaluations"][0]["heldout"]
+    return {
+        EXACT: heldout[EXACT],
+        GRADED: heldout[GRADED],
+        "kinds": by_kind(run / "evaluation" / "evaluation.jsonl"),
+        "diversity": evaluation["evaluations"][0]["diversity"]["pixels"],
+        "path_kl": next((line["base_kl"] for line in reversed(lines) if "base_kl" in line), None),
+        "images": result["images"],
+        "calls": work.calls * len(lines),
+        "work": work.units * len(lines),
+        "seconds": result["seconds"],
+        "peak_memory_gb": result["peak_memory_gb"],
+        "curve": (curve := learning_curve(lines, result["before"], work.units)),
+        "cost": {f"+{gain:g}": cost(curve, gain) for gain in GAINS},
+        "diagnosis": sorted({name for line in lines for name in line["diagnosis"]}),
+    }
+
+
+def read(path: Path) -> Any:
+    return from_json(path.read_text("utf-8"))
+
+
+def by_kind(record: Path) -> dict[str, dict[str, Any]]:
+    """What is obeyed exactly, base, tuned and paired, by kind of prompt."""
+    base: dict[str, dict[str, list[float]]] = {}
+    tuned: dict[str, dict[str, list[float]]] = {}
+    for line in map(json.loads, record.read_text("utf-8").splitlines()):
+        request = scenes.parse(line["prompt"])
+        kind = "relation" if request.relation else f"{len(request.objects)} object{'s' * (len(request.objects) > 1)}"
+        for where, who in ((base, "base"), (tuned, "tuned")):
+            where.setdefault(kind, {}).setdefault(line["prompt"], []).append(line[who][EXACT])
+    found = {}
+    for kind in sorted(base):
+        b, t = (torch.tensor([statistics.mean(x) for x in where[kind].values()]) for where in (base, tuned))
+        found[kind] = {"prompts": len(b), "base": b.mean().item(), "tuned": t.mean().item()}
+        found[kind] |= {"difference": vars(paired_difference(b, t))}
+    return found
+
+
+def learning_curve(lines: list[dict[str, Any]], first: dict[str, float], work: float) -> list[dict[str, float]]:
+    """What validation prompts gained, against images and work."""
+    key = f"validation/{EXACT}"
+    return [
+        {"images": line["images"], "work": work * line["epoch"], "gain": line[key] - first[key]}
+        for line in lines
+        if key in line
+    ]
+
+
+def cost(curve: list[dict[str, float]], gain: float) -> dict[str, float] | None:
+    """Images and work until the first evaluation with this gain; None where there is none."""
+    return next(({k: p[k] for k in ("images", "work")} for p in curve if p["gain"] >= gain), None)
