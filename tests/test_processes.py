@@ -253,6 +253,20 @@ def test_noise_does_not_depend_on_how_it_is_split(group):
     assert len(first.flatten().unique()) == first.numel()
 
 
+@pytest.mark.parametrize("parts", [[range(12)], [range(5), range(5, 12)], [range(1), range(1, 2), range(2, 12)]])
+def test_a_group_can_start_from_the_same_noise(parts):
+    """The first draw alone is common to a group, and no two groups have the same."""
+    pieces = [Noise("seed", indices, 4, same_start=True) for indices in parts]
+    start, then = (torch.cat([piece.normal((2, 3)) for piece in pieces]) for _ in range(2))
+    assert torch.equal(start, start[::4].repeat_interleave(4, 0))
+    assert len(start.flatten().unique()) == 3 * 6
+    assert len(then.flatten().unique()) == then.numel()
+    assert torch.equal(Noise("seed", range(12), 4).normal((2, 3)), Noise("seed", range(12), 4, False).normal((2, 3)))
+    assert torch.equal(
+        torch.cat([piece[:2].normal((2, 3)) for piece in pieces[:1]]), start[:2][: len(pieces[0].indices)]
+    )
+
+
 def test_noise_is_standard_normal():
     x = Noise("seed", range(4000), 8).normal((10,))
     assert x.mean().abs() < 4 / 40_000**0.5

@@ -22,8 +22,10 @@ class Noised(Examples):
     t: Tensor = per_step()  # float64
     noise: Tensor = per_step()
     old_score: Tensor = per_step()  # at (x, t), of the policy that made the samples
-    advantage: Tensor = per_image()
+    advantage: Tensor = per_step()
     base_score: Tensor | None = per_step(default=None)  # at (x, t), of the policy that the loss keeps near
+    reward: Tensor | None = per_image(default=None)  # less its prompt's mean: what a value network should predict
+    hint: Tensor | None = per_step(default=None)  # that of the old score's denoised prediction
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def noised_samples(
         t=t,
         noise=errors,
         old_score=x,
-        advantage=advantages,
+        advantage=advantages.expand(draws, -1),
     )
     return replace(found, old_score=scores_at(policy, found, batch))
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condrl.diffusion.schedule import Schedule, like
+from condrl.algorithms.base import Experience
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.schedule import Schedule, like, x0_from_score
 
 
 class Value(nn.Module):
@@ -33,6 +35,28 @@ class Value(nn.Module):
         alpha, sigma = (like(c, found) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         total = alpha.square() + sigma.square()
         return alpha.square() / total * hint + sigma / total.sqrt() * found
+
+
+def make_value(policy: Policy, width: int) -> Value:
+    """A value network for a policy's states and prompts."""
+    model = policy.model
+    features = model.features(torch.zeros(1, dtype=torch.long)).shape[1]
+    return Value(model.schedule, model.state_shape, features, width).to(model.device)
+
+
+def denoised_rewards(policy: Policy, experience: Experience, x: Tensor, score: Tensor, t: Tensor, batch: int) -> Tensor:
+    """(n, B) rewards of what states x (n, B, ...) with their scores at times t (n, B) are denoised to.
+
+    Where a score fails, it is the image's own reward.
+    """
+    schedule, every = policy.model.schedule, torch.arange(x.shape[1])
+    rows = []
+    for state, action, times in zip(x, score, t, strict=True):
+        alpha, sigma = (like(c, state) for c in (schedule.alpha(times), schedule.sigma(times)))
+        clean = x0_from_score(action, state, alpha, sigma).split(batch)
+        rows.append(experience.score(torch.cat([policy.model.decode(part) for part in clean]), every))
+    found = torch.stack(rows)
+    return found.where(found.isfinite(), experience.scores.total)
 
 
 def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:

@@ -14,12 +14,11 @@ from condrl.algorithms.credit import group_scale
 from condrl.algorithms.examples import Metrics, RatioExamples, per_image, per_step
 from condrl.algorithms.needs import Need, affine_steps, groups, noisy_steps, trained_steps
 from condrl.algorithms.policy_gradient import clipped
-from condrl.algorithms.values import Value
+from condrl.algorithms.values import Value, denoised_rewards, make_value
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.path_kl import remaining
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.schedule import like, x0_from_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +73,7 @@ class CTRL(Algorithm):
         return (affine_steps, groups, *((noisy_steps,) if self.exploration is None else ()))
 
     def setup(self, policy: Policy) -> None:
-        features = policy.model.features(torch.zeros(1, dtype=torch.long)).shape[1]
-        self.value = Value(policy.model.schedule, policy.model.state_shape, features, self.value_width)
-        self.value.to(policy.model.device)
+        self.value = make_value(policy, self.value_width)
 
     def networks(self) -> dict[str, OwnNetwork]:
         return {"value": OwnNetwork(self.value, self.value_lr, extra_steps=self.value_steps - 1)}
@@ -113,7 +110,10 @@ class CTRL(Algorithm):
             kl = self.costs(policy).to(base).unsqueeze(1) * (r.means - base).square().flatten(2).sum(2)
             path = kl.sum(0).mean()
             metrics = {"path_kl": path, "objective": rewards.nanmean() - self.kappa * path}
-        hints = self._hints(policy, experience, train.rollout_batch) if self._hinted(policy) else None
+        hints = None
+        if self._hinted(policy):
+            times = policy.sampler.times[:-1, None].expand(-1, len(rewards))
+            hints = denoised_rewards(policy, experience, r.states[:-1], r.means, times, train.rollout_batch)
         values = torch.stack([self._value(policy, r, k, hints) for k in range(policy.steps)] + [rewards])
         td = values[1:] - values[:-1] - self.kappa * kl
         scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
@@ -151,19 +151,6 @@ class CTRL(Algorithm):
 
     def _hinted(self, policy: Policy) -> bool:
         return len(policy.model.state_shape) > 1 if self.value_hint is None else self.value_hint
-
-    def _hints(self, policy: Policy, experience: Experience, batch: int) -> Tensor:
-        """(K, B) rewards of the denoised states, by the policy's own scores."""
-        r, schedule = experience.rollout, policy.model.schedule
-        assert isinstance(r, Actions)  # from our own rollout
-        rows, every = [], torch.arange(len(r.condition))
-        for k, t in enumerate(policy.sampler.times[:-1]):
-            x = r.states[k]
-            times = t.expand(len(x))
-            clean = x0_from_score(r.means[k], x, like(schedule.alpha(times), x), like(schedule.sigma(times), x))
-            rows.append(experience.score(torch.cat([policy.model.decode(part) for part in clean.split(batch)]), every))
-        hints = torch.stack(rows)
-        return hints.where(hints.isfinite(), experience.scores.total)  # a score on the way may fail
 
     def _value(self, policy: Policy, r: Actions, k: int, hints: Tensor | None) -> Tensor:
         t = policy.sampler.times[k].expand(len(r.condition))

@@ -2,17 +2,20 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 import condrl
-from condrl.algorithms.base import Algorithm, Experience
-from condrl.algorithms.credit import group_advantages
+from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
+from condrl.algorithms.credit import group_advantages, group_scale
 from condrl.algorithms.examples import Metrics
 from condrl.algorithms.forward import Noised, noised_samples, scores_at
 from condrl.algorithms.needs import Need, Setting, groups
 from condrl.algorithms.reference import MovingReference, check_like, trained, weights_of
+from condrl.algorithms.values import Value, denoised_rewards, make_value
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy, acting
@@ -36,15 +39,20 @@ class NFT(Algorithm):
     times: tuple[float, float] = (0.1, 0.97)  # their range, as a share of the schedule's time
     normalise: bool = True  # divide a group's advantages by its standard deviation
     adaptive: bool = True  # weigh draws by 1 / mean |error|: less noise, and a slightly shifted minimum
+    baseline: Literal["group", "value"] = "group"  # the mean of a prompt's images, or a network's at each noised state
+    value_lr: float = 3e-3  # learning rate of that network
+    value_width: int = 64  # its hidden units
     old_decay: float = 0.0  # of the running average of weights that rolls out and that steps start from; 0: the newest
 
     old: MovingReference | None = field(init=False, default=None)
     anchor: list[Tensor] = field(init=False, default_factory=list)  # weights, where there are stages
     epoch: int = field(init=False, default=0)
+    value: Value | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.require_at_least(0, "temperature", "kappa")
         self.require_at_least(1, "draws", "stages")
+        self.require_positive("value_lr", "value_width")
         if self.temperature + self.kappa <= 0:
             raise condrl.UsageError("config algorithm.temperature: 0 needs a kappa, or nothing bounds a step")
         if self.stages > 1 and self.kappa == 0:
@@ -70,6 +78,10 @@ class NFT(Algorithm):
     def setup(self, policy: Policy) -> None:
         self.old = MovingReference(policy, self.old_decay) if self.old_decay else None
         self.anchor = weights_of(policy) if self.stages > 1 else []
+        self.value = make_value(policy, self.value_width) if self.baseline == "value" else None
+
+    def networks(self) -> dict[str, OwnNetwork]:
+        return {"value": OwnNetwork(self.value, self.value_lr)} if self.value else {}
 
     def after_update(self, policy: Policy) -> None:
         if self.old:
@@ -107,21 +119,57 @@ class NFT(Algorithm):
             return super().rollout(policy, condition, noise, batch)
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """Group advantages (B,), bounded by the temperature, if any, so that no density becomes negative."""
-        found = group_advantages(rewards, groups, self.normalise, leave_one_out=self.kappa > 0)
-        return found.clamp(-self.temperature, self.temperature) if self.temperature else found
+        """Advantages (B,) against the images of a prompt."""
+        return group_advantages(rewards, groups, self.normalise, leave_one_out=self.kappa > 0)
+
+    def bounded(self, advantages: Tensor) -> Tensor:
+        """Bounded by the temperature, if any, so that no density becomes negative."""
+        return advantages.clamp(-self.temperature, self.temperature) if self.temperature else advantages
 
     def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Noised:
         self.begin_epoch(policy, train.epochs)
-        advantages = experience.credit(self.advantages, experience.scores.total)
+        advantages = self.bounded(experience.credit(self.advantages, experience.scores.total))
         with self.acting(policy):
             found = noised_samples(
                 policy, experience.rollout, advantages, self.draws, self.times, train.rollout_batch, noise
             )
+        if self.value:
+            found = self.compared_with_value(policy, experience, found, train.rollout_batch)
         if self.kappa == 0:
             return found
         with self.anchored(policy):
             return replace(found, base_score=scores_at(policy, found, train.rollout_batch))
+
+    @torch.no_grad()
+    def compared_with_value(self, policy: Policy, experience: Experience, draws: Noised, batch: int) -> Noised:
+        """The draws with advantages against the value at each of them (docs/theory.md 13).
+
+        The value is of rewards less the mean of the prompt's other images.
+        """
+        rewards, hints = experience.scores.total, None
+        centred = experience.credit(partial(group_advantages, normalise=False, leave_one_out=True), rewards)
+        if len(policy.model.state_shape) > 1:
+            hints = denoised_rewards(policy, experience, draws.x, draws.old_score, draws.t, batch)
+            hints = hints - (rewards - centred)
+        draws = replace(draws, reward=centred, hint=hints)
+        pairs = draws.every_pair()
+        values = [self.predicted(policy, draws.at(*some.unbind(1))) for some in pairs.split(batch)]
+        errors = centred - torch.cat(values).view_as(draws.advantage)
+        scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
+        error, spread = (experience.gather(x)[..., experience.scored].var() for x in (errors, centred))
+        explained = {"value_explains": 1 - error / spread.clamp(min=1e-12)}
+        return replace(draws, advantage=self.bounded(errors * scale), metrics=draws.metrics | explained)
+
+    def predicted(self, policy: Policy, batch: Noised) -> Tensor:
+        """The value (B,) of pairs."""
+        assert self.value
+        found: Tensor = self.value(batch.x, batch.t, policy.model.features(batch.condition), batch.hint)
+        return found
+
+    def own_loss(self, name: str, policy: Policy, batch: Noised) -> Tensor:
+        """The value's squared error (B,)."""
+        assert batch.reward is not None  # compared_with_value
+        return (self.predicted(policy, batch) - batch.reward).square()
 
     def loss(self, policy: Policy, batch: Noised) -> tuple[Tensor, Metrics]:
         """temperature |d|^2 + kappa |b|^2 - 2 A <e, d> of each draw, (B,).
@@ -144,4 +192,7 @@ class NFT(Algorithm):
             metrics["base_distance"] = distance.detach().mean()
         if self.adaptive:
             loss = loss / error.abs().mean(1)
+        if self.value:
+            wrong = self.own_loss("value", policy, batch)
+            loss, metrics["value_loss"] = loss + wrong, wrong.detach().mean()
         return loss, metrics

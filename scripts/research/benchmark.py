@@ -5,12 +5,15 @@
     python scripts/research/benchmark.py memory      peak memory with 10 and with 40 denoising steps
     python scripts/research/benchmark.py sd15        Stable Diffusion 1.5's full size with random weights
     python scripts/research/benchmark.py rewards     each reward at its published size, as a share of an epoch
+    python scripts/research/benchmark.py images      every algorithm's recipe on images, at the same budget
+    python scripts/research/benchmark.py signal      the signal-to-noise of each recipe's gradient
     python scripts/research/benchmark.py exact       every algorithm on toys, against the exact optimum
     python scripts/research/benchmark.py transfer    tuned at one noise level, sampled at another, beside the theory
     python scripts/research/benchmark.py steps       tuned with 20 steps, deployed with 8 and 80
     python scripts/research/benchmark.py q_learning  episodes per second, beside a plain loop over steps
 
-`key=value` overrides change configs/quickstart.yaml, or the toys' configs for the last four.
+`key=value` overrides change configs/quickstart.yaml, the recipes in configs/shapes, or the toys' configs for the last
+four. `images` keeps its runs under --folder, and goes on with them when it is started again.
 --json FILE writes what was measured.
 """
 
@@ -34,6 +37,7 @@ from typing import Any
 
 import torch
 from full_size import REWARDS, save_sd15
+from image_table import images, signal
 from tqdm import tqdm
 
 from condrl.algorithms.examples import RatioExamples, check_ratios
@@ -471,10 +475,10 @@ class PlainLoop:
         self.optimizer.step()
 
 
-TOY_MEASURES = (exact, transfer, steps, q_learning)
+OWN_CONFIGS = (images, signal, exact, transfer, steps, q_learning)  # not the quickstart's
 
 
-MEASURES: dict[str, Any] = {f.__name__: f for f in (overhead, safety, memory, epoch, sd15, rewards, *TOY_MEASURES)}
+MEASURES: dict[str, Any] = {f.__name__: f for f in (overhead, safety, memory, epoch, sd15, rewards, *OWN_CONFIGS)}
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -490,7 +494,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--algorithms", type=lambda s: s.split(","), default=list(ALGORITHMS), help="of `exact`, such as dpok,ctrl"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of `exact`")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of `exact` and `images`")
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="of `images` and `signal`; by default all")
+    parser.add_argument("--folder", type=Path, default=Path("runs/images"), help="where `images` keeps its runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs of `images` side by side")
     return parser.parse_intermixed_args(words)
 
 
@@ -498,11 +505,11 @@ def main() -> None:
     args = parse(sys.argv[1:])
     if args.threads:
         torch.set_num_threads(args.threads)
-    toys = MEASURES[args.what] in TOY_MEASURES
-    found: Any = MEASURES[args.what](load_config([str(QUICKSTART), *([] if toys else args.words)]), args)
+    has_own_config = MEASURES[args.what] in OWN_CONFIGS
+    found: Any = MEASURES[args.what](load_config([str(QUICKSTART), *([] if has_own_config else args.words)]), args)
     if args.json:
-        write_json(args.json, found if toys else {**found, **provenance()})
-    if not toys:
+        write_json(args.json, found if has_own_config else {**found, **provenance()})
+    if not has_own_config:
         print(json.dumps(found))
 
 

@@ -17,12 +17,11 @@ import torch
 
 import condrl
 from condrl.config import Config, load_config
-from condrl.io.records import from_json, write_json
+from condrl.io.records import from_json
 from condrl.prompts import load_prompts
 from condrl.shapes import scenes
 from condrl.training.build import make_trainer
 from condrl.training.evaluate import paired_difference
-from condrl.training.host import provenance
 from condrl.training.trainer import Clock, Trainer
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
@@ -36,12 +35,16 @@ class Work:
 
     def __init__(self, trainer: Trainer) -> None:
         self.calls = self.units = 0
-        trainer.policy.model.module.register_forward_hook(self._count)
+        model: Any = trainer.policy.model
+        predict = model.predict
 
-    def _count(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        count = len(output.sample)
-        self.calls += count
-        self.units += 3 * count if output.sample.requires_grad else count
+        def counted(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = predict(x, *rest)
+            self.calls += len(output)
+            self.units += 3 * len(output) if output.requires_grad else len(output)
+            return output
+
+        model.predict = counted
 
 
 def work_of_an_epoch(config: Config) -> Work:
@@ -56,13 +59,21 @@ def work_of_an_epoch(config: Config) -> Work:
 # ---------------------------------------------------------------------------------------------- runs
 
 
-def images(args: argparse.Namespace) -> list[dict[str, Any]]:
+def recipes(args: argparse.Namespace) -> list[str]:
+    return args.recipes or sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def images(_: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run what is missing of every recipe and seed, `--jobs` at a time, and summarise all that is there."""
-    names = args.recipes or sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    runs = [(name, seed) for seed in range(args.seeds) for name in names]
+    runs = [(name, seed) for seed in range(args.seeds) for name in recipes(args)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: tune(args.folder, *run, args.words), runs))
-    return [summary(args.folder, name, args.seeds, args.words) for name in names]
+        list(pool.map(lambda run: tune(args.folder, run[0], run[1], args.words), runs))
+    rows = []
+    for name in recipes(args):
+        rows.append(summary(args.folder, name, args.seeds, args.words))
+        gains = ", ".join(f"{row[EXACT]['difference']['mean']:+.3f}" for row in rows[-1]["seeds"])
+        print(f"{name:<20} {gains}; work {rows[-1]['seeds'][0]['work']:,}", flush=True)
+    return rows
 
 
 def tune(folder: Path, name: str, seed: int, words: Iterable[str]) -> None:
@@ -135,7 +146,7 @@ def by_kind(record: Path) -> dict[str, dict[str, Any]]:
         kind = "relation" if request.relation else f"{len(request.objects)} object{'s' * (len(request.objects) > 1)}"
         for where, who in ((base, "base"), (tuned, "tuned")):
             where.setdefault(kind, {}).setdefault(line["prompt"], []).append(line[who][EXACT])
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for kind in sorted(base):
         b, t = (torch.tensor([statistics.mean(x) for x in where[kind].values()]) for where in (base, tuned))
         found[kind] = {"prompts": len(b), "base": b.mean().item(), "tuned": t.mean().item()}
@@ -143,7 +154,7 @@ def by_kind(record: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def learning_curve(lines: list[dict[str, Any]], first: dict[str, float], work: float) -> list[dict[str, float]]:
+def learning_curve(lines: list[dict[str, Any]], first: dict[str, float], work: float) -> list[dict[str, Any]]:
     """What validation prompts gained, against images and work."""
     key = f"validation/{EXACT}"
     return [
@@ -153,6 +164,51 @@ def learning_curve(lines: list[dict[str, Any]], first: dict[str, float], work: f
     ]
 
 
-def cost(curve: list[dict[str, float]], gain: float) -> dict[str, float] | None:
+def cost(curve: list[dict[str, Any]], gain: float) -> dict[str, float] | None:
     """Images and work until the first evaluation with this gain; None where there is none."""
     return next(({k: p[k] for k in ("images", "work")} for p in curve if p["gain"] >= gain), None)
+
+
+# ---------------------------------------------------------------------------------------------- gradients
+
+
+def signal(_: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """|E g|^2 / Var g of the gradient g that one epoch gives at the base model, with its standard error."""
+    rows: list[dict[str, Any]] = []
+    for name in recipes(args):
+        with tempfile.TemporaryDirectory() as scratch:
+            rows.append({"recipe": name} | signal_to_noise(name, [*args.words, f"run.dir={scratch}"], args.repeats))
+        row = rows[-1]
+        per_work = 1e5 * row["ratio"] / row["work"]
+        print(
+            f"{name:<20} {row['ratio']:.4f} +- {row['error']:.4f} an epoch, {per_work:.2f} per 100,000 of work",
+            flush=True,
+        )
+    return rows
+
+
+def signal_to_noise(name: str, words: Iterable[str], epochs: int) -> dict[str, float]:
+    """From the inner products of the gradients of independent epochs, all at the same weights."""
+    config = load_config([str(RECIPES / f"{name}.yaml"), *words])
+    trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+    work = Work(trainer)
+    gradients = torch.stack([gradient(trainer, epoch) for epoch in range(epochs)])
+    products = (gradients @ gradients.T)[~torch.eye(epochs, dtype=torch.bool)]
+    mean = products.mean().item()
+    variance = gradients.square().sum(1).mean().item() - mean
+    error = products.std().item() / (len(products) / 2) ** 0.5  # each pair is there twice
+    return {"ratio": mean / variance, "error": error / variance, "work": work.units / epochs, "epochs": epochs}
+
+
+def gradient(trainer: Trainer, epoch: int) -> torch.Tensor:
+    """The gradient of an epoch's whole loss by the trained weights, in one vector."""
+    experience, learner = trainer.collect(epoch, Clock()), trainer.learner
+    examples = trainer.examples(experience, epoch)
+    steps = learner.draw_steps(examples.k, examples.count, torch.Generator().manual_seed(epoch))
+    pairs = torch.stack([torch.arange(examples.count)[:, None].expand_as(steps), steps], -1).flatten(0, 1)
+    for some in pairs.split(trainer.config.train.loss_batch):
+        loss, _ = trainer.algorithm.loss(trainer.policy, examples.at(*some.unbind(1)))
+        loss.sum().backward()
+    found = torch.cat([weight.grad.flatten() for weight in learner.weights if weight.grad is not None]).double()
+    learner.optimizer.zero_grad()
+    return found

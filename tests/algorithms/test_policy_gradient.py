@@ -7,6 +7,9 @@ from torch.distributions import kl_divergence
 
 from condrl.algorithms.examples import recomputed
 from condrl.algorithms.policy_gradient import clipped
+from condrl.diffusion.path_kl import path_kl
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import rollout
 from condrl.training.build import make
 from condrl.training.trainer import Clock
 
@@ -246,6 +249,48 @@ def test_every_ratio_is_one_at_the_start_with_every_sampler(name, shape, tmp_pat
         assert examples.k.tolist() == (noisy or list(range(5)))
         with torch.no_grad():
             torch.testing.assert_close(batch.log_prob(trainer.policy), batch.old_log_prob, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddpo", "grpo"])
+def test_a_window_of_noisy_steps_moves_with_each_epoch(name, tmp_path):
+    """Its steps alone have noise and are trained; each epoch is the chain of `sampler.noise_steps` (MixGRPO)."""
+    options = {"algorithm": {"name": name}, "sampler": {"eta": 0.7}}
+    trainer = trainer_of(tmp_path / "window", **options, train={"window": 2})
+    whole = trainer.policy.sampler.S.clone()
+    noisy = whole.nonzero()[:, 0].tolist()
+    for epoch in range(2 * len(noisy)):
+        first = epoch % (len(noisy) - 1)
+        wanted = noisy[first : first + 2]
+        experience = trainer.collect(epoch, Clock())
+        examples = trainer.examples(experience, epoch)
+        assert examples.k.tolist() == wanted
+        assert torch.equal(trainer.policy.sampler.S > 0, torch.isin(torch.arange(5), torch.tensor(wanted)))
+        assert torch.equal(experience.rollout.log_probs.isfinite().all(1), trainer.policy.sampler.S > 0)
+        torch.testing.assert_close(trainer.policy.sampler.S[wanted], whole[wanted])
+        fixed = trainer_of(tmp_path / f"{epoch}", algorithm={"name": name}, sampler={"eta": 0.7, "noise_steps": wanted})
+        assert torch.equal(fixed.collect(epoch, Clock()).rollout.states, experience.rollout.states)
+    assert trainer.sampler.S.equal(whole)
+
+
+def test_with_a_window_the_path_kl_is_of_the_whole_chain(tmp_path):
+    """What the deployed chain spends, not the few steps that an epoch has noise at."""
+    trainer = trainer_of(tmp_path, algorithm={"name": "ddpo"}, sampler={"eta": 0.7}, train={"window": 1})
+    move(trainer)
+    experience = trainer.collect(0, Clock())
+    found = trainer.base_kl(experience)
+    whole = Policy(trainer.policy.model, trainer.sampler)
+    many = rollout(whole, experience.rollout.condition.repeat(500), torch.Generator().manual_seed(0), 8000)
+    each = path_kl(whole, many, 8000).kl.sum(0)
+    assert found == pytest.approx(each.mean().item(), abs=4 * each.std().item() / 16**0.5)
+    assert path_kl(trainer.policy, experience.rollout, 16).kl.sum(0).mean() < 0.6 * found
+
+
+def test_images_of_a_prompt_can_start_from_the_same_noise(tmp_path):
+    trainer = trainer_of(tmp_path, algorithm={"name": "ddpo"}, train={"same_start": True})
+    states = trainer.collect(0, Clock()).rollout.states.view(6, 2, 8, -1)
+    assert torch.equal(states[0], states[0, :, :1].expand_as(states[0]))
+    assert not torch.equal(states[0, 0], states[0, 1])
+    assert len(states[1].flatten().unique()) == states[1].numel()
 
 
 @pytest.mark.parametrize("name", ["ddpo", "ctrl"])

@@ -24,6 +24,8 @@ CASES = [
     {},
     {"kappa": 0.0},
     {"exploration": 0.5},
+    {"exploration": None},
+    {"exploration": None, "kappa": 0.0, "value_hint": True},
     {"clip_range": 0.05},
     {"memory": 1e9},
     {"memory": 0.05},
@@ -59,11 +61,11 @@ class Formulas:
         return cost.float() * (score - base).square().flatten(1).sum(1)
 
     def hint(self, k):
-        """The reward of E[x_0 | x] under the pretrained model, by Tweedie's formula."""
+        """The reward of E[x_0 | x] under the policy that rolled out, by Tweedie's formula."""
         if not self.hinted:
             return None
         alpha, sigma = (c(self.times[k]).float() for c in (SCHEDULE.alpha, SCHEDULE.sigma))
-        clean = (self.r.states[k] + sigma**2 * self.base(k)) / alpha
+        clean = (self.r.states[k] + sigma**2 * self.r.means[k]) / alpha
         return bowl(self.model.decode(clean), self.prompts)
 
     def value(self, k):
@@ -89,12 +91,23 @@ class Formulas:
         returns = torch.stack([self.rewards - options["kappa"] * kl[k:].sum(0) for k in range(5)])
         return found.clamp(-bound, bound) if options["normalise"] else found, returns, kl, scale
 
+    def std(self, k):
+        """Of an action: that of the exploration, or the sampler's own noise as the action's, S / B."""
+        sampler = self.trainer.policy.sampler
+        if self.options["exploration"] is None:
+            return (sampler.S[k] / sampler.B[k]).item()
+        return (self.options["exploration"] / (2 * SCHEDULE.g2(self.times[k]))).sqrt().item()
+
+    def steps(self):
+        """Those that are trained: those with a probability."""
+        return [k for k in range(5) if self.std(k) > 0]
+
     def loss(self, credit):
-        """Of every step and image, (K, B), by the policy as it is now."""
+        """Of every trained step and image, (K, B), by the policy as it is now."""
         (advantages, returns, _, scale), clip, rows = credit, self.options["clip_range"], []
-        for k in range(5):
+        for k in self.steps():
             now = self.model.score(self.r.states[k], at(self.trainer, k, len(scale)), self.r.condition)
-            std = (self.options["exploration"] / (2 * SCHEDULE.g2(self.times[k]))).sqrt().item()
+            std = self.std(k)
             then, action = transition(self.r.means[k], std), self.r.actions[k]
             ratio = (transition(now, std).log_prob(action) - then.log_prob(action)).exp()
             policy = -torch.minimum(ratio * advantages[k], ratio.clamp(1 - clip, 1 + clip) * advantages[k])
@@ -109,6 +122,8 @@ class Formulas:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_credit_and_loss_are_the_formulas(case, shape, eta, tmp_path):
     options = {**PLAIN, **case}
+    if options["exploration"] is None and eta == 0:
+        pytest.skip("an ODE has no noise of its own")
     trainer = trainer_of(tmp_path, shape, algorithm={"name": "ctrl", **options}, sampler={"eta": eta})
     move(trainer)
     experience, examples, batch = an_epoch(trainer)
@@ -118,13 +133,17 @@ def test_credit_and_loss_are_the_formulas(case, shape, eta, tmp_path):
     torch.testing.assert_close(examples.advantage, advantages, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(examples.target, returns, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(examples.scale, scale)
-    torch.testing.assert_close(examples.metrics["path_kl"], kl.sum(0).mean(), rtol=1e-4, atol=1e-5)
-    objective = experience.scores.total.mean() - options["kappa"] * kl.sum(0).mean()
-    torch.testing.assert_close(examples.metrics["objective"], objective, rtol=1e-4, atol=1e-5)
+    assert examples.k.tolist() == formulas.steps()
+    if options["kappa"]:
+        torch.testing.assert_close(examples.metrics["path_kl"], kl.sum(0).mean(), rtol=1e-4, atol=1e-5)
+        objective = experience.scores.total.mean() - options["kappa"] * kl.sum(0).mean()
+        torch.testing.assert_close(examples.metrics["objective"], objective, rtol=1e-4, atol=1e-5)
+    else:
+        assert "path_kl" not in examples.metrics
     move(trainer, 0.05, seed=1)
     loss, _ = trainer.algorithm.loss(trainer.policy, batch)
     expected = formulas.loss(credit)
-    torch.testing.assert_close(loss.view(5, 16), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(loss.view(-1, 16), expected, rtol=1e-3, atol=1e-3)
     weights = [*trainer.learner.weights, *trainer.algorithm.value.parameters()]
     found, wanted = (torch.autograd.grad(x.sum(), weights) for x in (loss, expected))
     for a, b in zip(found, wanted, strict=True):
@@ -155,8 +174,21 @@ def test_actions_are_drawn_from_their_law_and_used(shape, eta, tmp_path):
         torch.testing.assert_close(r.log_probs[k].diff().float(), own.diff(), rtol=1e-3, atol=1e-3)
 
 
+def test_the_samplers_own_noise_can_be_the_actions(tmp_path):
+    """Then the chain is that of the sampler, an ODE's excluded, and nothing is added beside."""
+    many = {"images_per_prompt": 4000, "rollout_batch": 4000}
+    trainer = trainer_of(tmp_path, algorithm={"name": "ctrl", "exploration": None}, sampler={"eta": 0.8}, train=many)
+    r, sampler = trainer.collect(0, Clock()).rollout, trainer.policy.sampler
+    for k in range(5):
+        mean = sampler.A[k].float() * r.states[k] + sampler.B[k].float() * r.means[k]
+        noise = r.states[k + 1] - mean
+        assert noise.std().item() == pytest.approx(sampler.S[k].item(), rel=0.03, abs=1e-6)
+        used = sampler.A[k].float() * r.states[k] + sampler.B[k].float() * r.actions[k]
+        torch.testing.assert_close(r.states[k + 1], used, rtol=1e-5, atol=1e-5)
+
+
 def test_how_much_of_the_returns_the_value_explains(tmp_path):
-    """The best R^2 of any step: 1 where the network knows the returns."""
+    """The R^2 of each step, and the best of them: 1 where the network knows the returns."""
     trainer = trainer_of(tmp_path, algorithm={"name": "ctrl", **PLAIN})
     experience, examples, _ = an_epoch(trainer)
     formulas = Formulas(trainer, experience, PLAIN)
@@ -167,6 +199,8 @@ def test_how_much_of_the_returns_the_value_explains(tmp_path):
         for t, v in zip(examples.target, values, strict=True)
     ]
     assert examples.metrics["value_explains"].item() == pytest.approx(1 - min(unexplained).item(), abs=1e-4)
+    for k, share in enumerate(unexplained):
+        assert examples.metrics[f"value_explains/step_{k}"].item() == pytest.approx(1 - share.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
