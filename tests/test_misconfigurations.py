@@ -213,6 +213,7 @@ CASES = [
     ("algorithm.name=ddpo sampler.eta=0", "ddpo needs steps with noise"),
     ("algorithm.name=ddpo train.steps=[16]", "train.steps"),
     ("algorithm.name=ddpo train.steps_per_image=99", "train.steps_per_image"),
+    ("train.rollout_dtype=float8", "train.rollout_dtype"),
     ("algorithm.name=ddpo train.window=0", "train.window: must be from 1 to"),
     ("algorithm.name=ddpo train.window=99", "train.window: must be from 1 to"),
     ("algorithm.name=ddpo train.window=2 train.steps=[0]", "train.steps: has no effect beside train.window"),

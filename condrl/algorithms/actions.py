@@ -49,7 +49,8 @@ def explore(
     be affine in the score.
     """
     rows = [slice(start, start + batch) for start in range(0, len(condition), batch)]
-    parts = [_explore(policy, condition[part], noise[part], variance, rest) for part in rows]
+    with policy.rolling_out():
+        parts = [_explore(policy, condition[part], noise[part], variance, rest) for part in rows]
     names = ("states", "log_probs", "means", "actions")
     whole = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
     return Actions(condition=condition, **whole)
@@ -115,7 +116,7 @@ def noised_pairs(policy: Policy, data: Tensor, condition: Tensor, noise: Noise, 
 def pretrained_scores(policy: Policy, rollout: Rollout, batch: int) -> Tensor:
     """The pretrained model's scores at the visited states, (K, B, ...), `batch` images at a time."""
     found = torch.empty_like(rollout.states[1:])
-    with policy.model.reference():
+    with policy.model.reference(), policy.model.merged():
         for k in range(policy.steps):
             for images in torch.arange(len(rollout.condition)).split(batch):
                 rows = images.to(found.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from condrl.diffusion.model import Model
@@ -27,9 +28,16 @@ def acting(weights: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None
 class Policy:
     """The Markov chain that a model and a sampler make; roll-outs and losses both call `transition`."""
 
-    def __init__(self, model: Model, sampler: Sampler) -> None:
-        self.model, self.sampler = model, sampler
+    def __init__(self, model: Model, sampler: Sampler, rollout_dtype: torch.dtype | None = None) -> None:
+        self.model, self.sampler, self.rollout_dtype = model, sampler, rollout_dtype
         self.steps = len(sampler.times) - 1
+
+    @contextmanager
+    def rolling_out(self) -> Iterator[None]:
+        """Within it, without gradients, the network computes as roll-outs do: faster, and rounded if they are."""
+        rounded, device = self.rollout_dtype is not None, self.model.device.type
+        with self.model.merged(), torch.autocast(device, self.rollout_dtype, enabled=rounded):
+            yield
 
     def step(
         self, x: Tensor, k: Tensor, condition: Tensor, solver_state: Tensor | None

@@ -72,7 +72,7 @@ def rollout(policy: Policy, condition: Tensor, noise: Noise | torch.Generator, b
     states = torch.empty((policy.steps + 1, count, *model.state_shape), device=model.device)
     log_probs = torch.full((policy.steps, count), torch.nan, dtype=torch.float64, device=model.device)
     solver_states = None if policy.sampler.is_markov else torch.empty_like(states[1:])
-    with model.merged():
+    with policy.rolling_out():
         for first in range(0, count, batch):
             rows = slice(first, first + batch)
             part = noise[rows] if isinstance(noise, Noise) else noise

@@ -59,7 +59,7 @@ class LatentModel(ABC):
         self.schedule: Schedule = self.make_schedule()
         self.vae = self.pipe.vae.requires_grad_(False).to(self.device)
         network = getattr(self.pipe, self.prefix).requires_grad_(False)
-        self.module: nn.Module = network.to(self.device, memory_format=torch.channels_last)
+        self.module: nn.Module = network.to(self.device, memory_format=self.memory_format)
         self.check_size()
         self._numbers: dict[Prompt, int] = {}  # of each prompt
         self._prompts: list[Prompt] = []  # by their numbers
@@ -102,6 +102,11 @@ class LatentModel(ABC):
         """The forward process that the network was trained on."""
         scheduler = self.pipe.scheduler
         return schedule_from_diffusers({**scheduler.config, "_class_name": type(scheduler).__name__})
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of the network and its input: what convolutions are fastest with, on CPUs and elsewhere."""
+        return torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
 
     # ------------------------------------------------------------------------------------------ sizes
 
@@ -221,7 +226,7 @@ class LatentModel(ABC):
 
     def network_input(self, x: Tensor) -> Tensor:
         """Latents as the network takes them: in its precision and memory layout."""
-        return x.to(self.torch_dtype, memory_format=torch.channels_last)
+        return x.to(self.torch_dtype, memory_format=self.memory_format)
 
     def network_time(self, t: Tensor) -> Tensor:
         """Times as the network was trained with them, on the device."""

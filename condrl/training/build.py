@@ -176,6 +176,7 @@ def make_trainer(
     """The trainer of a model that has encoded the prompts."""
     processes = processes or Processes(make_accelerator(config))
     policy = make_policy(config, processes.accelerator.device)
+    policy.rollout_dtype = getattr(torch, config.train.rollout_dtype) if config.train.rollout_dtype else None
     policy.model.encode([row.prompt for row in [*train, *heldout]])
     if processes.sharded:
         policy.model.shard()

@@ -220,7 +220,8 @@ class Trainer:
         if not isinstance(examples, Examples):
             got = type(examples).__name__
             raise UsageError(f"the algorithm's examples returned a {got}, not condrl.algorithms.examples.Examples")
-        if has_half_precision(self.policy) and isinstance(examples, RatioExamples):
+        is_rounded = self.policy.rollout_dtype is not None or has_half_precision(self.policy)
+        if is_rounded and isinstance(examples, RatioExamples):
             return recomputed(examples, self.policy, train.loss_batch)
         return examples
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 
 from condrl import UsageError
+from condrl.algorithms.examples import check_ratios
 from condrl.config import load_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.path_kl import path_kl
@@ -24,6 +25,7 @@ from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import Row
 from condrl.rewards.pixels import to_pil
 from condrl.training.build import make_sampler, make_trainer
+from condrl.training.trainer import Clock
 
 
 @pytest.mark.parametrize("which", ["pipeline", "v_pipeline"])
@@ -370,6 +372,39 @@ def test_the_text_encoder_is_on_the_device_only_while_it_encodes(model, monkeypa
     model.device = torch.device("cpu", 0)
     model.embeddings(model.encode(["a red star", "a blue star"]))
     assert places == [torch.device("cpu", 0), "encodes", "encodes", torch.device("cpu")]
+
+
+def test_roll_outs_alone_can_be_rounded(pipeline):
+    """What is evaluated is not, and no weight changes its precision."""
+    model = StableDiffusion(CPU, path=str(pipeline), lora_rank=2)
+    perturb(model)
+    exact = Policy(model, make_sampler({"name": "ddim", "steps": 4, "spacing": None}, model.schedule))
+    rounded = Policy(model, exact.sampler, torch.bfloat16)
+    condition = model.encode(PROMPTS)
+    one, other = (rollout(p, condition, torch.Generator().manual_seed(0), 8).states for p in (exact, rounded))
+    assert torch.equal(one[0], other[0])
+    assert 1e-4 < (one[1] - other[1]).abs().max() < 0.2
+    assert other.dtype == torch.float32
+    pictures = [sample(p, condition, seeded(SEEDS), 8) for p in (exact, rounded)]
+    assert torch.equal(*pictures)
+    assert all(weight.dtype == torch.float32 for weight in model.module.parameters())
+
+
+@pytest.mark.parametrize("name", ["ddpo", "ctrl"])
+def test_ratios_of_rounded_roll_outs_are_recomputed(name, pipeline, tmp_path):
+    """By the update's own arithmetic: each is 1, which roll-outs in half precision are far from."""
+    words = [f"model.path={pipeline}", f"algorithm.name={name}", "train.rollout_dtype=bfloat16", "sampler.steps=4"]
+    few = ["train.prompts_per_epoch=2", "train.images_per_prompt=2", "train.rollout_batch=4", "rewards.shapes.weight=0"]
+    few += ["rewards.shapes_exact.weight=0", "rewards.brightness.weight=1", f"run.dir={tmp_path / 'run'}"]
+    config = load_config([str(ROOT / "configs" / "quickstart.yaml"), *words, *few, "train.updates_per_epoch=1"])
+    trainer = make_trainer(config, [Row(0, PROMPTS[0]), Row(1, PROMPTS[1])])
+    perturb(trainer.policy.model)
+    examples = trainer.examples(trainer.collect(0, Clock()), 0)
+    check_ratios(examples, trainer.policy, 64)
+    trainer.policy.rollout_dtype = None
+    plain = trainer.examples(trainer.collect(0, Clock()), 0)
+    check_ratios(plain, trainer.policy, 64)
+    assert not torch.equal(plain.x, examples.x)
 
 
 def test_merging_may_be_nested_and_fail(pipeline):
