@@ -54,7 +54,9 @@ def denoised_rewards(policy: Policy, experience: Experience, x: Tensor, score: T
     for state, action, times in zip(x, score, t, strict=True):
         alpha, sigma = (like(c, state) for c in (schedule.alpha(times), schedule.sigma(times)))
         clean = x0_from_score(action, state, alpha, sigma).split(batch)
-        rows.append(experience.score(torch.cat([policy.model.decode(part) for part in clean]), every))
+        with policy.rolling_out():
+            images = torch.cat([policy.model.decode(part).float() for part in clean])
+        rows.append(experience.score(images, every))
     found = torch.stack(rows)
     return found.where(found.isfinite(), experience.scores.total)
 
