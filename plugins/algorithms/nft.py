@@ -156,7 +156,7 @@ class NFT(Algorithm):
         values = [self.predicted(policy, draws.at(*some.unbind(1))) for some in pairs.split(batch)]
         errors = centred - torch.cat(values).view_as(draws.advantage)
         scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
-        error, spread = (experience.gather(x)[..., experience.scored].var() for x in (errors, centred))
+        error, spread = (experience.gather(x)[..., experience.scored].var(correction=0) for x in (errors, centred))
         explained = {"value_explains": 1 - error / spread.clamp(min=1e-12)}
         return replace(draws, advantage=self.bounded(errors * scale), metrics=draws.metrics | explained)
 

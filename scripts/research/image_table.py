@@ -120,7 +120,7 @@ def seed_row(run: Path, work: Work) -> dict[str, Any]:
         EXACT: heldout[EXACT],
         GRADED: heldout[GRADED],
         "kinds": by_kind(run / "evaluation" / "evaluation.jsonl"),
-        "diversity": evaluation["evaluations"][0]["diversity"]["pixels"],
+        "diversity": evaluation["evaluations"][0]["diversity"],
         "path_kl": next((line["base_kl"] for line in reversed(lines) if "base_kl" in line), None),
         "images": result["images"],
         "calls": work.calls * len(lines),
@@ -148,7 +148,7 @@ def by_kind(record: Path) -> dict[str, dict[str, Any]]:
             where.setdefault(kind, {}).setdefault(line["prompt"], []).append(line[who][EXACT])
     found: dict[str, dict[str, Any]] = {}
     for kind in sorted(base):
-        b, t = (torch.tensor([statistics.mean(x) for x in where[kind].values()]) for where in (base, tuned))
+        b, t = (torch.tensor([statistics.fmean(x) for x in where[kind].values()]) for where in (base, tuned))
         found[kind] = {"prompts": len(b), "base": b.mean().item(), "tuned": t.mean().item()}
         found[kind] |= {"difference": vars(paired_difference(b, t))}
     return found
@@ -193,11 +193,22 @@ def signal_to_noise(name: str, words: Iterable[str], epochs: int) -> dict[str, f
     trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
     work = Work(trainer)
     gradients = torch.stack([gradient(trainer, epoch) for epoch in range(epochs)])
-    products = (gradients @ gradients.T)[~torch.eye(epochs, dtype=torch.bool)]
-    mean = products.mean().item()
-    variance = gradients.square().sum(1).mean().item() - mean
-    error = products.std().item() / (len(products) / 2) ** 0.5  # each pair is there twice
-    return {"ratio": mean / variance, "error": error / variance, "work": work.units / epochs, "epochs": epochs}
+    ratio, error = ratio_of(gradients)
+    return {"ratio": ratio, "error": error, "work": work.units / epochs, "epochs": epochs}
+
+
+def ratio_of(gradients: torch.Tensor) -> tuple[float, float]:
+    """|E g|^2 / E |g - E g|^2 of independent draws (n, d), and its standard error by the jackknife."""
+    products, every = gradients @ gradients.T, torch.arange(len(gradients))
+
+    def ratio(chosen: torch.Tensor) -> float:
+        some = products[chosen][:, chosen]
+        squares, count = some.diagonal(), len(chosen)
+        mean = (some.sum() - squares.sum()) / (count * (count - 1))  # over pairs of different draws: without bias
+        return (mean / (squares.mean() - mean)).item()
+
+    without = torch.tensor([ratio(every[every != left_out]) for left_out in every])
+    return ratio(every), ((len(every) - 1) * without.var(correction=0)).sqrt().item()
 
 
 def gradient(trainer: Trainer, epoch: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from chains import SCHEDULE, SHAPES, an_epoch, move, trainer_of
+from chains import SCHEDULE, SHAPES, an_epoch, bowl, move, trainer_of
 from helpers import ROOT, toy_words
 
 from condrl import UsageError
@@ -165,6 +165,55 @@ def test_kappa_adds_the_squared_distance_to_the_pretrained_velocity(case, shape,
         expected = expected / error.abs().mean(1)
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
     assert metrics["base_distance"].item() == pytest.approx(distance.square().mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", [{}, {"normalise": True}, {"temperature": 0.2}], ids=str)
+def test_the_baseline_can_be_a_value_at_each_draw(case, shape, tmp_path):
+    """r - m - V(x, t, c), m the mean of the prompt's others; V is shown what images are denoised to, and learns r - m."""
+    options = {**PLAIN, "kappa": 0.7, **case}
+    trainer = trainer_of(tmp_path, shape, algorithm={"name": "nft", "baseline": "value", **options})
+    move(trainer)
+    experience, examples, batch = an_epoch(trainer)
+    rewards, rows = experience.scores.total, [row.index for row in experience.rows]
+    others = [rewards[[j for j, r in enumerate(rows) if r == row and j != i]].mean() for i, row in enumerate(rows)]
+    means, hint = torch.stack(others).repeat(3), None
+    if len(shape) > 1:
+        alpha, sigma = (c(batch.t).float().reshape(-1, 1, 1, 1) for c in (SCHEDULE.alpha, SCHEDULE.sigma))
+        clean = (batch.x + sigma**2 * batch.old_score) / alpha
+        hint = bowl(trainer.policy.model.decode(clean), [row.prompt for row in experience.rows] * 3) - means
+        torch.testing.assert_close(batch.hint, hint, rtol=1e-3, atol=1e-3)
+    target = rewards.repeat(3) - means
+    torch.testing.assert_close(batch.reward, target, rtol=1e-4, atol=1e-5)
+
+    def value():
+        return trainer.algorithm.value(batch.x, batch.t, trainer.policy.model.features(batch.condition), hint)
+
+    with torch.no_grad():
+        wrong = target - value()
+    expected = wrong.clone()
+    for row in (0, 1) if options["normalise"] else ():
+        own = torch.tensor([r == row for r in rows])
+        expected[own.repeat(3)] /= rewards[own].std(correction=0) + 1e-4
+    expected = expected.clamp(-options["temperature"], options["temperature"])
+    torch.testing.assert_close(batch.advantage, expected, rtol=1e-3, atol=1e-3)
+    explained = 1 - wrong.var(correction=0) / target.var(correction=0)
+    assert examples.metrics["value_explains"].item() == pytest.approx(explained.item(), abs=1e-3)
+    loss, metrics = trainer.algorithm.loss(trainer.policy, batch)
+    plain = trainer_of(tmp_path / "plain", shape, algorithm={"name": "nft", **options})
+    move(plain)
+    without, _ = plain.algorithm.loss(plain.policy, batch)
+    torch.testing.assert_close(loss - without, (value() - target).square(), rtol=1e-3, atol=1e-3)
+    assert metrics["value_loss"].item() == pytest.approx(wrong.square().mean().item(), rel=1e-3)
+
+
+def test_the_value_learns_what_a_noised_state_promises(tmp_path):
+    train = {"epochs": 150, "images_per_prompt": 64, "rollout_batch": 128, "loss_batch": 512, "lr": 1e-6}
+    options = {**PLAIN, "kappa": 0.5, "baseline": "value", "value_lr": 1e-2}
+    trainer = trainer_of(tmp_path, algorithm={"name": "nft", **options}, train=train)
+    explained = [trainer.run_epoch(epoch)["value_explains"] for epoch in range(150)]
+    assert sum(explained[-20:]) / 20 > sum(explained[:5]) / 5 + 0.1
+    assert explained[-1] < 1
 
 
 def test_stages_are_anchored_where_the_one_before_ended(tmp_path):

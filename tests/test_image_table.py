@@ -1,0 +1,106 @@
+"""The recipes in configs/shapes, and what the table of images makes of their runs."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, load_script
+
+from condrl.config import load_config
+
+RECIPES = sorted((ROOT / "configs" / "shapes").glob("*.yaml"))
+FEW = ["train.prompts_per_epoch=2", "train.images_per_prompt=2", "train.rollout_batch=4", "train.updates_per_epoch=1"]
+
+
+def test_there_is_a_recipe_for_each_algorithm_of_images():
+    found = {yaml.safe_load(file.read_text())["algorithm"]["name"] for file in RECIPES}
+    assert found == {"adjoint_matching", "ctrl", "ddpo", "dpok", "draft", "grpo", "nft", "reinforce"}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_differ_from_the_quickstart_in_how_they_learn_alone(file):
+    own, quick = (yaml.safe_load(path.read_text()) for path in (file, ROOT / "configs" / "quickstart.yaml"))
+    assert own["model"] == quick["model"]
+    assert own["sampler"] == quick["sampler"]
+    assert own["evaluate"]["measures"] == quick["evaluate"]["measures"]
+    assert own["prompts"] == quick["prompts"] | {"validation": "asset:shapes/validation.txt"}
+    assert set(own["rewards"]) in (set(quick["rewards"]), {"clip"})
+    assert own["run"]["name"] == f"shapes_{file.stem}"
+    load_config([str(file)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_the_work_that_a_recipe_states_is_what_it_takes(file, tmp_path):
+    table = load_script("image_table")
+    config = load_config([str(file), *FEW, f"run.dir={tmp_path}"])
+    stated = int(re.search(r"(\d+) units of network work an image", file.read_text())[1])
+    work = table.work_of_an_epoch(config)
+    assert work.units == 4 * stated
+    assert 4 * 10 < work.calls < work.units
+
+
+def test_a_gradients_signal_to_noise():
+    """|mu|^2 / d of mu + a standard normal in d dimensions."""
+    table, generator = load_script("image_table"), torch.Generator().manual_seed(0)
+    noise = torch.randn(60, 400, generator=generator, dtype=torch.float64)
+    for size in (0.0, 0.5):
+        ratio, error = table.ratio_of(noise + size)
+        assert ratio == pytest.approx(size**2, abs=4 * error)
+        assert 0 < error < 0.05
+
+
+def test_what_a_gain_cost():
+    table = load_script("image_table")
+    lines = [{"epoch": e, "images": 10 * e, "validation/shapes_exact": 0.5 + 0.03 * e} for e in (2, 4)]
+    lines.insert(1, {"epoch": 3, "images": 30})
+    curve = table.learning_curve(lines, {"validation/shapes_exact": 0.5}, 7)
+    assert curve == [
+        {"images": 20, "work": 14, "gain": pytest.approx(0.06)},
+        {"images": 40, "work": 28, "gain": pytest.approx(0.12)},
+    ]
+    assert table.cost(curve, 0.05) == {"images": 20, "work": 14}
+    assert table.cost(curve, 0.1) == {"images": 40, "work": 28}
+    assert table.cost(curve, 0.2) is None
+
+
+def test_what_is_obeyed_by_kind_of_prompt(tmp_path):
+    """The mean over prompts of their images' means."""
+    found = [
+        ("a red star", 1, 1),
+        ("a red star", 0, 1),
+        ("a red star and a blue circle", 0, 1),
+        ("a red star and a blue square", 0, 0),
+        ("a red star left of a blue square", 1, 0),
+    ]
+    lines = [
+        {"prompt": prompt, "base": {"shapes_exact": base}, "tuned": {"shapes_exact": tuned}}
+        for prompt, base, tuned in found
+    ]
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kinds = load_script("image_table").by_kind(tmp_path / "evaluation.jsonl")
+    shares = {kind: (row["prompts"], row["base"], row["tuned"]) for kind, row in kinds.items()}
+    assert shares == {"1 object": (1, 0.5, 1.0), "2 objects": (2, 0.0, 0.5), "relation": (1, 1.0, 0.0)}
+    assert kinds["2 objects"]["difference"]["mean"] == 0.5
+
+
+@pytest.mark.slow
+def test_the_table_of_a_small_run(tmp_path, capsys, monkeypatch):
+    """Runs are kept: started again, the benchmark tunes nothing anew."""
+    words = [*FEW, "train.epochs=2", "train.warmup=0", "evaluate.every=1", "evaluate.prompts=3"]
+    command = ["", "images", "--recipes", "nft", "--folder", str(tmp_path / "runs"), "--json", str(tmp_path / "t.json")]
+    monkeypatch.setattr("sys.argv", [*command, *words])
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
+    benchmark = load_script("benchmark")
+    benchmark.main()
+    (row,) = json.loads((tmp_path / "t.json").read_text())
+    (seed,) = row["seeds"]
+    assert row["recipe"] == row["algorithm"] == "nft"
+    assert (seed["images"], seed["work"], len(seed["curve"])) == (8, 160, 2)
+    assert seed["shapes_exact"]["difference"]["mean"] == pytest.approx(row["gain"])
+    assert {"path_kl", "diversity", "seconds", "peak_memory_gb", "kinds", "cost"} < set(seed)
+    first = (tmp_path / "runs" / "nft_0" / "result.json").stat().st_mtime_ns
+    benchmark.main()
+    assert (tmp_path / "runs" / "nft_0" / "result.json").stat().st_mtime_ns == first
