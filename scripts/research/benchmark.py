@@ -8,6 +8,7 @@
     python scripts/research/benchmark.py images      every algorithm's recipe on images, at the same budget
     python scripts/research/benchmark.py signal      the signal-to-noise of each recipe's gradient
     python scripts/research/benchmark.py exact       every algorithm on toys, against the exact optimum
+    python scripts/research/benchmark.py anchors     nft's bias against kappa, its stages and its baseline
     python scripts/research/benchmark.py transfer    tuned at one noise level, sampled at another, beside the theory
     python scripts/research/benchmark.py steps       tuned with 20 steps, deployed with 8 and 80
     python scripts/research/benchmark.py q_learning  episodes per second, beside a plain loop over steps
@@ -324,6 +325,30 @@ def exact(config: Config, args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+ANCHORED = "temperature=0 normalise=false adaptive=false draws=8 times=[0.008,0.99]"  # nft with kappa alone
+
+
+def anchors(config: Config, args: argparse.Namespace) -> list[Row]:
+    """Rows of problem x kappa x stages x baseline: how near nft with a kappa comes to the best possible objective."""
+    rows: list[Row] = []
+    own = [f"algorithm.{option}" for option in ANCHORED.split()]
+    every = [(kappa, stages, "group") for kappa, stages in itertools.product((0.25, 0.5, 1.0), (1, 2, 4))]
+    every += [(0.5, stages, "value") for stages in (1, 4)]
+    for problem, (kappa, stages, baseline) in itertools.product(args.problems, every):
+        chosen = {"kappa": kappa, "stages": stages, "baseline": baseline}
+        options = [f"algorithm.{name}={value}" for name, value in chosen.items()]
+        row = {"problem": problem, **chosen, **gap(problem, ["algorithm.name=nft", *own, *options, *args.words])}
+        print(
+            f"{problem} kappa {kappa} stages {stages} baseline {baseline:<6} gap closed {row['gap_closed']:.4f}  "
+            f"KL to p* {row['kl_to_optimum']:.4f}  {row['seconds']:.0f} s",
+            flush=True,
+        )
+        rows.append(row)
+        if args.json:
+            write_json(args.json, rows)  # as it goes
+    return rows
+
+
 def gap(problem: str, overrides: list[str]) -> Row:
     """Tune a toy and audit it."""
     trainer = toy_trainer(problem, overrides)
@@ -475,7 +500,7 @@ class PlainLoop:
         self.optimizer.step()
 
 
-OWN_CONFIGS = (images, signal, exact, transfer, steps, q_learning)  # not the quickstart's
+OWN_CONFIGS = (images, signal, exact, anchors, transfer, steps, q_learning)  # not the quickstart's
 
 
 MEASURES: dict[str, Any] = {f.__name__: f for f in (overhead, safety, memory, epoch, sd15, rewards, *OWN_CONFIGS)}
@@ -489,7 +514,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="measured epochs")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument(
-        "--problems", type=lambda s: s.split(","), default=["g1", "m1", "p1"], help="toys of `exact`, such as g1,m1"
+        "--problems", type=lambda s: s.split(","), default=["g1", "m1", "p1"], help="toys of `exact` and `anchors`"
     )
     parser.add_argument(
         "--algorithms", type=lambda s: s.split(","), default=list(ALGORITHMS), help="of `exact`, such as dpok,ctrl"

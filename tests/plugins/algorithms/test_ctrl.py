@@ -187,6 +187,17 @@ def test_the_samplers_own_noise_can_be_the_actions(tmp_path):
         torch.testing.assert_close(r.states[k + 1], used, rtol=1e-5, atol=1e-5)
 
 
+def test_steps_without_noise_of_their_own_are_not_trained(tmp_path):
+    trainer = trainer_of(
+        tmp_path, algorithm={"name": "ctrl", "exploration": None}, sampler={"eta": 0.8, "noise_steps": [1, 3]}
+    )
+    _, examples, batch = an_epoch(trainer)
+    assert examples.k.tolist() == [1, 3]
+    loss, _ = trainer.algorithm.loss(trainer.policy, batch)
+    assert loss.shape == (32,)
+    assert loss.isfinite().all()
+
+
 def test_how_much_of_the_returns_the_value_explains(tmp_path):
     """The R^2 of each step, and the best of them: 1 where the network knows the returns."""
     trainer = trainer_of(tmp_path, algorithm={"name": "ctrl", **PLAIN})
