@@ -89,7 +89,7 @@ def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     images, guided = config.images_per_epoch, 2 if config.model["guidance"] != 1 else 1
     forward_batch = best_batch(trainer, images * guided, train=False)
     backward_batch = best_batch(trainer, images * guided, train=True)
-    rows, counts = [], {}
+    rounding, rows, counts = trainer.policy.rollout_dtype, [], {}
     for epoch in tqdm(range(args.repeats + 1), desc="epochs"):
         clock, before = Clock(), model.evaluations
         experience = trainer.collect(epoch, clock)
@@ -101,7 +101,7 @@ def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         clock.lap("update")
         counts["update"] = model.evaluations - before
         with model.reference():
-            bare_rollout = seconds(lambda: bare(trainer, counts["rollout"], forward_batch, train=False))
+            bare_rollout = seconds(lambda: bare(trainer, counts["rollout"], forward_batch, train=False, dtype=rounding))
             bare_examples = seconds(lambda: bare(trainer, counts["examples"], forward_batch, train=False))
         bare_update = bare_examples + seconds(lambda: bare(trainer, counts["update"], backward_batch, train=True))
         rows.append({**clock.seconds, "bare_rollout": bare_rollout, "bare_update": bare_update})
@@ -121,14 +121,15 @@ def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def bare(trainer: Trainer, count: int, batch: int, train: bool) -> None:
-    """`count` UNet evaluations in batches, and their backward passes when training."""
+def bare(trainer: Trainer, count: int, batch: int, train: bool, dtype: torch.dtype | None = None) -> None:
+    """`count` UNet evaluations in batches, and their backward passes when training; in half precision by `dtype`."""
     model: Any = trainer.policy.model
     x = torch.randn(batch, *model.state_shape, device=model.device).to(model.torch_dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=model.memory_format)
     t = torch.randint(0, 1000, (batch,), device=model.device)
     embedded = model.embeddings(torch.zeros(batch, dtype=torch.long))
-    with torch.set_grad_enabled(train):
+    rounded = torch.autocast(model.device.type, dtype, enabled=dtype is not None)
+    with torch.set_grad_enabled(train), rounded:
         for start in range(0, count, batch):
             n = min(batch, count - start)
             out = model.module(x[:n], t[:n], embedded[:n]).sample
