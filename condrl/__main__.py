@@ -13,6 +13,7 @@ COMMANDS = {
     "finetune": "tune a model with rewards",
     "sample": "draw with a LoRA, or with the base model",
     "evaluate": "measure a tuned model beside its base, image by image",
+    "report": "write a page of a run: verdict, curves, pictures",
     "plugins": "list rewards, samplers, algorithms and models with their options",
     "serve": "serve a reward over HTTP",
 }

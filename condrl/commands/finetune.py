@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from condrl.processes import Processes
     from condrl.prompts import Row
     from condrl.training.evaluate import Evaluation
+    from condrl.training.folder import RunFolder
     from condrl.training.trainer import Trainer
 
     Checkpoint = tuple[Path, dict[str, Any]] | None
@@ -179,7 +180,7 @@ def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[s
         start_trackers(config, processes, folder)
         there = folder.files_in(TRACKED)
         base = evaluation(trainer, prompts.heldout, "held-out, base")
-        before = flat(base, "heldout") | watch(trainer, prompts)
+        before = flat(base, "heldout") | watch(trainer, prompts, base)
         trainer.recorder.first = dict(before)
         processes.accelerator.log(trainer.recorder.first, step=0)
         if checkpoint is not None:
@@ -202,10 +203,12 @@ def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[s
         if processes.is_main:
             write_json(folder.file("result.json"), result)
             pictures = save_pictures(trainer, base, tuned)
+            save_images(trainer, prompts.heldout, base, tuned)
             processes.accelerator.log(tracked_result(result), step=trainer.epoch)
             for picture in pictures:
                 log_picture(processes.accelerator, picture.stem, picture, trainer.epoch)
             folder.adopt(folder.files_in(TRACKED) - there)
+            save_report(folder)
             print(visible(summary(result, config.folder)))
     return result
 
@@ -244,21 +247,23 @@ def tune(trainer: Trainer) -> None:
     save_lora(trainer)
 
 
-def watch(trainer: Trainer, prompts: Prompts) -> dict[str, float]:
+def watch(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, float]:
     """Have the policy measured every `evaluate.every` epochs, and the best LoRA kept; returns what the base is.
 
     On validation prompts, or, where there are none, on the held-out ones, by which nothing is chosen.
     """
     if not trainer.config.evaluate.every:
         return {}
-    if not prompts.validation:
-        trainer.heldout = lambda: flat(
-            evaluation(trainer, prompts.heldout, f"held-out, after {trainer.epoch + 1} epochs"), "heldout"
-        )
-        return {}
+
+    def look_at_heldout() -> dict[str, float]:
+        epoch = trainer.epoch + 1
+        found = evaluation(trainer, prompts.heldout, f"held-out, after {epoch} epochs")
+        save_frames(trainer, epoch, found)
+        return flat(found, "heldout")
 
     def look(epoch: int, who: str) -> dict[str, float]:
         found = evaluation(trainer, prompts.validation, f"validation, {who}")
+        save_frames(trainer, epoch, found)
         if found is None:
             return {}
         weights = {reward.name: reward.weight for reward in trainer.rewards} or dict.fromkeys(found.measures, 1.0)
@@ -267,8 +272,20 @@ def watch(trainer: Trainer, prompts: Prompts) -> dict[str, float]:
             save_lora(trainer, "lora_best")
         return flat(found, "validation")
 
+    if not prompts.validation:
+        save_frames(trainer, 0, base)
+        trainer.heldout = look_at_heldout
+        return {}
     trainer.heldout = lambda: look(trainer.epoch + 1, f"after {trainer.epoch + 1} epochs")
     return look(0, "base")
+
+
+def save_frames(trainer: Trainer, epoch: int, found: Evaluation | None) -> None:
+    """Write the first images of an evaluation, from the same prompts and seeds each time."""
+    from condrl.training.heldout import save_film
+
+    if found and trainer.processes.is_main:
+        save_film(trainer.folder, epoch, found)
 
 
 def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, Any]:
@@ -312,6 +329,35 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
         except UsageError as error:  # of a policy so far off that exact answers do not reach it
             print_main(f"warning: no pictures: {error}")
     return []
+
+
+def save_images(trainer: Trainer, rows: Sequence[Row], base: Evaluation | None, tuned: Evaluation | None) -> None:
+    """Write a line for each held-out image, and pictures of those that changed most."""
+    from condrl.training.build import deployed
+    from condrl.training.evaluate import first_seed
+    from condrl.training.heldout import most_changed, redraw, save_heldout
+
+    if not base or not tuned:
+        return
+    config, seed, folder = trainer.config, first_seed(trainer.config.run.seed), trainer.folder
+    has_pictures = len(trainer.policy.model.state_shape) > 1 and not trainer.processes.sharded
+    drawn = most_changed(base, tuned) if has_pictures else []
+    if drawn:
+        of = [rows[i // config.evaluate.images_per_prompt].prompt for i in drawn]
+        policy, batch = deployed(config, trainer.policy), config.train.rollout_batch
+        redraw(folder, policy, of, [seed + i for i in drawn], drawn, batch)
+    save_heldout(folder, rows, seed, base, tuned, drawn)
+
+
+def save_report(folder: RunFolder) -> None:
+    """Write the run's page; a run does not fail for it."""
+    from condrl.report.page import write_report
+    from condrl.report.run import read_run
+
+    try:
+        write_report([read_run(folder.path)], folder.file("report.html"))
+    except (UsageError, RunError) as error:
+        print_main(f"warning: no report: {error}")
 
 
 @contextmanager

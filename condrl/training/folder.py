@@ -16,13 +16,14 @@ from condrl.errors import RunError, UsageError, naming, print_main
 MANIFEST = "condrl_files.txt"  # the list: a path per line
 LOCK = "lock"
 OWN = (  # what every run writes, or many do
-    *("config.yaml", "metrics.jsonl", "timings.jsonl", "result.json"),
+    *("config.yaml", "metrics.jsonl", "timings.jsonl", "result.json", "heldout.jsonl", "report.html"),
+    *("heldout/[0-9]*_base.png", "heldout/[0-9]*_tuned.png", "film/epoch_[0-9]*.png"),
     *("images/epoch_[0-9]*.png", "images/before_after.png", "images/before_after_[0-9]*.png"),
     *("images/density.png", "images/plane.png"),
     *("images/objective.png", "lora/pytorch_lora_weights.safetensors", "lora/comfyui_lora.safetensors"),
     *("lora/network.safetensors", "lora/README.md"),
 )
-FOLDERS = ("images", "lora", "checkpoints", "condrl")  # where a run, or its trackers, write
+FOLDERS = ("images", "heldout", "film", "lora", "checkpoints", "condrl")  # where a run, or its trackers, write
 PART = re.compile(r"\.\w+\.part/")  # a folder that is still being written
 LONGEST_NAME = 255  # bytes, of the usual file systems
 

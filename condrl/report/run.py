@@ -1,0 +1,178 @@
+"""What a run's folder says, read for its page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from condrl.errors import UsageError
+from condrl.io.records import from_json
+
+Line = dict[str, Any]
+MEASURED = ("heldout/", "validation/")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A diagnosis, and the epoch in which it first came."""
+
+    name: str
+    epoch: int
+    text: str
+    lasting: bool  # whether the last epoch still has it
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, finished or not."""
+
+    folder: Path
+    config: dict[str, Any]
+    lines: list[Line]  # of metrics.jsonl
+    timings: list[Line]
+    result: dict[str, Any] | None  # None until the run has ended
+    images: list[Line]  # of heldout.jsonl: an image drawn by base and tuned from the same noise
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def before(self) -> dict[str, float]:
+        """What was measured of the base model."""
+        return dict((self.result or {}).get("before", {}))
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """What the run was tuned on, with its weights."""
+        found = {name: options.get("weight", 1.0) for name, options in (self.config.get("rewards") or {}).items()}
+        return {name: weight for name, weight in found.items() if weight}
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """(epoch, value) wherever it was recorded."""
+        found = [(line["epoch"], line.get(name)) for line in self.lines]
+        return [(float(epoch), float(value)) for epoch, value in found if value is not None]
+
+    @property
+    def measures(self) -> list[str]:
+        """heldout/x and validation/x that were measured while the run went."""
+        names = {name for line in self.lines for name in line if name.startswith(MEASURED)}
+        return sorted(name for name in names if not name.endswith("_ci95"))
+
+    def findings(self) -> list[Finding]:
+        """The diagnoses of the run's course, in the order in which they came."""
+        from condrl.training.diagnose import diagnose
+
+        found: dict[str, Finding] = {}
+        first = {**(self.lines[0] if self.lines else {}), **self.before}
+        last = set(self.lines[-1].get("diagnosis", ())) if self.lines else set()
+        for i, line in enumerate(self.lines):
+            new = [name for name in line.get("diagnosis", ()) if name not in found]
+            texts = diagnose(first, self.lines[: i + 1]) if new else {}
+            for name in new:
+                found[name] = Finding(name, int(line["epoch"]), texts.get(name, name.replace("_", " ")), name in last)
+        return list(found.values())
+
+
+def read_run(folder: Path) -> Run:
+    """What is in a run's folder.
+
+    Raises: UsageError when it is not one, or when a file of it cannot be read.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(f"{folder} is not a run's folder: it has no config.yaml")
+    config = read(folder / "config.yaml", yaml.safe_load)
+    if not isinstance(config, dict):
+        raise UsageError(f"{folder / 'config.yaml'} is not a run's config")
+    lines = [line for line in records(folder / "metrics.jsonl") if isinstance(line.get("epoch"), int)]
+    result = read(folder / "result.json", from_json) if (folder / "result.json").is_file() else None
+    if result is not None and not isinstance(result.get("heldout"), dict):
+        raise UsageError(f"{folder / 'result.json'} is not a run's result")
+    return Run(folder, config, lines, records(folder / "timings.jsonl"), result, records(folder / "heldout.jsonl"))
+
+
+def records(path: Path) -> list[Line]:
+    """The lines of a record; none where there is none, and without one that is being written."""
+    if not path.is_file():
+        return []
+    text = read(path, str)
+    return read_lines(path, text[: text.rfind("\n") + 1].splitlines())
+
+
+def read_lines(path: Path, lines: Iterable[str]) -> list[Line]:
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(from_json(line))
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: {error}") from error
+        if not isinstance(found[-1], dict):
+            raise UsageError(f"{path}, line {number}: not a record")
+    return found
+
+
+def read(path: Path, parse: Callable[[str], Any]) -> Any:
+    """Raises: UsageError naming the file when it cannot be read or parsed."""
+    try:
+        return parse(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+# ---------------------------------------------------------------------------------------------- verdicts
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """In a word and a sentence, what the paired differences and the diagnoses allow to say."""
+
+    word: str  # better, worse, mixed, hacked, collapsed, not shown, unfinished
+    sentence: str
+
+
+def verdict(run: Run, findings: Iterable[Finding]) -> Verdict:
+    lasting = {finding.name for finding in findings if finding.lasting}
+    if run.result is None:
+        return Verdict("unfinished", f"{len(run.lines)} epochs are recorded; the result is measured when the run ends.")
+    rows = run.result["heldout"]
+    if not rows:
+        return Verdict("not shown", "There were no held-out prompts or no measures: nothing says whether it is better.")
+    better, worse = ({name: row for name, row in rows.items() if side(row) == sign} for sign in (1, -1))
+    told = sentences(better or worse or rows)
+    if "collapse" in lasting:
+        return Verdict("collapsed", f"The images of a prompt hardly differ any more. {told}")
+    unrewarded = [name for name in worse if name not in run.rewards]
+    if "reward_hacking" in lasting or (unrewarded and any(name in run.rewards for name in better)):
+        return Verdict(
+            "hacked", f"What it was tuned on rose while other measures fell. {sentences({**better, **worse})}"
+        )
+    if better and worse:
+        return Verdict("mixed", sentences({**better, **worse}))
+    if better or worse:
+        return Verdict("better" if better else "worse", told)
+    return Verdict("not shown", f"No difference is shown: every interval has 0 in it. {told}")
+
+
+def side(row: dict[str, Any]) -> int:
+    """1 where a paired interval is above 0, -1 where it is below, else 0."""
+    low, high = row["difference"]["ci95"] or (0.0, 0.0)
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def sentences(rows: dict[str, dict[str, Any]]) -> str:
+    return " ".join(f"{name}: {change(row)}." for name, row in rows.items())
+
+
+def change(row: dict[str, Any]) -> str:
+    """.588 to .703, +.115 [+.078, +.150]"""
+    base, tuned, difference = (row[who]["mean"] for who in ("base", "tuned", "difference"))
+    if any(value is None or not math.isfinite(value) for value in (base, tuned, difference)):
+        return "not measured"
+    limits = row["difference"]["ci95"]
+    around = f" [{limits[0]:+.3f}, {limits[1]:+.3f}]" if limits else ""
+    return f"{base:.3f} to {tuned:.3f}, {difference:+.3f}{around}"

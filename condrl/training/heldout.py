@@ -1,0 +1,82 @@
+"""What a run keeps of its held-out images: a line for each, and pictures of those that changed most."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from condrl.diffusion.noise import seeded
+from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import sample
+from condrl.errors import naming
+from condrl.io.records import to_json
+from condrl.prompts import Row
+from condrl.rewards.pixels import to_pil
+from condrl.training.evaluate import Evaluation
+from condrl.training.folder import RunFolder
+from condrl.training.pictures import save_image
+
+PICTURES = 8  # of the most gained, of the most lost, and of the first
+FILMED = 4  # prompts, drawn again at each evaluation
+
+
+def save_heldout(
+    folder: RunFolder, rows: Sequence[Row], seed: int, base: Evaluation, tuned: Evaluation, drawn: Collection[int] = ()
+) -> None:
+    """Write heldout.jsonl; image i is of row i // images_per_prompt, from seed + i, with a picture if it is `drawn`."""
+    count = len(next(iter(base.each.values())))
+    path = folder.file("heldout.jsonl")
+    with naming(path), path.open("w", encoding="utf-8") as record:
+        for i in range(count):
+            row = rows[i * len(rows) // count]
+            line = {
+                "prompt": row.prompt,
+                "row": row.index,
+                "metadata": row.metadata,
+                "seed": seed + i,
+                "base": {name: values[i].item() for name, values in base.each.items()},
+                "tuned": {name: values[i].item() for name, values in tuned.each.items()},
+                "pictures": {who: picture(i, who) for who in ("base", "tuned")} if i in drawn else None,
+            }
+            record.write(to_json(line) + "\n")
+
+
+def most_changed(base: Evaluation, tuned: Evaluation) -> list[int]:
+    """The images that gained most and lost most in the sum of all measures, and the first ones."""
+    gains = sum_of(tuned) - sum_of(base)
+    order = gains.nan_to_num().argsort(stable=True).tolist()
+    first = range(min(PICTURES, len(order)))
+    return sorted({*order[:PICTURES], *order[::-1][:PICTURES], *first})
+
+
+def sum_of(found: Evaluation) -> Tensor:
+    """(N,) of each image: its measures, each over its spread, so that units do not matter."""
+    values = [each / each[each.isfinite()].std(correction=0).clamp(min=1e-6) for each in found.each.values()]
+    return torch.stack(values).sum(0)
+
+
+@torch.no_grad()
+def redraw(
+    folder: RunFolder, policy: Policy, prompts: Sequence[str], seeds: Sequence[int], numbers: Sequence[int], batch: int
+) -> None:
+    """Draw images with the base and the tuned model again, `batch` at a time, and write them under their numbers."""
+    condition, model = policy.model.encode(prompts), policy.model
+    with model.reference():
+        base = model.decode(sample(policy, condition, seeded(list(seeds)), batch))
+    tuned = model.decode(sample(policy, condition, seeded(list(seeds)), batch))
+    for who, images in (("base", base), ("tuned", tuned)):
+        for number, image in zip(numbers, images, strict=True):
+            save_image(to_pil(image.cpu()), folder.file(picture(number, who)))
+
+
+def picture(number: int, who: str) -> str:
+    return f"heldout/{number:05d}_{who}.png"
+
+
+def save_film(folder: RunFolder, epoch: int, found: Evaluation) -> None:
+    """Write the first images of an evaluation; its prompts and seeds are the same each time."""
+    for number, image in enumerate(found.pictures[:FILMED]):
+        if image.dim() == 3:
+            save_image(to_pil(image), folder.file(f"film/epoch_{epoch:05d}_{number}.png"))
