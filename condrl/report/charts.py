@@ -55,7 +55,8 @@ class Chart:
     def _svg(self, drawn: Sequence[Series]) -> str:
         xs, ys = self._ranges(drawn)
         across, up = Scale(*xs, LEFT, WIDTH - RIGHT), Scale(*ys, HEIGHT - BOTTOM, TOP)
-        parts = [*axis(across, up), *self._marks(across)]
+        whole = all(x == int(x) for series in drawn for x, _ in series.points)
+        parts = [*axis(across, up, 1.0 if whole else 0.0), *self._marks(across)]
         for i, series in enumerate(drawn):
             parts += shape(series, across, up, f"c{i % COLOURS}")
         label = (
@@ -104,9 +105,9 @@ class Scale:
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self, count: int = 5) -> list[float]:
-        """Round values within the range, `count` of them or so."""
-        rough = (self.high - self.low) / count
+    def ticks(self, least: float = 0.0, count: int = 5) -> list[float]:
+        """Round values within the range, `count` of them or so, and no nearer to each other than `least`."""
+        rough = max((self.high - self.low) / count, least)
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)
@@ -119,13 +120,14 @@ def padded(low: float, high: float, share: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def axis(across: Scale, up: Scale) -> list[str]:
+def axis(across: Scale, up: Scale, least: float) -> list[str]:
+    """Lines and numbers; those across are no nearer to each other than `least`."""
     found = []
     for y in up.ticks():
         place = up(y)
         found.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
         found.append(f'<text class="tick" x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{number(y)}</text>')
-    for x in across.ticks():
+    for x in across.ticks(least):
         found.append(
             f'<text class="tick" x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{number(x)}</text>'
         )

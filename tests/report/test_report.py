@@ -1,0 +1,396 @@
+"""The page of a run, from folders made by hand: what it says, what it shows, and what it needs."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from condrl.commands import report
+from condrl.prompts import Row
+from condrl.report.charts import Chart, Mark, Scale, Series, number, padded
+from condrl.report.page import OPENING, against_kl, embedded, gain, page
+from condrl.report.run import read_run, verdict
+from condrl.training.evaluate import Estimate, Evaluation
+from condrl.training.folder import MANIFEST, RunFolder
+from condrl.training.heldout import most_changed, save_film, save_heldout
+
+CONFIG = {
+    "model": {"name": "stable_diffusion", "path": "asset:shapes", "guidance": 2.0},
+    "sampler": {"name": "ddim", "steps": 10, "spacing": "trailing", "eta": 1.0},
+    "evaluate": {"sampler": {"steps": 20}},
+    "algorithm": {"name": "nft"},
+    "rewards": {"bright": {"weight": 2.0}, "off": {"weight": 0.0}},
+}
+
+
+def row(base, tuned, low, high):
+    estimates = {
+        who: {"mean": mean, "ci95": [mean - 0.1, mean + 0.1]} for who, mean in (("base", base), ("tuned", tuned))
+    }
+    return estimates | {"difference": {"mean": tuned - base, "ci95": [low, high]}, "win_rate": 0.75}
+
+
+BETTER, WORSE, SAME = row(0.5, 0.7, 0.1, 0.3), row(0.5, 0.4, -0.2, -0.05), row(0.5, 0.52, -0.1, 0.14)
+
+
+def make_run(folder, heldout=None, lines=(), images=(), config=CONFIG):
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text("config.yaml\nmetrics.jsonl\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in images))
+    if heldout is not None:
+        before = {"heldout/bright": 0.5, "heldout/bright_ci95": 0.1}
+        result = {"heldout": heldout, "before": before, "seconds": 12.0, "images": 64, "versions": {"torch": "2"}}
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def an_epoch(epoch, diagnosis=(), **more):
+    found = {"epoch": epoch, "images": 8 * epoch, "updates": epoch, "reward/total": 0.1 * epoch, "grad_norm": 1.0}
+    return found | {"reward/bright": 0.05 * epoch, "diagnosis": list(diagnosis)} | more
+
+
+# ---------------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("heldout", "diagnosis", "word"),
+    [
+        ({"bright": BETTER}, [], "better"),
+        ({"bright": BETTER, "other": SAME}, [], "better"),
+        ({"bright": SAME}, [], "not shown"),
+        ({}, [], "not shown"),
+        ({"bright": WORSE}, [], "worse"),
+        ({"other": WORSE}, [], "worse"),
+        ({"bright": BETTER, "other": WORSE}, [], "hacked"),
+        ({"bright": BETTER}, ["reward_hacking"], "hacked"),
+        ({"bright": WORSE, "other": BETTER}, [], "mixed"),
+        ({"bright": BETTER}, ["collapse"], "collapsed"),
+        (None, [], "unfinished"),
+    ],
+)
+def test_the_verdict(heldout, diagnosis, word, tmp_path):
+    """By the paired intervals, and by what is still wrong at the end."""
+    run = read_run(make_run(tmp_path / "run", heldout, [an_epoch(1), an_epoch(2, diagnosis)]))
+    found = verdict(run, run.findings())
+    assert found.word == word
+    if heldout and word == "better":
+        assert "bright: 0.500 to 0.700, +0.200 [+0.100, +0.300]." in found.sentence
+        assert "other" not in found.sentence
+
+
+def test_a_diagnosis_that_passed_is_told_and_does_not_decide(tmp_path):
+    """With the sentence of the epoch in which it came, and that it did not last."""
+    lines = [an_epoch(1, diversity=1.0), an_epoch(2, ["collapse"], diversity=0.05), an_epoch(3, diversity=1.0)]
+    run = read_run(make_run(tmp_path / "run", {"bright": BETTER}, lines))
+    (finding,) = run.findings()
+    assert (finding.name, finding.epoch, finding.lasting) == ("collapse", 2, False)
+    assert finding.text.startswith("the images of a prompt differ 5% as much as at the start")
+    assert verdict(run, [finding]).word == "better"
+    assert "epoch 2, no longer at the end: the images of a prompt" in page([run])
+
+
+# ---------------------------------------------------------------------------------------------- charts
+
+
+def test_a_charts_places_are_its_numbers():
+    scale = Scale(0.0, 10.0, 100.0, 300.0)
+    assert [scale(x) for x in (0, 5, 10)] == [100, 200, 300]
+    assert scale.ticks() == [0, 2, 4, 6, 8, 10]
+    assert Scale(1, 3, 0, 1).ticks() == [1, 1.5, 2, 2.5, 3]
+    assert Scale(1, 3, 0, 1).ticks(least=1.0) == [1, 2, 3]
+    assert Scale(0.0113, 0.0129, 0, 1).ticks() == pytest.approx([0.0115, 0.012, 0.0125])
+    assert padded(2.0, 2.0, 0.1) == (1.8, 2.2)
+    assert padded(0.0, 10.0, 0.1) == (-1.0, 11.0)
+    assert [number(x) for x in (0, 0.5, 1234.5, 123456.0, 1e-5, -2.0)] == [
+        "0",
+        "0.5",
+        "1234",
+        "1.23e+05",
+        "1.00e-05",
+        "-2",
+    ]
+
+
+def test_a_chart_says_in_words_what_it_shows():
+    chart = Chart("Reward", [Series("a<b", [(1, 0.5), (3, 0.75)], [0.1, 0.1]), Series("none", [])], marks=[Mark(2, 7)])
+    html = chart.html()
+    assert 'aria-label="Reward: a&lt;b from 0.5 at epoch 1 to 0.75 at 3"' in html
+    assert html.count("<polyline") == html.count("<polygon") == 1
+    assert ">7</text>" in html
+    assert "a<b" not in html
+    assert Chart("Nothing", [Series("none", [])]).html() == ""
+
+
+def test_a_runs_kl_belongs_to_the_evaluation_before(tmp_path):
+    """It was measured before that epoch's updates."""
+    lines = [an_epoch(1, base_kl=0.0, **{"heldout/bright": 0.6}), an_epoch(2, base_kl=5.0, **{"heldout/bright": 0.7})]
+    run = read_run(make_run(tmp_path / "run", {"bright": BETTER}, lines))
+    assert against_kl(run, "heldout/bright") == [(0.0, 0.5), (5.0, 0.6)]
+
+
+# ---------------------------------------------------------------------------------------------- pages
+
+
+class Reader(HTMLParser):
+    """What a page refers to, its tags in balance, and its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.references, self.open, self.text, self.alts = [], [], "", []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.references += [found[name] for name in ("src", "href", "srcset", "data") if name in found]
+        if tag == "img":
+            self.alts.append(found["alt"])
+        if tag not in ("img", "meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def an_image(number, base, tuned, pictures=True):
+    files = {who: f"heldout/{number:05d}_{who}.png" for who in ("base", "tuned")}
+    line = {"prompt": f"a <b>{number}</b> star", "row": number, "metadata": {}, "seed": number}
+    return line | {"base": {"bright": base}, "tuned": {"bright": tuned}, "pictures": files if pictures else None}
+
+
+def a_whole_run(folder):
+    lines = [an_epoch(e, ["gradient_growth"] if e > 3 else [], base_kl=2.0 * e, diversity=1.0) for e in range(1, 6)]
+    for line in lines[1::2]:
+        line |= {"validation/bright": 0.5 + 0.01 * line["epoch"], "validation/bright_ci95": 0.02}
+    images = [an_image(0, 0.9, 0.1), an_image(1, 0.2, 0.8), an_image(2, 0.5, 0.5), an_image(3, 0.1, 0.9, False)]
+    run = make_run(folder, {"bright": BETTER, "other": SAME}, lines, images)
+    for i in range(3):
+        for who, size in (("base", (64, 64)), ("tuned", (600, 300))):
+            path = run / "heldout" / f"{i:05d}_{who}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", size, (10 * i, 0, 0)).save(path)
+    (run / "film").mkdir()
+    for epoch in (0, 2, 4):
+        Image.new("RGB", (64, 64)).save(run / "film" / f"epoch_{epoch:05d}_0.png")
+    (run / "lora").mkdir()
+    (run / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    return run
+
+
+def test_a_page_is_whole_in_itself(tmp_path):
+    """Pictures lie in it, nothing is fetched, no script runs, texts are escaped, and it is small."""
+    html = page([read_run(a_whole_run(tmp_path / "my <run>"))])
+    reader = Reader(html)
+    assert html.startswith(OPENING)
+    assert reader.open == []
+    assert "<script" not in html
+    assert "@import" not in html
+    assert "url(" not in html
+    assert all(reference.startswith("data:image/") for reference in reader.references)
+    assert len(reader.references) == 6 + 3
+    assert "a <b>0</b> star" in reader.text
+    assert "<b>0" not in html
+    assert all(reader.alts)
+    assert len(html) < 3e6
+
+
+def test_a_page_shows_the_worst_first(tmp_path):
+    run = read_run(a_whole_run(tmp_path / "run"))
+    text = Reader(page([run])).text
+    places = [
+        text.index(part)
+        for part in ("Worst regressions", "a <b>0</b>", "Best gains", "a <b>1</b>", "Others", "a <b>2</b>")
+    ]
+    assert places == sorted(places)
+    assert "a <b>3</b>" not in text  # nobody drew it
+    assert gain(run, run.images[0]) == pytest.approx(2 * -0.8)  # by the reward's weight
+    assert "epoch 4: the gradient" in text or "epoch 4: gradient growth" in text
+
+
+def test_a_page_says_how_to_use_the_lora_with_the_runs_own_sampler(tmp_path):
+    text = Reader(page([read_run(a_whole_run(tmp_path / "run"))])).text
+    code = text[text.index("import torch") : text.index(".images[0]")]
+    assert "num_inference_steps=20," in code  # evaluate.sampler's
+    assert "guidance_scale=2.0," in code
+    assert "eta=1.0," in code
+    assert 'timestep_spacing="trailing"' in code
+    compile(code + ".images[0]", "snippet", "exec")
+
+
+def test_several_runs_are_compared(tmp_path):
+    runs = [read_run(a_whole_run(tmp_path / name)) for name in ("one", "two")]
+    html = page(runs)
+    assert Reader(html).open == []
+    assert "2 runs" in html
+    assert "path KL to the base model, nats" in html
+    assert html.count("0.500 to 0.700, +0.200") >= 4
+
+
+def test_pictures_are_no_larger_than_needed(tmp_path):
+    Image.effect_noise((900, 600), 80).convert("RGB").save(tmp_path / "large.png")
+    Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / "small.png")
+    for name, size in (("large", (256, 171)), ("small", (64, 64))):
+        kind, content = re.fullmatch(r"data:image/(\w+);base64,(.*)", embedded(tmp_path / f"{name}.png")).groups()
+        with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+            assert image.size == size
+            assert kind == ("jpeg" if name == "large" else "png")
+    assert embedded(tmp_path / "none.png") == ""
+
+
+# ---------------------------------------------------------------------------------------------- command
+
+
+def test_the_command_writes_into_the_runs_folder_and_lists_it(tmp_path, capsys):
+    run = a_whole_run(tmp_path / "run")
+    for _ in range(2):
+        assert report.main([str(run)]) == 0
+    assert f"wrote {run / 'report.html'}" in capsys.readouterr().out
+    assert "report.html" in RunFolder(run).listed
+    assert report.main([str(run), str(run), "--out", str(tmp_path / "both.html")]) == 0
+    assert (tmp_path / "both.html").read_text().startswith(OPENING)
+
+
+def test_a_run_that_goes_on_has_a_page(tmp_path):
+    """Also while its last line is being written."""
+    run = make_run(tmp_path / "run", None, [an_epoch(1)])
+    with (run / "metrics.jsonl").open("a") as record:
+        record.write('{"epoch": 2, "ima')
+    assert report.main([str(run)]) == 0
+    assert "Unfinished" in (text := (run / "report.html").read_text()) or "unfinished" in text
+    assert "1 epochs are recorded" in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: shutil.rmtree(run), "is not a run's folder: it has no config.yaml"),
+        (lambda run: (run / "config.yaml").write_text("- 1"), "config.yaml is not a run's config"),
+        (lambda run: (run / "config.yaml").write_text("a: ["), "cannot read .*config.yaml"),
+        (lambda run: (run / "metrics.jsonl").write_text("{\n"), "metrics.jsonl, line 1"),
+        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl, line 1: not a record"),
+        (lambda run: (run / "result.json").write_text("{}"), "result.json is not a run's result"),
+        (lambda run: (run / "result.json").write_text("NaN"), "cannot read .*result.json"),
+        (lambda run: (run / "report.html").mkdir(), "report.html"),
+        (lambda run: (run / "report.html").write_text("mine"), "report.html is in the way, and no run wrote it"),
+    ],
+)
+def test_what_cannot_be_read_or_replaced_is_one_line(spoil, message, tmp_path, capsys):
+    run = make_run(tmp_path / "run", {"bright": BETTER}, [an_epoch(1)])
+    spoil(run)
+    assert report.main([str(run)]) in (1, 2)
+    error = capsys.readouterr().err.strip()
+    assert re.search(message, error)
+    assert error.count("\n") == 0
+
+
+def test_other_files_are_not_replaced(tmp_path, capsys):
+    run, mine = make_run(tmp_path / "run", {}, [an_epoch(1)]), tmp_path / "mine.html"
+    mine.write_text("<!doctype html> my own")
+    assert report.main([str(run), "--out", str(mine)]) == 2
+    assert "is not a page that condrl wrote" in capsys.readouterr().err
+    assert report.main([str(run), str(run)]) == 2
+    assert "--out FILE" in capsys.readouterr().err
+    assert mine.read_text() == "<!doctype html> my own"
+
+
+# ---------------------------------------------------------------------------------------------- what a run keeps
+
+
+def an_evaluation(values, pictures=()):
+    each = {name: torch.tensor(v, dtype=torch.float32) for name, v in values.items()}
+    measures = {name: Estimate(v.nanmean().item(), None) for name, v in each.items()}
+    return Evaluation(measures, each, each, torch.zeros(1), list(pictures), ["a"] * len(pictures))
+
+
+def test_the_images_that_changed_most_are_kept():
+    """In units of each measure's spread; a score that failed changes nothing."""
+    base = an_evaluation({"share": [0.0] * 40 + [1.0], "bytes": [1000.0] * 40 + [3000.0]})
+    share, size = [0.0] * 40 + [1.0], [1000.0] * 40 + [3000.0]
+    share[20], size[30], size[25] = 1.0, -5000.0, float("nan")
+    drawn = most_changed(base, an_evaluation({"share": share, "bytes": size}))
+    assert {20, 30, *range(8)} <= set(drawn)
+    assert len(drawn) <= 24
+    assert drawn == sorted(set(drawn))
+
+
+def test_a_line_is_kept_for_each_image(tmp_path):
+    (tmp_path / "run").mkdir()
+    folder, rows = RunFolder(tmp_path / "run"), [Row(5, "a"), Row(7, "b", {"x": 1})]
+    base, tuned = an_evaluation({"m": [0.0, 1.0, 2.0, 3.0]}), an_evaluation({"m": [1.0, float("nan"), 2.0, 5.0]})
+    save_heldout(folder, rows, 100, base, tuned, [1])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["prompt"], line["seed"]) for line in lines] == [
+        (5, "a", 100), (5, "a", 101), (7, "b", 102), (7, "b", 103),
+    ]  # fmt: skip
+    assert [line["tuned"]["m"] for line in lines] == [1.0, None, 2.0, 5.0]
+    assert [bool(line["pictures"]) for line in lines] == [False, True, False, False]
+    assert lines[3]["metadata"] == {"x": 1}
+
+
+def test_a_film_has_the_first_images_of_each_evaluation(tmp_path):
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run")
+    found = an_evaluation({"m": [0.0]}, [torch.full((3, 8, 8), i / 10) for i in range(6)])
+    for epoch in (0, 10):
+        save_film(folder, epoch, found)
+    names = sorted(path.name for path in (tmp_path / "run" / "film").iterdir())
+    assert names == [f"epoch_{epoch:05d}_{i}.png" for epoch in (0, 10) for i in range(4)]
+    save_film(folder, 20, an_evaluation({"m": [0.0]}, [torch.zeros(2)]))  # points have no pictures
+    assert len(list((tmp_path / "run" / "film").iterdir())) == 8
+
+
+# ---------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_draws_the_page_and_fetches_nothing(width, tmp_path):
+    """Served by a server that sees what else is asked for; the console stays empty."""
+    run, asked = a_whole_run(tmp_path / "run"), []
+    assert report.main([str(run)]) == 0
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path == "/favicon.ico":  # which the browser asks of every server
+                self.send_response(204)
+                self.end_headers()
+            else:
+                super().do_GET()
+
+        def log_message(self, *words):
+            pass
+
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-sync", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--enable-logging=stderr", "--v=0", f"--window-size={width},2000", "--hide-scrollbars"]
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=run)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/report.html"
+        words = ["chromium", *flags, f"--screenshot={tmp_path / 'page.png'}", address]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        server.shutdown()
+    assert set(asked) - {"/favicon.ico"} == {"/report.html"}
+    assert "CONSOLE" not in done.stderr
+    with Image.open(tmp_path / "page.png") as shot:
+        assert shot.size == (width, 2000)
+        assert len(shot.convert("RGB").getcolors(1 << 24)) > 50
