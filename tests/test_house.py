@@ -17,6 +17,7 @@ ROOMS = (  # from the ground up: a module imports from its own room and from tho
     ("algorithms",),
     ("toys", "shapes"),
     ("training",),
+    ("report",),
     ("commands",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

@@ -67,6 +67,15 @@ def test_a_run_leaves_everything_behind(run):
     assert (folder / "config.yaml").is_file()
     for name in ("epoch_0001", "epoch_0002", "before_after"):
         assert Image.open(folder / "images" / f"{name}.png").width > 300
+    images = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+    assert len(images) == 6
+    for name, row in result["heldout"].items():
+        for who in ("base", "tuned"):
+            assert np.mean([line[who][name] for line in images]) == pytest.approx(row[who]["mean"], abs=1e-5)
+    drawn = [line["pictures"] for line in images if line["pictures"]]
+    assert drawn
+    assert all((folder / file).is_file() for files in drawn for file in files.values())
+    assert "mine" in (folder / "report.html").read_text()
     assert "shapes_exact" in done.stdout
     assert "Traceback" not in done.stderr
 
