@@ -82,8 +82,8 @@ def value_network(first: Line, line: Line) -> str | None:
         return None
     return (
         f"the value network explains {max(0.0, line['value_explains']):.0%} of how returns differ, at the step where "
-        "it explains most: it does not help; try another algorithm.value_lr, or compare images of a prompt alone: grpo, or "
-        "nft with algorithm.baseline=group"
+        "it explains most: it does not help; try another algorithm.value_lr, or compare the images of a prompt alone: "
+        "grpo, or nft with algorithm.baseline=group"
     )
 
 
