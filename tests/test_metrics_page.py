@@ -1,0 +1,56 @@
+"""docs/metrics.md against what runs write: no key is left out, and none is made up."""
+
+import json
+import re
+
+import pytest
+from helpers import ALGORITHMS, ROOT, toy_words
+
+from condrl.commands import finetune
+from condrl.io.files import locate
+
+PAGE = (ROOT / "docs" / "metrics.md").read_text("utf-8")
+FILES = ("metrics.jsonl", "timings.jsonl", "heldout.jsonl", "result.json")
+PAIRED = ["configs/paper/swiss_roll_paired.yaml", "train.epochs=1", "evaluate.images_per_prompt=2"]
+MORE = {  # options that leave little out
+    "dpok": ["train.kl_budget=100", "train.over_budget=adapt"],
+    "draft": ["algorithm.kappa=0.1"],
+    "grpo": ["algorithm.kappa=0.1"],
+    "nft": ["algorithm.kappa=0.5", "algorithm.baseline=value"],
+}
+
+
+def documented(name):
+    """The keys of a file's table, as patterns."""
+    section = PAGE.split(f"\n## {name}\n")[1].split("\n## ")[0]
+    keys = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+    assert len(keys) == len(set(keys))
+    return {key: re.compile(re.sub(r"<\w+>", r"\\w+?", re.escape(key))) for key in keys}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """By file, the keys that runs of all algorithms write."""
+    folder, found = tmp_path_factory.mktemp("runs"), {name: set() for name in FILES}
+    runs = {name: [*toy_words(name, folder / name), "train.epochs=2", *MORE.get(name, [])] for name in ALGORITHMS}
+    others = folder / "validation.jsonl"  # the same file is refused
+    others.write_text("\n".join(locate("asset:toy/p1.jsonl").read_text().splitlines()[::-1]))
+    runs["nft"].append(f"prompts.validation={others}")
+    runs["paired"] = [str(ROOT / PAIRED[0]), *PAIRED[1:], f"run.dir={folder / 'paired'}"]
+    for name, words in runs.items():
+        assert finetune.main([*words, "evaluate.every=1", "evaluate.images_per_prompt=2"]) == 0
+        for file in FILES:
+            text = (folder / name / file).read_text() if (folder / name / file).exists() else ""
+            for part in [text] if file == "result.json" else text.splitlines():
+                found[file] |= set(json.loads(part))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_every_key_that_a_run_writes_is_on_the_page_and_no_other(name, written):
+    known = documented(name)
+    strange = {key for key in written[name] if not any(pattern.fullmatch(key) for pattern in known.values())}
+    assert strange == set()
+    never = {key for key, pattern in known.items() if not any(pattern.fullmatch(k) for k in written[name])}
+    assert never == set()
