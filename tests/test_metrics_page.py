@@ -54,3 +54,20 @@ def test_every_key_that_a_run_writes_is_on_the_page_and_no_other(name, written):
     assert strange == set()
     never = {key for key, pattern in known.items() if not any(pattern.fullmatch(k) for k in written[name])}
     assert never == set()
+
+
+def test_pitfalls_name_every_diagnosis_and_keys_that_there_are():
+    from condrl.training.diagnose import CHECKS, TRENDS
+
+    page = (ROOT / "docs" / "pitfalls.md").read_text("utf-8")
+    assert set(re.findall(r"\[`(\w+)`\]", page)) == {check.__name__ for check in (*CHECKS, *TRENDS)}
+    known = documented("metrics.jsonl")
+    named = [
+        cell
+        for row in page.splitlines()
+        if row.startswith("| ")
+        for cell in re.findall(r"`([\w/<>]+)`", row.split(" | ")[-1])
+    ]
+    keys = {key for key in named if not key.endswith("/") and "." not in key}
+    assert len(keys) > 10
+    assert keys <= set(known)
