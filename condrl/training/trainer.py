@@ -89,14 +89,14 @@ class Trainer:
                 break
             before = copy.deepcopy(self.state_dict()) if long or self.asks_elsewhere else None
             try:
-                line = self.run_epoch(epoch, is_interruptible=before is not None)
+                self.run_epoch(epoch, is_interruptible=before is not None)
             except (Exception, Stopped) as error:
                 if before is not None and (self.processes.count == 1 or isinstance(error, Stopped)):
                     self.rescue(before)
                 raise
-            metric = "reward/total" if "reward/total" in line else "loss"
-            bar.set_postfix({metric.partition("/")[0]: f"{line.get(metric, math.nan):.3f}"})
             now = time.monotonic()
+            latest = self.recorder.lines[-(self.config.evaluate.every or 1) :]
+            bar.set_postfix(progress(latest, self.config.images_per_epoch / (now - ended)))
             due, took_long, ended = now - saved >= self.config.run.checkpoint_seconds, now - ended >= LONG, now
             stopping, (due, long) = self.processes.broadcast(due, took_long)
             if stopping or due or self.budget_exhausted or self.is_out_of_patience or self.epoch == epochs:
@@ -356,6 +356,19 @@ class Trainer:
     def noise(self, epoch: int, phase: str, indices: range, same_start: bool = False) -> Noise:
         """Randomness of the images at some indices of an epoch."""
         return Noise(self.seed(epoch, phase), indices, self.config.train.images_per_prompt, same_start)
+
+
+def progress(lines: Sequence[dict[str, Any]], images_per_second: float) -> dict[str, str]:
+    """What the progress bar shows of some epochs: the last reward or loss, held-out measure and KL; and the speed."""
+    found: dict[str, float] = {}
+    for line in lines:
+        name = "reward/total" if "reward/total" in line else "loss"
+        found[name.partition("/")[0]] = line.get(name, math.nan)
+        measured = [n for n in line if n.startswith(("heldout/", "validation/")) and not n.endswith("_ci95")]
+        found |= {n: line[n] for n in measured[:1]}
+        if (kl := line.get("base_kl", line.get("path_kl"))) is not None:
+            found["KL"] = kl
+    return {name: f"{value:.3g}" for name, value in found.items()} | {"images/s": f"{images_per_second:.1f}"}
 
 
 class Clock:

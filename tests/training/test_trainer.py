@@ -27,7 +27,7 @@ from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward
 from condrl.training.build import make, make_sampler
-from condrl.training.trainer import Trainer
+from condrl.training.trainer import Trainer, progress
 
 SCHEDULE = schedule_from_diffusers(
     {"num_train_timesteps": 100, "beta_start": 0.001, "beta_end": 0.2, "set_alpha_to_one": False, "steps_offset": 1}
@@ -454,3 +454,13 @@ def test_memory_is_flat_over_the_epochs(tmp_path):
     assert trainer.epoch == 100
     assert after[1] == before[1]
     assert after[0] - before[0] < 40  # fewer than one for two epochs
+
+
+def test_the_progress_bar_shows_the_last_of_each():
+    lines = [
+        {"reward/total": 1.0, "heldout/a": 0.51234, "heldout/a_ci95": 0.1, "base_kl": 3.0, "path_kl": 9.0},
+        {"reward/total": 1.25},
+    ]
+    assert progress(lines, 12.34) == {"reward": "1.25", "heldout/a": "0.512", "KL": "3", "images/s": "12.3"}
+    assert progress([{"loss": 0.5}], 1.0) == {"loss": "0.5", "images/s": "1.0"}
+    assert progress([], 1.0) == {"images/s": "1.0"}
