@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import yaml
 from helpers import ALGORITHMS, ROOT, toy_words
 
 from condrl.commands import finetune
@@ -71,3 +72,23 @@ def test_pitfalls_name_every_diagnosis_and_keys_that_there_are():
     keys = {key for key in named if not key.endswith("/") and "." not in key}
     assert len(keys) > 10
     assert keys <= set(known)
+
+
+def test_the_settings_that_migration_names_exist():
+    """Ours are in the second column, or are options of ddpo, the samplers and models."""
+    from condrl.config import GridConfig, config_help
+    from condrl.registry import REGISTRIES, type_hints
+
+    page = (ROOT / "docs" / "migration.md").read_text("utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
+    named = {key.partition("=")[0] for row in rows for key in re.findall(r"`([a-z_]+\.[\w]+)", row[1])}
+    assert len(named) > 25
+    tree, of = yaml.safe_load(config_help()), {"algorithm": "ddpo", "sampler": "ddim", "model": "stable_diffusion"}
+    for key in named:
+        kind, _, option = key.partition(".")
+        if kind == "rewards":
+            assert REGISTRIES["reward"].find(option)
+            continue
+        common = type_hints(GridConfig) if kind == "sampler" else {}
+        options = {**REGISTRIES[kind].find(of[kind]).options, **common} if kind in of else tree[kind]
+        assert option in options, key
