@@ -202,6 +202,7 @@ def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[s
         }
         if processes.is_main:
             write_json(folder.file("result.json"), result)
+            describe(trainer, result, len(prompts.heldout))
             pictures = save_pictures(trainer, base, tuned)
             save_images(trainer, prompts.heldout, base, tuned)
             processes.accelerator.log(tracked_result(result), step=trainer.epoch)
@@ -329,6 +330,15 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
         except UsageError as error:  # of a policy so far off that exact answers do not reach it
             print_main(f"warning: no pictures: {error}")
     return []
+
+
+def describe(trainer: Trainer, result: dict[str, Any], prompts: int) -> None:
+    """Write into the cards of the LoRAs what was measured of them."""
+    from condrl.report.card import add_to_card
+
+    config, best = trainer.config, result.get("best", {})
+    for name, heldout in (("lora", result["heldout"]), ("lora_best", best.get("heldout", {}))):
+        add_to_card(config.folder / name / "README.md", heldout, config.evaluate.sampler or config.sampler, prompts)
 
 
 def save_images(trainer: Trainer, rows: Sequence[Row], base: Evaluation | None, tuned: Evaluation | None) -> None:

@@ -76,6 +76,7 @@ def test_a_run_leaves_everything_behind(run):
     assert drawn
     assert all((folder / file).is_file() for files in drawn for file in files.values())
     assert "mine" in (folder / "report.html").read_text()
+    assert "| redness | " in (folder / "lora" / "README.md").read_text()
     assert "shapes_exact" in done.stdout
     assert "Traceback" not in done.stderr
 

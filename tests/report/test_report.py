@@ -18,6 +18,7 @@ from PIL import Image
 
 from condrl.commands import report
 from condrl.prompts import Row
+from condrl.report.card import add_to_card
 from condrl.report.charts import Chart, Mark, Scale, Series, number, padded
 from condrl.report.page import OPENING, against_kl, embedded, gain, page
 from condrl.report.run import read_run, verdict
@@ -355,6 +356,24 @@ def test_a_film_has_the_first_images_of_each_evaluation(tmp_path):
     assert names == [f"epoch_{epoch:05d}_{i}.png" for epoch in (0, 10) for i in range(4)]
     save_film(folder, 20, an_evaluation({"m": [0.0]}, [torch.zeros(2)]))  # points have no pictures
     assert len(list((tmp_path / "run" / "film").iterdir())) == 8
+
+
+def test_a_loras_card_says_what_was_measured(tmp_path):
+    """Once, however often it is told."""
+    card, sampler = tmp_path / "README.md", {"name": "ddim", "steps": 10, "spacing": None, "eta": 1.0}
+    add_to_card(card, {"m": BETTER}, sampler, 512)
+    assert not card.exists()
+    card.write_text("# LoRA\n")
+    add_to_card(card, {}, sampler, 512)
+    assert card.read_text() == "# LoRA\n"
+    for row_ in (WORSE, BETTER):
+        add_to_card(card, {"m": row_}, sampler, 512)
+    text = card.read_text()
+    assert text.startswith("# LoRA\n\n## Measured\n")
+    assert text.count("## Measured") == 1
+    assert "| m | 0.500 to 0.700, +0.200 [+0.100, +0.300] |" in text
+    assert "On 512 held-out prompts" in text
+    assert "`ddim`\n(steps 10, eta 1.0)" in text
 
 
 # ---------------------------------------------------------------------------------------------- in a browser
