@@ -255,16 +255,16 @@ def test_noise_does_not_depend_on_how_it_is_split(group):
 
 @pytest.mark.parametrize("parts", [[range(12)], [range(5), range(5, 12)], [range(1), range(1, 2), range(2, 12)]])
 def test_a_group_can_start_from_the_same_noise(parts):
-    """The first draw alone is common to a group, and no two groups have the same."""
+    """Where chains begin, and nowhere else; no two groups begin alike."""
     pieces = [Noise("seed", indices, 4, same_start=True) for indices in parts]
-    start, then = (torch.cat([piece.normal((2, 3)) for piece in pieces]) for _ in range(2))
+    start = torch.cat([piece.start((2, 3)) for piece in pieces])
+    then = torch.cat([piece.normal((2, 3)) for piece in pieces])
     assert torch.equal(start, start[::4].repeat_interleave(4, 0))
     assert len(start.flatten().unique()) == 3 * 6
     assert len(then.flatten().unique()) == then.numel()
-    assert torch.equal(Noise("seed", range(12), 4).normal((2, 3)), Noise("seed", range(12), 4, False).normal((2, 3)))
-    assert torch.equal(
-        torch.cat([piece[:2].normal((2, 3)) for piece in pieces[:1]]), start[:2][: len(pieces[0].indices)]
-    )
+    apart = Noise("seed", range(12), 4)
+    assert torch.equal(apart.start((2, 3)), Noise("seed", range(12), 4).normal((2, 3)))
+    assert torch.equal(Noise("seed", range(12), 4, same_start=True)[3:7].start((2, 3)), start[3:7])
 
 
 def test_noise_is_standard_normal():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from condrl.diffusion.noise import Noise, randn
+from condrl.diffusion.noise import Noise, start_noise
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout
 
@@ -60,7 +60,7 @@ def _explore(policy: Policy, condition: Tensor, noise: Noise, variance: Tensor, 
     sampler, model = policy.sampler.affine, policy.model
     assert sampler is not None  # needs
     shape = (len(condition), *model.state_shape)
-    x = randn(shape, noise, model.device) * model.schedule.prior_std
+    x = start_noise(shape, noise, model.device) * model.schedule.prior_std
     draws = noise.normal((policy.steps, 2, *model.state_shape)).transpose(0, 1).to(model.device)
     states, means, actions = [x], [], []
     beside = sampler.S if rest is None else rest

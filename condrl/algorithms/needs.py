@@ -115,6 +115,13 @@ def noisy_steps(setting: Setting) -> None:
     trained_steps(windowed(setting.sampler, train.window, 0), train)
 
 
+def no_rollouts(setting: Setting) -> None:
+    """Nothing that concerns roll-outs, where there are none."""
+    for name in ("same_start", "rollout_dtype"):
+        if getattr(setting.config.train, name) != getattr(TrainConfig(), name):
+            raise UsageError(f"config train.{name}: has no effect, the algorithm {setting.algorithm} rolls nothing out")
+
+
 def check_needs(needs: tuple[Need, ...], setting: Setting) -> None:
     """Raises: UsageError on the first need that is not met, or on a choice of steps that has no effect."""
     if not isinstance(needs, tuple) or not all(map(callable, needs)):

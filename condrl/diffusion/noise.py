@@ -17,8 +17,8 @@ class Noise:
     """Draws for images of an epoch, the same however the images are split over batches and processes.
 
     Each image has an index in the epoch, and `group` consecutive images share a stream. The n-th draw of a `Noise` is a
-    function of the seed, n and the indices, so parts of it (`noise[rows]`) start over. With `same_start` the first draw
-    is the same for all images of a stream.
+    function of the seed, n and the indices, so parts of it (`noise[rows]`) start over. With `same_start` the images of
+    a stream begin alike.
     """
 
     def __init__(self, seed: str, indices: range, group: int, same_start: bool = False) -> None:
@@ -27,6 +27,10 @@ class Noise:
 
     def __getitem__(self, rows: slice) -> Noise:
         return Noise(self.seed, self.indices[rows], self.group, self.same_start)
+
+    def start(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (B, *shape), where chains begin."""
+        return self._draw(torch.randn, shape, self.same_start)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal (B, *shape)."""
@@ -40,12 +44,12 @@ class Noise:
         """A generator that is the same for all images and processes."""
         return seeded_by(f"{self.seed} {purpose}")
 
-    def _draw(self, kind: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+    def _draw(self, kind: Callable[..., Tensor], shape: tuple[int, ...], same: bool = False) -> Tensor:
         draw, parts, indices = next(self.draws), [], self.indices
         for stream in range(indices.start // self.group, -(-indices.stop // self.group)):
             start = stream * self.group
-            drawn = 1 if self.same_start and draw == 0 else self.group
-            whole = kind((drawn, *shape), generator=self.shared(f"{stream} {draw}")).expand(self.group, *shape)
+            drawn = kind((1 if same else self.group, *shape), generator=self.shared(f"{stream} {draw}"))
+            whole = drawn.expand(self.group, *shape)
             parts.append(whole[max(0, indices.start - start) : indices.stop - start])
         return torch.cat(parts)
 
@@ -63,6 +67,11 @@ def randn(shape: tuple[int, ...], source: Source, device: torch.device) -> Tenso
     if isinstance(source, list):
         return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in source]).to(device)
     return torch.randn(shape, generator=source).to(device)
+
+
+def start_noise(shape: tuple[int, ...], source: Source, device: torch.device) -> Tensor:
+    """As `randn`, for the beginning of chains."""
+    return source.start(shape[1:]).to(device) if isinstance(source, Noise) else randn(shape, source, device)
 
 
 def seeded(seeds: list[int]) -> list[torch.Generator]:

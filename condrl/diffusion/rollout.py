@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from condrl.diffusion.noise import Noise, Source, randn
+from condrl.diffusion.noise import Noise, Source, randn, start_noise
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.transition import Transition
 
@@ -51,7 +51,7 @@ class Rollout:
 
 def start(policy: Policy, count: int, noise: Source) -> Place:
     """The beginning of `count` chains: noise."""
-    x = randn((count, *policy.model.state_shape), noise, policy.model.device) * policy.model.schedule.prior_std
+    x = start_noise((count, *policy.model.state_shape), noise, policy.model.device) * policy.model.schedule.prior_std
     return Place(x, 0, policy.sampler.init(x))
 
 

@@ -14,7 +14,7 @@ import condrl
 from condrl.algorithms.base import Algorithm, Collected, Context
 from condrl.algorithms.examples import Examples, Metrics, per_image, per_step
 from condrl.algorithms.forward import noised
-from condrl.algorithms.needs import Need, Setting, affine_steps, noise
+from condrl.algorithms.needs import Need, Setting, affine_steps, no_rollouts, noise
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
@@ -74,7 +74,7 @@ class DiffusionDPO(Algorithm):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (one_image_a_row, affine_steps, noise)
+        return (one_image_a_row, affine_steps, noise, no_rollouts)
 
     # ------------------------------------------------------------------------------------------ pairs
 

@@ -184,6 +184,8 @@ def test_a_row_that_is_no_pair_is_named_before_any_work(said, tmp_path):
         (["rewards.quadratic.weight=1"], r"does not learn from rewards: leave them out with rewards\.quadratic=null"),
         (["train.normalise_rewards=true"], r"train\.normalise_rewards: has no effect on the algorithm diffusion_dpo"),
         (["train.max_failed=0.5"], r"train\.max_failed: has no effect"),
+        (["train.same_start=true"], r"train\.same_start: has no effect, the algorithm diffusion_dpo rolls nothing out"),
+        (["train.rollout_dtype=bfloat16"], r"train\.rollout_dtype: has no effect"),
         (["train.images_per_prompt=2"], r"reads one pair from each row: set train\.images_per_prompt=1"),
         (["train.kl_budget=1"], r"train\.kl_budget: as configured, the algorithm does not roll out the policy"),
         (["sampler.name=heun", "sampler.eta=1"], "affine in the score"),
