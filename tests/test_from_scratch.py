@@ -19,6 +19,7 @@ PROMPTS, GROUP = ("a red star", "two circles"), 4
 IMAGES = len(PROMPTS) * GROUP
 SETTINGS = [
     "algorithm.name=ddpo",
+    "train.rollout_dtype=null",
     "rewards.reddish.weight=1",
     "evaluate.measures=null",
     f"train.prompts_per_epoch={len(PROMPTS)}",
@@ -54,7 +55,6 @@ class Both:
         self.unet = self.trainer.policy.model.module
         torch.manual_seed(0)
         self.pipe = example.load()
-        self.pipe.unet.to(memory_format=torch.channels_last)  # as the trainer's: the same rounding
         self.unet.load_state_dict(self.pipe.unet.state_dict())
         self.experience = self.trainer.collect(0, Clock())
         self.chain = example.ddim(self.pipe.scheduler.betas, example.STEPS)
@@ -114,7 +114,7 @@ def test_it_draws_and_judges_the_same_images(both):
     torch.testing.assert_close(both.log_probs, r.log_probs, atol=1e-3, rtol=0)
     theirs = both.trainer.examples(both.experience, 0).advantage[0]
     torch.testing.assert_close(both.advantages, theirs, atol=1e-3, rtol=0)
-    assert scores.total.view(-1, GROUP).std(1).min() > 1e-3
+    assert scores.total.view(-1, GROUP).std(1).min() > 1e-4
 
 
 def test_its_first_update_has_the_plugins_gradient(both):
@@ -143,7 +143,7 @@ def test_a_later_update_is_weighed_and_clipped_alike(both):
 
 @pytest.mark.slow
 def test_its_reward_rises(monkeypatch, capsys):
-    monkeypatch.setattr(example, "EPOCHS", 5)
+    monkeypatch.setattr(example, "EPOCHS", 8)
     example.main()
     lines = re.findall(r"reward ([+-]\d\.\d+) \+- (\d\.\d+)", capsys.readouterr().out)
     (first, error), *_, (last, last_error) = [tuple(map(float, line)) for line in lines]

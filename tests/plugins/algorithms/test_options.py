@@ -60,6 +60,9 @@ OPTIONS = {
         "normalise": False,
         "adaptive": False,
         "old_decay": 0.9,
+        "baseline": "value",
+        "value_lr": (0.05, {"baseline": "value"}),
+        "value_width": (16, {"baseline": "value"}),
     },
     "diffusion_dpo": {"kappa": 0.3, "draws": 3, "weighting": "epsilon"},
     "draft": {"kappa": 0.5, "last": 2},
@@ -135,6 +138,8 @@ TRAIN = {
     "inner_epochs": 3,
     "normalise_rewards": True,
     "steps": [1, 2],
+    "window": 2,
+    "same_start": True,
     "steps_per_image": 2,
     "lr": 0.05,
     "warmup": 3,
@@ -148,6 +153,7 @@ TRAIN = {
 BETTER_TESTED = {  # in test_learner.py: what they change is no result
     "rollout_batch",
     "loss_batch",
+    "rollout_dtype",  # in tests/plugins/models/test_stable_diffusion.py
     "max_failed",
     "max_bad_updates",
     "patience",  # in tests/training/test_best.py
