@@ -29,8 +29,8 @@ def measured(heldout: Mapping[str, Mapping[str, Any]], sampler: Mapping[str, Any
     options = ", ".join(f"{key} {value}" for key, value in sampler.items() if key != "name" and value is not None)
     rows = "".join(f"| {name} | {change(dict(row))} |\n" for name, row in heldout.items())
     return f"""
-On {prompts} held-out prompts, never trained on; base and tuned drawn from the same noise by `{sampler.get("name")}`
-({options}). In brackets, the 95 % interval of the paired difference over prompts.
+On {prompts} held-out prompts, base and tuned drawn from the same noise by `{sampler.get("name")}` ({options}).
+In brackets, the 95 % interval of the paired difference over prompts.
 
 | measure | base to tuned, difference |
 | --- | --- |

@@ -44,17 +44,16 @@ def save_heldout(
 
 
 def most_changed(base: Evaluation, tuned: Evaluation) -> list[int]:
-    """The images that gained most and lost most in the sum of all measures, and the first ones."""
-    gains = sum_of(tuned) - sum_of(base)
+    """The images that gained most and lost most in all measures, in units of the base's spread, and the first ones."""
+    gains = torch.stack([(tuned.each[name] - each) / spread(each) for name, each in base.each.items()]).sum(0)
     order = gains.nan_to_num().argsort(stable=True).tolist()
     first = range(min(PICTURES, len(order)))
     return sorted({*order[:PICTURES], *order[::-1][:PICTURES], *first})
 
 
-def sum_of(found: Evaluation) -> Tensor:
-    """(N,) of each image: its measures, each over its spread, so that units do not matter."""
-    values = [each / each[each.isfinite()].std(correction=0).clamp(min=1e-6) for each in found.each.values()]
-    return torch.stack(values).sum(0)
+def spread(each: Tensor) -> Tensor:
+    """The standard deviation of scores that did not fail."""
+    return each[each.isfinite()].std(correction=0).clamp(min=1e-6)
 
 
 @torch.no_grad()

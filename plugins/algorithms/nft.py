@@ -39,7 +39,7 @@ class NFT(Algorithm):
     times: tuple[float, float] = (0.1, 0.97)  # their range, as a share of the schedule's time
     normalise: bool = True  # divide a group's advantages by its standard deviation
     adaptive: bool = True  # weigh draws by 1 / mean |error|: less noise, and a slightly shifted minimum
-    baseline: Literal["group", "value"] = "group"  # the mean of a prompt's images, or a network's at each noised state
+    baseline: Literal["group", "value"] = "group"  # a prompt's mean; or a network's at each draw, whose reward is asked
     value_lr: float = 3e-3  # learning rate of that network
     value_width: int = 64  # its hidden units
     old_decay: float = 0.0  # of the running average of weights that rolls out and that steps start from; 0: the newest

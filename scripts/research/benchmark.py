@@ -315,15 +315,20 @@ def exact(config: Config, args: argparse.Namespace) -> list[Row]:
         overrides = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", f"run.seed={seed}", *args.words]
         row = {"algorithm": algorithm, "problem": problem, "seed": seed, **gap(problem, overrides)}
         row |= {"words": args.words, "revision": provenance()["revision"]}
-        print(
-            f"{algorithm:<16} {problem} seed {seed}  gap closed {row['gap_closed']:.4f}  "
-            f"KL to p* {row['kl_to_optimum']:.4f}  {row['reward_queries']} queries  {row['seconds']:.0f} s",
-            flush=True,
-        )
-        rows.append(row)
-        if args.json:
-            write_json(args.json, rows)  # as it goes
+        keep(rows, row, f"{algorithm:<16} {problem} seed {seed}", args)
     return rows
+
+
+def keep(rows: list[Row], row: Row, label: str, args: argparse.Namespace) -> None:
+    """Add what `gap` found to the rows, print it, and write all so far."""
+    rows.append(row)
+    print(
+        f"{label}  gap closed {row['gap_closed']:.4f}  KL to p* {row['kl_to_optimum']:.4f}  "
+        f"{row['reward_queries']} queries  {row['seconds']:.0f} s",
+        flush=True,
+    )
+    if args.json:
+        write_json(args.json, rows)
 
 
 ANCHORED = "temperature=0 normalise=false adaptive=false draws=8 times=[0.008,0.99]"  # nft with kappa alone
@@ -339,14 +344,7 @@ def anchors(config: Config, args: argparse.Namespace) -> list[Row]:
         chosen = {"kappa": kappa, "stages": stages, "baseline": baseline}
         options = [f"algorithm.{name}={value}" for name, value in chosen.items()]
         row = {"problem": problem, **chosen, **gap(problem, ["algorithm.name=nft", *own, *options, *args.words])}
-        print(
-            f"{problem} kappa {kappa} stages {stages} baseline {baseline:<6} gap closed {row['gap_closed']:.4f}  "
-            f"KL to p* {row['kl_to_optimum']:.4f}  {row['seconds']:.0f} s",
-            flush=True,
-        )
-        rows.append(row)
-        if args.json:
-            write_json(args.json, rows)  # as it goes
+        keep(rows, row, f"{problem} kappa {kappa} stages {stages} baseline {baseline:<6}", args)
     return rows
 
 

@@ -332,6 +332,14 @@ def test_the_images_that_changed_most_are_kept():
     assert drawn == sorted(set(drawn))
 
 
+def test_what_is_a_loss_does_not_depend_on_the_others():
+    """An outlier makes the tuned spread large; what did not change has still not lost."""
+    base = an_evaluation({"m": [0.0] * 10 + [10.0] * 22 + [1.0] * 8})
+    tuned = an_evaluation({"m": [0.0] * 9 + [1000.0] + [10.0] * 22 + [0.5] * 8})
+    drawn = most_changed(base, tuned)
+    assert {9, *range(32, 40)} <= set(drawn)
+
+
 def test_a_line_is_kept_for_each_image(tmp_path):
     (tmp_path / "run").mkdir()
     folder, rows = RunFolder(tmp_path / "run"), [Row(5, "a"), Row(7, "b", {"x": 1})]
@@ -373,7 +381,7 @@ def test_a_loras_card_says_what_was_measured(tmp_path):
     assert text.count("## Measured") == 1
     assert "| m | 0.500 to 0.700, +0.200 [+0.100, +0.300] |" in text
     assert "On 512 held-out prompts" in text
-    assert "`ddim`\n(steps 10, eta 1.0)" in text
+    assert "`ddim` (steps 10, eta 1.0)" in text
 
 
 # ---------------------------------------------------------------------------------------------- in a browser
