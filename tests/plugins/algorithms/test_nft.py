@@ -212,6 +212,7 @@ def test_the_value_learns_what_a_noised_state_promises(tmp_path):
     options = {**PLAIN, "kappa": 0.5, "baseline": "value", "value_lr": 1e-2}
     trainer = trainer_of(tmp_path, algorithm={"name": "nft", **options}, train=train)
     explained = [trainer.run_epoch(epoch)["value_explains"] for epoch in range(150)]
+    assert [group["lr"] for group in trainer.learner.optimizer.param_groups] == [1e-6, 1e-2]
     assert sum(explained[-20:]) / 20 > sum(explained[:5]) / 5 + 0.1
     assert explained[-1] < 1
 
