@@ -131,6 +131,8 @@ def load_pipeline(
             why = explained(family, error, source, variant)
             raise UsageError(f"config model.path: cannot load {path!r}: {why}") from error
     family = family.less([name for name in family.parts if getattr(pipe, name) is None])
+    for name in family.networks:
+        getattr(pipe, name).eval()  # diffusers leaves the dropout of a T5 from a single file on
     limit_tokenizers(family, pipe)
     check(family, pipe, path)
     return pipe
