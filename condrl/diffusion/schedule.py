@@ -267,7 +267,7 @@ class FlowSchedule(RectifiedFlow):
 
 
 def shifted(t: Tensor | float, shift: float) -> Any:
-    """Times (...) of a flow moved towards the noise (Esser et al. 2024, eq. 23)."""
+    """Times (...) of a flow moved towards the noise (Esser et al. 2024; docs/theory.md 2)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
