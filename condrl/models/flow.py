@@ -28,14 +28,12 @@ class FlowModel(LatentModel):
     """A pipeline with a transformer that says a rectified flow's velocity, tuned by a LoRA."""
 
     prefix: ClassVar[str] = "transformer"
-    evenly: ClassVar[bool] = (
-        False  # whether times end at 1 / steps before they are shifted, not at the scheduler's least
-    )
+    evenly: ClassVar[bool] = False  # whether times end at 1 / steps before they are shifted
     patch: ClassVar[int] = 2  # latents along the side of a token
     t5_name: ClassVar[str]  # of its tokenizer in the pipeline
     most_t5_tokens: ClassVar[int] = 512
 
-    t5_tokens: int = 256  # of a prompt that T5 reads; memory and time of every call grow with it
+    t5_tokens: int = 256  # that T5 makes of a prompt, cut or filled up; memory and time grow with it
     lora_targets: tuple[str, ...] = JOINT_ATTENTION  # modules that get a LoRA, by the end of their names
 
     def check_options(self) -> None:

@@ -73,7 +73,7 @@ class Family:
     def less(self, names: Collection[str]) -> Family:
         """The family without some parts."""
         parts = {name: part for name, part in self.parts.items() if name not in names}
-        return replace(self, parts=parts, without=(*self.without, *(name for name in self.parts if name in names)))
+        return replace(self, parts=parts, without=(*self.without, *names))
 
     @property
     def readers(self) -> dict[str, str]:
@@ -216,7 +216,7 @@ def check_parts(family: Family, where: str, revision: str | None) -> dict[str, A
 
 def is_left_out(entry: Any) -> bool:
     """Whether an entry of model_index.json says that the pipeline has no such part."""
-    return entry is None or entry == [None, None] or entry == (None, None)
+    return entry in (None, [None, None])
 
 
 def check_part(where: str, name: str, found: Any, library: str, known: str) -> None:
@@ -324,7 +324,8 @@ def variant_of(file: Path) -> str | None:
 
 def missing_weights(family: Family, folder: Path, variant: str | None) -> str | None:
     """Says where a part of a pipeline has no weights as asked for, and what it has."""
-    for part in (folder / name for name in family.networks):
+    expected = [name for name in family.networks if name not in family.optional or (folder / name).is_dir()]
+    for part in (folder / name for name in expected):
         found = {variant_of(file) for file in part.glob("*.safetensors")}
         others = sorted(str(kind or "null") for kind in found - {variant})
         if others and variant not in found:

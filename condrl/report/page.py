@@ -121,9 +121,10 @@ def usage(run: Run) -> str:
     """How to load the LoRA; empty before there is one."""
     if not (run.folder / "lora" / "pytorch_lora_weights.safetensors").is_file():
         return ""
+    others = "ComfyUI" if (run.config.get("model") or {}).get("name") in FLOWS else "ComfyUI and A1111"
     return (
         f"<p>condrl: <code>condrl sample {escape(str(run.folder))} --prompt &quot;...&quot;</code></p>"
-        f"<p>diffusers:</p><pre>{escape(diffusers_code(run))}</pre><p>ComfyUI and A1111: copy "
+        f"<p>diffusers:</p><pre>{escape(diffusers_code(run))}</pre><p>{others}: copy "
         "<code>lora/comfyui_lora.safetensors</code> to their folder of LoRAs; strength 1 is what was tuned.</p>"
     )
 

@@ -57,6 +57,7 @@ class Flux(FlowModel):
     t5_name: ClassVar[str] = "tokenizer_2"
 
     path: str = "black-forest-labs/FLUX.1-dev"  # hub id, diffusers folder, .safetensors / .ckpt file
+    t5_tokens: int = 512  # that T5 makes of a prompt, cut or filled up, as in diffusers; ComfyUI fills up to 256
     guidance: float = 1.0  # classifier-free guidance scale, two calls a step; 1: none, as the network imitates it
     told_guidance: float | None = None  # guidance scale that the network is told; null: 3.5 if it is told one
 

@@ -12,7 +12,7 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from diffusers.loaders import single_file_utils
 from drawing import CPU, PROMPTS, SEEDS, perturb, pictures
 from flow_pipelines import flux_pipeline, original_name, original_weights, sd3_pipeline, whole_checkpoint
-from helpers import ROOT
+from helpers import ROOT, run_python
 from safetensors.torch import load_file, save_file
 
 from condrl import UsageError
@@ -27,6 +27,9 @@ from condrl.models.lora import KOHYA_FILE, LORA_FILE, lora_layers, save_lora
 from condrl.plugins.models.flux import Flux
 from condrl.plugins.models.sd3 import SD3
 from condrl.prompts import Row
+from condrl.report.page import diffusers_code
+from condrl.report.run import read_run
+from condrl.rewards.pixels import from_pil
 from condrl.training.build import make_sampler, make_trainer
 
 SIZE = {"height": 24, "width": 16}
@@ -461,7 +464,7 @@ LEARNED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", LEARNED)
-def test_a_run_tunes_it_and_goes_on_to_the_bit(algorithm, name, folder, tmp_path):
+def test_a_run_tunes_it_and_resumes_to_the_bit(algorithm, name, folder, tmp_path):
     """And what it saves draws in diffusers what it draws here."""
     (tmp_path / "run.yaml").write_text(RUN)
     (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
@@ -476,6 +479,34 @@ def test_a_run_tunes_it_and_goes_on_to_the_bit(algorithm, name, folder, tmp_path
     pipe = plain(name, folder)
     pipe.load_lora_weights(tmp_path / "whole" / "lora")
     assert (ours(model) - their_pictures(name, pipe)).abs().max() < 1 / 255
+    scope = {}
+    exec(diffusers_code(read_run(tmp_path / "whole")), scope)  # what the run's page tells to do
+    three = pictures(model, ["your prompt"], [0], {**ODE, "steps": 3})
+    assert (from_pil(scope["image"]) - three[0]).abs().max() < 1 / 255
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_tune_like_one(sharded, folders, tmp_path):
+    """Stable Diffusion 3 with whole weights in each of them, FLUX with its blocks spread over both."""
+    name = "flux" if sharded else "sd3"
+    (tmp_path / "run.yaml").write_text(RUN)
+    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
+    words = [str(tmp_path / "run.yaml"), f"model.name={name}", f"model.path={folders[name]}", *LEARNED["grpo"]]
+    words += [f"prompts.train={tmp_path}/prompts.txt", "train.lr=0.003", "train.epochs=2", "train.max_failed=0"]
+    script, cpu = str(ROOT / "scripts" / "finetune.py"), {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    cpu |= {"ACCELERATE_USE_FSDP": "true"} if sharded else {}
+    done = run_python(*two, *words, f"run.dir={tmp_path / 'two'}", cwd=tmp_path, **cpu)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("sharded weights" in done.stderr) == sharded
+    assert finetune.main([*words, f"run.dir={tmp_path / 'one'}"]) == 0
+    loras = [load_file(tmp_path / place / "lora" / LORA_FILE) for place in ("one", "two")]
+    one, other = (torch.cat([lora[key].flatten() for key in sorted(loras[0])]) for lora in loras)
+    assert (other - one).norm() < 0.02 * one.norm()  # Adam makes much of gradients near zero
+    ups = [torch.cat([lora[key].flatten() for key in sorted(lora) if "lora_B" in key]) for lora in loras]
+    assert ups[0].norm() > 0
+    assert (ups[1] - ups[0]).norm() < 0.1 * ups[0].norm()
 
 
 @pytest.mark.parametrize("level", [0.0, 0.7])
