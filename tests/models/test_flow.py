@@ -285,7 +285,7 @@ def test_plugins_hold_only_what_is_their_own(name):
     shared = own & (set(dir(LatentModel)) | LatentModel.__dataclass_fields__.keys())
     more = {"sd3": {"wanted", "check_size"}, "flux": {"guidance", "check_size"}}[name]
     assert shared == {"family", "path", "encode_prompts", "predict", *more}
-    assert len((ROOT / "plugins" / "models" / f"{name}.py").read_text().splitlines()) <= 125
+    assert len((ROOT / "plugins" / "models" / f"{name}.py").read_text().splitlines()) <= 120
 
 
 def test_every_block_is_gathered_once(name, folder):
