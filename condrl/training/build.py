@@ -81,10 +81,8 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
     x, k = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
     first, _ = sampler.step(k, x, lambda x, t: torch.zeros_like(x), sampler.init(x))
     if not (first.mean.isfinite().all() and first.std.isfinite().all()):
-        raise UsageError(
-            f"the sampler {name} cannot start where there is no signal (zero terminal SNR): use sampler.name=ddim, or "
-            "sampler.spacing=leading"
-        )
+        advice = "sampler.name=ddim" + ", or sampler.spacing=leading" * isinstance(schedule, DiscreteSchedule)
+        raise UsageError(f"the sampler {name} cannot start where there is no signal (zero terminal SNR): use {advice}")
 
 
 def check_numbers(numbers: Coefficients, name: str) -> None:
