@@ -124,11 +124,9 @@ class Reward:
 
         The way there is held, so a gradient of their scores is that at the worst samples (docs/theory.md 14).
         """
-        with torch.enable_grad():
+        with torch.enable_grad(), self.blamed(rows):
             x = samples.detach().requires_grad_()
-            scores = self._called(x, rows)
-        with self.blamed(rows):
-            (gradient,) = torch.autograd.grad(scores.sum(), x)
+            (gradient,) = torch.autograd.grad(self._called(x, rows).sum(), x)
         size = gradient.square().flatten(1).mean(1).sqrt().clamp(min=torch.finfo(gradient.dtype).tiny)
         moved = samples.detach() - like(self.smoothing / size, gradient) * gradient
         moved = moved.clamp(0, 1) if samples.dim() == 4 else moved
