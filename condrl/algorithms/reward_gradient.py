@@ -74,12 +74,13 @@ class ChainGradient(Algorithm):
         """-r + kappa KL of each image's differentiated steps, (B,)."""
         x, kl = batch.states[0], torch.zeros(len(batch.condition), device=batch.states.device)
         for k, visited in enumerate(batch.states[1:], policy.steps - len(batch.states) + 1):
-            begun = (batch.first <= k).nonzero()[:, 0]  # the others are where the roll-out was
-            rows, x_k, x = begun.to(x.device), x, visited
-            if len(begun):
-                condition = batch.condition[begun.to(batch.condition.device)]
-                moved, cost = self._step(policy, k, x_k[rows], condition, visited[rows])
-                x, kl = visited.index_copy(0, rows, moved), kl.index_add(0, rows, cost)
+            begun = (batch.first <= k).nonzero()[:, 0]
+            if not len(begun):  # all are where the roll-out was
+                x = visited
+                continue
+            rows, condition = begun.to(x.device), batch.condition[begun.to(batch.condition.device)]
+            moved, cost = self._step(policy, k, x[rows], condition, visited[rows])
+            x, kl = visited.index_copy(0, rows, moved), kl.index_add(0, rows, cost)
         reward = batch.score(policy.model.decode(x))
         return self.kappa * kl - reward, {"path_kl": kl.mean()} if self.kappa > 0 else {}
 

@@ -14,7 +14,6 @@ from condrl.algorithms.needs import Need, affine_steps, one_pass, reward_gradien
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.schedule import Schedule
 from condrl.diffusion.transition import Coefficients
 
 
@@ -77,7 +76,6 @@ def remaining_gain(sampler: Coefficients) -> Tensor:
 
     The velocity is eps - x0, of the straight path of x / (alpha + sigma) that every forward process has.
     """
-    schedule: Schedule = sampler.schedule
-    alpha, sigma = schedule.alpha(sampler.times[:-1]), schedule.sigma(sampler.times[:-1])
+    alpha, sigma = sampler.schedule.alpha(sampler.times[:-1]), sampler.schedule.sigma(sampler.times[:-1])
     gain = sampler.A - sampler.B / (sigma * (alpha + sigma))
     return torch.cat([gain[1:], gain.new_ones(1)]).flip(0).cumprod(0).flip(0)
