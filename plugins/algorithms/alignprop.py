@@ -26,6 +26,8 @@ class AlignProp(ChainGradient):
     longest: int | None = None  # greatest number of them; null: all
     balance_steps: bool = True  # weigh each step by 1 / the chance that it is differentiated; false: as published
 
+    calls_evenly = False  # each image's number of steps is drawn
+
     def __post_init__(self) -> None:
         self.require_at_least(0, "kappa")
         self.require_at_least(1, "shortest")
