@@ -17,7 +17,7 @@ def guidance(
     *,
     kappa: float = 1.0,  # the target is p exp(r / kappa), p the pretrained distribution; reached as far as V is right
 ) -> Tensor:
-    """Acts with s + grad V / kappa, where V, the reward to be had, is that of E[x_0 | x] (docs/theory.md 17).
+    """Acts with s + grad V / kappa, where V, the reward to be had, is that of E[x_0 | x] (docs/theory.md 19).
 
     One network call a step, and its backward pass. With V itself this is the score of the noised target, which is right
     for every sampler at every noise level; r(E[x_0 | x]) has its gradient for Gaussian data and a linear reward.

@@ -20,7 +20,7 @@ def smc(
     potential: Literal["difference", "max", "sum"] = "difference",  # what of the predictions' rewards a step weighs by
     resample_below: float = 0.5,  # when the effective number of particles falls below this share of them
 ) -> Tensor:
-    """Feynman-Kac steering by the rewards of denoised predictions (Singhal et al. 2025; docs/theory.md 17).
+    """Feynman-Kac steering by the rewards of denoised predictions (Singhal et al. 2025; docs/theory.md 19).
 
     A step is one network call for each particle: the prediction that its transition was made of is scored. The weights
     amount to r(x_K) / kappa, so as the number of particles grows the result is exact, whatever the predictions say.
