@@ -304,9 +304,12 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
         try_steering(plan.steer, policies, plan.rows)
     images = len(plan.rows) * plan.per_prompt * len(policies) * (1 + len(plan.strengths)) * (2 if plan.steer else 1)
     with started(plan.folder) as record, tqdm(total=images, unit="image", disable=None) as bar:
-        writer = Writer(plan, record)
-        pairs = steered_beside_plain(plan, plan.steer, policies, bar, writer) if plan.steer else None
-        evaluations = list(pairs or compared_with_base(plan, policies, bar, writer))
+        writer, steer = Writer(plan, record), plan.steer
+        evaluations = list(
+            steered_beside_plain(plan, steer, policies, bar, writer)
+            if steer
+            else compared_with_base(plan, policies, bar, writer)
+        )
     return {
         "run": str(plan.source) if plan.source else None,
         "lora": str(plan.tuned) if plan.tuned else None,
