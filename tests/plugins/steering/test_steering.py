@@ -15,6 +15,7 @@ from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout, sample
 from condrl.diffusion.steering import Draws
 from condrl.plugins.models.mixture import Mixture
+from condrl.plugins.steering.guidance import Guided
 from condrl.plugins.steering.smc import POTENTIALS, resampled
 from condrl.prompts import Row
 from condrl.toys import oracle
@@ -274,6 +275,10 @@ def test_guidance_starts_without_signal():
     draws = Draws(policy, condition, seeded([0]), lambda x, images: (slope * x).sum(1))
     moved = steer("guidance", draws, kappa=0.7) - sample(policy, condition, seeded([0]), 1)
     torch.testing.assert_close(moved[0], torch.tensor(COVARIANCE) @ slope / 0.7, rtol=0.05, atol=0.02)
+    policy.model.predict = lambda x, t, condition: x.sin()  # as a network, whose output differs from state to state
+    x, k = torch.tensor([[0.3, 1.1]]), torch.zeros(1, dtype=torch.long)
+    assert torch.equal(Guided(draws, 0.7).transition(x, k, condition).action, x.sin())
+    assert not torch.equal(Guided(draws, 0.7).transition(x, k + 1, condition).action, x.sin())
 
 
 def test_guidance_needs_the_gradient_that_a_reward_declares():
