@@ -33,7 +33,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 GROUP = "condrl.plugins"
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 COMMON = {  # keys of a plugin's section that are not its own: none of its options may have these names
-    "reward": ("name", "batch", "weight"),
+    "reward": ("name", "batch", "weight", "smoothing"),
     "sampler": ("name", "steps", "spacing", "noise_steps"),
     "algorithm": ("name",),
     "model": ("name",),

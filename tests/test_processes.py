@@ -154,7 +154,7 @@ IMAGES = [
 HALVES = """
 import torch
 from condrl.plugins.models.stable_diffusion import StableDiffusion
-from condrl.training.preflight import here
+from condrl.training.memory import here
 
 torch.distributed.init_process_group("gloo")
 model = StableDiffusion(torch.device("cpu"), guidance=1.0)
@@ -204,6 +204,7 @@ def test_sharded_weights_tune_like_whole_ones(tmp_path):
         (["train.updates_per_epoch=8"], "images_per_prompt: must be a multiple of updates_per_epoch"),
         (["train.max_failed=0.1"], "max_failed: must be 0"),
         (["train.kl_budget=1"], "kl_budget: must be left out"),
+        (["algorithm.name=alignprop", "train.max_failed=0"], "the algorithm alignprop draws how many steps"),
     ],
 )
 def test_what_cannot_compute_in_step_is_refused(more, said, monkeypatch):

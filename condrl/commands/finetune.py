@@ -149,6 +149,7 @@ def tried_and_tuned(config: Config, prompts: Prompts, begun: float, dry: bool, p
     from condrl.training.preflight import preflight
 
     later = [*prompts.heldout, *prompts.validation]
+    print_main(f"loading the model {config.model.get('path', config.model['name'])} ...")
     trainer = make_trainer(config, prompts.train, later, processes)
     for line in [*preflight(trainer, later, make_measures(config)), *announcement(config, *prompts)]:
         print_main(line)
@@ -202,13 +203,13 @@ def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[s
         }
         if processes.is_main:
             write_json(folder.file("result.json"), result)
-            describe(trainer, result, len(prompts.heldout))
             pictures = save_pictures(trainer, base, tuned)
             save_images(trainer, prompts.heldout, base, tuned)
             processes.accelerator.log(tracked_result(result), step=trainer.epoch)
             for picture in pictures:
                 log_picture(processes.accelerator, picture.stem, picture, trainer.epoch)
             folder.adopt(folder.files_in(TRACKED) - there)
+            describe(folder)
             save_report(folder)
             print(visible(summary(result, config.folder)))
     return result
@@ -332,13 +333,23 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
     return []
 
 
-def describe(trainer: Trainer, result: dict[str, Any], prompts: int) -> None:
-    """Write into the cards of the LoRAs what was measured of them."""
-    from condrl.report.card import add_to_card
+def describe(folder: RunFolder) -> None:
+    """Write the cards of the LoRAs anew, with what was measured of them."""
+    from condrl.report.card import write_card
+    from condrl.report.run import read_run
 
-    config, best = trainer.config, result.get("best", {})
-    for name, heldout in (("lora", result["heldout"]), ("lora_best", best.get("heldout", {}))):
-        add_to_card(config.folder / name / "README.md", heldout, config.evaluate.sampler or config.sampler, prompts)
+    run = read_run(folder.path)
+    result = run.result or {}
+    best = result.get("best", {}).get("heldout", {})
+    for name, heldout, images in (("lora", result["heldout"], run.images), ("lora_best", best, ())):
+        if heldout and (folder.path / name / "README.md").is_file():
+            write_card(
+                run,
+                folder.path / name,
+                heldout,
+                images,
+                claim=lambda path: folder.claim(path.relative_to(folder.path).as_posix()),
+            )
 
 
 def save_images(trainer: Trainer, rows: Sequence[Row], base: Evaluation | None, tuned: Evaluation | None) -> None:
