@@ -110,6 +110,8 @@ def report(result: dict[str, Any]) -> list[str]:
         header = ("held-out", *names, "difference", "win rate")
         lines += aligned([header, *(cells(name, row, names) for name, row in rows.items())])
         lines.append(verdict(entry["heldout"]))
+        if entry.get("path_kl") is not None:
+            lines.append(f"path KL to the base: {entry['path_kl']:.4g} nats")
         if calls := entry.get("network_calls"):
             lines.append(f"network calls of an image: {calls['plain']:g} plain, {calls['steered']:g} steered")
     return lines

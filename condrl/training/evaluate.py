@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from condrl.diffusion.noise import seeded
+from condrl.diffusion.path_kl import path_kl
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.rollout import sample
+from condrl.diffusion.rollout import rollout, sample
 from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import Reward, Scores, score
@@ -20,6 +21,7 @@ from condrl.rewards.scoring import Reward, Scores, score
 Draw = Callable[[Policy, Tensor, list[torch.Generator], Sequence[Row]], Tensor]  # of images: their final states
 Pair = tuple[str, str]  # what is compared with what, by its names in the records
 BASE_AND_TUNED: Pair = ("base", "tuned")
+KL_IMAGES = 32  # by which the path KL is estimated
 RESAMPLES = 4000  # of the prompts, for a bootstrap
 STUDENT_T = (  # the 97.5 % quantiles of Student's t, for 1, 2, ... degrees of freedom
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -266,3 +268,14 @@ def evaluate(
     means = {name: prompt_means(values, per_prompt) for name, values in each.items()}
     labels, calls = [row.prompt for row in rows[: len(preview)]], policy.model.evaluations - before
     return Evaluation(measured, each, means, spread, preview, labels, calls / len(rows))
+
+
+@torch.no_grad()
+def path_kl_to_base(policy: Policy, rows: Sequence[Row], seed: int, batch: int) -> float | None:
+    """The path KL to the base model, nats, of an image of each of the first rows; None of steps without a density."""
+    sampler = policy.sampler
+    if not sampler.is_markov or not sampler.stochastic.any():
+        return None
+    condition = policy.model.encode([row.prompt for row in rows[:KL_IMAGES]])
+    drawn = rollout(policy, condition, torch.Generator().manual_seed(seed), batch)
+    return path_kl(policy, drawn, batch).kl.sum(0, dtype=torch.float64).mean().item()

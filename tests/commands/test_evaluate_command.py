@@ -14,7 +14,11 @@ import condrl
 from condrl import UsageError
 from condrl.commands import evaluate as command
 from condrl.commands import finetune
+from condrl.config import load_config
+from condrl.diffusion.rollout import rollout
 from condrl.models.lora import LORA_FILE
+from condrl.training.build import make_policy
+from condrl.training.evaluate import first_seed
 
 
 @condrl.reward
@@ -141,6 +145,29 @@ def test_the_diversity_is_the_deviation_from_the_prompts_mean(toy, tmp_path):
     assert [found[who]["mean"] for who in ("base", "tuned")] == pytest.approx(expected.tolist(), rel=1e-6)
     _, single, _ = evaluate(toy, "evaluate.images_per_prompt=1", out=tmp_path / "single")
     assert "diversity" not in single["evaluations"][0]
+
+
+def test_the_path_kl_is_that_to_the_base(run, tmp_path, capsys):
+    """None at no strength, and none that is known where steps have no noise."""
+    few = ["--samplers", "ddim,eta=1", "ddim,eta=0", "--steps", "3", "--strength", "0", "1"]
+    _, result, _ = evaluate(run, *few, out=tmp_path / "x")
+    found = {(e["strength"], e["sampler"]["eta"]): e["path_kl"] for e in result["evaluations"]}
+    assert found[0, 1] == 0
+    assert found[1, 0] is found[0, 0] is None
+    assert f"path KL to the base: {found[1, 1]:.4g} nats" in capsys.readouterr().out
+    config = load_config([str(run / "config.yaml"), "sampler.eta=1", "sampler.steps=3"])
+    policy = make_policy(config, torch.device("cpu"))
+    policy.model.load_adapter(run / "lora")
+    condition = policy.model.encode(["a red circle", "a blue star", "a red square", "a black star"])
+    drawn = rollout(policy, condition, torch.Generator().manual_seed(first_seed(0)), 4)
+    ratio = drawn.log_probs.sum(0)
+    for k in range(3):
+        steps = torch.full((4,), k)
+        with policy.model.reference(), torch.no_grad():
+            ratio -= policy.transition(drawn.states[k], steps, condition).log_prob(drawn.states[k + 1])
+    noise = (2 * found[1, 1] / 4) ** 0.5  # of the mean of four log p - log p_base, whose variance is twice their KL
+    assert found[1, 1] > 0
+    assert ratio.mean().item() == pytest.approx(found[1, 1], abs=4 * noise)
 
 
 def test_an_image_depends_on_its_seed_alone(run, tmp_path):

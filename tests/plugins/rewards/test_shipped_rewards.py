@@ -150,6 +150,19 @@ def test_the_embedded_clip_tells_an_image_from_its_altered_copy():
     assert (own > others)[told_apart].float().mean() > 0.93
 
 
+def test_clip_diversity_is_the_mean_distance_to_a_prompts_other_images():
+    """Whatever the order; 0 for equal ones; a single image has no others."""
+    options, rows = {"model": "asset:shapes_clip"}, [Row(0, "a red star")] * 3
+    reward, images = make_reward("clip_diversity", options), smooth_images(3)
+    x = reward.call.clip.images(images)
+    cosine = [torch.cosine_similarity(x[i], x[j], dim=0) for i, j in ((0, 1), (0, 2), (1, 2))]
+    a, b, c = (1 - value for value in cosine)
+    torch.testing.assert_close(reward(images, rows), torch.stack([(a + b) / 2, (a + c) / 2, (b + c) / 2]))
+    torch.testing.assert_close(reward(images[:1].expand(3, -1, -1, -1), rows), torch.zeros(3), atol=1e-5, rtol=0)
+    with pytest.raises(UsageError, match="evaluate.images_per_prompt to at least 2"):
+        reward(images[:1], rows[:1])
+
+
 def test_a_folder_without_weights_is_refused(tmp_path):
     for file in locate("asset:shapes_clip").glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
