@@ -89,7 +89,7 @@ class Trackers:
             if tracker.name == "tensorboard":  # the others' options have them
                 tracker.store_init_configuration(settings)
             if tracker.name in WATCH:
-                print_main(f"watch it with: {WATCH[tracker.name].format(folder=os.environ.get('TRACKIO_DIR', folder))}")
+                print_main(f"to watch the run: {WATCH[tracker.name].format(folder=folder)}")
         self.adopt()
 
     def wandb_id(self) -> str:
@@ -141,17 +141,17 @@ def last_steps(path: Path) -> dict[tuple[str, str], int]:
 def import_trackio(folder: Path) -> None:
     """Import trackio so that it writes into a folder, unless the user's TRACKIO_DIR is another.
 
-    It reads that variable once, when it is imported: for a second run in a process it is imported anew.
+    It reads that variable when it is imported, once: for a second run in a process it is imported anew.
     """
-    if "TRACKIO_DIR" in os.environ:
-        return
     for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
         del sys.modules[name]
-    os.environ["TRACKIO_DIR"] = str(folder)
+    chosen = os.environ.get("TRACKIO_DIR")
+    os.environ["TRACKIO_DIR"] = chosen or str(folder)
     try:
         importlib.import_module("trackio")
     finally:
-        del os.environ["TRACKIO_DIR"]
+        if not chosen:
+            del os.environ["TRACKIO_DIR"]
 
 
 def log_events(tracker: Any, step: int, scalars: Mapping[str, float], pictures: Mapping[str, Picture]) -> None:
