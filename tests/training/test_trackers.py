@@ -7,6 +7,7 @@ import sqlite3
 import sys
 import textwrap
 import tomllib
+import types
 import typing
 from collections import defaultdict
 from io import BytesIO
@@ -21,10 +22,11 @@ from helpers import ROOT, toy_words
 from PIL import Image
 
 from condrl.commands import finetune
-from condrl.config import RunConfig
+from condrl.config import RunConfig, load_config
+from condrl.training.folder import RunFolder
 from condrl.training.host import flatten
 from condrl.training.pictures import labelled
-from condrl.training.trackers import last_steps
+from condrl.training.trackers import Trackers, import_trackio, last_steps
 
 ALL = ("tensorboard", "wandb", "trackio")
 STAND_IN = """
@@ -289,16 +291,89 @@ def test_a_second_run_in_a_process_has_its_own_folder(watched):
     assert found["reward/total"] == [(1, pytest.approx(line["reward/total"]))]
 
 
-def test_trackio_writes_where_the_user_says(tmp_path, monkeypatch):
-    if in_place_of_missing(("trackio",), tmp_path, monkeypatch):
-        monkeypatch.delitem(sys.modules, "trackio", raising=False)
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "mine"))
-    (tmp_path / "mine").mkdir()
-    words = [*toy_words("nft", tmp_path / "run"), "train.epochs=1", "run.trackers=[trackio]"]
-    assert finetune.main(words) == 0
-    assert [step for step, _ in rows("trackio", tmp_path / "mine")][-1] == 1
-    assert os.environ["TRACKIO_DIR"] == str(tmp_path / "mine")
-    sys.modules.pop("trackio")
+def test_trackio_writes_into_each_runs_folder_or_where_the_user_says(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRACKIO_DIR", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "trackio.py").write_text(textwrap.dedent(STAND_IN))
+    for folder in ("first", "second"):
+        import_trackio(tmp_path / folder)
+        assert str(tmp_path / folder) == sys.modules["trackio"].HERE
+        assert "TRACKIO_DIR" not in os.environ
+    monkeypatch.setenv("TRACKIO_DIR", "mine")
+    import_trackio(tmp_path / "third")
+    assert sys.modules["trackio"].HERE == os.environ["TRACKIO_DIR"] == "mine"
+    del sys.modules["trackio"]
+
+
+# ---------------------------------------------------------------------------------------------- once
+
+
+class Recorded:
+    """A tracker, and the accelerator that starts it; it may be killed while it logs."""
+
+    name = "tensorboard"
+
+    def __init__(self):
+        self.trackers, self.logged, self.shown, self.is_killed, self.finished = [], [], [], False, 0
+
+    def init_trackers(self, project, init_kwargs):
+        self.trackers.append(self)
+
+    def store_init_configuration(self, settings):
+        self.settings = settings
+
+    def log(self, values, step):
+        if self.is_killed:
+            raise KeyboardInterrupt
+        self.logged.append((step, values))
+
+    def log_images(self, values, step, dataformats):
+        self.shown.append((step, *values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def started(tracker, folder, is_main=True):
+    trackers = Trackers(RunFolder(folder), types.SimpleNamespace(accelerator=tracker, is_main=is_main))
+    return trackers, trackers.running(load_config([*toy_words("nft", folder), "run.trackers=[tensorboard]"]))
+
+
+def test_a_step_is_logged_once_even_if_the_run_was_killed_meanwhile(tmp_path):
+    tracker, image = Recorded(), Image.new("RGB", (4, 4))
+    trackers, running = started(tracker, tmp_path)
+    with running:
+        trackers.log(0, {"a": 0.0})
+        trackers.show("film/0", image, "a cat")
+        trackers.log(1, {"a": 1.0})
+        trackers.log(1, {"result": 1.5}, "result")
+        trackers.log(1, {"a": 1.0})
+        tracker.is_killed = True
+        with pytest.raises(KeyboardInterrupt):
+            trackers.log(2, {"a": 2.0})
+    tracker.is_killed = False
+    trackers, running = started(tracker, tmp_path)  # from the checkpoint of the first epoch
+    with running:
+        trackers.log(0, {"a": 0.0})
+        trackers.log(1, {"result": 1.5}, "result")
+        trackers.show("film/0", image, "a cat")
+        trackers.log(2, {"a": 2.0})  # it may have it, or a part
+        trackers.log(3, {"a": 3.0})
+        trackers.log(3, {"result": 3.5}, "result")
+    steps = [(0, {"a": 0.0}), (1, {"a": 1.0}), (1, {"result": 1.5}), (3, {"a": 3.0}), (3, {"result": 3.5})]
+    assert tracker.logged == steps
+    assert tracker.shown == [(1, "film/0")]
+    assert (tracker.finished, tracker.trackers) == (2, [])
+    assert tracker.settings["algorithm.name"] == "nft"
+
+
+def test_other_processes_start_no_trackers(tmp_path):
+    tracker = Recorded()
+    trackers, running = started(tracker, tmp_path, is_main=False)
+    with running:
+        trackers.log(0, {"a": 0.0})
+    assert tracker.logged == []
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be
