@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "draw with a LoRA, or with the base model",
     "evaluate": "measure a tuned model beside its base, image by image",
     "report": "write a page of a run: verdict, curves, pictures",
+    "export": "write what was tuned for diffusers, for ComfyUI, or as a whole pipeline; push it to the hub",
     "plugins": "list rewards, samplers, algorithms and models with their options",
     "serve": "serve a reward over HTTP",
 }

@@ -143,7 +143,7 @@ def test_a_reward_without_memory_is_named(capsys):
 
 
 def test_a_limit_of_addresses_is_told_and_counts_as_memory(monkeypatch, capsys):
-    from condrl.training.preflight import free_gb
+    from condrl.training.memory import free_gb
 
     warn_of_address_limit()
     assert capsys.readouterr().err == ""

@@ -102,6 +102,16 @@ def test_every_shipped_plugin_is_in_the_wheel(wheel):
         assert len(files) > 2
 
 
+def test_every_shipped_config_and_prompt_file_is_in_the_wheel(wheel):
+    for folder, place in (("configs", "condrl/configs"), ("condrl/assets", "condrl/assets")):
+        ours, theirs = (
+            {file.relative_to(root) for file in root.rglob("*") if file.suffix in (".yaml", ".txt", ".jsonl")}
+            for root in (ROOT / folder, wheel / place)
+        )
+        assert ours == theirs
+        assert len(ours) > 5
+
+
 def test_editable_install_reads_the_checkout(tmp_path):
     done = run_python("-c", PROBE, cwd=tmp_path)
     assert done.stdout.splitlines()[0].count(str(ROOT)) == 2, done.stderr

@@ -154,7 +154,7 @@ IMAGES = [
 HALVES = """
 import torch
 from condrl.plugins.models.stable_diffusion import StableDiffusion
-from condrl.training.preflight import here
+from condrl.training.memory import here
 
 torch.distributed.init_process_group("gloo")
 model = StableDiffusion(torch.device("cpu"), guidance=1.0)

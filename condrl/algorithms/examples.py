@@ -104,8 +104,8 @@ def check_ratios(examples: RatioExamples, policy: Policy, batch: int, most: int 
     off = []
     for part in pairs.split(batch):
         some = examples.at(*part.unbind(1))
-        log_prob = some.log_prob(policy)  # with gradients, as the update does
-        off.append((log_prob.detach() - some.old_log_prob).exp().sub(1).abs().max())
+        log_prob = some.log_prob(policy).detach()  # with gradients, as the update does; one graph at a time
+        off.append((log_prob - some.old_log_prob).exp().sub(1).abs().max())
     worst = torch.stack(off).max().item()  # nan, if one is
     allowed = RATIO_TOLERANCE["half" if has_half_precision(policy) else "full"]
     if not worst <= allowed:

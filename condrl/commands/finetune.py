@@ -151,6 +151,7 @@ def tried_and_tuned(config: Config, prompts: Prompts, begun: float, dry: bool, p
     from condrl.training.preflight import preflight
 
     later = [*prompts.heldout, *prompts.validation]
+    print_main(f"loading the model {config.model.get('path', config.model['name'])} ...")
     trainer = make_trainer(config, prompts.train, later, processes)
     for line in [*preflight(trainer, later, make_measures(config)), *announcement(config, *prompts)]:
         print_main(line)
@@ -224,12 +225,12 @@ def save_result(
 
     folder, trackers = trainer.folder, trainer.recorder.trackers
     write_json(folder.file("result.json"), result)
-    describe(trainer, result, len(prompts.heldout))
     for picture in save_pictures(trainer, base, tuned):
         with Image.open(picture) as image:
             trackers.show(picture.stem, image.copy())
     save_images(trainer, prompts.heldout, base, tuned)
     trackers.log(trainer.epoch, tracked_result(result), "result")
+    describe(folder)
     save_report(folder)
     print(visible(summary(result, folder.path)))
 
@@ -353,13 +354,23 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
     return []
 
 
-def describe(trainer: Trainer, result: dict[str, Any], prompts: int) -> None:
-    """Write into the cards of the LoRAs what was measured of them."""
-    from condrl.report.card import add_to_card
+def describe(folder: RunFolder) -> None:
+    """Write the cards of the LoRAs anew, with what was measured of them."""
+    from condrl.report.card import write_card
+    from condrl.report.run import read_run
 
-    config, best = trainer.config, result.get("best", {})
-    for name, heldout in (("lora", result["heldout"]), ("lora_best", best.get("heldout", {}))):
-        add_to_card(config.folder / name / "README.md", heldout, config.evaluate.sampler or config.sampler, prompts)
+    run = read_run(folder.path)
+    result = run.result or {}
+    best = result.get("best", {}).get("heldout", {})
+    for name, heldout, images in (("lora", result["heldout"], run.images), ("lora_best", best, ())):
+        if heldout and (folder.path / name / "README.md").is_file():
+            write_card(
+                run,
+                folder.path / name,
+                heldout,
+                images,
+                claim=lambda path: folder.claim(path.relative_to(folder.path).as_posix()),
+            )
 
 
 def save_images(trainer: Trainer, rows: Sequence[Row], base: Evaluation | None, tuned: Evaluation | None) -> None:

@@ -19,7 +19,7 @@ from condrl.diffusion.schedule import DiscreteSchedule, Schedule, schedule_from_
 from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
 from condrl.models.embeddings import Embeddings, Encoded, Prompt
-from condrl.models.loading import Family, load_pipeline
+from condrl.models.loading import Family, load_pipeline, public_name
 from condrl.models.lora import load_lora, lora_layers, save_lora
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -298,7 +298,7 @@ class LatentModel(ABC):
 
     def save_adapter(self, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the LoRA as diffusers reads it and as ComfyUI and A1111 do."""
-        save_lora(self.module, folder, self.path, metadata, self.prefix)
+        save_lora(self.module, folder, public_name(self.path), metadata, self.prefix)
 
     def load_adapter(self, folder: Path) -> None:
         """Read a LoRA, a file or its folder, into the existing adapter.

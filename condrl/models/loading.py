@@ -46,6 +46,16 @@ SINGLE = {  # how the keys of a file begin that is something else than a whole c
 }
 
 
+def hub_id(path: str) -> str | None:
+    """A model's name on the Hugging Face hub; None of a file, a folder and what comes with condrl."""
+    return path if "/" in path and HUB_ID.fullmatch(path) and not locate(path).exists() else None
+
+
+def public_name(path: str) -> str:
+    """What a model is called where others read it: without the folders of this machine."""
+    return hub_id(path) or Path(path.removeprefix("asset:")).name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What is known of a family of models: its pipelines, their parts, and what they look like in a single file."""

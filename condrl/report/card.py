@@ -1,40 +1,111 @@
-"""What a LoRA's card says of its measurements."""
+"""The card of what a run tuned: README.md beside the weights, as the Hugging Face hub reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from condrl.errors import naming
-from condrl.report.run import change
+from condrl.models.loading import hub_id, public_name
+from condrl.models.lora import LORA_FILE, code_span
+from condrl.report.run import Line, Run, change
+from condrl.report.usage import base_model, deployed_sampler, diffusers_code
 
-HEADING = "\n## Measured\n"
+PICTURES = 4  # of the first held-out prompts, not of the best ones
+HERE = "path/to/this/folder"
+FAMILIES = {"stable_diffusion": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
 
 
-def add_to_card(card: Path, heldout: Mapping[str, Mapping[str, Any]], sampler: Mapping[str, Any], prompts: int) -> None:
-    """Write what was measured on held-out prompts at the end of a LoRA's README.md, in place of what stood there.
+def write_card(
+    run: Run,
+    folder: Path,
+    heldout: Mapping[str, Any],
+    images: Sequence[Line] = (),
+    strength: float = 1.0,
+    place: str = HERE,
+    claim: Callable[[Path], object] = lambda path: None,
+) -> None:
+    """Write README.md into a folder with what a run tuned, a LoRA or a pipeline, and the pictures that it shows.
 
-    Raises: RunError when the file cannot be written.
+    `heldout` is what was measured of it, `images` the lines of heldout.jsonl that are of it, `place` where it will be;
+    `claim` is told each file before it is written.
+
+    Raises: RunError when a file cannot be written.
     """
-    if not heldout or not card.is_file():
-        return
-    with naming(card):
-        text = card.read_text("utf-8").partition(HEADING)[0]
-        card.write_text(text + HEADING + measured(heldout, sampler, prompts), "utf-8")
+    shown = [line for line in images if line.get("pictures")][:PICTURES]
+    for number, line in enumerate(shown):
+        claim(picture := folder / "images" / f"{number}.png")
+        with naming(picture):
+            picture.parent.mkdir(exist_ok=True)
+            picture.write_bytes((run.folder / line["pictures"]["tuned"]).read_bytes())
+    parts = [summary(run), use(run, folder, strength, place), measured(run, heldout)]
+    text = front_matter(run, shown, (folder / "model_index.json").is_file()) + "\n".join(filter(None, parts))
+    claim(path := folder / "README.md")
+    with naming(path):
+        path.write_text(text, "utf-8")
 
 
-def measured(heldout: Mapping[str, Mapping[str, Any]], sampler: Mapping[str, Any], prompts: int) -> str:
-    """A table of base, tuned and their paired difference."""
+def front_matter(run: Run, shown: Sequence[Line], is_whole: bool) -> str:
+    """What the hub reads: the base model, and prompts with pictures."""
+    from huggingface_hub import ModelCardData
+
+    base, model = hub_id(base_model(run)), run.config.get("model") or {}
+    family = FAMILIES.get(model.get("name", ""), str(model.get("name")))
+    widgets = [{"text": line["prompt"], "output": {"url": f"images/{number}.png"}} for number, line in enumerate(shown)]
+    facts: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": [*([] if is_whole else ["lora"]), "text-to-image", family, "condrl"],
+        "base_model": base,
+        "base_model_relation": ("merge" if is_whole else "adapter") if base else None,
+        "instance_prompt": shown[0]["prompt"] if shown else None,
+        "widget": widgets or None,
+    }
+    data = ModelCardData(**facts)  # which leaves out what is None
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def summary(run: Run) -> str:
+    algorithm = (run.config.get("algorithm") or {}).get("name")
+    rewards = ", ".join(f"{name} (weight {weight:g})" for name, weight in run.rewards.items()) or "none"
+    base = code_span(public_name(base_model(run)))
+    return f"# {run.name}\n\n{base}, tuned with condrl by {algorithm}. Rewards: {rewards}.\n"
+
+
+def use(run: Run, folder: Path, strength: float, place: str) -> str:
+    """How what is in the folder is loaded."""
+    if (folder / "model_index.json").is_file():
+        return f"## Use it\n\n```python\n{diffusers_code(run, place, None)}\n```\n"
+    parts = []
+    if (folder / LORA_FILE).is_file():
+        base = hub_id(base_model(run)) or f"path/to/{public_name(base_model(run))}"
+        code = diffusers_code(run, base, place)
+        parts.append(f"With diffusers:\n\n```python\n{code}\n```\n")
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name != LORA_FILE:
+            parts.append(f"With ComfyUI and A1111: copy {code_span(file.name)} to their folder of LoRAs.\n")
+    scaled = "" if strength == 1 else f" These weights have {strength:g} times what was tuned."
+    parts.append(f"Strength 1 is what the files hold: alpha = rank.{scaled}\n")
+    return "## Use it\n\n" + "\n".join(parts)
+
+
+def measured(run: Run, heldout: Mapping[str, Any]) -> str:
+    """A table of base, tuned and their paired difference; empty where nothing was measured."""
+    if not heldout:
+        return ""
+    sampler = deployed_sampler(run)
     options = ", ".join(f"{key} {value}" for key, value in sampler.items() if key != "name" and value is not None)
     rows = "".join(f"| {name} | {change(dict(row))} |\n" for name, row in heldout.items())
-    return f"""
-On {prompts} held-out prompts, base and tuned drawn from the same noise by `{sampler.get("name")}` ({options}).
-In brackets, the 95 % interval of the paired difference over prompts.
+    prompts = len({line["row"] for line in run.images}) or "the run's"
+    return f"""## Measured
+
+On {prompts} held-out prompts, base and tuned drawn from the same noise at strength 1 by `{sampler.get("name")}`
+({options}). In brackets, the 95 % interval of the paired difference over prompts.
 
 | measure | base to tuned, difference |
 | --- | --- |
 {rows}
-It was tuned on its rewards alone: what they do not measure may have become worse. `report.html` of the run shows the
-images that lost most.
+The pictures are of the first held-out prompts, not the best ones. It was tuned on its rewards alone: what they do not
+measure may have become worse, and so may prompts of other kinds than those that it was tuned on.
 """

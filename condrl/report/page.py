@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 
 from condrl.errors import naming
+from condrl.io.files import locate
 from condrl.report.charts import Chart, Mark, Series, number
 from condrl.report.run import Finding, Line, Run, change, side, verdict
+from condrl.report.usage import base_model, diffusers_code
 
 OPENING = "<!doctype html>\n<!-- condrl report -->\n"
 MOST_PIXELS = 256  # of a picture's longer side
@@ -121,42 +123,12 @@ def usage(run: Run) -> str:
     """How to load the LoRA; empty before there is one."""
     if not (run.folder / "lora" / "pytorch_lora_weights.safetensors").is_file():
         return ""
+    code = diffusers_code(run, str(locate(base_model(run))), str(run.folder.resolve() / "lora"))
     return (
         f"<p>condrl: <code>condrl sample {escape(str(run.folder))} --prompt &quot;...&quot;</code></p>"
-        f"<p>diffusers:</p><pre>{escape(diffusers_code(run))}</pre><p>ComfyUI and A1111: copy "
+        f"<p>diffusers:</p><pre>{escape(code)}</pre><p>ComfyUI and A1111: copy "
         "<code>lora/comfyui_lora.safetensors</code> to their folder of LoRAs; strength 1 is what was tuned.</p>"
     )
-
-
-PIPELINES = {"stable_diffusion": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
-
-
-def diffusers_code(run: Run) -> str:
-    """A script that draws with the run's own sampler, where diffusers has it."""
-    from condrl.io.files import locate
-
-    model, evaluate = run.config.get("model") or {}, run.config.get("evaluate") or {}
-    sampler = {**(run.config.get("sampler") or {}), **(evaluate.get("sampler") or {})}
-    pipeline = PIPELINES.get(model.get("name", ""), "DiffusionPipeline")
-    has_it = sampler.get("name") == "ddim"
-    spacing = f', timestep_spacing="{sampler["spacing"]}"' if sampler.get("spacing") else ""
-    note = "the run's sampler" if has_it else f"diffusers has no {sampler.get('name')}: pictures differ from condrl's"
-    lines = [
-        "import torch",
-        f"from diffusers import DDIMScheduler, {pipeline}",
-        "",
-        f'pipe = {pipeline}.from_pretrained("{locate(str(model.get("path", "")))}", torch_dtype=torch.float32)',
-        f'pipe.load_lora_weights("{run.folder.resolve() / "lora"}", weight_name="pytorch_lora_weights.safetensors")',
-        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{spacing})  # {note}",
-        "image = pipe(",
-        '    "your prompt",',
-        f"    num_inference_steps={sampler.get('steps', 50)},",
-        f"    guidance_scale={model.get('guidance', 5.0)},",
-        f"    eta={sampler.get('eta', 1.0) if has_it else 0.0},",
-        "    generator=torch.Generator().manual_seed(0),",
-        ").images[0]",
-    ]
-    return "\n".join(lines)
 
 
 def costs(run: Run) -> str:

@@ -1,29 +1,27 @@
-"""What can be known before the first epoch: the arithmetic in a sentence, the memory, and a trial with a few images."""
+"""What can be known before the first epoch: the arithmetic in a sentence, and what a trial with a few images shows."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from condrl.algorithms.base import Collected, Experience
 from condrl.algorithms.examples import Examples, RatioExamples, check_ratios
 from condrl.diffusion.noise import rng_state, set_rng_state
 from condrl.diffusion.rollout import Place
-from condrl.errors import RewardError, RunError, UsageError
+from condrl.errors import RewardError, RunError, UsageError, print_main
 from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import Reward, usage_errors
 from condrl.training.checkpoint import check_saveable
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.memory import Growth, LiveBytes, Needs, PeakClock, memory
+from condrl.training.trainer import Trainer
 
 PROMPTS, IMAGES = 2, 4  # of the trial, for each process
 MOST_FAILED = 0.5  # of the trial's scores
@@ -38,7 +36,7 @@ class Trial:
     images: int  # of a prompt
     calls_to_gather: float  # network calls for an image: roll-out and examples
     calls_to_learn: float  # in a pass of updates
-    saved_gb: float  # held for the backward pass, for a pair of image and step
+    needs: Needs  # of memory
     collected: Collected
     kl_gradient: float | None  # its norm a small step away from the base; None without a KL
 
@@ -56,7 +54,7 @@ def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[
         try_rows(measures, image, heldout, per_prompt, trainer.processes)
     if trial.kl_gradient == 0:
         raise RunError("algorithm.kappa asks for a KL to the base model, but it has no gradient in what is trained")
-    lines = [arithmetic(trainer, trial), memory(trainer, trial)]
+    lines = [arithmetic(trainer, trial), memory(trainer, trial.needs)]
     if isinstance(trial.collected, Experience):
         lines += reward_lines(trial.collected, trial.images)
     return lines
@@ -99,76 +97,35 @@ def arithmetic(trainer: Trainer, trial: Trial) -> str:
     )
 
 
-def memory(trainer: Trainer, trial: Trial) -> str:
-    """The memory that training will need in a process, and what is free."""
-    train, policy = trainer.config.train, trainer.policy
-    parameters = list(policy.model.module.parameters())
-    weights = sum(here(p).nbytes for p in parameters) / 1e9
-    trained = 3 * sum(p.nbytes for p in trainer.learner.parameters) / 1e9  # gradients and Adam's moments
-    images = len(trainer.processes.local_indices(train.prompts_per_epoch)) * train.images_per_prompt
-    stored = 4e-9 * images * (policy.steps + 1) * torch.Size(policy.model.state_shape).numel()
-    if any(here(p) is not p for p in parameters):  # what is held for the backward pass has gathered weights in it
-        return (
-            f"memory in a process: sharded weights {weights:.3f} GB, optimiser {trained:.2f}, trajectories "
-            f"{stored:.2f}; the backward pass is not estimated"
-        )
-    active = trial.saved_gb * train.loss_batch
-    needed = weights + trained + stored + active
-    text = (
-        f"memory for training: about {needed:.2f} GB (weights {weights:.2f}, optimiser {trained:.2f}, trajectories "
-        f"{stored:.2f}, backward pass of {train.loss_batch} {active:.2f})"
-    )
-    free = free_gb(policy.model.device)
-    if free is None:
-        return text
-    left = needed - weights  # the weights are there already
-    short = "; warning: that may not be enough: lower train.loss_batch, or model.gradient_checkpointing=true"
-    return f"{text}; {free:.1f} GB are free{short if left > free else ''}"
-
-
-def here(parameter: Tensor) -> Tensor:
-    """A parameter, or this process's part of a sharded one."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def free_gb(device: torch.device) -> float | None:
-    """Free memory of a device, or of the machine for a CPU, within its limit; None where it is not known."""
-    if device.type == "cuda":  # what torch has in reserve is free for it
-        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + reserve) / 1e9
-    if device.type == "cpu" and sys.platform == "linux":
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-        free = next(float(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable"))
-        import resource  # not on Windows
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v
-        taken = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
-        return free if limit == resource.RLIM_INFINITY else min(free, (limit - taken) / 1e9)
-    return None
-
-
 def attempt(trainer: Trainer) -> Trial:
     """Roll out, score and differentiate a few images; the trainer is left as it was."""
     twin, model = smaller(trainer), trainer.policy.model
+    few = twin.config.images_per_epoch
+    print_main(f"trying a roll-out, its rewards and an update: {few} images of {trainer.policy.steps} steps ...")
     before = model.evaluations
     drawn = rng_state()  # a reward may draw
-    collected = twin.collect(0, Clock())
+    with LiveBytes() as live:
+        collected = twin.collect(0, clock := PeakClock(live))
     if isinstance(collected, Experience):
         check_scores(trainer, collected)
-    examples = twin.examples(collected, 0)
-    images, gathered = len(collected.rows), model.evaluations - before
+    images = len(collected.rows)
+    with LiveBytes() as live:
+        examples = twin.examples(collected, 0)
+    prepare = Growth.through({min(images, trainer.config.train.loss_batch): live.peak})
+    gathered = model.evaluations - before
     if isinstance(examples, RatioExamples) and trainer.config.run.check_ratios:
         check_ratios(examples, twin.policy, twin.config.train.loss_batch)
     learning = model.evaluations
-    saved = differentiate(twin, examples)
+    learn = differentiate(twin, examples)
+    learned = model.evaluations - learning
     twin.algorithm.after_update(twin.policy)
     check_saveable(twin.algorithm.state_dict())
-    passes = (trainer.config.train.steps_per_image or len(examples.k)) / len(examples.k)
+    steps = trainer.config.train.steps_per_image or len(examples.k)
     trial = Trial(
         images=twin.config.train.images_per_prompt,
         calls_to_gather=gathered / images,
-        calls_to_learn=passes * (model.evaluations - learning) / images,
-        saved_gb=saved,
+        calls_to_learn=steps / len(examples.k) * learned / images,
+        needs=Needs(rollout_growth(twin, collected), *of_images(clock, images, trainer), prepare, learn, steps),
         collected=collected,
         kl_gradient=kl_gradient(twin, collected.rollout.place(0, torch.arange(images)), collected.rollout.condition)
         if isinstance(collected, Experience) and twin.algorithm.kappa
@@ -177,6 +134,29 @@ def attempt(trainer: Trainer) -> Trial:
     model.evaluations = before
     set_rng_state(drawn)
     return trial
+
+
+def of_images(clock: PeakClock, images: int, trainer: Trainer) -> tuple[Growth, Growth]:
+    """What decoding and scoring held, which work on some images at a time."""
+    at_once = min(images, getattr(trainer.policy.model, "decode_batch", images))
+    sizes = {"decode": at_once, "score": images}
+    decode, score = (Growth.through({size: clock.peaks.get(phase, 0)}) for phase, size in sizes.items())
+    return decode, score
+
+
+@torch.no_grad()
+def rollout_growth(twin: Trainer, collected: Collected) -> Growth:
+    """What a step of a roll-out holds, of one image and of several."""
+    if not isinstance(collected, Experience):
+        return Growth(0, 0)
+    policy, some = twin.policy, collected.rollout
+    peaks = {}
+    for count in {1, min(len(some.condition), twin.config.train.rollout_batch)}:
+        place = some.place(0, torch.arange(count))
+        with LiveBytes() as live, policy.rolling_out():
+            policy.step(place.x, torch.zeros(count, dtype=torch.long), some.condition[:count], place.solver_state)
+        peaks[count] = live.peak
+    return Growth.through(peaks)
 
 
 @contextmanager
@@ -252,18 +232,26 @@ def smaller(trainer: Trainer) -> Trainer:
     return twin
 
 
-def differentiate(twin: Trainer, examples: Examples) -> float:
-    """Do the backward passes of all pairs; returns the GB that a pair's graph holds."""
-    most = 0.0
+def differentiate(twin: Trainer, examples: Examples) -> Growth:
+    """Do the backward passes of all pairs; returns what they hold."""
+    peaks, pairs = dict[int, int](), examples.every_pair()
     size = min(twin.config.train.loss_batch, examples.count + 1)  # across steps, and not as many as there are images
-    for some in examples.every_pair().split(size):
-        with held_bytes(twin) as held:
-            returned = twin.algorithm.loss(twin.policy, examples.at(*some.unbind(1)))
-        checked(returned, len(some)).sum().backward()
-        most = max(most, sum(held.values()) / len(some) / 1e9)
+    calls = twin.policy.model.evaluations
+    peaks[1] = backward(twin, examples, pairs[:1])
+    twin.policy.model.evaluations = calls  # of one pair more
+    for some in pairs.split(size):
+        peaks[len(some)] = max(peaks.get(len(some), 0), backward(twin, examples, some))
+    return Growth.through(peaks)
+
+
+def backward(twin: Trainer, examples: Examples, pairs: Tensor) -> int:
+    """The bytes that a loss of some pairs and its backward pass hold at most."""
+    with LiveBytes() as live:
+        returned = twin.algorithm.loss(twin.policy, examples.at(*pairs.unbind(1)))
+        checked(returned, len(pairs)).sum().backward()
     for parameter in twin.learner.parameters:
         parameter.grad = None
-    return most
+    return live.peak
 
 
 def checked(returned: Any, pairs: int) -> Tensor:
@@ -285,22 +273,6 @@ def checked(returned: Any, pairs: int) -> Tensor:
         if not isinstance(value, Tensor):
             raise UsageError(f"the algorithm's metric {name!r} is a {type(value).__name__}: it should be a tensor")
     return loss
-
-
-@contextmanager
-def held_bytes(twin: Trainer) -> Iterator[dict[int, int]]:
-    """The bytes of each storage that autograd keeps of what is computed within, apart from the weights."""
-    held: dict[int, int] = {}
-    modules = [twin.policy.model.module, *(own.module for own in twin.algorithm.networks().values())]
-    weights = {here(p).untyped_storage().data_ptr() for module in modules for p in module.parameters()}
-
-    def keep(x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() not in weights:
-            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        yield held
 
 
 def kl_gradient(twin: Trainer, start: Place, condition: Tensor) -> float | None:

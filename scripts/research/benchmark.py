@@ -239,7 +239,7 @@ def sd15(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 
 RECIPES = {  # of an epoch, for each image: UNet calls to roll out, and to learn from, forward and backward
-    "configs/sd15/compressibility.yaml": (100, 100),  # 50 steps with guidance, all of them trained
+    "50 guided steps, all trained": (100, 100),
     "configs/quickstart.yaml": (10, 2),  # 10 steps without guidance, two draws of nft
 }
 

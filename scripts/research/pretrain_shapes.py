@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from condrl.models.saving import edit_json, save_pipeline
 from condrl.shapes import scenes
 from condrl.shapes.networks import (
     CLIP_MODEL,
@@ -423,10 +424,8 @@ def export(args: argparse.Namespace) -> None:
         "hours": round(before["hours"] + hours, 2),
         "loss": round(progress.loss, 4),
     }
-    pipe.to(torch.float16).save_pretrained(args.out)
+    save_pipeline(pipe.to(torch.float16), args.out)
     make_tokenizer(args.out / "tokenizer")  # vocab.json and merges.txt, for readers that do not know tokenizer.json
-    keep_text_model_prefix(args.out / "text_encoder" / "model.safetensors")
-    edit_json(args.out / "text_encoder" / "config.json", dtype="float32")  # as diffusers loads the other parts
     edit_json(args.out / "vae" / "config.json", _name_or_path=None)  # where it was loaded from
     write_prompts(args.out)
     (args.out / HISTORY).write_text(json.dumps(history, indent=2) + "\n", "utf-8")
@@ -439,13 +438,6 @@ def export(args: argparse.Namespace) -> None:
 def vae_history(args: argparse.Namespace) -> dict[str, Any]:
     vae = Progress(args.work / "vae.pt", vae=make_vae())
     return {"vae": {"samples": 24 * vae.step, "hours": round(vae.seconds / 3600, 2), "loss": round(vae.loss, 4)}}
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    """Set keys of a JSON file; None removes one."""
-    content = json.loads(path.read_text("utf-8")) | changes
-    kept = {key: value for key, value in content.items() if value is not None or key not in changes}
-    path.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
 
 
 @torch.no_grad()
@@ -480,14 +472,6 @@ def pipeline_measures(folder: Path) -> dict[str, float]:
                 kinds.setdefault("relation, given both", []).append(exact)
         found |= {f"{name}, {steps} steps": sum(values) / len(values) for name, values in sorted(kinds.items())}
     return found
-
-
-def keep_text_model_prefix(path: Path) -> None:
-    """Give a text encoder's weights the key names that every release of transformers reads."""
-    from safetensors.torch import load_file, save_file
-
-    state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(path).items()}
-    save_file(state, path, metadata={"format": "pt"})
 
 
 def write_prompts(folder: Path, each: int = 512) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from condrl.commands import report
 from condrl.prompts import Row
-from condrl.report.card import add_to_card
+from condrl.report.card import write_card
 from condrl.report.charts import Chart, Mark, Scale, Series, number, padded
 from condrl.report.page import OPENING, against_kl, embedded, gain, page
 from condrl.report.run import read_run, verdict
@@ -366,22 +366,21 @@ def test_a_film_has_the_first_images_of_each_evaluation(tmp_path):
     assert len(list((tmp_path / "run" / "film").iterdir())) == 8
 
 
-def test_a_loras_card_says_what_was_measured(tmp_path):
-    """Once, however often it is told."""
-    card, sampler = tmp_path / "README.md", {"name": "ddim", "steps": 10, "spacing": None, "eta": 1.0}
-    add_to_card(card, {"m": BETTER}, sampler, 512)
-    assert not card.exists()
-    card.write_text("# LoRA\n")
-    add_to_card(card, {}, sampler, 512)
-    assert card.read_text() == "# LoRA\n"
-    for row_ in (WORSE, BETTER):
-        add_to_card(card, {"m": row_}, sampler, 512)
-    text = card.read_text()
-    assert text.startswith("# LoRA\n\n## Measured\n")
+def test_a_card_is_written_anew_with_what_was_measured(tmp_path):
+    run = read_run(a_whole_run(tmp_path / "run"))
+    claimed = []
+    for heldout in ({"m": WORSE}, {"m": BETTER}):
+        claimed.clear()
+        write_card(run, run.folder / "lora", heldout, run.images, claim=claimed.append)
+    text = (run.folder / "lora" / "README.md").read_text()
     assert text.count("## Measured") == 1
     assert "| m | 0.500 to 0.700, +0.200 [+0.100, +0.300] |" in text
-    assert "On 512 held-out prompts" in text
-    assert "`ddim` (steps 10, eta 1.0)" in text
+    assert "On 4 held-out prompts" in text
+    assert "`ddim`\n(eta 1.0, spacing trailing, steps 20)" in text  # as the config file has them
+    assert "num_inference_steps=20," in text
+    names = ["images/0.png", "images/1.png", "images/2.png", "README.md"]  # the fourth image was not drawn
+    assert claimed == [run.folder / "lora" / name for name in names]
+    assert all(path.is_file() for path in claimed)
 
 
 # ---------------------------------------------------------------------------------------------- in a browser

@@ -7,7 +7,7 @@ import torch
 from helpers import ALGORITHMS, ROOT, run_python, toy_words
 
 import condrl
-import condrl.training.preflight as module
+import condrl.training.memory as memory
 from condrl import RunError, UsageError
 from condrl.config import load_config
 from condrl.prompts import Row, load_prompts
@@ -40,7 +40,7 @@ def test_the_trial_leaves_no_trace_and_counts_what_an_epoch_calls(name, tmp_path
         assert torch.equal(mine, theirs)
     images = trainer.config.images_per_epoch
     assert images * (trial.calls_to_gather + trial.calls_to_learn) == trainer.policy.model.evaluations
-    assert trial.saved_gb > 0
+    assert trial.needs.learn.gb(1) > 0
 
 
 def test_calls_with_some_steps_of_each_image(tmp_path):
@@ -57,15 +57,6 @@ def test_calls_with_some_steps_of_each_image(tmp_path):
     assert images * (trial.calls_to_gather + trial.calls_to_learn) == trainer.policy.model.evaluations == images * 7
 
 
-def test_what_a_pair_holds_has_no_share_of_the_weights(tmp_path, monkeypatch):
-    trainer = make(*toy_words("nft", tmp_path))
-    found = []
-    for images in (2, 4):
-        monkeypatch.setattr(module, "IMAGES", images)
-        found.append(attempt(trainer).saved_gb)
-    assert found[0] == pytest.approx(found[1], rel=0.05)
-
-
 def test_the_sentences(tmp_path, monkeypatch):
     trainer = make(str(ROOT / "configs" / "toy" / "g1.yaml"), f"run.dir={tmp_path}", "algorithm.kappa=0.5")
     lines = preflight(trainer)
@@ -75,7 +66,7 @@ def test_the_sentences(tmp_path, monkeypatch):
     )
     assert "GB are free" in lines[1]
     assert "warning" not in " ".join(lines)
-    monkeypatch.setattr(module, "free_gb", lambda device: 1e-6)
+    monkeypatch.setattr(memory, "free_gb", lambda device: 1e-6)
     assert "may not be enough: lower train.loss_batch" in preflight(trainer)[1]
 
 

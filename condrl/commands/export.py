@@ -1,0 +1,179 @@
+"""Write what a run tuned as other programs read it, and push it to the Hugging Face hub.
+
+    python scripts/export.py runs/quickstart --to diffusers    the LoRA: runs/quickstart/export/diffusers/
+    python scripts/export.py runs/quickstart --to kohya        the same for ComfyUI and A1111
+    python scripts/export.py runs/quickstart --to merged       the whole pipeline, with the LoRA in its weights
+    python scripts/export.py runs/quickstart --to diffusers --push OWNER/NAME
+
+Each with its card, README.md, and pictures. The first argument is a run's folder, or a LoRA's folder or file in any
+format; `key=value` overrides change the model that it is for, such as model.path= or model.dtype=float16. --push
+creates a private repository unless it exists, and needs `hf auth login` or HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from condrl.commands.console import exit_code
+from condrl.commands.sample import check_folder, in_run, read_words
+from condrl.errors import RunError, UsageError, brief, naming, visible, warn_of_address_limit
+
+REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "condrl export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="+", metavar="RUN key=value", help="a run's folder, or a LoRA")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder; by default export/ of the run")
+    parser.add_argument("--strength", type=float, default=1.0, help="of the LoRA in what is written; 1 is as tuned")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload the folder to the hub")
+    parser.add_argument("--public", action="store_true", help="create that repository public, not private")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    return parser.parse_intermixed_args(words)
+
+
+def main(words: list[str]) -> int:
+    """Exit code: 0, 1 when it cannot be written or pushed, 2 for bad input."""
+    return exit_code(lambda: export(parse(words)))
+
+
+def export(args: argparse.Namespace) -> None:
+    """Check everything that can be checked without the model, then write, then push."""
+    from condrl.training.host import find_device
+
+    warn_of_address_limit()
+    config, lora, home = read_words(args.words)
+    if lora is None:
+        raise UsageError("nothing to export: name a run's folder, or a LoRA")
+    if not math.isfinite(args.strength):
+        raise UsageError(f"--strength must be a finite number, got {args.strength}")
+    out = args.out or in_run(in_run(home / "export") / args.to)
+    check_new(out)
+    if args.push:
+        check_hub(args.push)
+    elif args.public:
+        raise UsageError("--public has no effect without --push OWNER/NAME")
+    model = loaded(config, lora, args.strength, find_device(args.device))
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
+        FORMATS[args.to](model, lora, out, name_of(home, lora))
+    describe(home, lora, out, args)
+    print(visible(f"wrote {out}"))
+    if args.push:
+        print(visible(f"pushed to {push(out, args.push, args.public)}"))
+
+
+def check_new(folder: Path) -> None:
+    """Raises: UsageError when there is something else already, or nothing can be written there."""
+    check_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty: remove it, or name another folder with --out")
+
+
+# ---------------------------------------------------------------------------------------------- formats
+
+
+def loaded(config: Any, lora: Path, strength: float, device: Any) -> Any:
+    """The model with a LoRA at some strength."""
+    from condrl.models.lora import scale_lora
+    from condrl.training.build import make
+
+    model = make("model", config.model, device)
+    model.load_adapter(lora)
+    scale_lora(model.module, strength)
+    return model
+
+
+def name_of(home: Path, lora: Path) -> str:
+    """What a file is called that is copied elsewhere: as the run, or as the LoRA that has none."""
+    return home.resolve().name if (home / "config.yaml").is_file() else lora.stem
+
+
+def to_diffusers(model: Any, lora: Path, out: Path, name: str) -> None:
+    from condrl.models.lora import LORA_FILE
+
+    save_one(model, lora, LORA_FILE, out / LORA_FILE)
+
+
+def to_kohya(model: Any, lora: Path, out: Path, name: str) -> None:
+    from condrl.models.lora import KOHYA_FILE
+
+    save_one(model, lora, KOHYA_FILE, out / f"{name}.safetensors")
+
+
+def save_one(model: Any, lora: Path, name: str, path: Path) -> None:
+    """One of the files that a LoRA is saved as, with the rewards that the original names."""
+    from condrl.io.files import load_metadata
+
+    metadata = {key: text for key, text in load_metadata(lora, "LoRA").items() if key == "rewards"}
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_adapter(Path(scratch), metadata)
+        path.write_bytes((Path(scratch) / name).read_bytes())
+
+
+def to_merged(model: Any, lora: Path, out: Path, name: str) -> None:
+    from condrl.models.saving import merge_lora, save_pipeline
+
+    merge_lora(model.module)
+    save_pipeline(model.pipe, out)
+
+
+FORMATS: dict[str, Callable[[Any, Path, Path, str], None]] = {
+    "diffusers": to_diffusers,
+    "kohya": to_kohya,
+    "merged": to_merged,
+}
+
+
+def describe(home: Path, lora: Path, out: Path, args: argparse.Namespace) -> None:
+    """Write the card of what is there; a LoRA without a run has none."""
+    from condrl.report.card import HERE, write_card
+    from condrl.report.run import read_run
+
+    if not (home / "config.yaml").is_file():
+        return
+    run = read_run(home)
+    result = run.result or {}
+    best = result.get("best", {}).get("heldout", {})
+    heldout, images = (best, []) if lora.parent.name == "lora_best" else (result.get("heldout", {}), run.images)
+    write_card(run, out, heldout, images, args.strength, args.push or HERE)
+
+
+# ---------------------------------------------------------------------------------------------- the hub
+
+
+def check_hub(repository: str) -> None:
+    """Raises: UsageError when the repository's name is none, or nobody is logged in to push to it."""
+    from huggingface_hub import HfApi
+
+    if not re.fullmatch(REPOSITORY, repository):
+        raise UsageError(f"--push {repository}: give OWNER/NAME")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # whatever the hub's client and what it rests on raise
+        raise UsageError(f"--push: log in with `hf auth login`, or set HF_TOKEN ({brief(error)})") from error
+
+
+def push(folder: Path, repository: str, public: bool) -> str:
+    """Upload a folder; returns where it is.
+
+    Raises: RunError when the hub refuses it.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=not public, exist_ok=True)
+        done = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Tuned with condrl")
+    except Exception as error:  # as above
+        raise RunError(f"{folder} is written, but could not be pushed to {repository}: {brief(error)}") from error
+    return str(done.commit_url)
