@@ -41,6 +41,7 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int] = (0,),
     strength: float = 1.0,
+    steer: str | None = None,
     batch: int = 16,
     device: str | None = None,
 ) -> list[Image]:
@@ -50,7 +51,7 @@ def sample(
     """
     from condrl.commands.sample import drawn
 
-    return drawn(arguments, prompts, seeds, strength, batch, device)
+    return drawn(arguments, prompts, seeds, strength, steer, batch, device)
 
 
 def evaluate(
@@ -59,6 +60,7 @@ def evaluate(
     samplers: Sequence[str] = (),
     steps: Sequence[int] = (),
     strengths: Sequence[float] = (1.0,),
+    steer: str | None = None,
     pictures: int = 8,
     out: str | None = None,
     overwrite: bool = False,
@@ -74,4 +76,4 @@ def evaluate(
 
     lists = {"samplers": list(samplers), "steps": list(steps), "strength": list(strengths)}
     where = {"out": out, "overwrite": overwrite, "trust": trust, "device": device}
-    return evaluated(arguments, prompts=prompts, pictures=pictures, batch=batch, **lists, **where)
+    return evaluated(arguments, prompts=prompts, steer=steer, pictures=pictures, batch=batch, **lists, **where)

@@ -115,6 +115,7 @@ class MeasureConfig:
 @dataclass
 class RewardConfig(MeasureConfig):
     weight: float = 1.0  # in the sum of rewards
+    smoothing: float = 0.0  # score the worst image within this root mean square distance; 0: the image itself
 
 
 @dataclass
@@ -248,7 +249,7 @@ def _evaluating(tree: Mapping[str, Any], overrides: Sequence[Part], is_trusted: 
     rewards, measures = section_at(tree, "rewards"), section_at(tree, "evaluate.measures")
     scored, measured = _named(overrides, "rewards"), _named(overrides, "evaluate.measures")
     if scored or measured:
-        of_rewards = {name: _without(mapping(options), "weight") for name, options in rewards.items()}
+        of_rewards = {name: _without(mapping(options), "weight", "smoothing") for name, options in rewards.items()}
         rewards, measures = (
             {name: found[name] for name in names if name in found}
             for names, found in ((scored, measures | rewards), (measured, of_rewards | measures))
@@ -270,8 +271,8 @@ def _named(overrides: Sequence[Part], where: str) -> list[str]:
     return list(dict.fromkeys(name for section in sections for name, options in section.items() if options is not None))
 
 
-def _without(section: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if name != key}
+def _without(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in keys}
 
 
 def _check_measures(found: Part, overrides: Sequence[Part]) -> None:
@@ -540,7 +541,19 @@ def _reward_sections(rewards: Mapping[str, Any], where: str, common: type[Measur
     for name, options in found.items():
         if options["batch"] < 1:
             raise UsageError(f"config {where}.{name}.batch: must be at least 1, got {options['batch']}")
+        _check_smoothing(find(name), options.get("smoothing", 0.0), f"{where}.{name}.smoothing")
     return found
+
+
+def _check_smoothing(plugin: Plugin, distance: float, where: str) -> None:
+    """Raises: UsageError on a negative distance, and on one for a reward without a gradient of single images."""
+    if distance < 0:
+        raise UsageError(f"config {where}: must be at least 0, got {distance}")
+    if distance > 0 and not (plugin.differentiable and plugin.per == "image"):
+        what = "looks at all images of a prompt together" if plugin.differentiable else "has no gradient"
+        raise UsageError(
+            f"config {where}: the worst image nearby is found by a gradient, and {plugin.name} {what}: leave it out"
+        )
 
 
 def typed_options(plugin: Plugin, values: Mapping[str, Any], where: str, common: type | None = None) -> dict[str, Any]:

@@ -72,6 +72,17 @@ def setting_keys(argument: str) -> list[str]:
     return found["key"].split(".")
 
 
+def read_named(argument: str, flag: str, example: str) -> tuple[str, list[str]]:
+    """A plugin's name and its `option=value` settings, of an argument such as `ddim,eta=0`.
+
+    Raises: UsageError when it is not NAME or NAME,option=value.
+    """
+    name, *options = argument.split(",")
+    if not name or "=" in name or not all(is_setting(option) for option in options):
+        raise UsageError(f"{flag} {argument}: give NAME or NAME,option=value, as in {example}")
+    return name, options
+
+
 def read_argument(argument: str) -> Part:
     if not is_setting(argument):
         return _read_file(argument)

@@ -33,11 +33,11 @@ T = TypeVar("T", bound=Callable[..., Any])
 GROUP = "condrl.plugins"
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 COMMON = {  # keys of a plugin's section that are not its own: none of its options may have these names
-    "reward": ("name", "batch", "weight"),
+    "reward": ("name", "batch", "weight", "smoothing"),
     "sampler": ("name", "steps", "spacing", "noise_steps"),
     "algorithm": ("name",),
     "model": ("name",),
-    "steering": ("name",),
+    "steering": ("name", "rewards"),
 }
 GIVEN = {  # the arguments that a plugin is called with, beside its options
     "sampler": ("schedule", "times"),
@@ -67,6 +67,7 @@ class Plugin:
     differentiable: bool = True  # of a reward: whether gradients flow through it
     cached: bool = False  # of a reward: whether a repeated image keeps its score
     per: Literal["image", "group"] = "image"  # of a reward; a group is all images of a prompt row, given together
+    differentiates: bool = False  # of a steering: whether it takes the gradient of rewards
 
     @property
     def source(self) -> str:
@@ -247,6 +248,7 @@ class Registry:
         differentiable: bool = True,
         cached: bool = False,
         per: Literal["image", "group"] = "image",
+        differentiates: bool = False,
     ) -> Callable[[T], T]: ...
 
     def __call__(self, target: T | None = None, *, name: str | None = None, **flags: Any) -> Any:

@@ -23,9 +23,9 @@ def test_later_words_win_and_types_are_kept():
     assert config.train.lr == 3e-4
     assert tuple(config.train.betas) == (0.9, 0.98)
     assert config.rewards == {
-        "shapes": {"batch": 64, "weight": 1.0},
-        "shapes_exact": {"batch": 64, "weight": 1.0},
-        "jpeg_compressibility": {"batch": 64, "weight": 2.0, "quality": 95},
+        "shapes": {"batch": 64, "weight": 1.0, "smoothing": 0.0},
+        "shapes_exact": {"batch": 64, "weight": 1.0, "smoothing": 0.0},
+        "jpeg_compressibility": {"batch": 64, "weight": 2.0, "smoothing": 0.0, "quality": 95},
     }
     assert config.sampler["eta"] == 1.0
     assert config.algorithm["normalise"] is True  # a default of the plugin
@@ -169,8 +169,8 @@ def test_rewards_on_the_command_line_replace_the_defaults():
         return load_config(words, default=default).rewards
 
     assert set(names()) == {"shapes", "shapes_exact"}
-    assert names("rewards.sharpness.weight=2") == {"sharpness": {"batch": 64, "weight": 2.0}}
-    assert names("rewards.shapes.weight=2") == {"shapes": {"batch": 64, "weight": 2.0}}
+    assert names("rewards.sharpness.weight=2") == {"sharpness": {"batch": 64, "weight": 2.0, "smoothing": 0.0}}
+    assert names("rewards.shapes.weight=2") == {"shapes": {"batch": 64, "weight": 2.0, "smoothing": 0.0}}
     assert set(names("rewards.shapes=null")) == {"shapes_exact"}
     assert set(names("rewards.shapes=null", "rewards.sharpness.weight=1")) == {"sharpness"}
     assert set(names("train.epochs=3", "evaluate.measures.sharpness={}")) == {"shapes", "shapes_exact"}
@@ -238,7 +238,7 @@ def test_a_reward_may_be_named_by_module_and_object(tmp_path, monkeypatch):
     name = "dotted_pack.inner:dotted"
     words = [f"rewards.{name}.weight=2", f"rewards.{name}.level=0.25", f"evaluate.measures.{name}={{}}"]
     config = load_config([QUICKSTART, *words])
-    assert config.rewards[name] == {"batch": 64, "weight": 2.0, "level": 0.25}
+    assert config.rewards[name] == {"batch": 64, "weight": 2.0, "smoothing": 0.0, "level": 0.25}
     assert config.evaluate.measures[name] == {"batch": 64, "level": 0.5}
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config([str(tmp_path / "config.yaml")]) == config

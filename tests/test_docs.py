@@ -14,7 +14,7 @@ from helpers import ROOT, load_script, run_python
 from PIL import Image
 
 import condrl
-from condrl.commands import finetune
+from condrl.commands import export, finetune
 from condrl.config import load_config
 from condrl.overrides import is_setting
 
@@ -95,6 +95,16 @@ def test_a_sample_command_draws(words, checkout):
     assert done.returncode == 0, done.stderr
     (path,) = re.findall(r"wrote (.*)", done.stdout)
     assert Image.open(checkout / path).width > 190
+
+
+@pytest.mark.parametrize("words", of_script("scripts/export.py"), ids=" ".join)
+def test_an_export_command_writes(words, checkout, monkeypatch):
+    """But for what it pushes, which tests/commands/test_export.py does."""
+    monkeypatch.chdir(checkout)
+    args = export.parse(words)
+    args.push = None
+    export.export(args)
+    shutil.rmtree(checkout / "runs" / "quickstart" / "export" / args.to)
 
 
 def test_commands_name_scripts_and_files_that_exist(checkout):

@@ -150,6 +150,12 @@ def test_a_plugin_draws(line, run, folder):
 
 
 @pytest.mark.slow
+def test_a_steering_is_measured(run):
+    (line,) = [line for line in COMMANDS if " evaluate " in line]
+    assert "network calls of an image: 10 plain, 38 steered" in run(line)  # 4 steps of 8 chains, 6 of one
+
+
+@pytest.mark.slow
 def test_the_plugins_command_lists_them(run):
     words = re.findall(r"`(condrl plugins [^`]*)`", PAGE)
     assert words

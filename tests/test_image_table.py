@@ -9,6 +9,8 @@ import yaml
 from helpers import ROOT, load_script
 
 from condrl.config import load_config
+from condrl.prompts import load_prompts
+from condrl.training.build import make_trainer
 
 RECIPES = sorted((ROOT / "configs" / "shapes").glob("*.yaml"))
 FEW = ["train.prompts_per_epoch=2", "train.images_per_prompt=2", "train.rollout_batch=4", "train.updates_per_epoch=1"]
@@ -16,7 +18,8 @@ FEW = ["train.prompts_per_epoch=2", "train.images_per_prompt=2", "train.rollout_
 
 def test_there_is_a_recipe_for_each_algorithm_of_images():
     found = {yaml.safe_load(file.read_text())["algorithm"]["name"] for file in RECIPES}
-    assert found == {"adjoint_matching", "ctrl", "ddpo", "dpok", "draft", "grpo", "nft", "reinforce"}
+    expected = {"adjoint_matching", "alignprop", "ctrl", "ddpo", "dpok", "draft", "grpo", "nft", "refl", "reinforce"}
+    assert found == expected
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
@@ -31,15 +34,32 @@ def test_recipes_differ_from_the_quickstart_in_how_they_learn_alone(file):
     load_config([str(file)])
 
 
+def stated(file):
+    """Units of network work an image, by a recipe's second line."""
+    return int(re.search(r"(\d+) units of network work an image", file.read_text())[1])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [f for f in RECIPES if f.stem != "alignprop"], ids=lambda file: file.stem)
 def test_the_work_that_a_recipe_states_is_what_it_takes(file, tmp_path):
     table = load_script("image_table")
     config = load_config([str(file), *FEW, f"run.dir={tmp_path}"])
-    stated = int(re.search(r"(\d+) units of network work an image", file.read_text())[1])
     work = table.work_of_an_epoch(config)
-    assert work.units == 4 * stated
+    assert work.units == 4 * stated(file)
     assert 4 * 10 < work.calls < work.units
+
+
+@pytest.mark.slow
+def test_alignprop_takes_the_work_that_it_states_on_average(tmp_path):
+    """A roll-out of ten steps, and one to three of them with a backward pass, as many as each image has drawn."""
+    (file,) = (file for file in RECIPES if file.stem == "alignprop")
+    table, config = load_script("image_table"), load_config([str(file), *FEW, f"run.dir={tmp_path}"])
+    trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+    first = trainer.algorithm.first_steps(trainer.policy, 4, trainer.noise(0, "examples", range(4)))
+    assert len(set(first.tolist())) > 1
+    assert table.work_of_an_epoch(config).units == (10 + 3 * (10 - first)).sum()
+    drawn = trainer.algorithm.first_steps(trainer.policy, 6000, trainer.noise(0, "examples", range(6000)))
+    assert (10 + 3 * (10 - drawn).float()).mean().item() == pytest.approx(stated(file), abs=0.1)
 
 
 def test_a_gradients_signal_to_noise():

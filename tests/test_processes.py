@@ -204,6 +204,7 @@ def test_sharded_weights_tune_like_whole_ones(tmp_path):
         (["train.updates_per_epoch=8"], "images_per_prompt: must be a multiple of updates_per_epoch"),
         (["train.max_failed=0.1"], "max_failed: must be 0"),
         (["train.kl_budget=1"], "kl_budget: must be left out"),
+        (["algorithm.name=alignprop", "train.max_failed=0"], "the algorithm alignprop draws how many steps"),
     ],
 )
 def test_what_cannot_compute_in_step_is_refused(more, said, monkeypatch):

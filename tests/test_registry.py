@@ -330,7 +330,7 @@ def test_a_dotted_path_keeps_the_flags(tmp_path, monkeypatch):
     assert (plugin.name, plugin.differentiable, plugin.cached) == ("flagged.part:of_flags", False, True)
     write(tmp_path / "mine.yaml", "rewards: {'flagged.part:of_flags': {weight: 3, gain: 4}}")
     assert load_config([str(tmp_path / "mine.yaml")]).rewards == {
-        "flagged.part:of_flags": {"batch": 64, "weight": 3.0, "gain": 4.0}
+        "flagged.part:of_flags": {"batch": 64, "weight": 3.0, "smoothing": 0.0, "gain": 4.0}
     }
     with pytest.raises(UsageError, match=r"'flagged.part:wrong' takes \(samples\)"):
         condrl.reward.find("flagged.part:wrong")

@@ -31,9 +31,9 @@ def test_a_name_is_the_codes(name):
     assert found(name) is not None
 
 
-@pytest.mark.parametrize("kind", ["sampler", "algorithm"])
-def test_every_shipped_plugin_has_its_formulas(kind):
-    assert {f"plugins.{kind}s.{name}" for name in REGISTRIES[kind]._shipped()} <= set(NAMES)
+@pytest.mark.parametrize(("kind", "room"), [("sampler", "samplers"), ("algorithm", "algorithms"), ("steering",) * 2])
+def test_every_shipped_plugin_has_its_formulas(kind, room):
+    assert {f"plugins.{room}.{name}" for name in REGISTRIES[kind]._shipped()} <= set(NAMES)
 
 
 def test_sections_are_numbered_in_order():

@@ -89,6 +89,7 @@ class Algorithm:
     off_policy = False  # whether what it rolls out is not the policy's own
     depends_on_epochs = False  # whether what an epoch does depends on how many the run has
     uses_rewards = True  # whether a run needs rewards
+    calls_evenly = True  # whether as many images in a process take as many calls of the network in another
 
     def require_positive(self, *options: str) -> None:
         """Raises: UsageError on an option that is 0 or less."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from condrl.config import Config, TrainConfig
+from condrl.diffusion.schedule import DiscreteSchedule
 from condrl.diffusion.transition import Sampler, windowed
 from condrl.errors import UsageError
 from condrl.registry import reward
@@ -80,9 +81,11 @@ def affine_steps(setting: Setting) -> None:
             f"{setting.config.sampler['name']} is not: use ddim, exponential or euler_maruyama"
         )
     if not setting.sampler.schedule.alpha(setting.sampler.times[0]) > 0:
+        has_table = isinstance(setting.sampler.schedule, DiscreteSchedule)
+        advice = "sampler.spacing=leading" if has_table else "nft, grpo or ddpo, as a flow starts there"
         raise UsageError(
             f"the algorithm {setting.algorithm} needs the score at every step, which is meaningless without a "
-            "signal (zero terminal SNR): use sampler.spacing=leading"
+            f"signal (zero terminal SNR): use {advice}"
         )
 
 

@@ -1,16 +1,20 @@
-"""Evaluate a fine-tuned model beside its base, on the same prompts, from the same seeds.
+"""Evaluate a fine-tuned model beside its base, or a steered one beside itself, on the same prompts and seeds.
 
     python scripts/evaluate.py runs/quickstart                            what the run measured last, image by image
     python scripts/evaluate.py runs/quickstart rewards.sharpness.weight=1 evaluate.images_per_prompt=4
     python scripts/evaluate.py runs/quickstart --prompts my_prompts.txt --steps 5 10 20 --strength 0.5 1
     python scripts/evaluate.py runs/quickstart --samplers ddim ddim,eta=0 dpm_solver_pp
+    python scripts/evaluate.py runs/quickstart --steer smc,particles=4    base and tuned, drawn as ever beside steered
+    python scripts/evaluate.py --steer best_of_n,n=4 rewards.shapes.weight=1 evaluate.prompts=64      the base alone
 
-The first argument is a run's folder, or a LoRA's folder or file; one without a run needs --prompts and measures.
+The first argument is a run's folder, or a LoRA's folder or file; one without a run needs --prompts and measures. With
+--steer it may be left out: then it is the quickstart's base model, or model.path, that is steered. The rewards steer.
 `key=value` overrides change the model, the sampler and how much is measured as they do for finetune.py; measures that
 they name replace the run's. Code and servers that a run's config names are used with --trust only.
 
 Writes RUN/evaluation/: evaluation.jsonl (a line per image, sampler and strength), evaluation.json (the summary) and
 pictures/. Several samplers, numbers of steps and strengths are measured one after the other, the base once per sampler.
+With --steer each image is drawn plainly and steered, and the summary has the network calls of both.
 """
 
 from __future__ import annotations
@@ -22,18 +26,18 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from condrl.commands.console import exit_code
-from condrl.commands.finetune import aligned, check_json, interval
+from condrl.commands.evaluation import RECORD, SUMMARY, Writer, report, started
+from condrl.commands.finetune import check_json
 from condrl.commands.sample import HOME, check_folder, default_config, find, in_run, split_words, with_rank
 from condrl.config import Config, load_for_evaluation
-from condrl.errors import UsageError, naming, print_main, visible, warn_of_address_limit
+from condrl.errors import UsageError, print_main, visible, warn_of_address_limit
 from condrl.io.files import locate
-from condrl.overrides import exists, is_setting, setting_keys
+from condrl.overrides import exists, read_named, setting_keys
 
 if TYPE_CHECKING:
     import torch
@@ -42,10 +46,9 @@ if TYPE_CHECKING:
     from condrl.diffusion.policy import Policy
     from condrl.prompts import Row
     from condrl.rewards.scoring import Reward
-    from condrl.training.evaluate import Batch, Evaluation
+    from condrl.training.evaluate import Batch, Draw, Evaluation, Pair
     from condrl.training.folder import RunFolder
-
-RECORD, SUMMARY = "evaluation.jsonl", "evaluation.json"
+    from condrl.training.steering import Steer
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -59,6 +62,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--strength", type=float, nargs="+", default=[1.0], help="of the LoRA; 1 is what was tuned, 0 no LoRA at all"
     )
+    parser.add_argument("--steer", metavar="NAME[,option=value]", help="a steering plugin, such as smc,particles=8")
     parser.add_argument("--pictures", type=int, default=8, help="how many images are written, base and tuned")
     parser.add_argument("--out", type=Path, metavar="DIR", help="by default the run's evaluation/")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier evaluation there")
@@ -106,10 +110,11 @@ class Plan:
     """What is to be measured, and where it is written."""
 
     configs: list[Config]  # one for each sampler, alike in all else
-    tuned: Path  # a LoRA's file, or a folder with a network of points
+    tuned: Path | None  # a LoRA's file, or a folder with a network of points; None: the base alone
     source: Path | None  # the run that it belongs to
     rows: list[Row]
     strengths: list[float]
+    steer: Steer | None
     folder: RunFolder
     pictures: int
     batch: int
@@ -127,17 +132,25 @@ class Plan:
     def per_prompt(self) -> int:
         return self.config.evaluate.images_per_prompt
 
+    @property
+    def names(self) -> Pair:
+        """What is compared with what, in the records."""
+        return ("plain", "steered") if self.steer else ("base", "tuned")
+
 
 def read_plan(args: argparse.Namespace) -> Plan:
     """Raises: UsageError on what cannot be evaluated."""
     from condrl.training.folder import RunFolder
     from condrl.training.host import find_device
+    from condrl.training.steering import read_steer
 
     check_numbers(args)
     named, settings = split_words(args.words)
-    if named is None:
-        raise UsageError("nothing to evaluate: name a run or a LoRA, as in condrl evaluate runs/quickstart")
-    tuned, run = find(named)
+    if named is None and args.steer is None:
+        raise UsageError(
+            "nothing to evaluate: name a run or a LoRA, as in condrl evaluate runs/quickstart, or --steer the base"
+        )
+    tuned, run = find(named) if named else (None, None)
     check_strengths(args.strength, tuned)
     configs = read_configs(args, settings, tuned, run)
     folder = RunFolder(args.out or in_run((run or HOME) / "evaluation"))
@@ -146,8 +159,10 @@ def read_plan(args: argparse.Namespace) -> Plan:
     check_base(configs[0])
     for measure in measures_of(configs[0]):
         measure.load()
-    batch = args.batch or configs[0].train.rollout_batch
-    return Plan(configs, tuned, run, rows, args.strength, folder, args.pictures, batch, find_device(args.device))
+    steer = None if args.steer is None else read_steer(args.steer, configs[0])
+    strengths, batch = args.strength if tuned else [], args.batch or configs[0].train.rollout_batch
+    device = find_device(args.device)
+    return Plan(configs, tuned, run, rows, strengths, steer, folder, args.pictures, batch, device)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -162,22 +177,23 @@ def check_numbers(args: argparse.Namespace) -> None:
         check_json(args.json)
 
 
-def check_strengths(strengths: Sequence[float], tuned: Path) -> None:
+def check_strengths(strengths: Sequence[float], tuned: Path | None) -> None:
     """Raises: UsageError on strengths that are not valid."""
     if not all(map(math.isfinite, strengths)):
         raise UsageError(f"--strength must be finite numbers, got {' '.join(map(str, strengths))}")
-    if tuned.is_dir() and list(strengths) != [1]:
-        raise UsageError(f"--strength is of a LoRA, and {tuned} holds a network of points")
+    if list(strengths) != [1] and (tuned is None or tuned.is_dir()):
+        why = f"{tuned} holds a network of points" if tuned else "none is named"
+        raise UsageError(f"--strength is of a LoRA, and {why}")
 
 
-def read_configs(args: argparse.Namespace, settings: list[str], tuned: Path, run: Path | None) -> list[Config]:
+def read_configs(args: argparse.Namespace, settings: list[str], tuned: Path | None, run: Path | None) -> list[Config]:
     """A config for each sampler.
 
     Raises: UsageError on invalid settings and samplers, and when nothing says what to measure.
     """
     from condrl.training.build import make_sampler, stand_in
 
-    if run is None:
+    if tuned and run is None:
         check_alone(tuned, settings, args.prompts)
         settings = settings if tuned.is_dir() else with_rank(tuned, settings)
     file = run / "config.yaml" if run else default_config(settings)
@@ -208,9 +224,7 @@ def sampler_overrides(samplers: Sequence[str], steps: Sequence[int]) -> list[lis
     """
     named: list[list[str]] = []
     for sampler in samplers:
-        name, *options = sampler.split(",")
-        if not name or "=" in name or not all(is_setting(option) for option in options):
-            raise UsageError(f"--samplers {sampler}: give NAME or NAME,option=value, as in ddim,eta=0")
+        name, options = read_named(sampler, "--samplers", "ddim,eta=0")
         named.append([f"evaluate.sampler.{option}" for option in (f"name={name}", *options)])
     counts = [[f"evaluate.sampler.steps={count}"] for count in steps]
     return [[*one, *other] for one, other in itertools.product(named or [[]], counts or [[]])]
@@ -224,7 +238,7 @@ def read_rows(prompts: str | None, config: Config, run: Path | None, settings: S
     from condrl.prompts import load_prompts
 
     if not prompts and not config.prompts.heldout:
-        raise UsageError(f"{run} has no held-out prompts: give --prompts FILE")
+        raise UsageError(f"{run or 'the base model'} has no held-out prompts: give --prompts FILE")
     given = (prompts, "--prompts") if prompts else (config.prompts.heldout or "", "prompts.heldout")
     rows = load_prompts(*given)
     is_counted = not prompts or any(setting_keys(setting) == ["evaluate", "prompts"] for setting in settings)
@@ -286,13 +300,21 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
 
     policies = make_policies(plan)
     try_measures(plan, policies[0])
-    images = len(plan.rows) * plan.per_prompt * len(policies) * (1 + len(plan.strengths))
+    if plan.steer:
+        try_steering(plan.steer, policies, plan.rows)
+    images = len(plan.rows) * plan.per_prompt * len(policies) * (1 + len(plan.strengths)) * (2 if plan.steer else 1)
     with started(plan.folder) as record, tqdm(total=images, unit="image", disable=None) as bar:
-        evaluations = list(compared_with_base(plan, policies, bar, Writer(plan, record)))
+        writer, steer = Writer(plan, record), plan.steer
+        evaluations = list(
+            steered_beside_plain(plan, steer, policies, bar, writer)
+            if steer
+            else compared_with_base(plan, policies, bar, writer)
+        )
     return {
         "run": str(plan.source) if plan.source else None,
-        "lora": str(plan.tuned),
+        "lora": str(plan.tuned) if plan.tuned else None,
         "base": base_name(plan.config),
+        "steer": plan.steer.section if plan.steer else None,
         "prompts": len(plan.rows),
         "images_per_prompt": plan.per_prompt,
         "seed": plan.config.run.seed,
@@ -336,27 +358,65 @@ def try_measures(plan: Plan, policy: Policy) -> None:
         )  # scores that fail are left out and counted
 
 
+def try_steering(steer: Steer, policies: Sequence[Policy], rows: Sequence[Row]) -> None:
+    """Steer one image with each sampler, before an earlier evaluation is replaced.
+
+    Raises: UsageError when that fails.
+    """
+    from condrl.diffusion.noise import seeded
+    from condrl.rewards.scoring import usage_errors
+
+    condition = policies[0].model.encode([rows[0].prompt])
+    with usage_errors():
+        for policy in policies:
+            steer(policy, condition, seeded([0]), rows[:1])
+
+
 def compared_with_base(
     plan: Plan, policies: Sequence[Policy], bar: tqdm[Any], writer: Writer
 ) -> Iterator[dict[str, Any]]:
     """Measure the base with each sampler, then the tuned model at each strength."""
-    from condrl.models.lora import scale_lora
-
     bar.set_description("base")
-    bases = [measured(plan, policy, bar, writer.base(number)) for number, policy in enumerate(policies)]
-    model = policies[0].model  # of all
+    bases = [measured(plan, policy, bar, writer.first(number, "base")) for number, policy in enumerate(policies)]
     for strength in plan.strengths:
-        bar.set_description(f"strength {strength:g}")
-        model.load_adapter(plan.tuned)
-        scale_lora(model.module, strength)
+        kinds = "base", set_strength(plan, policies[0], strength)
+        bar.set_description(kinds[1])
         for number, (policy, base) in enumerate(zip(policies, bases, strict=True)):
-            tuned = measured(plan, policy, bar, writer.tuned(number, strength, base))
+            tuned = measured(plan, policy, bar, writer.second(number, strength, base, kinds))
             yield entry(plan, number, strength, base, tuned)
 
 
-def measured(plan: Plan, policy: Policy, bar: tqdm[Any], visit: Callable[[Batch], None]) -> Evaluation:
+def steered_beside_plain(
+    plan: Plan, steer: Steer, policies: Sequence[Policy], bar: tqdm[Any], writer: Writer
+) -> Iterator[dict[str, Any]]:
+    """Measure the base with each sampler, plain and steered, then the tuned model at each strength likewise."""
+    for strength in (None, *plan.strengths):
+        who = set_strength(plan, policies[0], strength)
+        kinds = who, f"{who}_steered"
+        bar.set_description(who)
+        for number, policy in enumerate(policies):
+            plain = measured(plan, policy, bar, writer.first(number, who))
+            steered = measured(plan, policy, bar, writer.second(number, strength, plain, kinds), draw=steer)
+            calls = {"plain": plain.network_calls, "steered": steered.network_calls}
+            yield entry(plan, number, strength, plain, steered) | {"network_calls": calls}
+
+
+def set_strength(plan: Plan, policy: Policy, strength: float | None) -> str:
+    """Load the LoRA at a strength into the model, which all policies have, or leave the base; returns its name."""
+    from condrl.models.lora import scale_lora
+
+    if strength is None or plan.tuned is None:
+        return "base"
+    policy.model.load_adapter(plan.tuned)
+    scale_lora(policy.model.module, strength)
+    return f"strength_{strength}"
+
+
+def measured(
+    plan: Plan, policy: Policy, bar: tqdm[Any], visit: Callable[[Batch], None], draw: Draw | None = None
+) -> Evaluation:
     """The policy on the prompts, as a run measures it at its end."""
-    from condrl.training.evaluate import evaluate, first_seed
+    from condrl.training.evaluate import evaluate, first_seed, plain
 
     warned: list[str] = []
 
@@ -368,15 +428,18 @@ def measured(plan: Plan, policy: Policy, bar: tqdm[Any], visit: Callable[[Batch]
             bar.write(visible(f"warning: {batch.scores.failure}"), sys.stderr)
 
     seed, measures = first_seed(plan.config.run.seed), measures_of(plan.config)
-    return evaluate(policy, plan.rows, measures, seed, plan.per_prompt, plan.batch, pictures=0, visit=see)
+    return evaluate(
+        policy, plan.rows, measures, seed, plan.per_prompt, plan.batch, pictures=0, visit=see, draw=draw or plain
+    )
 
 
-def entry(plan: Plan, number: int, strength: float, base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
+def entry(plan: Plan, number: int, strength: float | None, first: Evaluation, second: Evaluation) -> dict[str, Any]:
     """What was found with a sampler at a strength; the diversity where prompts have several images."""
     from condrl.training.evaluate import compared, compared_diversity
 
-    found = {"sampler": plan.samplers[number], "strength": strength, "heldout": compared(base, tuned)}
-    return found | ({"diversity": compared_diversity(base, tuned)} if plan.per_prompt > 1 else {})
+    heldout = compared(first, second, plan.names)
+    found = {"sampler": plan.samplers[number], "strength": strength, "heldout": heldout}
+    return found | ({"diversity": compared_diversity(first, second, plan.names)} if plan.per_prompt > 1 else {})
 
 
 def base_name(config: Config) -> str:
@@ -384,106 +447,3 @@ def base_name(config: Config) -> str:
     model = str(config.model.get("path") or config.model["name"])
     lora = config.model.get("lora")
     return f"{model} with the LoRA {lora}" if lora else model
-
-
-@contextmanager
-def started(folder: RunFolder) -> Iterator[TextIO]:
-    """Remove an earlier evaluation from the folder; within it, the new one's lines can be written."""
-    folder.clear()
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.file(RECORD).open("w", encoding="utf-8") as record:
-        yield record
-
-
-class Writer:
-    """Writes lines and pictures as they come."""
-
-    def __init__(self, plan: Plan, record: TextIO) -> None:
-        from condrl.training.evaluate import first_seed
-
-        self.plan, self.seed, self.record = plan, first_seed(plan.config.run.seed), record
-
-    def base(self, sampler: int) -> Callable[[Batch], None]:
-        """What sees the base's batches: their pictures are written."""
-        return lambda batch: self._write_pictures(batch, sampler, "base")
-
-    def tuned(self, sampler: int, strength: float, base: Evaluation) -> Callable[[Batch], None]:
-        """What sees the tuned model's batches: their pictures and lines are written."""
-
-        def see(batch: Batch) -> None:
-            self._write_pictures(batch, sampler, f"strength_{strength}")
-            self._write_lines(batch, sampler, strength, base)
-
-        return see
-
-    def _write_lines(self, batch: Batch, sampler: int, strength: float, base: Evaluation) -> None:
-        from condrl.io.records import to_json
-
-        tuned = {name: values.tolist() for name, values in batch.scores.each.items()}
-        for position, index in enumerate(batch.indices):
-            row = self.plan.rows[index // self.plan.per_prompt]
-            line = {
-                "prompt": row.prompt,
-                "row": row.index,
-                "metadata": row.metadata,
-                "seed": self.seed + index,
-                "sampler": self.plan.samplers[sampler],
-                "strength": strength,
-                "base": {name: values[index].item() for name, values in base.each.items()},
-                "tuned": {name: values[position] for name, values in tuned.items()},
-                "pictures": self._pictures(batch, index, sampler, strength),
-            }
-            self.record.write(to_json(line) + "\n")
-        with naming(self.plan.folder.path / RECORD):
-            self.record.flush()
-
-    def _pictures(self, batch: Batch, index: int, sampler: int, strength: float) -> dict[str, str] | None:
-        if batch.images.dim() != 4 or index >= self.plan.pictures:
-            return None
-        whos = {"base": "base", "tuned": f"strength_{strength}"}
-        return {who: self._name(index, sampler, kind) for who, kind in whos.items()}
-
-    def _write_pictures(self, batch: Batch, sampler: int, who: str) -> None:
-        from condrl.rewards.pixels import to_pil
-        from condrl.training.pictures import save_image
-
-        if batch.images.dim() == 4:
-            for image, index in zip(batch.images, batch.indices[: self.plan.pictures], strict=False):
-                if index < self.plan.pictures:
-                    save_image(to_pil(image.cpu()), self.plan.folder.file(self._name(index, sampler, who)))
-
-    def _name(self, index: int, sampler: int, who: str) -> str:
-        """pictures/1_ddim_10/0003_base.png"""
-        section = self.plan.samplers[sampler]
-        name = re.sub(r"\W+", "_", section["name"])
-        return f"pictures/{sampler + 1}_{name}_{section['steps']}/{index:04d}_{who}.png"
-
-
-# ---------------------------------------------------------------------------------------------- reporting
-
-
-def report(result: dict[str, Any]) -> list[str]:
-    """The summary as tables, one for each sampler and strength, with the verdicts that the differences allow."""
-    from condrl.training.evaluate import verdict
-
-    lines = [f"base: {result['base']}; {result['prompts']} prompts x {result['images_per_prompt']} images"]
-    samplers = [entry["sampler"] for entry in result["evaluations"]]
-    for entry in result["evaluations"]:
-        rows = entry["heldout"] | ({"diversity": entry["diversity"]} if "diversity" in entry else {})
-        lines += ["", f"{label(entry['sampler'], samplers)}, strength {entry['strength']:g}"]
-        lines += aligned([("held-out", "base", "tuned", "difference", "win rate"), *map(cells, rows, rows.values())])
-        lines.append(verdict(entry["heldout"]))
-    return lines
-
-
-def cells(name: str, row: dict[str, Any]) -> tuple[str, ...]:
-    failed = [f"{row[who]['failed']} of {who}" for who in ("base", "tuned") if row[who]["failed"]]
-    last = f"{row['win_rate']:.0%}" + (f" (failed: {', '.join(failed)})" if failed else "")
-    return (name, *(interval(row[who]) for who in ("base", "tuned", "difference")), last)
-
-
-def label(sampler: dict[str, Any], samplers: Sequence[dict[str, Any]]) -> str:
-    """A sampler's name, its steps, and the options in which it differs from others of that name."""
-    others = [other for other in samplers if other["name"] == sampler["name"]]
-    differing = [key for key in sampler if key != "steps" and any(other[key] != sampler[key] for other in others)]
-    return ", ".join([sampler["name"], f"{sampler['steps']} steps", *(f"{key}={sampler[key]}" for key in differing)])

@@ -13,21 +13,19 @@ for finetune.py. Plugins are code: those that a run's config names are imported 
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from condrl.commands.console import exit_code
-from condrl.config import Config, load_for_drawing, typed_options
-from condrl.errors import RewardError, UsageError, visible, warn_of_address_limit
+from condrl.config import Config, load_for_drawing
+from condrl.errors import UsageError, visible, warn_of_address_limit
 from condrl.io.files import CONFIGS
-from condrl.overrides import exists, is_setting, merged, read_argument, retyped, setting_keys
-from condrl.registry import REGISTRIES
+from condrl.overrides import exists, is_setting, setting_keys
 
 if TYPE_CHECKING:
     import torch
@@ -35,9 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from condrl.diffusion.policy import Policy
-    from condrl.rewards.scoring import Reward
-
-    Steer = tuple[Callable[..., Tensor], Sequence[Reward]]
+    from condrl.training.evaluate import Draw
 
 HOME = Path("runs")  # of what is drawn without a run
 
@@ -91,6 +87,7 @@ def drawn(
     prompts: Sequence[str],
     seeds: Sequence[int],
     strength: float,
+    steer: str | None,
     batch: int,
     device: str | None,
 ) -> list[Image]:
@@ -100,7 +97,7 @@ def drawn(
     """
     from condrl.rewards.pixels import to_pil
 
-    options = {"prompt": list(prompts), "prompts": None, "seeds": list(seeds), "compare": False, "steer": None}
+    options = {"prompt": list(prompts), "prompts": None, "seeds": list(seeds), "compare": False, "steer": steer}
     args = argparse.Namespace(words=arguments, strength=strength, batch=batch, device=device, **options)
     return [to_pil(image) for image in images(args, read_request(args))[1]]
 
@@ -113,13 +110,15 @@ class Request(NamedTuple):
     home: Path
     pairs: list[tuple[str, int]]  # prompts and seeds
     device: torch.device
-    steer: Steer | None  # how images are drawn with rewards, if they are
+    draw: Draw  # with rewards, if they steer
 
 
 def read_request(args: argparse.Namespace) -> Request:
     """Raises: UsageError on what cannot be drawn."""
     from condrl.prompts import load_prompts, usable
+    from condrl.training.evaluate import plain
     from condrl.training.host import find_device
+    from condrl.training.steering import read_steer
 
     config, lora, home = read_words(args.words, is_steered=args.steer is not None)
     prompts = [usable(prompt, "--prompt") for prompt in args.prompt]
@@ -133,32 +132,8 @@ def read_request(args: argparse.Namespace) -> Request:
     if args.batch < 1 or not all(0 <= seed < 2**63 for seed in args.seeds):
         raise UsageError("--batch must be at least 1, and --seeds at least 0 and below 2^63")
     pairs = [(prompt, seed) for prompt in prompts for seed in args.seeds]
-    return Request(config, lora, home, pairs, find_device(args.device), read_steer(args.steer, config))
-
-
-def read_steer(argument: str | None, config: Config) -> Steer | None:
-    """The steering plugin that an argument names, with its options, and the rewards to steer by.
-
-    Raises: UsageError when it is not NAME or NAME,option=value, on invalid options, and without rewards.
-    """
-    from condrl.training.build import make_rewards
-
-    if argument is None:
-        return None
-    name, *options = argument.split(",")
-    if not name or "=" in name or not all(is_setting(option) for option in options):
-        raise UsageError(f"--steer {argument}: give NAME or NAME,option=value, as in smc,particles=8")
-    plugin = REGISTRIES["steering"].find(name)
-    types = {option.name: option.type for option in plugin.options.values()}
-    values = merged([retyped(read_argument(option), types) for option in options])
-    rewards = make_rewards(config)
-    if not rewards:
-        raise UsageError("--steer needs rewards to draw with, as in rewards.shapes.weight=1")
-    if grouped := [reward.name for reward in rewards if reward.per_group]:
-        raise UsageError(f"--steer: the reward {grouped[0]!r} compares the images of a prompt, and cannot steer one")
-    for reward in rewards:
-        reward.load()
-    return functools.partial(plugin.target, **typed_options(plugin, values, "--steer")), rewards
+    draw = plain if args.steer is None else read_steer(args.steer, config)
+    return Request(config, lora, home, pairs, find_device(args.device), draw)
 
 
 def read_words(arguments: Sequence[str], is_steered: bool = False) -> tuple[Config, Path | None, Path]:
@@ -297,39 +272,15 @@ def images_of(policy: Policy, request: Request, batch: int, who: str) -> list[Te
     import torch
     from tqdm import tqdm
 
+    from condrl.diffusion.noise import seeded
+    from condrl.prompts import Row
+
+    rows = [Row(i, prompt) for i, (prompt, _) in enumerate(request.pairs)]
     found: list[Tensor] = []
-    for start in tqdm(range(0, len(request.pairs), batch), desc=who, disable=None):
+    for start in tqdm(range(0, len(rows), batch), desc=who, disable=None):
+        part = slice(start, start + batch)
+        condition = policy.model.encode([row.prompt for row in rows[part]])
         with torch.no_grad():
-            states = states_of(policy, request.pairs[start : start + batch], request.steer)
+            states = request.draw(policy, condition, seeded([seed for _, seed in request.pairs[part]]), rows[part])
             found.extend(policy.model.decode(states).cpu())
     return found
-
-
-def states_of(policy: Policy, pairs: Sequence[tuple[str, int]], steer: Steer | None) -> Tensor:
-    """The final state (B, ...) of each pair of prompt and seed, drawn by the policy itself or by a steering plugin."""
-    import torch
-
-    from condrl.diffusion import rollout
-    from condrl.diffusion.noise import seeded
-    from condrl.diffusion.steering import Draws
-    from condrl.prompts import Row
-    from condrl.rewards.scoring import score
-
-    rows = [Row(i, prompt) for i, (prompt, _) in enumerate(pairs)]
-    condition, generators = policy.model.encode([row.prompt for row in rows]), seeded([seed for _, seed in pairs])
-    if steer is None:
-        return rollout.sample(policy, condition, generators, len(pairs))
-    plugin, rewards = steer
-
-    def total(states: Tensor, images: Tensor) -> Tensor:
-        found = score(rewards, policy.model.decode(states), [rows[i] for i in images.tolist()])
-        if found.failure:
-            raise RewardError(f"{found.failure}: without every score nothing can be steered")
-        return found.total
-
-    states = plugin(Draws(policy, condition, generators, total))
-    shape = (len(pairs), *policy.model.state_shape)
-    if not isinstance(states, torch.Tensor) or states.shape != shape or not states.isfinite().all():
-        got = f"a tensor of shape {tuple(states.shape)}" if isinstance(states, torch.Tensor) else type(states).__name__
-        raise UsageError(f"--steer: the plugin should return a finite tensor of shape {shape}, the final states: {got}")
-    return states

@@ -22,6 +22,13 @@ from torch import Tensor
 
 from condrl.errors import UsageError
 
+FLOW_OPTIONS = (  # of diffusers' flow-matching scheduler that change its times or its steps
+    "invert_sigmas",
+    "stochastic_sampling",
+    "use_beta_sigmas",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+)
 DIFFUSERS_SPACINGS = ("leading", "linspace", "trailing")
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 VP_SCHEDULERS = (  # of diffusers, for networks trained on a table of variance-preserving noise levels
@@ -218,6 +225,52 @@ class RectifiedFlow(Schedule):
         return 2 * times[:-1] / torch.cat([1 - times[1:2], left[1:]])
 
 
+@dataclass(frozen=True)
+class FlowSchedule(RectifiedFlow):
+    """A rectified flow of a network that says the velocity, on the times of diffusers' flow-matching Euler scheduler.
+
+    Its times fall evenly from 1 to `least` and are shifted towards the noise, t -> shift t / (1 + (shift - 1) t).
+    """
+
+    shift: float = 1.0
+    least: float | None = None  # the last time that is not 0, before it is shifted; null: 1 / steps
+    terminal: float | None = None  # what it is stretched to be after that
+    training_steps: int = 1000  # of the network's clock
+    end: float = 1.0
+    final_time: float = 0.0
+
+    def grid(self, steps: int, spacing: str | None = None) -> Tensor:
+        """The (steps + 1,) times of the scheduler, or uniform ones.
+
+        Raises: UsageError when there is no step, or on a spacing that a flow does not have.
+        """
+        if spacing is not None or steps < 1:
+            if spacing in DIFFUSERS_SPACINGS:
+                raise UsageError(f"config sampler.spacing: a flow's scheduler has no {spacing} times: leave it out")
+            return super().grid(steps, spacing)
+        times = torch.linspace(1, 1 / steps if self.least is None else self.least, steps, dtype=torch.float64)
+        times = shifted(times, self.shift)
+        if self.terminal:
+            if steps == 1:
+                raise UsageError("config sampler.steps: must be at least 2 for a scheduler with shift_terminal")
+            times = 1 - (1 - times) * (1 - self.terminal) / (1 - times[-1])
+        return torch.cat([times, times.new_zeros(1)])
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """Times on the network's clock, (B,) float32, rounded as diffusers does."""
+        return t.float() * self.training_steps
+
+    def score(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """A network's velocity (B, ...) at x (B, ...) and times t (B,), as the action."""
+        alpha, sigma = (like(c, x) for c in (self.alpha(t), self.sigma(t)))
+        return (-(x + alpha * prediction) / sigma).where(alpha > 0, x - prediction)
+
+
+def shifted(t: Tensor | float, shift: float) -> Any:
+    """Times (...) of a flow moved towards the noise (Esser et al. 2024; docs/theory.md 2)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 SCHEDULES: dict[str, type[Schedule]] = {"vp": VP, "ou": OU, "rectified_flow": RectifiedFlow}
 
 
@@ -359,6 +412,41 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
         alpha_bar = root.square()
     final_time = 0.0 if config.get("set_alpha_to_one", True) else 1 / len(alpha_bar)
     return DiscreteSchedule(alpha_bar, prediction, spacing, config.get("steps_offset", 0), final_time)
+
+
+def flow_from_diffusers(config: Mapping[str, Any], tokens: int, evenly: bool = False) -> FlowSchedule:
+    """The schedule of a diffusers flow-matching Euler scheduler, for images of so many tokens.
+
+    Before they are shifted, times end at 1 / steps if `evenly`, as FLUX's pipeline has it, or at the scheduler's least.
+
+    Raises: UsageError when the scheduler is another one, or changes its times in a way that is not supported.
+    """
+    name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+    if name != "FlowMatchEulerDiscreteScheduler":
+        raise UsageError(f"the model's scheduler is a {name}; a flow needs a FlowMatchEulerDiscreteScheduler")
+    for key in FLOW_OPTIONS:
+        if config.get(key):
+            raise UsageError(f"the model's {name} has {key}={config[key]}, which is not supported")
+    count, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+    least = 1 / count
+    if config.get("use_dynamic_shifting"):
+        shift = dynamic_shift(config, tokens)
+    else:
+        least = shifted(least, shift)  # and once more with all others: so it is in diffusers
+    return FlowSchedule(
+        shift=shift,
+        least=None if evenly else least,
+        terminal=config.get("shift_terminal"),
+        training_steps=count,
+    )
+
+
+def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """The shift of times for images of so many tokens: its logarithm, or itself, is linear in their number."""
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    mu = low + (high - low) * (tokens - first) / (last - first)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
 def check_process(config: Mapping[str, Any]) -> None:

@@ -18,7 +18,8 @@ class Draws:
     policy: Policy
     condition: Tensor  # (B,) the prompts' numbers
     generators: list[torch.Generator]  # one for each image, so that it does not depend on those beside it
-    score: Callable[[Tensor, Tensor], Tensor]  # the total reward (n,) of states (n, ...) drawn for the images (n,)
+    score: Callable[[Tensor, Tensor], Tensor]  # the total reward (n,) of states (n, ...) drawn for the images (n,);
+    # in grad mode with the gradients of rewards that have one
 
     def repeated(self, count: int) -> tuple[Tensor, Tensor, list[torch.Generator]]:
         """For `count` chains of each image: its number, its condition, each (B * count,), and its generator."""

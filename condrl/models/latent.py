@@ -56,11 +56,11 @@ class LatentModel(ABC):
         self.check_options()
         self.evaluations, self.sharded = 0, False
         self.pipe = self.load()
-        self.schedule: Schedule = self.make_schedule()
         self.vae = self.pipe.vae.requires_grad_(False).to(self.device)
         network = getattr(self.pipe, self.prefix).requires_grad_(False)
         self.module: nn.Module = network.to(self.device, memory_format=self.memory_format)
         self.check_size()
+        self.schedule: Schedule = self.make_schedule()
         self._numbers: dict[Prompt, int] = {}  # of each prompt
         self._prompts: list[Prompt] = []  # by their numbers
         self._host_embeddings = Embeddings(self._encoded)
@@ -96,7 +96,7 @@ class LatentModel(ABC):
         Raises: UsageError when `path` is not one.
         """
         config = self.single_file_config
-        return load_pipeline(self.family, self.path, self.revision, config, self.torch_dtype, self.variant)
+        return load_pipeline(self.wanted, self.path, self.revision, config, self.torch_dtype, self.variant)
 
     def make_schedule(self) -> Schedule:
         """The forward process that the network was trained on."""
@@ -107,6 +107,11 @@ class LatentModel(ABC):
     def memory_format(self) -> torch.memory_format:
         """Of the network and its input: what convolutions are fastest with, on CPUs and elsewhere."""
         return torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
+
+    @property
+    def wanted(self) -> Family:
+        """The family, without the parts that the options leave out."""
+        return self.family
 
     # ------------------------------------------------------------------------------------------ sizes
 
@@ -120,14 +125,19 @@ class LatentModel(ABC):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
+    def pixel_step(self) -> int:
+        """What the height and the width of an image are multiples of."""
+        return self.vae_scale
+
+    @property
     def state_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the latents."""
-        config: Any = self.module.config
-        side = config.sample_size
+        network: Any = self.module
+        side = network.config.get("sample_size") or self.pipe.default_sample_size
         own = (side, side) if isinstance(side, int) else side
         given = (None if pixels is None else pixels // self.vae_scale for pixels in (self.height, self.width))
         height, width = (mine or theirs for mine, theirs in zip(given, own, strict=True))
-        return config.in_channels, height, width
+        return self.vae.config.latent_channels, height, width
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -138,8 +148,8 @@ class LatentModel(ABC):
     def check_size(self) -> None:
         """Raises: UsageError on a height or width that no latents have."""
         for name, pixels in (("height", self.height), ("width", self.width)):
-            if pixels is not None and (pixels < 1 or pixels % self.vae_scale):
-                raise UsageError(f"config model.{name}: must be a multiple of {self.vae_scale} pixels, got {pixels}")
+            if pixels is not None and (pixels < 1 or pixels % self.pixel_step):
+                raise UsageError(f"config model.{name}: must be a multiple of {self.pixel_step} pixels, got {pixels}")
 
     def check_options(self) -> None:
         """Raises: UsageError on an option that could not be used whatever the pipeline."""
@@ -179,13 +189,14 @@ class LatentModel(ABC):
 
     @property
     def tokenizers(self) -> list[Any]:
-        """One of each text encoder."""
+        """Those that say how much of a prompt is read: one of each text encoder."""
         return [getattr(self.pipe, name) for name in self.family.readers]
 
     @property
     def encoders(self) -> list[Any]:
         """The text encoders, which are on the host while they are not used."""
-        return [getattr(self.pipe, name) for name in self.family.readers.values()]
+        found = (getattr(self.pipe, name) for name in self.family.readers.values())
+        return [encoder for encoder in found if encoder is not None]
 
     @torch.no_grad()
     def _encoded(self, prompts: Sequence[Prompt]) -> list[Encoded]:
@@ -329,7 +340,7 @@ def add_lora(network: Any, rank: int, alpha: int, targets: Sequence[str]) -> Non
     names = [name for name, _ in network.named_modules()]
     unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in names)]
     if unmatched:
-        raise UsageError(f"config model.lora_targets: no module of the UNet is called {unmatched[0]!r}")
+        raise UsageError(f"config model.lora_targets: no module of the network is called {unmatched[0]!r}")
     settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     network.add_adapter(settings)
     cast_training_params(network, torch.float32)

@@ -6,8 +6,8 @@ import importlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ PLAIN = {  # options of a UNet that make it want an input, or the prompt in a fo
 SINGLE = {  # how the keys of a file begin that is something else than a whole checkpoint
     r"lora_|.*\.lora[._]|.*\.lora_[AB]": "is a LoRA: give it as model.lora=, beside the model.path of its base model",
     r"conv_in\.|down_blocks\.|time_embedding\.": "is a UNet alone: model.path needs the folder of the whole pipeline",
+    r"(model\.diffusion_model\.)?(joint_blocks|double_blocks|(single_)?transformer_blocks)\.": (
+        "is a transformer alone: model.path needs the whole pipeline"
+    ),
     r"encoder\.|decoder\.|quant_conv\.": "is a VAE alone: model.path needs the whole pipeline",
     r"conditioner\.embedders\.0\.model\.": "is a Stable Diffusion XL refiner, which redraws images: not tuned here",
 }
@@ -64,7 +67,9 @@ class Family:
     pipelines: tuple[str, ...]  # classes in diffusers for the same networks; the first one is loaded
     parts: Mapping[str, tuple[str, str]] = field(default_factory=lambda: PARTS)
     without: tuple[str, ...] = ("feature_extractor", "image_encoder")  # parts that are not loaded
-    text_keys: tuple[str, ...]  # how the text encoders' keys begin in a checkpoint in the original layout
+    optional: Mapping[str, str] = field(default_factory=dict)  # parts that may be missing, and their keys' beginning
+    own_keys: tuple[str, ...]  # how keys begin that, of checkpoints in the original layout, only this family's have
+    shared_keys: tuple[str, ...] = ("model.diffusion_model.", "first_stage_model.")  # and that all of its have
     unet: Mapping[str, Any] = field(default_factory=dict)  # options in which its UNets differ from PLAIN ones
     vae_in_float32: bool = False  # where the VAE's config says that half precision is too small for it
     refused: Mapping[str, str] = field(default_factory=dict)  # what an entry of model_index.json that is true says
@@ -74,6 +79,11 @@ class Family:
     def networks(self) -> list[str]:
         """The parts that have weights."""
         return [name for name in self.parts if not name.startswith(("tokenizer", "scheduler"))]
+
+    def less(self, names: Collection[str]) -> Family:
+        """The family without some parts."""
+        parts = {name: part for name, part in self.parts.items() if name not in names}
+        return replace(self, parts=parts, without=(*self.without, *names))
 
     @property
     def readers(self) -> dict[str, str]:
@@ -88,7 +98,7 @@ class Family:
     @property
     def whole(self) -> tuple[str, ...]:
         """How keys begin that are in every checkpoint in the original layout."""
-        return ("model.diffusion_model.", "first_stage_model.", *self.text_keys)
+        return (*self.shared_keys, *self.own_keys)
 
 
 def others(family: Family, fits: Callable[[Family], bool]) -> Iterator[str]:
@@ -130,6 +140,9 @@ def load_pipeline(
                 raise
             why = explained(family, error, source, variant)
             raise UsageError(f"config model.path: cannot load {path!r}: {why}") from error
+    family = family.less([name for name in family.parts if getattr(pipe, name) is None])
+    for name in family.networks:
+        getattr(pipe, name).eval()  # diffusers leaves the dropout of a T5 from a single file on
     limit_tokenizers(family, pipe)
     check(family, pipe, path)
     return pipe
@@ -151,7 +164,8 @@ def from_folder(family: Family, where: str, options: dict[str, Any]) -> Any:
 
     Raises: UsageError on parts of another class, and on weights or a vocabulary that are missing.
     """
-    check_parts(family, where, options["revision"])
+    index = check_parts(family, where, options["revision"])
+    family = family.less([name for name in family.optional if is_left_out(index.get(name))])
     parts = {name: network(family, where, name, options) for name in family.networks}
     without = dict.fromkeys(family.without)
     return family.pipeline.from_pretrained(where, trust_remote_code=False, **without, **parts, **options)
@@ -185,11 +199,14 @@ def rounded(vae: Any, dtype: torch.dtype) -> Any:
     return vae if vae.config.force_upcast else vae.to(dtype)
 
 
-def check_parts(family: Family, where: str, revision: str | None) -> None:
-    """Raises: UsageError when the pipeline, or a part of it, is of a class that is not known to work."""
+def check_parts(family: Family, where: str, revision: str | None) -> dict[str, Any]:
+    """What model_index.json says of the pipeline and its parts.
+
+    Raises: UsageError when one of them is of a class that is not known to work.
+    """
     if Path(where).is_dir() and not (Path(where) / "model_index.json").is_file():
         raise UsageError(f"{where} {what_folder(Path(where))}")
-    index = family.pipeline.load_config(where, revision=revision)
+    index: dict[str, Any] = family.pipeline.load_config(where, revision=revision)
     kind = index.get("_class_name")
     if kind not in family.pipelines:
         known = f"known are {', '.join(family.pipelines)}"
@@ -198,11 +215,18 @@ def check_parts(family: Family, where: str, revision: str | None) -> None:
         if index.get(entry):
             raise UsageError(f"{where} {what}")
     for name, (library, known) in family.parts.items():
-        check_part(where, name, index.get(name), library, known)
+        if name not in family.optional or not is_left_out(index.get(name)):
+            check_part(where, name, index.get(name), library, known)
     for name in family.readers:
         words = Path(where) / name
         if words.is_dir() and not any((words / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             raise UsageError(f"{words} has no vocabulary: neither tokenizer.json nor vocab.json")
+    return index
+
+
+def is_left_out(entry: Any) -> bool:
+    """Whether an entry of model_index.json says that the pipeline has no such part."""
+    return entry in (None, [None, None])
 
 
 def check_part(where: str, name: str, found: Any, library: str, known: str) -> None:
@@ -236,7 +260,8 @@ def from_file(family: Family, path: Path, config: str | None, dtype: torch.dtype
         if wrong := next(damaged, None):
             raise UsageError(f"model.single_file_config: {wrong}")
         check_parts(family, config, None)
-    parts = dict.fromkeys(family.without)
+    missing = [name for name, start in family.optional.items() if not any(key.startswith(start) for key in keys)]
+    parts = dict.fromkeys((*family.without, *missing))
     if family.vae_in_float32:
         vae = importlib.import_module("diffusers").AutoencoderKL
         vae = vae.from_single_file(str(path), config=config, subfolder="vae", dtype=torch.float32)
@@ -249,7 +274,7 @@ def check_keys(family: Family, path: Path, keys: list[str]) -> None:
     missing = [start for start in family.whole if not any(key.startswith(start) for key in keys)]
     if not missing:
         return
-    for advice in others(family, lambda other: any(key.startswith(other.text_keys) for key in keys)):
+    for advice in others(family, lambda other: any(key.startswith(other.own_keys) for key in keys)):
         raise UsageError(f"{path} is not a {family.title} model: {advice}")
     kinds = (what for start, what in SINGLE.items() if any(re.match(start, key) for key in keys))
     rest = f"it has no {missing[0]}*, and {min(keys, default='no keys')}"
@@ -309,7 +334,8 @@ def variant_of(file: Path) -> str | None:
 
 def missing_weights(family: Family, folder: Path, variant: str | None) -> str | None:
     """Says where a part of a pipeline has no weights as asked for, and what it has."""
-    for part in (folder / name for name in family.networks):
+    expected = [name for name in family.networks if name not in family.optional or (folder / name).is_dir()]
+    for part in (folder / name for name in expected):
         found = {variant_of(file) for file in part.glob("*.safetensors")}
         others = sorted(str(kind or "null") for kind in found - {variant})
         if others and variant not in found:
@@ -328,7 +354,8 @@ def limit_tokenizers(family: Family, pipe: Any) -> None:
     """Let tokenizers cut prompts where the text encoders' positions end; one without a limit of its own says 1e30."""
     for name, encoder in family.readers.items():
         tokenizer, text = getattr(pipe, name), getattr(pipe, encoder).config
-        tokenizer.model_max_length = min(text.max_position_embeddings, tokenizer.model_max_length)
+        positions = getattr(text, "max_position_embeddings", tokenizer.model_max_length)  # T5's are not limited
+        tokenizer.model_max_length = min(positions, tokenizer.model_max_length)
 
 
 def check(family: Family, pipe: Any, path: str) -> None:
@@ -341,24 +368,31 @@ def check(family: Family, pipe: Any, path: str) -> None:
 
 def misfits(family: Family, pipe: Any) -> Iterator[str]:
     """What the networks have that they do not get here, or of which another one has something else."""
+    if "unet" in family.parts:
+        yield from unet_misfits(family, pipe)
+    vae = pipe.vae.config
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        yield "has a VAE with a mean or a deviation of its latents of each channel"
+    for name, encoder in family.readers.items():
+        words, known = len(getattr(pipe, name)), getattr(pipe, encoder).config.vocab_size
+        if words > known:
+            yield f"has a {name} of {words} words, and a text encoder of {known}"
+
+
+def unet_misfits(family: Family, pipe: Any) -> Iterator[str]:
+    """What does not fit of a UNet."""
     unet, vae = pipe.unet.config, pipe.vae.config
-    texts = {name: getattr(pipe, encoder).config for name, encoder in family.readers.items()}
     for name, plain in PLAIN.items():
         if (unet.get(name) or plain) != family.unet.get(name, plain):
             yield f"has a UNet with {name}={unet.get(name)!r}"
     for name in ("in_channels", "out_channels"):
         if unet[name] != vae.latent_channels:
             yield f"has a UNet with {name}={unet[name]}, and a VAE with latent_channels={vae.latent_channels}"
-    if vae.get("latents_mean") or vae.get("latents_std"):
-        yield "has a VAE with a mean or a deviation of its latents of each channel"
-    width = sum(text.hidden_size for text in texts.values())
+    width = sum(getattr(pipe, encoder).config.hidden_size for encoder in family.readers.values())
     if unet.cross_attention_dim != width:
         yield f"has a UNet for prompts of {unet.cross_attention_dim} features, and text encoders of {width}"
     if not unet.sample_size:
         yield "has a UNet without a sample_size"
-    for name, text in texts.items():
-        if len(getattr(pipe, name)) > text.vocab_size:
-            yield f"has a {name} of {len(getattr(pipe, name))} words, and a text encoder of {text.vocab_size}"
 
 
 def check_weights(family: Family, pipe: Any, path: str) -> None:

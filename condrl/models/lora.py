@@ -34,7 +34,15 @@ OTHERS = {  # what a key says of a file that cannot be read as a UNet's LoRA
     r"(base_model\.model\.)?text_encoder|lora_te\d?_|text_model": "has a text-encoder part, which is not tuned here",
     r".*(dora_scale|lora_magnitude_vector)": "is a DoRA, which is not read here",
     r".*(hada_w|lokr_w|lora_mid|glora|oft_|\.diff(_b)?$|\.[ab][12]\.weight)": "is a LyCORIS file, not a plain LoRA",
-    r"(base_model\.model\.)?transformer\.|lora_transformer_|diffusion_model\.": "is of a transformer, not of a UNet",
+}
+FOREIGN = {  # and of one that this network's LoRA cannot be
+    "unet": {
+        r"(base_model\.model\.)?transformer\.|lora_transformer_|diffusion_model\.": "is of a transformer, not of a UNet"
+    },
+    "transformer": {
+        r"(base_model\.model\.)?unet\.|lora_unet_(down|mid|up)_": "is of a UNet, not of a transformer",
+        r"lora_unet_|diffusion_model\.": "has the modules of the original layout, which are not read here",
+    },
 }
 CARD = """---
 base_model: {base}
@@ -47,11 +55,16 @@ tags: [lora, text-to-image, {family}, condrl]
 Base model: {name}. The two files hold the same LoRA, under the names that different programs read:
 
 - diffusers: `{lora}`, by `pipe.load_lora_weights(<this folder>, weight_name="{lora}")`
-- ComfyUI and A1111: `{kohya}`, copied to their folder of LoRAs (kohya's names, which diffusers reads as well)
+- {others}
 
 Rank {rank}. The scale is multiplied into the weights: alpha = rank, strength 1 is what was tuned.{rewards}
 Settings and measurements: `config.yaml` and `result.json` of the run.
 """
+READERS = {  # of the second file
+    "unet": "ComfyUI and A1111: `{kohya}`, copied to their folder of LoRAs (kohya's names, which diffusers reads too)",
+    "transformer": "ComfyUI: `{kohya}`, copied to its folder of LoRAs (OneTrainer's names; it reads the other too)",
+}
+FAMILIES = {"SD3Transformer2DModel": "stable-diffusion-3", "FluxTransformer2DModel": "flux"}
 
 
 @dataclass(frozen=True)
@@ -90,9 +103,13 @@ def lora_state(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def diffusers_names(state: Mapping[str, Tensor], prefix: str = "unet") -> dict[str, Tensor]:
-    """`<prefix>.<module>.lora.{down,up}.weight`."""
-    named = rf"{prefix}.\1.lora.\2.weight"
-    return {re.sub(r"(.+)\.(down|up)\.weight", named, key): value for key, value in state.items()}
+    """`unet.<module>.lora.{down,up}.weight`, and of any other network `<prefix>.<module>.lora_{A,B}.weight`."""
+    parts = {"down": "lora.down", "up": "lora.up"} if prefix == "unet" else {"down": "lora_A", "up": "lora_B"}
+    named = {}
+    for key, value in state.items():
+        name, part, _ = key.rsplit(".", 2)
+        named[f"{prefix}.{name}.{parts[part]}.weight"] = value
+    return named
 
 
 def kohya_names(state: Mapping[str, Tensor], prefix: str = "unet") -> dict[str, Tensor]:
@@ -121,8 +138,7 @@ def save_lora(
     save_tensors(diffusers_names(state, prefix), folder / LORA_FILE, common)
     save_tensors(kohya_names(state, prefix), folder / KOHYA_FILE, common | kohya_metadata(unet, base, rank))
     rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
-    family = "stable-diffusion-xl" if version_of(unet) == XL else "stable-diffusion"
-    names = dict(lora=LORA_FILE, kohya=KOHYA_FILE, family=family)
+    names = dict(lora=LORA_FILE, others=READERS[prefix].format(kohya=KOHYA_FILE), family=family_of(unet))
     card = dict(base=json.dumps(base), name=code_span(base), rank=rank, rewards=rewards, **names)
     (folder / "README.md").write_text(CARD.format(**card), "utf-8")  # a JSON string is a YAML string whatever is in it
 
@@ -142,12 +158,18 @@ def kohya_metadata(unet: Any, base: str, rank: str) -> dict[str, str]:
     return {**network, "ss_sd_model_name": base, **known}
 
 
+def family_of(network: Any) -> str:
+    """What the hub calls the family of a network."""
+    plain = "stable-diffusion-xl" if version_of(network) == XL else "stable-diffusion"
+    return FAMILIES.get(type(network).__name__, plain)
+
+
 def version_of(unet: Any) -> str | None:
     """What kohya's trainer calls the models that a UNet is of, by the form and width of its prompts."""
-    if unet.config.addition_embed_type == "text_time":
+    if unet.config.get("addition_embed_type") == "text_time":
         return XL
     versions = {768: "sd_v1", 1024: "sd_v2"}
-    return versions.get(unet.config.cross_attention_dim)
+    return versions.get(unet.config.get("cross_attention_dim"))
 
 
 # ---------------------------------------------------------------------------------------------- in
@@ -217,6 +239,7 @@ def read_lora(unet: nn.Module, path: Path, prefix: str = "unet") -> dict[str, Fa
 def _by_module(unet: nn.Module, path: Path, state: Mapping[str, Tensor], prefix: str) -> dict[str, list[Tensor | None]]:
     """Each module's down, up and alpha as the file has them."""
     _check_kind(path, state)
+    _check_network(path, state, prefix)
     modules = spellings(unet, prefix)
     found: dict[str, list[Tensor | None]] = {}
     for key, value in state.items():
@@ -305,7 +328,7 @@ def original_name(name: str, layers: int) -> str:
 def _module(base: str, modules: Mapping[str, str], path: Path, prefix: str) -> str:
     plain = base.removeprefix("base_model.model.").removeprefix(f"{prefix}.").replace(".processor.", ".")
     if plain not in modules:
-        _refuse(path, f"was made for another model: this UNet has no module {base}")
+        _refuse(path, f"was made for another model: this network has no module {base}")
     return modules[plain]
 
 
@@ -317,6 +340,13 @@ def _check_kind(path: Path, keys: Iterable[str]) -> None:
     unknown = [key for key in keys if not any(p.fullmatch(key) for p in (DOWN, UP, ALPHA))]
     if unknown or not keys:
         _refuse(path, f"is not a LoRA: its keys are like {min(unknown, default='nothing')}")
+
+
+def _check_network(path: Path, keys: Iterable[str], prefix: str) -> None:
+    """Raises: UsageError when there is a key of another kind of network."""
+    for pattern, what in FOREIGN[prefix].items():
+        if one := next((key for key in keys if re.match(pattern, key)), None):
+            _refuse(path, f"{what}: see {one}")
 
 
 def _fits(down: Tensor, up: Tensor) -> bool:

@@ -10,11 +10,16 @@ from condrl.errors import naming
 from condrl.models.loading import hub_id, public_name
 from condrl.models.lora import LORA_FILE, code_span
 from condrl.report.run import Line, Run, change
-from condrl.report.usage import base_model, deployed_sampler, diffusers_code
+from condrl.report.usage import base_model, deployed_sampler, diffusers_code, readers
 
 PICTURES = 4  # of the first held-out prompts, not of the best ones
 HERE = "path/to/this/folder"
-FAMILIES = {"stable_diffusion": "stable-diffusion", "sdxl": "stable-diffusion-xl"}
+FAMILIES = {
+    "stable_diffusion": "stable-diffusion",
+    "sdxl": "stable-diffusion-xl",
+    "sd3": "stable-diffusion-3",
+    "flux": "flux",
+}
 
 
 def write_card(
@@ -84,7 +89,7 @@ def use(run: Run, folder: Path, strength: float, place: str) -> str:
         parts.append(f"With diffusers:\n\n```python\n{code}\n```\n")
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != LORA_FILE:
-            parts.append(f"With ComfyUI and A1111: copy {code_span(file.name)} to their folder of LoRAs.\n")
+            parts.append(f"With {readers(run)}: copy {code_span(file.name)} to their folder of LoRAs.\n")
     scaled = "" if strength == 1 else f" These weights have {strength:g} times what was tuned."
     parts.append(f"Strength 1 is what the files hold: alpha = rank.{scaled}\n")
     return "## Use it\n\n" + "\n".join(parts)

@@ -15,7 +15,7 @@ from condrl.errors import naming
 from condrl.io.files import locate
 from condrl.report.charts import Chart, Mark, Series, number
 from condrl.report.run import Finding, Line, Run, change, side, verdict
-from condrl.report.usage import base_model, diffusers_code
+from condrl.report.usage import base_model, diffusers_code, readers
 
 OPENING = "<!doctype html>\n<!-- condrl report -->\n"
 MOST_PIXELS = 256  # of a picture's longer side
@@ -126,7 +126,7 @@ def usage(run: Run) -> str:
     code = diffusers_code(run, str(locate(base_model(run))), str(run.folder.resolve() / "lora"))
     return (
         f"<p>condrl: <code>condrl sample {escape(str(run.folder))} --prompt &quot;...&quot;</code></p>"
-        f"<p>diffusers:</p><pre>{escape(code)}</pre><p>ComfyUI and A1111: copy "
+        f"<p>diffusers:</p><pre>{escape(code)}</pre><p>{readers(run)}: copy "
         "<code>lora/comfyui_lora.safetensors</code> to their folder of LoRAs; strength 1 is what was tuned.</p>"
     )
 

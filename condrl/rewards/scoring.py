@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from condrl.diffusion.schedule import like
 from condrl.errors import LESS, RewardError, RunError, UsageError, brief, out_of_memory, quoted
 from condrl.prompts import Row
 from condrl.registry import reward as registry
@@ -85,6 +86,7 @@ class Reward:
     cache: dict[bytes, float] | None = None  # scores by digest of image and row, of a reward that keeps them
     batch: int = 64  # images scored at a time
     per_group: bool = False  # whether it is given all images of a prompt row, and only them, instead
+    smoothing: float = 0.0  # the root mean square distance within which the worst sample is scored
 
     @functools.cached_property
     def takes_metadata(self) -> bool:
@@ -117,7 +119,23 @@ class Reward:
         ends = [i for i in range(1, len(rows)) if rows[i].index != rows[i - 1].index]
         return [slice(start, end) for start, end in itertools.pairwise([0, *ends, len(rows)])]
 
+    def worst(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
+        """The samples (B, ...) moved by `smoothing` against their scores' gradient: the worst nearby, to first order.
+
+        The way there is held, so a gradient of their scores is that at the worst samples (docs/theory.md 14).
+        """
+        with torch.enable_grad(), self.blamed(rows):
+            x = samples.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self._called(x, rows).sum(), x)
+        size = gradient.square().flatten(1).mean(1).sqrt().clamp(min=torch.finfo(gradient.dtype).tiny)
+        moved = samples.detach() - like(self.smoothing / size, gradient) * gradient
+        moved = moved.clamp(0, 1) if samples.dim() == 4 else moved
+        return samples + (moved - samples.detach())
+
     def _scored(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
+        return self._called(self.worst(samples, rows) if self.smoothing else samples, rows)
+
+    def _called(self, samples: Tensor, rows: Sequence[Row]) -> Tensor:
         prompts = [row.prompt for row in rows]
         extra = {"metadata": [Metadata(row) for row in rows]} if self.takes_metadata else {}
         with self.blamed(rows):
@@ -206,10 +224,11 @@ def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
     """
     options, plugin = dict(options), registry.find(name)
     weight, batch, target = options.pop("weight", 1.0), options.pop("batch", 64), plugin.target
+    smoothing = options.pop("smoothing", 0.0)
     with usage_errors(), Reward(name, weight, target).blamed():
         call: Any = target(**options) if inspect.isclass(target) else functools.partial(target, **options)
-    cache = _cache_of(json.dumps([name, options], sort_keys=True, default=str)) if plugin.cached else None
-    return Reward(name, weight, call, plugin.differentiable, cache, batch, plugin.per == "group")
+    cache = _cache_of(json.dumps([name, options, smoothing], sort_keys=True, default=str)) if plugin.cached else None
+    return Reward(name, weight, call, plugin.differentiable, cache, batch, plugin.per == "group", smoothing)
 
 
 @functools.cache

@@ -81,10 +81,8 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
     x, k = torch.ones(1, 1), torch.zeros(1, dtype=torch.long)
     first, _ = sampler.step(k, x, lambda x, t: torch.zeros_like(x), sampler.init(x))
     if not (first.mean.isfinite().all() and first.std.isfinite().all()):
-        raise UsageError(
-            f"the sampler {name} cannot start where there is no signal (zero terminal SNR): use sampler.name=ddim, or "
-            "sampler.spacing=leading"
-        )
+        advice = "sampler.name=ddim" + ", or sampler.spacing=leading" * isinstance(schedule, DiscreteSchedule)
+        raise UsageError(f"the sampler {name} cannot start where there is no signal (zero terminal SNR): use {advice}")
 
 
 def check_numbers(numbers: Coefficients, name: str) -> None:
@@ -148,9 +146,11 @@ def make_rewards(config: Config) -> list[Reward]:
 
 
 def make_measures(config: Config) -> list[Reward]:
-    """What to report on held-out prompts: `evaluate.measures` and the rewards."""
+    """What to report on held-out prompts: `evaluate.measures` and the rewards, these as they are without smoothing."""
     measures = [make_reward(name, options) for name, options in config.evaluate.measures.items()]
-    return measures + [r for r in make_rewards(config) if r.name not in config.evaluate.measures]
+    weighted = {name: options for name, options in config.rewards.items() if options["weight"] != 0}
+    others = {name: options for name, options in weighted.items() if name not in config.evaluate.measures}
+    return measures + [make_reward(name, {**options, "smoothing": 0.0}) for name, options in others.items()]
 
 
 def weights_in_words(config: Config) -> str:

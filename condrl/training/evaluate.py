@@ -17,6 +17,9 @@ from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import Reward, Scores, score
 
+Draw = Callable[[Policy, Tensor, list[torch.Generator], Sequence[Row]], Tensor]  # of images: their final states
+Pair = tuple[str, str]  # what is compared with what, by its names in the records
+BASE_AND_TUNED: Pair = ("base", "tuned")
 RESAMPLES = 4000  # of the prompts, for a bootstrap
 STUDENT_T = (  # the 97.5 % quantiles of Student's t, for 1, 2, ... degrees of freedom
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -48,6 +51,7 @@ class Evaluation:
     diversity: Tensor  # (P,) root mean square deviation of a prompt's samples from their mean; nan for a single image
     pictures: list[Tensor]  # the first images (3, H, W) in [0, 1]
     labels: list[str]
+    network_calls: float  # of one image
 
 
 @dataclass(frozen=True)
@@ -123,23 +127,23 @@ def paired_difference(base: Tensor, tuned: Tensor) -> Estimate:
     return Estimate(differences.mean().item(), (low, high))
 
 
-def compared(base: Evaluation, tuned: Evaluation) -> dict[str, dict[str, Any]]:
-    """By measure: its estimates, and what `paired` finds for the prompts' means."""
+def compared(base: Evaluation, tuned: Evaluation, names: Pair = BASE_AND_TUNED) -> dict[str, dict[str, Any]]:
+    """By measure: its estimates under these names, and what `paired` finds for the prompts' means."""
     return {
-        name: {
-            "base": dataclasses.asdict(base.measures[name]),
-            "tuned": dataclasses.asdict(tuned.measures[name]),
-            **paired(base.scores[name], tuned.scores[name]),
-        }
+        name: named((base.measures[name], tuned.measures[name]), names) | paired(base.scores[name], tuned.scores[name])
         for name in base.measures
     }
 
 
-def compared_diversity(base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
+def compared_diversity(base: Evaluation, tuned: Evaluation, names: Pair = BASE_AND_TUNED) -> dict[str, Any]:
     """A row as those of `compared`, of the diversity within prompts."""
-    estimates = {"base": estimate(base.diversity, 1), "tuned": estimate(tuned.diversity, 1)}
-    rows = {who: dataclasses.asdict(found) for who, found in estimates.items()}
-    return rows | paired(base.diversity, tuned.diversity)
+    estimates = (estimate(base.diversity, 1), estimate(tuned.diversity, 1))
+    return named(estimates, names) | paired(base.diversity, tuned.diversity)
+
+
+def named(estimates: tuple[Estimate, Estimate], names: Pair) -> dict[str, Any]:
+    """Two estimates as records hold them."""
+    return {name: dataclasses.asdict(found) for name, found in zip(names, estimates, strict=True)}
 
 
 def paired(base: Tensor, tuned: Tensor) -> dict[str, Any]:
@@ -197,15 +201,20 @@ class Diversity:
         self._taken, self._squares = 0, 0.0
 
 
+def plain(policy: Policy, condition: Tensor, generators: list[torch.Generator], rows: Sequence[Row]) -> Tensor:
+    """The policy's own final states (B, ...)."""
+    return sample(policy, condition, generators, len(condition))
+
+
 @torch.no_grad()
 def scored_batches(
-    policy: Policy, rows: Sequence[Row], measures: Sequence[Reward], seeds: Sequence[int], batch: int
+    policy: Policy, rows: Sequence[Row], measures: Sequence[Reward], seeds: Sequence[int], batch: int, draw: Draw
 ) -> Iterator[tuple[Tensor, Scores]]:
     """Draw an image of each row from the seed beside it, `batch` at a time, and score it."""
     condition = policy.model.encode([row.prompt for row in rows])
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
-        images = policy.model.decode(sample(policy, condition[part], seeded(list(seeds[part])), batch))
+        images = policy.model.decode(draw(policy, condition[part], seeded(list(seeds[part])), rows[part]))
         yield images, score(measures, images, rows[part])
     for measure in measures:
         measure.offload()
@@ -221,10 +230,12 @@ def evaluate(
     pictures: int,
     processes: Processes | None = None,
     visit: Callable[[Batch], None] = lambda batch: None,
+    draw: Draw = plain,
 ) -> Evaluation:
     """Sample `per_prompt` images of each row, image i from seed + i, and score them, each process its share.
 
     Two policies evaluated with the same arguments start from the same noise. The first process has the pictures.
+    `draw` makes the images, by default as the policy does alone.
     `visit` sees every batch of this process as soon as it is scored.
     """
     if any(measure.per_group for measure in measures):
@@ -237,8 +248,8 @@ def evaluate(
     seeds = range(seed + indices.start, seed + indices.start + len(rows))
     scores: dict[str, list[Tensor]] = {measure.name: [] for measure in measures}
     preview: list[Tensor] = []
-    diversity, drawn = Diversity(per_prompt), 0
-    for images, found in scored_batches(policy, rows, measures, seeds, batch):
+    diversity, drawn, before = Diversity(per_prompt), 0, policy.model.evaluations
+    for images, found in scored_batches(policy, rows, measures, seeds, batch, draw):
         for name, values in found.each.items():
             scores[name].append(values.cpu())
         own = indices[drawn : drawn + len(images)]
@@ -253,4 +264,5 @@ def evaluate(
         spread = processes.gather(spread, share, prompts)
     measured = {name: estimate(values, per_prompt) for name, values in each.items()}
     means = {name: prompt_means(values, per_prompt) for name, values in each.items()}
-    return Evaluation(measured, each, means, spread, preview, [row.prompt for row in rows[: len(preview)]])
+    labels, calls = [row.prompt for row in rows[: len(preview)]], policy.model.evaluations - before
+    return Evaluation(measured, each, means, spread, preview, labels, calls / len(rows))

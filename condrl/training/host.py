@@ -19,6 +19,7 @@ import condrl
 from condrl.config import Config
 from condrl.errors import UsageError
 from condrl.processes import asks_for_shards
+from condrl.registry import algorithm
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
@@ -51,6 +52,12 @@ def check_equal_calls(config: Config, processes: int) -> None:
     ):
         if wrong:
             raise UsageError(f"config train.{key}: must {text} with FSDP, where all processes compute in lockstep")
+    name = config.algorithm["name"]
+    if not getattr(algorithm.find(name).target, "calls_evenly", True):
+        raise UsageError(
+            f"the algorithm {name} draws how many steps an image takes, and with FSDP all processes compute in "
+            "lockstep: use another, such as draft"
+        )
 
 
 def check_launcher() -> None:

@@ -40,7 +40,7 @@ class SDXL(LatentModel):
             "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
             "tokenizer_2": ("transformers", "CLIPTokenizer*"),
         },
-        text_keys=("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+        own_keys=("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
         unet={"addition_embed_type": "text_time"},
         vae_in_float32=True,
         refused={"requires_aesthetics_score": "is a refiner, which redraws a base model's images: not tuned here"},

@@ -23,7 +23,7 @@ class StableDiffusion(LatentModel):
         title="Stable Diffusion 1.x and 2.x",
         pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
         without=("safety_checker", "feature_extractor", "image_encoder"),
-        text_keys=("cond_stage_model.",),
+        own_keys=("cond_stage_model.",),
     )
 
     path: str = "asset:shapes"  # hub id, diffusers folder, .safetensors / .ckpt file; asset:shapes is embedded

@@ -265,6 +265,95 @@ def evaluated_needing(samples, prompts, metadata):
     return torch.tensor([float(row["count"]) for row in metadata])
 
 
+# ---------------------------------------------------------------------------------------------- steering
+
+
+@pytest.mark.parametrize("steer", ["smc,particles=1", "best_of_n,n=1"])
+def test_a_steering_that_chooses_among_one_is_the_plain_draw(steer, run, toy, tmp_path):
+    """To the last bit, of the base and of the tuned model, which are those that are evaluated without steering."""
+    for folder in (run, toy):
+        _, before, _ = evaluate(folder, "--overwrite", out=tmp_path / "x")
+        code, result, lines = evaluate(folder, "--steer", steer, "--overwrite", out=tmp_path / "y")
+        assert code == 0
+        assert [entry["strength"] for entry in result["evaluations"]] == [None, 1.0]
+        assert all(line["plain"] == line["steered"] for line in lines)
+        for entry, who in zip(result["evaluations"], ("base", "tuned"), strict=True):
+            for name, row in entry["heldout"].items():
+                assert row["plain"] == row["steered"] == before["evaluations"][0]["heldout"][name][who]
+            assert entry["network_calls"]["plain"] == entry["network_calls"]["steered"]
+
+
+def test_each_prompt_is_steered_by_its_own_reward(toy, tmp_path, capsys):
+    """The rewards' slopes differ in sign; whatever is drawn at a time, the particles of an image stay together."""
+    whole = evaluate(toy, "--steer", "smc,particles=6,kappa=0.3", out=tmp_path / "x")
+    apart = evaluate(toy, "--steer", "smc,particles=6,kappa=0.3", "--batch", 7, out=tmp_path / "y")
+    for one, other in zip(whole[2], apart[2], strict=True):
+        assert one["steered"]["quadratic"] == pytest.approx(other["steered"]["quadratic"], abs=1e-4)
+    _, result, lines = whole
+    scores = {who: torch.tensor([line[who]["quadratic"] for line in lines]).view(2, 4, 30) for who in POINTS}
+    assert (scores["steered"].mean(2) > scores["plain"].mean(2) + 0.05).all()
+    for entry, plain, steered in zip(result["evaluations"], scores["plain"], scores["steered"], strict=True):
+        row = entry["heldout"]["quadratic"]
+        assert row["difference"]["mean"] == pytest.approx((steered - plain).mean().item(), abs=1e-6)
+        assert entry["network_calls"] == {"plain": 5.0, "steered": 30.0}
+    assert result["steer"]["name"] == "smc"
+    assert (result["steer"]["particles"], result["steer"]["potential"]) == (6, "difference")
+    assert result["steer"]["rewards"]["quadratic"]["weight"] == 1
+    said = capsys.readouterr().out
+    assert (
+        "steered: smc, particles=6, kappa=0.3, potential=difference, resample_below=0.5; by quadratic (weight 1)"
+        in said
+    )
+    assert "network calls of an image: 5 plain, 30 steered" in said
+    assert "5 steps, base\n" in said
+    assert "5 steps, strength 1\n" in said
+
+
+POINTS = ("plain", "steered")
+
+
+def test_guidance_follows_each_rows_gradient(toy, tmp_path):
+    """By the command; a plain draw and a guided one have the same noise, so every point moves along its slope."""
+    _, result, lines = evaluate(toy, "--steer", "guidance,kappa=2", out=tmp_path / "x")
+    moved = [line["steered"]["quadratic"] - line["plain"]["quadratic"] for line in lines]
+    assert min(moved) > 0
+    assert result["evaluations"][0]["network_calls"] == {"plain": 5.0, "steered": 5.0}
+
+
+def test_the_rewards_steer_and_measures_only_measure(run, tmp_path):
+    """Steered by the level, or by its negative; the pictures are those that were measured."""
+    found = {}
+    for weight in (1, -1):
+        words = [f"rewards.evaluated_level.weight={weight}", "evaluate.measures.brightness={}", "--pictures", 2]
+        _, result, lines = evaluate(run, "--steer", "best_of_n,n=4", *words, "--overwrite", out=tmp_path / "x")
+        row = result["evaluations"][0]["heldout"]
+        assert sorted(row) == ["brightness", "evaluated_level"]
+        assert list(result["steer"]["rewards"]) == ["evaluated_level"]
+        found[weight] = row["evaluated_level"]["difference"]["mean"]
+    assert found[1] > 0 > found[-1]
+    shown = [line for line in lines if line["pictures"]]
+    assert len({picture for line in shown for picture in line["pictures"].values()}) == 2 * 2 * 2
+    for line in shown:
+        for who in POINTS:
+            image = np.asarray(Image.open(tmp_path / "x" / line["pictures"][who]), float) / 255
+            assert image.mean() == pytest.approx(line[who]["evaluated_level"], abs=0.5 / 255)
+
+
+def test_a_base_model_is_steered_without_a_lora(run, pipeline, tmp_path):
+    words = [f"model.path={pipeline}", "model.guidance=1", "rewards.evaluated_level.weight=1", "sampler.steps=2"]
+    words += ["sampler.eta=0.5", "evaluate.images_per_prompt=2", "--prompts", run.parent / "heldout.txt", "--batch", 2]
+    found = condrl.evaluate(
+        *map(str, words[:-4]), prompts=str(words[-3]), batch=2, steer="best_of_n,n=3", out=str(tmp_path / "python")
+    )
+    code, result, lines = evaluate("--steer", "best_of_n,n=3", *words, out=tmp_path / "x")
+    assert code == 0
+    assert result["evaluations"] == json.loads(json.dumps(found["evaluations"]))
+    assert (result["run"], result["lora"], len(result["evaluations"]), len(lines)) == (None, None, 1, 8)
+    row = result["evaluations"][0]["heldout"]["evaluated_level"]
+    assert row["plain"]["mean"] == pytest.approx(heldout(run)["evaluated_level"]["base"]["mean"], abs=1e-6)
+    assert row["difference"]["mean"] > 0
+
+
 # ---------------------------------------------------------------------------------------------- where it is written
 
 
@@ -273,6 +362,15 @@ def test_a_measure_that_cannot_be_called_leaves_an_earlier_evaluation_alone(toy,
     words = ["evaluate.measures.evaluated_needing={}", "--overwrite", "--out", tmp_path / "x"]
     assert "the reward 'evaluated_needing' needs 'count'" in refused(capsys, toy, *words)
     assert len((tmp_path / "x" / "evaluation.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_steering_that_cannot_leaves_an_earlier_evaluation_alone(toy, tmp_path, capsys):
+    """The second of two samplers has no noise."""
+    evaluate(toy, out=tmp_path / "x")
+    before = (tmp_path / "x" / "evaluation.jsonl").read_text()
+    samplers = ["--samplers", "euler_maruyama", "euler_maruyama,eta=0", "--steer", "smc"]
+    assert "the sampler has no noise" in refused(capsys, toy, *samplers, "--overwrite", "--out", tmp_path / "x")
+    assert (tmp_path / "x" / "evaluation.jsonl").read_text() == before
 
 
 def test_an_evaluation_lies_in_its_run_and_is_replaced_when_asked(run, capsys):
@@ -347,6 +445,11 @@ def test_the_summary_is_written_where_json_says(toy, tmp_path, capsys):
         (["RUN", "--batch", "0"], "--batch must be at least 1"),
         (["ALONE"], "belongs to no run, so nothing says what to measure"),
         (["ALONE", "rewards.evaluated_level.weight=1"], "belongs to no run"),
+        (["RUN", "--steer", "smc,8"], "--steer smc,8: give NAME or NAME,option=value, as in smc,particles=8"),
+        (["RUN", "--steer", "smc", "evaluate.measures.brightness={}"], "--steer needs rewards to draw with"),
+        (["RUN", "--steer", "guidance", "rewards.shapes.weight=1"], "--steer guidance differentiates the reward, and"),
+        (["--steer", "smc", "--strength", "0.5"], "--strength is of a LoRA, and none is named"),
+        (["--steer", "smc", "model.path=somewhere"], "the base model has no held-out prompts: give --prompts FILE"),
     ],
     ids=" ".join,
 )

@@ -1,12 +1,16 @@
 import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from condrl import UsageError
 from condrl.diffusion.schedule import (
     VP_SCHEDULERS,
+    FlowSchedule,
     epsilon_from_v,
+    flow_from_diffusers,
     schedule_from_diffusers,
     score_from_epsilon,
     score_from_x0,
@@ -186,3 +190,73 @@ def test_log_snr_spacing_has_no_start_at_zero_terminal_snr():
     with pytest.raises(UsageError, match=r"sampler\.spacing: log_snr is infinite.*another spacing"):
         schedule.grid(10, "log_snr")
     assert schedule.grid(10, "uniform").isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------- flows
+
+
+DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
+FLOWS = [
+    {},
+    {"shift": 3.0},
+    {"shift": 2.0, "num_train_timesteps": 500},
+    {"shift": 3.0, "shift_terminal": 0.1},
+    DYNAMIC,
+    {**DYNAMIC, "base_shift": 0.3, "max_shift": 2.0, "base_image_seq_len": 64, "max_image_seq_len": 1024},
+    {**DYNAMIC, "time_shift_type": "linear"},
+    {**DYNAMIC, "shift_terminal": 0.02},
+]
+LENGTHS = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+
+
+@pytest.mark.parametrize("config", FLOWS)
+@pytest.mark.parametrize("evenly", [False, True])
+@pytest.mark.parametrize("tokens", [256, 1536])
+def test_a_flows_times_are_those_of_diffusers(config, evenly, tokens):
+    """As Stable Diffusion 3's pipeline asks its scheduler for them, and as FLUX's does."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    schedule = flow_from_diffusers(scheduler.config, tokens, evenly)
+    mu = calculate_shift(tokens, *(scheduler.config[name] for name in LENGTHS))
+    for steps in (1, 2, 7, 28):
+        if steps == 1 and "shift_terminal" in config:
+            with pytest.raises(UsageError, match=r"sampler\.steps: must be at least 2"):
+                schedule.grid(steps)
+            continue
+        scheduler.set_timesteps(steps, sigmas=np.linspace(1, 1 / steps, steps) if evenly else None, mu=mu)
+        times = schedule.grid(steps)
+        torch.testing.assert_close(times.float(), scheduler.sigmas, atol=3e-7, rtol=0)
+        torch.testing.assert_close(schedule.network_time(times[:-1]), scheduler.timesteps, atol=3e-4, rtol=0)
+        assert (times[0], times[-1]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "key", ["invert_sigmas", "stochastic_sampling", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas"]
+)
+def test_flows_with_other_times_or_steps_are_refused(key):
+    with pytest.raises(UsageError, match=f"FlowMatchEulerDiscreteScheduler has {key}=True, which is not supported"):
+        flow_from_diffusers({key: True}, 256)
+    with pytest.raises(UsageError, match=r"scheduler is a DDIMScheduler; a flow needs a FlowMatchEuler"):
+        flow_from_diffusers({**SD15, "_class_name": "DDIMScheduler"}, 256)
+
+
+def test_a_flow_has_one_grid_beside_uniform_times():
+    schedule = FlowSchedule(shift=3.0)
+    torch.testing.assert_close(schedule.grid(4, "uniform"), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64))
+    with pytest.raises(UsageError, match=r"sampler\.spacing: a flow's scheduler has no trailing times: leave it out"):
+        schedule.grid(4, "trailing")
+    with pytest.raises(UsageError, match=r"sampler\.spacing: log_snr is infinite"):
+        schedule.grid(4, "log_snr")
+    with pytest.raises(UsageError, match=r"sampler\.steps: must be at least 1, got 0"):
+        schedule.grid(0)
+
+
+def test_the_action_of_a_velocity_is_the_score_of_the_noise_that_was_added():
+    """And where there is no signal the denoised prediction, x - v."""
+    schedule, t = FlowSchedule(), torch.tensor([1.0, 0.999, 0.5, 1e-3], dtype=torch.float64)
+    x0, eps = torch.randn(2, 4, 3, dtype=torch.float64)
+    alpha, sigma = (c(t)[:, None] for c in (schedule.alpha, schedule.sigma))
+    x = alpha * x0 + sigma * eps
+    action = schedule.score(eps - x0, x, t)
+    torch.testing.assert_close(action[0], x0[0])
+    torch.testing.assert_close(action[1:], (-eps / sigma)[1:])
+    torch.testing.assert_close(x0_from_score(action, x, alpha, sigma), x0)

@@ -318,7 +318,7 @@ def test_other_files_are_not_replaced(tmp_path, capsys):
 def an_evaluation(values, pictures=()):
     each = {name: torch.tensor(v, dtype=torch.float32) for name, v in values.items()}
     measures = {name: Estimate(v.nanmean().item(), None) for name, v in each.items()}
-    return Evaluation(measures, each, each, torch.zeros(1), list(pictures), ["a"] * len(pictures))
+    return Evaluation(measures, each, each, torch.zeros(1), list(pictures), ["a"] * len(pictures), 0.0)
 
 
 def test_the_images_that_changed_most_are_kept():

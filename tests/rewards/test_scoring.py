@@ -15,7 +15,7 @@ from condrl.errors import RewardError, Stopped
 from condrl.prompts import Row, load_prompts
 from condrl.rewards.scoring import make_reward, score
 from condrl.shapes import scenes
-from condrl.training.build import make_trainer
+from condrl.training.build import make_measures, make_rewards, make_trainer
 from condrl.training.checks import check_combination
 from condrl.training.evaluate import evaluate
 from condrl.training.preflight import preflight
@@ -432,3 +432,88 @@ def test_rewards_of_points_say_so_of_images(name):
         UsageError, match=r"is for points \(B, d\), and the model makes samples of shape \(2, 3, 16, 16\)"
     ):
         make_reward(name, {})(images(), ROWS)
+
+
+# ---------------------------------------------------------------------------------------------- smoothing
+
+
+@condrl.reward
+def sloped(samples, prompts, *, slope: float = 3.0):
+    """<slope (1, 2, ..., n), x>."""
+    flat = samples.flatten(1)
+    return flat @ (slope * torch.arange(1.0, flat.shape[1] + 1))
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,)])
+def test_a_smoothed_linear_reward_is_lower_by_its_slope(shape):
+    """b x - d sqrt(n) |b| within root mean square distance d of x in n dimensions, with the gradient b."""
+    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rows, b = [Row(i, "p") for i in range(5)], 3.0 * torch.arange(1.0, shape[0] + 1)
+    found = make_reward("sloped", {"smoothing": 0.2})(x, rows)
+    torch.testing.assert_close(found, x @ b - 0.2 * shape[0] ** 0.5 * b.norm())
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(gradient, b.expand(5, -1))
+    with torch.no_grad():
+        torch.testing.assert_close(make_reward("sloped", {"smoothing": 0.2})(x, rows), found)
+
+
+def test_a_smoothed_quadratic_reward_is_the_lowest_of_an_interval():
+    """For -.6 x^2 / 2 + .9 x, by looking: also on both sides of its peak, and its gradient is that of the lowest there."""
+    x = torch.linspace(-3, 4, 41, dtype=torch.float32)[:, None].requires_grad_()
+    rows, options = [Row(i, "p") for i in range(41)], {"linear": [0.9], "curvature": [0.6]}
+    found = make_reward("quadratic", {**options, "smoothing": 0.5})(x, rows)
+    near = x.detach() + torch.linspace(-0.5, 0.5, 201)
+    lowest, where = (0.9 * near - 0.3 * near.square()).min(1)
+    torch.testing.assert_close(found, lowest)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(gradient[:, 0], 0.9 - 0.6 * near.gather(1, where[:, None])[:, 0])
+    plain = make_reward("quadratic", options)(x.detach(), rows)
+    assert (found < plain - 0.05).all()
+
+
+def test_a_smoothed_image_stays_an_image_and_keeps_its_gradient():
+    """Pixels that are 0 or 1 do not leave [0, 1]; they are followed all the same."""
+    x = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.5), torch.ones(3, 4, 4)]).requires_grad_()
+    seen = []
+
+    def watched(samples, prompts):
+        seen.append(samples.detach())
+        return red_mean(samples, prompts)
+
+    reward = dataclasses.replace(make_reward("red_mean", {"smoothing": 0.01}), call=watched)
+    found = reward(x, [Row(i, "p") for i in range(3)])
+    assert seen[-1].min() >= 0
+    assert seen[-1].max() <= 1
+    step = 0.01 * 3**0.5  # a third of the values carry all of it
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.5 - step, 1.0 - step]))
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(gradient[:, 0], torch.full((3, 4, 4), 1 / 16))
+
+
+def test_a_reward_without_a_slope_is_what_it_is():
+    x = torch.zeros(2, 1)
+    scores = make_reward("quadratic", {"linear": [0.0], "curvature": [1.0], "smoothing": 0.1})(x, ROWS)
+    assert scores.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rewards.shapes.smoothing=0.01"], "rewards.shapes.smoothing: .* and shapes has no gradient: leave it out"),
+        (["rewards.alike.smoothing=0.01"], "rewards.alike.smoothing: .* alike looks at all images of a prompt"),
+        (["rewards.brightness.smoothing=-1"], "rewards.brightness.smoothing: must be at least 0, got -1"),
+        (["evaluate.measures.brightness.smoothing=0.1"], "evaluate.measures.brightness.smoothing: there is no such"),
+    ],
+)
+def test_what_cannot_be_smoothed_is_one_line(words, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        load_config([*words, f"run.dir={tmp_path}"], QUICKSTART)
+
+
+def test_what_is_learned_from_is_smoothed_and_what_is_measured_is_not(tmp_path):
+    words = [str(ROOT / "configs" / "toy" / "g1.yaml"), "rewards.quadratic.smoothing=0.5", f"run.dir={tmp_path}"]
+    config = load_config(words)
+    x, rows = torch.tensor([[0.0], [1.0]]), [Row(0, "g1"), Row(1, "g1")]
+    (learned,), (measured,) = make_rewards(config), make_measures(config)
+    torch.testing.assert_close(learned(x, rows), 0.9 * (x[:, 0] - 0.5) - 0.3 * (x[:, 0] - 0.5).square())
+    torch.testing.assert_close(measured(x, rows), 0.9 * x[:, 0] - 0.3 * x[:, 0].square())

@@ -286,5 +286,5 @@ def test_a_resumed_run_knows_its_course(tmp_path):
 def test_a_measure_of_which_every_score_failed_is_not_recorded(tmp_path):
     """It is no number, which a record cannot hold, and which a resumed run could not compare."""
     measures = {"none": Estimate(float("nan"), None, failed=4), "some": Estimate(0.5, (0.4, 0.6))}
-    found = flat(Evaluation(measures, {}, {}, torch.zeros(0), [], []), "heldout")
+    found = flat(Evaluation(measures, {}, {}, torch.zeros(0), [], [], 0.0), "heldout")
     assert found == {"heldout/some": 0.5, "heldout/some_ci95": pytest.approx(0.1)}

@@ -22,6 +22,7 @@ from condrl.training.trainer import Clock, Trainer
 
 TOYS = ROOT / "configs" / "toy"
 FAMILY = ["reinforce", "ddpo", "dpok", "grpo", "ctrl"]
+WITHOUT_KAPPA = ["draft_lv", "refl", "flowbp"]
 
 
 def trainer_of(problem: str, folder: Path, *words: str, rows: int | None = None) -> Trainer:
@@ -161,21 +162,52 @@ def test_gradient_of_ctrl(memory, tmp_path):
     assert z < 5 if memory == 1e9 else z > 8  # an untrained value network is no baseline to bootstrap from
 
 
-@pytest.mark.slow
-def test_the_truncated_chain_of_draft_is_biased(tmp_path):
-    """Back through all steps the gradient is exact; through the last three it does not see the earlier steps."""
-    reward = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]", "algorithm.kappa=0.3"]
-    trainer = trainer_of("g1", tmp_path, "algorithm.name=draft", *small(6, *reward, *GROUPS), rows=500)
+BOWL = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]", "algorithm.kappa=0.3"]
+
+
+def displaced(name: str, folder: Path, *words: str) -> Trainer:
+    """A trainer of six steps on G1, away from the pretrained model."""
+    trainer = trainer_of("g1", folder, f"algorithm.name={name}", *small(6, *words, *GROUPS), rows=500)
     with torch.no_grad():
         trainer.learner.weights[0].copy_(
             0.6 * torch.randn(trainer.learner.weights[0].shape, generator=torch.Generator().manual_seed(3))
         )
+    return trainer
+
+
+@pytest.mark.slow
+def test_the_truncated_chain_of_draft_is_biased(tmp_path):
+    """Back through all steps the gradient is exact; through the last three it is, for those, and 0 for the others."""
+    trainer = displaced("draft", tmp_path, *BOWL)
     expected = exact_gradient(trainer, (2.0, 2.0), 0.3)
     assert z_scores(gradients(trainer, 12), expected).abs().max() < 5
     trainer.algorithm.last = 3
-    found = -gradients(trainer, 2)[:, :, 0, 1:, 0].flip(2)
-    assert not found[:, :, :3].any()
-    assert found[:, :, 3:].all()
+    found = gradients(trainer, 12)
+    assert not found[:, :, 0, 4:].any()  # the table runs from the data to the noise
+    assert z_scores(found, expected)[:, 3:].abs().max() < 5
+    assert expected[:, :3].abs().max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balanced", [True, False])
+def test_alignprop_sees_early_steps_less_often(balanced, tmp_path):
+    """Step k of K is differentiated for (k + 1) / K of the images; weighed by as much more, the gradient is exact."""
+    trainer = displaced("alignprop", tmp_path, *BOWL, f"algorithm.balance_steps={balanced}")
+    share = 1.0 if balanced else torch.arange(1, 7) / 6
+    assert z_scores(gradients(trainer, 10), share * exact_gradient(trainer, (2.0, 2.0), 0.3)).abs().max() < 5
+
+
+def test_what_flowbp_makes_of_the_steps_that_follow(tmp_path):
+    """In the exact gradient a shift goes on by the gains A - B / v of later steps; here by A - B / (sigma (alpha + sigma))."""
+    linear = ["rewards.quadratic.linear=[0.9]", "rewards.quadratic.curvature=[0]", "algorithm.active=8"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=flowbp", *small(8, *linear), "train.max_grad_norm=1e9")
+    (gain, _, _), sampler, schedule = chain_of(trainer), trainer.policy.sampler, trainer.policy.model.schedule
+    alpha, sigma = schedule.alpha(sampler.times[:-1]), schedule.sigma(sampler.times[:-1])
+    held = sampler.A - sampler.B / (sigma * (alpha + sigma))
+    bias = torch.stack([(held[k + 1 :] / gain[k + 1 :]).prod() for k in range(8)])
+    found = -gradients(trainer, 1)[0, 1, 0, 1:, 0].flip(0)
+    torch.testing.assert_close(found, bias * exact_gradient(trainer, (0.9, 0.0), 0.0)[1], rtol=1e-4, atol=1e-6)
+    assert (bias - 1).abs().max() > 0.3
 
 
 @pytest.mark.slow
@@ -190,6 +222,90 @@ def test_reward_gradients_reach_riccatis_optimum(name, tmp_path):
     assert solved.optimum - audits[0].objective < 2e-5
     for found, best in zip(moments(solved, audits[0]), moments(solved, solved.cases[0].optimal), strict=True):
         assert found == pytest.approx(best, abs=0.005)
+
+
+QUICK = ["train.updates_per_epoch=1", "train.images_per_prompt=256", "train.rollout_batch=256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("balanced", [True, False])
+def test_alignprop_reaches_riccatis_optimum(balanced, tmp_path):
+    """Where each step has weights of its own, how often it is differentiated does not change where they settle."""
+    words = [*QUICK, "train.epochs=60", "train.lr=1e-1", "algorithm.kappa=0.5"]
+    words += [f"algorithm.balance_steps={balanced}"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=alignprop", *small(12, *words))
+    solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
+    trainer.fit()
+    assert 0.995 < solved.gap_closed(solved.audit(trainer.policy)) <= 1 + 1e-4
+
+
+@pytest.mark.slow
+def test_what_draft_loses_by_its_last_steps_alone(tmp_path):
+    """Riccati's means in the last four steps, the pretrained ones before: that is what can be had without the others."""
+    words = [*QUICK, "train.epochs=100", "train.lr=5e-2", "algorithm.kappa=0.5", "algorithm.last=4"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=draft", *small(12, *words))
+    solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
+    chain, start = chain_of(trainer), (0.0, trainer.policy.model.schedule.prior_std**2)
+    best = reference.riccati(chain, (0.9, 0.6, 0.0), 0.5, start)
+    case, x, line = solved.cases[0], solved.line.x, solved.line
+    means = torch.stack([case.base[k] if k < 8 else best.gain[k] * x + best.offset[k] for k in range(12)])
+    partly = oracle.audit(line, means, case.base, solved.std, solved.start, case.reward, 0.5).objective
+    trainer.fit()
+    reached = solved.audit(trainer.policy)[0].objective
+    assert reached == pytest.approx(partly, abs=5e-5)
+    assert solved.optimum - reached > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["draft_lv", "flowbp"])
+def test_without_a_kl_reward_gradients_end_at_the_rewards_peak(name, tmp_path):
+    """E r is at most that of means that are all 1.5, where r is highest; what noise the last step adds is lost."""
+    words = [*QUICK, "train.epochs=100", "train.lr=1e-1"]
+    trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(12, *words))
+    solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
+    trainer.fit()
+    highest = 0.675 - 0.3 * trainer.policy.sampler.S[-1].item() ** 2
+    assert highest - 5e-3 < solved.audit(trainer.policy)[0].reward < highest + 1e-4
+    assert solved.cases[0].pretrained.reward < highest - 0.1
+
+
+@pytest.mark.slow
+def test_refl_denoises_to_the_rewards_peak(tmp_path):
+    """Whatever the state, at the steps that it trains: no distribution is left, and the others are as they were."""
+    words = [*QUICK, "train.epochs=100", "train.lr=1e-1", "algorithm.last=3"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=refl", *small(12, *words))
+    trainer.fit()
+    x, condition = torch.tensor([[-0.5], [0.5], [1.5]]), torch.zeros(3, dtype=torch.long)
+    with torch.no_grad():
+        for k in range(12):
+            denoised = trainer.policy.transition(x, torch.full((3,), k), condition).denoised
+            with trainer.policy.model.reference():
+                before = trainer.policy.transition(x, torch.full((3,), k), condition).denoised
+            if k < 9:
+                torch.testing.assert_close(denoised, before)
+            else:
+                torch.testing.assert_close(denoised, torch.full((3, 1), 1.5), rtol=0, atol=0.02)
+
+
+def test_the_lean_adjoint_asks_for_the_optimum_of_the_optimal_policy(tmp_path):
+    """E[mean_pre - S^2 y_{k+1} | x_k] is Riccati's mean, where the policy is his already (docs/theory.md 15)."""
+    words = ["algorithm.kappa=0.5", "train.images_per_prompt=20000", "train.rollout_batch=20000"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=adjoint_matching", *small(12, *words))
+    best = reference.riccati(chain_of(trainer), (0.9, 0.6, 0.0), 0.5, (0.0, 1.0))
+    a, c, _ = chain_of(trainer)
+    B, (table,) = trainer.policy.sampler.B, trainer.learner.weights
+    with torch.no_grad():
+        table[0, 0, 1:, 0] = ((best.gain - a) / B).flip(0)
+        table[1, 0, 1:, 0] = ((best.offset - c) / B).flip(0)
+    examples = trainer.examples(trainer.collect(0, Clock()), 0)
+    for k in range(12):
+        x, target = examples.x[k].double(), examples.mean[k].double()
+        design = torch.cat([x, torch.ones_like(x)], 1)
+        fit = torch.linalg.lstsq(design, target).solution[:, 0]
+        error = (target - design @ fit[:, None]).std() * torch.linalg.inv(design.T @ design).diagonal().sqrt()
+        expected = torch.stack([best.gain[k], best.offset[k]])
+        assert ((fit - expected).abs() < 5 * error + 1e-4).all(), (k, fit, expected, error)
+        assert ((torch.stack([a[k], c[k]]) - expected).abs() > 5 * error + 1e-4).any(), k
 
 
 def moments(solved: Problem, audit: oracle.Audit) -> tuple[float, float]:
@@ -286,6 +402,18 @@ def test_ctrl_on_an_ode_finds_the_deterministic_optimum(tmp_path):
         (["algorithm.name=draft", "algorithm.last=0"], "last: must be at least 1"),
         (["algorithm.name=draft", "algorithm.kappa=1", "sampler.eta=0"], "draft needs steps with noise"),
         (["algorithm.name=draft", "sampler.name=dpm_solver_pp"], "dpm_solver_pp remembers earlier steps"),
+        (["algorithm.name=alignprop", "algorithm.shortest=0"], "shortest: must be at least 1"),
+        (
+            ["algorithm.name=alignprop", "algorithm.shortest=3", "algorithm.longest=2"],
+            "longest: must be at least 3, got 2",
+        ),
+        (["algorithm.name=alignprop", "algorithm.kappa=1", "sampler.eta=0"], "alignprop needs steps with noise"),
+        (["algorithm.name=alignprop", "train.inner_epochs=2"], "alignprop has no importance weights"),
+        (["algorithm.name=draft_lv", "algorithm.draws=0"], "draws: must be positive"),
+        (["algorithm.name=refl", "algorithm.last=0"], "last: must be at least 1"),
+        (["algorithm.name=refl", "algorithm.kappa=0.1"], "kappa: there is no such key"),
+        (["algorithm.name=flowbp", "algorithm.active=0"], "active: must be positive"),
+        (["algorithm.name=flowbp", "sampler.name=heun"], "flowbp needs a sampler whose steps are affine in the score"),
         (["algorithm.name=adjoint_matching", "algorithm.kappa=0"], "algorithm.kappa: must be positive, got 0"),
         (
             ["algorithm.name=draft", "rewards.jpeg_compressibility.weight=1"],
@@ -338,13 +466,13 @@ def brightness_of_test(samples, prompts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*FAMILY, "nft", "draft", "adjoint_matching"])
+@pytest.mark.parametrize("name", [*FAMILY, "nft", "draft", "alignprop", *WITHOUT_KAPPA, "adjoint_matching"])
 def test_every_algorithm_tunes_stable_diffusion(name, pipeline, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
     words = [f"model.path={pipeline}", "model.lora_rank=2", "model.guidance=1", f"prompts.train={tmp_path}/prompts.txt"]
     words += ["rewards.brightness_of_test.weight=1", f"algorithm.name={name}", f"run.dir={tmp_path}"]
     words += ["train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8", "train.epochs=2"]
-    if name != "nft":
+    if name not in ("nft", *WITHOUT_KAPPA):
         words += ["algorithm.kappa=0.01"]
     config = load_config([*words, "sampler.steps=3", "train.loss_batch=8", "train.lr=1e-2"])
     trainer = make_trainer(config, [Row(0, "a red star"), Row(1, "a blue circle")])

@@ -10,7 +10,9 @@ from helpers import ROOT, toy_words
 from condrl import UsageError
 from condrl.commands import finetune
 from condrl.config import load_config
+from condrl.diffusion.schedule import OU
 from condrl.prompts import load_prompts
+from condrl.rewards.scoring import score
 from condrl.toys.exact import solve
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
@@ -268,3 +270,29 @@ def test_stages_take_the_first_orders_error_back(stages, low, high, tmp_path):
     trainer.fit()
     solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
     assert low < solved.gap_closed(solved.audit(trainer.policy)) < high
+
+
+def test_the_loss_is_least_at_the_closed_form(tmp_path):
+    """For x_0 ~ N(1, .49) and r = b x_0, at d = E[A e | x] / temperature = b Var(x_0 | x) / (sigma temperature)."""
+    words = ["algorithm.name=nft", "algorithm.temperature=4", "algorithm.normalise=false", "algorithm.adaptive=false"]
+    words += ["algorithm.draws=1", "algorithm.times=[0.25,0.25001]", "train.images_per_prompt=40000", "sampler.steps=2"]
+    words += ["rewards.quadratic.curvature=[0]", "train.rollout_batch=40000", f"run.dir={tmp_path}"]
+    config = load_config([str(ROOT / "configs" / "toy" / "g1.yaml"), *words])
+    trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+    experience = trainer.collect(0, Clock())
+    clean = 1 + 0.7 * torch.randn(40_000, 1, generator=torch.Generator().manual_seed(0))
+    experience.rollout.states[-1] = clean
+    experience = dataclasses.replace(experience, scores=score(trainer.rewards, clean, experience.rows))
+    examples = trainer.examples(experience, 0)
+    alpha, sigma = (c(torch.tensor(1.5, dtype=torch.float64)).item() for c in (OU().alpha, OU().sigma))
+    least = alpha / sigma**2 * 0.9 / (1 / 0.49 + (alpha / sigma) ** 2) / 4  # as a change of the score
+    (table,), pairs, found = trainer.learner.weights, examples.every_pair(), {}
+    for size in (0.5, 1.0, 1.5):
+        with torch.no_grad():
+            table[1] = size * least
+        losses = (trainer.algorithm.loss(trainer.policy, examples.at(*part.unbind(1)))[0] for part in pairs.split(1000))
+        slopes = torch.stack([torch.autograd.grad(loss.mean(), table)[0].sum((1, 2, 3)) for loss in losses])
+        found[size] = slopes.mean(0) / (slopes.std(0) / len(slopes) ** 0.5)  # of the gain and of the offset
+    assert found[1.0].abs().max() < 4
+    assert found[0.5][1] < -5
+    assert found[1.5][1] > 5

@@ -66,6 +66,10 @@ OPTIONS = {
     },
     "diffusion_dpo": {"kappa": 0.3, "draws": 3, "weighting": "epsilon"},
     "draft": {"kappa": 0.5, "last": 2},
+    "alignprop": {"kappa": 0.5, "shortest": 3, "longest": 2, "balance_steps": False},
+    "draft_lv": {"draws": 3},
+    "refl": {"last": 4},
+    "flowbp": {"active": 2},
     "adjoint_matching": {"kappa": 0.5},
     "q_learning": {
         "beta": (3.0, SAMPLES),

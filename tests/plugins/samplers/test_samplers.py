@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from helpers import ROOT
 from torch.distributions import Normal
 
@@ -15,7 +15,15 @@ from condrl.config import load_config
 from condrl.diffusion.noise import randn
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Place, advance, rollout
-from condrl.diffusion.schedule import OU, VP, RectifiedFlow, Schedule, schedule_from_diffusers
+from condrl.diffusion.schedule import (
+    OU,
+    VP,
+    FlowSchedule,
+    RectifiedFlow,
+    Schedule,
+    flow_from_diffusers,
+    schedule_from_diffusers,
+)
 from condrl.diffusion.transition import Coefficients, Sampler
 from condrl.plugins.models.mixture import Mixture
 from condrl.prompts import Row
@@ -266,6 +274,74 @@ def test_a_chain_entered_on_its_way_is_the_whole_chain(name, first):
     value = monte_carlo_value(policy, whole.place(first, torch.arange(1)), row, rewards, 0.5, 4, noise)
     expected = score(rewards, whole.samples[:1], [row]).total
     assert value.value == pytest.approx(expected.item(), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- flows of diffusers
+
+
+FLOW = FlowSchedule(shift=3.0, least=0.003)  # as Stable Diffusion 3's
+
+
+def option_of(name, level):
+    return {"noise_level" if name.endswith("_sde") else "eta": level}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("heun", "dpm_solver_pp")])
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_without_noise_a_flows_step_is_eulers_as_diffusers_has_it(name, steps):
+    """From the velocity at every state of a chain, in float32, from pure noise to the data."""
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(steps)
+    schedule = flow_from_diffusers(theirs.config, 256)
+    ours = sampler(schedule, name, steps, None, **option_of(name, 0.0))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, generator=g)
+    for k, timestep in enumerate(theirs.timesteps):
+        v = torch.randn(2, 4, generator=g)
+        transition, _ = ours.step(torch.full((2,), k), x, lambda y, t, v=v: schedule.score(v, y, t))
+        assert transition.std.max() == 0
+        x = theirs.step(v, timestep, x).prev_sample
+        torch.testing.assert_close(transition.mean, x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["flow_sde", "dance_sde"])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_sdes_of_flows_are_their_papers_from_pure_noise_to_the_data(name, steps):
+    """Liu et al. 2025, with 1 - t of the second time at t = 1; Xue et al. 2025: x + v dt - e^2 s dt / 2."""
+    ours = sampler(FLOW, name, steps, None, noise_level=0.7)
+    t, dt = ours.times[:-1], ours.times.diff()
+    x, v = torch.randn(2, steps, 1, dtype=torch.float64)
+    transition, _ = ours.step(torch.arange(steps), x, lambda y, t: FLOW.score(v, y, t))
+    left = 1 - torch.cat([ours.times[1:2], t[1:]])
+    level = 0.7 * (t / left).sqrt() if name == "flow_sde" else torch.full_like(t, 0.7)
+    mean = x[:, 0] * (1 + level**2 / (2 * t) * dt) + v[:, 0] * (1 + level**2 * (1 - t) / (2 * t)) * dt
+    torch.testing.assert_close(transition.mean[:, 0], mean, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(transition.std.flatten(), level * (-dt).sqrt(), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("level", [0.0, 0.5])
+def test_every_sampler_draws_what_a_flow_has_learned(name, level):
+    """A Gaussian, whose velocity is linear: its mean and deviation, from pure noise; or a refusal in a sentence."""
+    if (name, level) == ("heun", 0.5):
+        with pytest.raises(UsageError, match=r"sampler\.eta: heun would overshoot"):
+            sampler(FLOW, name, 100, None, eta=level)
+        return
+    chain, mean, std = sampler(FLOW, name, 100, None, **option_of(name, level)), 1.5, 0.4
+
+    def act(y, t):
+        alpha, sigma = (c(t)[:, None] for c in (FLOW.alpha, FLOW.sigma))
+        away = (y - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        return FLOW.score(sigma * away - (mean + alpha * std**2 * away), y, t)  # E[eps - x0 | y]
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(20000, 1, dtype=torch.float64, generator=g)
+    state = chain.init(x)
+    for k in range(100):
+        step, state = chain.step(torch.full((len(x),), k), x, act, state)
+        x = step.sample(torch.randn(x.shape, dtype=torch.float64, generator=g))
+    assert x.mean().item() == pytest.approx(mean, abs=0.02)
+    assert x.std().item() == pytest.approx(std, rel=0.05)
 
 
 # ---------------------------------------------------------------------------------------------- from pure noise
