@@ -47,7 +47,7 @@ class RunConfig:
     dir: str | None = None  # the run's folder, instead of runs/<name>
     seed: int = 0  # of everything that is drawn at random
     threads: int | None = None  # CPU threads; null: torch's own choice
-    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)  # where else to log
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)  # where else to log
     overwrite: bool = False  # replace what an earlier run left in the folder
     check_ratios: bool = True  # stop unless every likelihood ratio is 1 before the first update
     resume: str = "never"  # auto: from the newest checkpoint in the run's folder; or a checkpoint's folder

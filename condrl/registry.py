@@ -259,7 +259,8 @@ class Registry:
         check_name(plugin)
         existing = self.plugins.get(plugin.name)
         taken = existing.source if existing else self._shipped().get(plugin.name, plugin.source)
-        if Path(taken).resolve() != Path(plugin.source).resolve():
+        is_run_again = existing is not None and existing.target.__module__ == target.__module__ == "__main__"  # a cell
+        if not is_run_again and Path(taken).resolve() != Path(plugin.source).resolve():
             raise UsageError(f"two files define the {self.kind} {plugin.name!r}: {taken} and {plugin.source}")
         self.plugins[plugin.name] = plugin
         return target

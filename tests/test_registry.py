@@ -509,3 +509,15 @@ def test_a_loss_that_is_something_else_is_one_line_before_the_run(returns, said,
         return
     with pytest.raises(UsageError, match=said):
         preflight(trainer)
+
+
+def test_a_changed_cell_of_a_notebook_replaces_its_plugin(tmp_path):
+    """A notebook compiles each version of a cell as a file of its own; of two plugin files that is still an error."""
+    code = "import condrl\n\n@condrl.reward\ndef of_a_cell(samples, prompts):\n    return samples[:, {}]\n"
+    cells = [write(tmp_path / f"{i}.py", code.format(i)) for i in (0, 1)]
+    for cell in cells:
+        exec(compile(cell.read_text(), str(cell), "exec"), {"__name__": "__main__"})
+    assert condrl.reward.find("of_a_cell").target(torch.tensor([[3.0, 5.0]]), ["x"]).item() == 5
+    with pytest.raises(UsageError, match="two files define the reward 'of_a_cell'"):
+        exec(compile(cells[0].read_text(), str(cells[0]), "exec"), {"__name__": "a_module"})
+    del condrl.reward.plugins["of_a_cell"]

@@ -62,8 +62,10 @@ def finetune(arguments: list[str]) -> dict[str, Any]:
     from condrl.training.checks import check_combination, transfer_warning
     from condrl.training.host import check_launcher
     from condrl.training.resume import check_folder, find_checkpoint
+    from condrl.training.trackers import check_trackers
 
     check_launcher()
+    check_trackers(config)
 
     train = load_prompts(config.prompts.train, "prompts.train")
     heldout, validation = (
@@ -157,14 +159,11 @@ def tried_and_tuned(config: Config, prompts: Prompts, begun: float, dry: bool, p
 
 
 def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[str, Any]:
-    """Measure, tune, save, measure again; the first process writes and prints."""
-    from condrl.io.records import write_json
-    from condrl.training.evaluate import compared
-    from condrl.training.host import TRACKED, peak_memory_gb, provenance, start_trackers
-    from condrl.training.pictures import log_picture
+    """In the run's folder, which no other process may use meanwhile, begin or resume, and end with the result."""
+    from condrl.training.host import provenance
     from condrl.training.resume import check_folder, check_state, find_checkpoint
 
-    config, model, processes, folder = trainer.config, trainer.policy.model, trainer.processes, trainer.folder
+    config, processes, folder = trainer.config, trainer.processes, trainer.folder
     origin = provenance()
     with folder.locked() if processes.is_main else nullcontext():
         if processes.is_main:
@@ -178,41 +177,62 @@ def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[s
         if processes.is_main:
             prepare(trainer, checkpoint)
         processes.barrier()
-        start_trackers(config, processes, folder)
-        there = folder.files_in(TRACKED)
-        base = evaluation(trainer, prompts.heldout, "held-out, base")
-        before = flat(base, "heldout") | watch(trainer, prompts, base)
-        trainer.recorder.first = dict(before)
-        processes.accelerator.log(trainer.recorder.first, step=0)
-        if checkpoint is not None:
-            trainer.load_state_dict(checkpoint[1])
-        with stopping_on_signals(trainer):
-            tune(trainer)
-        tuned = evaluation(trainer, prompts.heldout, "held-out, tuned")
-        result = {
-            "heldout": compared(base, tuned) if base and tuned else {},
-            "before": before,
-            **best_result(trainer, prompts, base),
-            "seconds": round(time.monotonic() - begun, 1),
-            "peak_memory_gb": round(peak_memory_gb(model.device), 3),
-            "images": trainer.images,
-            **processes.add_up({"network_calls": model.evaluations}),
-            "processes": processes.count,
-            "seed": config.run.seed,
-            **origin,
-        }
-        if processes.is_main:
-            write_json(folder.file("result.json"), result)
-            pictures = save_pictures(trainer, base, tuned)
-            save_images(trainer, prompts.heldout, base, tuned)
-            processes.accelerator.log(tracked_result(result), step=trainer.epoch)
-            for picture in pictures:
-                log_picture(processes.accelerator, picture.stem, picture, trainer.epoch)
-            folder.adopt(folder.files_in(TRACKED) - there)
-            describe(folder)
-            save_report(folder)
-            print(visible(summary(result, config.folder)))
+        with trainer.recorder.trackers.running(config):
+            return tuned_result(trainer, prompts, checkpoint, begun, origin)
+
+
+def tuned_result(
+    trainer: Trainer, prompts: Prompts, checkpoint: Checkpoint, begun: float, origin: dict[str, Any]
+) -> dict[str, Any]:
+    """Measure, tune, save, measure again; the first process writes and prints."""
+    from condrl.training.evaluate import compared
+    from condrl.training.host import peak_memory_gb
+
+    model, processes = trainer.policy.model, trainer.processes
+    base = evaluation(trainer, prompts.heldout, "held-out, base")
+    before = flat(base, "heldout") | watch(trainer, prompts, base)
+    trainer.recorder.first = dict(before)
+    trainer.recorder.trackers.log(0, before)
+    if checkpoint is not None:
+        trainer.load_state_dict(checkpoint[1])
+    with stopping_on_signals(trainer):
+        tune(trainer)
+    tuned = evaluation(trainer, prompts.heldout, "held-out, tuned")
+    result = {
+        "heldout": compared(base, tuned) if base and tuned else {},
+        "before": before,
+        **best_result(trainer, prompts, base),
+        "seconds": round(time.monotonic() - begun, 1),
+        "peak_memory_gb": round(peak_memory_gb(model.device), 3),
+        "images": trainer.images,
+        **processes.add_up({"network_calls": model.evaluations}),
+        "processes": processes.count,
+        "seed": trainer.config.run.seed,
+        **origin,
+    }
+    if processes.is_main:
+        save_result(trainer, prompts, result, base, tuned)
     return result
+
+
+def save_result(
+    trainer: Trainer, prompts: Prompts, result: dict[str, Any], base: Evaluation | None, tuned: Evaluation | None
+) -> None:
+    """Write and print the result, with pictures, for the trackers too."""
+    from PIL import Image
+
+    from condrl.io.records import write_json
+
+    folder, trackers = trainer.folder, trainer.recorder.trackers
+    write_json(folder.file("result.json"), result)
+    for picture in save_pictures(trainer, base, tuned):
+        with Image.open(picture) as image:
+            trackers.show(picture.stem, image.copy())
+    save_images(trainer, prompts.heldout, base, tuned)
+    trackers.log(trainer.epoch, tracked_result(result), "result")
+    describe(folder)
+    save_report(folder)
+    print(visible(summary(result, folder.path)))
 
 
 def prepare(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -287,7 +307,8 @@ def save_frames(trainer: Trainer, epoch: int, found: Evaluation | None) -> None:
     from condrl.training.heldout import save_film
 
     if found and trainer.processes.is_main:
-        save_film(trainer.folder, epoch, found)
+        for number, frame in enumerate(save_film(trainer.folder, epoch, found)):
+            trainer.recorder.trackers.show(f"film/{number}", *frame)
 
 
 def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, Any]:

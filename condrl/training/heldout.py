@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,8 +75,18 @@ def picture(number: int, who: str) -> str:
     return f"heldout/{number:05d}_{who}.png"
 
 
-def save_film(folder: RunFolder, epoch: int, found: Evaluation) -> None:
-    """Write the first images of an evaluation; its prompts and seeds are the same each time."""
-    for number, image in enumerate(found.pictures[:FILMED]):
-        if image.dim() == 3:
-            save_image(to_pil(image), folder.file(f"film/epoch_{epoch:05d}_{number}.png"))
+def save_film(folder: RunFolder, epoch: int, found: Evaluation) -> list[tuple[Any, str]]:
+    """Write the first images of an evaluation, whose prompts and seeds are the same each time; returns the frames."""
+    shown = frames(found)
+    for number, (image, _) in enumerate(shown):
+        save_image(image, folder.file(f"film/epoch_{epoch:05d}_{number}.png"))
+    return shown
+
+
+def frames(found: Evaluation) -> list[tuple[Any, str]]:
+    """The first images as PIL's, each with its prompt and scores as a caption; none of points."""
+    return [
+        (to_pil(image), f"{found.labels[i]} [{', '.join(f'{name} {found.each[name][i]:.2f}' for name in found.each)}]")
+        for i, image in enumerate(found.pictures[:FILMED])
+        if image.dim() == 3
+    ]

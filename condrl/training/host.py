@@ -1,11 +1,9 @@
-"""The machine that a run is on: devices, memory, processes, trackers, versions."""
+"""The machine that a run is on: devices, memory, processes, versions."""
 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -20,13 +18,11 @@ import torch
 import condrl
 from condrl.config import Config
 from condrl.errors import UsageError
-from condrl.processes import Processes, asks_for_shards
+from condrl.processes import asks_for_shards
 from condrl.registry import algorithm
-from condrl.training.folder import RunFolder
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "numpy")
 UNSUPPORTED = ("DEEPSPEED", "MEGATRON_LM")  # of accelerate's distributed types
-TRACKED = "condrl"  # the trackers' folder in a run's, and their project
 
 
 def find_device(name: str | None) -> torch.device:
@@ -82,15 +78,12 @@ def check_launcher() -> None:
 
 
 def make_accelerator(config: Config) -> Any:
-    """An Accelerator that leaves precision to `model.dtype`; call `start_trackers` once the run's folder is ready.
+    """An Accelerator that leaves precision to `model.dtype`; its trackers are started once the run's folder is ready.
 
-    Raises: UsageError when a tracker is not installed, or when accelerate's way to distribute a model is not supported.
+    Raises: UsageError when accelerate's way to distribute a model is not supported.
     """
     from accelerate import Accelerator
 
-    for tracker in config.run.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UsageError(f"config run.trackers: {tracker} is not installed: pip install 'condrl[{tracker}]'")
     if sys.platform == "linux":
         keep_freed_memory()
     accelerator = Accelerator(
@@ -117,17 +110,6 @@ def keep_freed_memory() -> None:
     if set_option:
         for option, size in ((-3, 1 << 25), (-1, 1 << 30)):  # M_MMAP_THRESHOLD, at its most, and M_TRIM_THRESHOLD
             set_option(option, size)
-
-
-def start_trackers(config: Config, processes: Processes, folder: RunFolder) -> None:
-    """Start what `run.trackers` names, with the config beside the metrics."""
-    if processes.is_main and config.run.trackers:
-        (folder.path / TRACKED).mkdir(exist_ok=True)
-    before = folder.files_in(TRACKED)
-    here = {"wandb": {"dir": str(folder.path / TRACKED)}} if "wandb" in config.run.trackers else {}
-    processes.accelerator.init_trackers(TRACKED, config=flatten(dataclasses.asdict(config)), init_kwargs=here)
-    if processes.is_main:
-        folder.adopt(folder.files_in(TRACKED) - before)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

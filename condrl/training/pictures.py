@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from condrl.errors import naming
@@ -92,15 +91,3 @@ def save_image(image: Any, path: Path) -> None:
     image.save(content, Image.registered_extensions()[path.suffix.lower()])
     with naming(path):
         path.write_bytes(content.getvalue())
-
-
-def log_picture(accelerator: Any, name: str, path: Path, step: int) -> None:
-    """Hand a PNG to the trackers that take pictures."""
-    from PIL import Image
-
-    for tracker in accelerator.trackers:
-        with Image.open(path) as image:
-            if tracker.name == "tensorboard":
-                tracker.log_images({name: np.asarray(image.convert("RGB"))[None]}, step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({name: [image.copy()]}, step)

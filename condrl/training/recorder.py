@@ -15,7 +15,8 @@ from condrl.io.records import from_json, to_json
 from condrl.processes import Processes
 from condrl.training.diagnose import diagnose, spread_metrics
 from condrl.training.folder import RunFolder
-from condrl.training.pictures import log_picture, save_grid
+from condrl.training.pictures import save_grid
+from condrl.training.trackers import Trackers
 
 PICTURES = 8  # images in an epoch's picture
 
@@ -25,6 +26,7 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, processes: Processes) -> None:
         self.folder, self.processes = folder, processes
+        self.trackers = Trackers(folder, processes)
         self.metrics_file = folder.path / "metrics.jsonl"  # the same whenever a run is repeated or resumed
         self.first: dict[str, float] = {}  # what the first epoch recorded, with the base model's held-out measures
         self.lines: list[dict[str, Any]] = []  # what was recorded so far
@@ -42,6 +44,8 @@ class Recorder:
         has_record = self.processes.is_main and self.metrics_file.exists()
         content = self.metrics_file.read_text("utf-8") if has_record else ""
         self.lines = [without_diagnosis(from_json(line)) for line in content.splitlines()]
+        for line in self.lines:  # for a tracker that the run did not have before
+            self.trackers.log(line["epoch"], line)
 
     def record(
         self,
@@ -75,7 +79,7 @@ class Recorder:
             path = self.folder.file(f"{name}.jsonl")
             with naming(path), path.open("a", encoding="utf-8") as record:
                 record.write(to_json(content) + "\n")
-        self.processes.accelerator.log(line | timing, step=line["epoch"])
+        self.trackers.log(line["epoch"], line | timing)
 
     def picture(self, experience: Experience, epoch: int, images_per_prompt: int) -> None:
         """Save the first image of the first prompts, with prompts and rewards; images only, not points."""
@@ -86,7 +90,6 @@ class Recorder:
         labels = [f"{experience.rows[i].prompt} [{total[i].item():.2f}]" for i in chosen]
         path = self.folder.file(f"images/epoch_{epoch + 1:04d}.png")
         save_grid(path, list(experience.preview), labels)
-        log_picture(self.processes.accelerator, "images", path, epoch + 1)
 
 
 def without_diagnosis(line: Any) -> dict[str, Any]:

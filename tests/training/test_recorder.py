@@ -1,9 +1,8 @@
-"""What a run writes down, for files and for trackers."""
+"""What a run writes down."""
 
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from helpers import ROOT, toy_words
@@ -18,60 +17,6 @@ def test_json_has_null_for_what_is_not_a_finite_number(tmp_path):
     assert json.loads(to_json(content), parse_constant=pytest.fail) == expected
     write_json(tmp_path / "deep" / "x.json", content)
     assert json.loads((tmp_path / "deep" / "x.json").read_text()) == expected
-
-
-@pytest.fixture(scope="module")
-def events(tmp_path_factory):
-    """The record of a short run of the embedded pipeline, and what TensorBoard reads of it."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = tmp_path_factory.mktemp("tracked") / "run"
-    few = ["train.epochs=2", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8"]
-    few += [
-        "train.updates_per_epoch=2",
-        "sampler.steps=2",
-        "evaluate.prompts=4",
-        "evaluate.pictures=2",
-        "evaluate.every=1",
-    ]
-    assert finetune.main([*few, f"run.dir={folder}", "run.trackers=[tensorboard]"]) == 0
-    found = EventAccumulator(str(folder / "condrl"), size_guidance={"images": 0, "scalars": 0}).Reload()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return folder, found, lines
-
-
-@pytest.mark.slow
-def test_trackers_have_each_number_once_per_step(events):
-    folder, found, lines = events
-    for name in ("reward/total", "grad_norm", "seconds/rollout", "network_calls", "lr"):
-        assert [event.step for event in found.Scalars(name)] == [1, 2], name
-    assert [event.value for event in found.Scalars("reward/total")] == pytest.approx([x["reward/total"] for x in lines])
-    heldout = {event.step: event.value for event in found.Scalars("heldout/shapes")}
-    assert heldout[1] == pytest.approx(lines[0]["heldout/shapes"])
-    result = json.loads((folder / "result.json").read_text())["heldout"]["shapes"]
-    assert heldout[0] == pytest.approx(result["base"]["mean"])
-    assert found.Scalars("result/shapes/difference")[0].value == pytest.approx(result["difference"]["mean"], abs=1e-6)
-
-
-@pytest.mark.slow
-def test_trackers_have_the_pictures(events):
-    from io import BytesIO
-
-    from PIL import Image
-
-    folder, found, _ = events
-    assert [event.step for event in found.Images("images")] == [1, 2]
-    (picture,) = found.Images("before_after")
-    shown = np.asarray(Image.open(BytesIO(picture.encoded_image_string)).convert("RGB"))
-    assert np.array_equal(shown, np.asarray(Image.open(folder / "images" / "before_after.png").convert("RGB")))
-
-
-@pytest.mark.slow
-def test_the_trackers_files_are_the_runs(events):
-    folder, _, _ = events
-    listed = set((folder / "condrl_files.txt").read_text().split("\n"))
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert there - listed == {"condrl_files.txt", "lock"}
 
 
 def test_the_result_is_the_paired_difference(tmp_path):

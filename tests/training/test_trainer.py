@@ -2,19 +2,24 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
+import re
 import types
 
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import toy_words
 from torch.distributions import Independent, Normal
+from tqdm import tqdm
 
 import condrl
 from condrl import RunError
 from condrl.algorithms.credit import group_advantages
 from condrl.algorithms.examples import check_ratios
+from condrl.commands import finetune
 from condrl.config import build_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
@@ -464,3 +469,18 @@ def test_the_progress_bar_shows_the_last_of_each():
     assert progress(lines, 12.34) == {"reward": "1.25", "heldout/a": "0.512", "KL": "3", "images/s": "12.3"}
     assert progress([{"loss": 0.5}], 1.0) == {"loss": "0.5", "images/s": "1.0"}
     assert progress([], 1.0) == {"images/s": "1.0"}
+
+
+def test_the_progress_bar_of_a_run(tmp_path, monkeypatch, capsys):
+    """It has what the record has of the epochs that are done, the speed and the time that is left."""
+    monkeypatch.setattr("condrl.training.trainer.tqdm", functools.partial(tqdm, mininterval=0))
+    words = [*toy_words("dpok", tmp_path / "run"), "train.epochs=3", "evaluate.every=1", "evaluate.images_per_prompt=4"]
+    assert finetune.main(words) == 0
+    shown = [part for part in re.split("[\r\n]", capsys.readouterr().err) if part.startswith("tuning:")]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for done, line in enumerate(lines, 1):
+        reward, heldout, kl = (f"{line[name]:.3g}" for name in ("reward/total", "heldout/quadratic", "base_kl"))
+        measured = re.escape(f", reward={reward}, heldout/quadratic={heldout}, KL={kl}, images/s=")
+        left = r"00:00" if done == 3 else r"\d\d:\d\d"
+        bar = rf" {done}/3 \[\d\d:\d\d<{left}, .*{measured}([\d.]+)\]"
+        assert any(float(found[1]) > 0 for part in shown if (found := re.search(bar, part))), (bar, shown)
