@@ -16,7 +16,18 @@ FEW = ["train.prompts_per_epoch=2", "train.images_per_prompt=2", "train.rollout_
 
 def test_there_is_a_recipe_for_each_algorithm_of_images():
     found = {yaml.safe_load(file.read_text())["algorithm"]["name"] for file in RECIPES}
-    assert found == {"adjoint_matching", "ctrl", "ddpo", "dpok", "draft", "grpo", "nft", "reinforce", "rwr"}
+    assert found == {
+        "adjoint_matching",
+        "ctrl",
+        "ddpo",
+        "dpok",
+        "draft",
+        "grpo",
+        "log_variance",
+        "nft",
+        "reinforce",
+        "rwr",
+    }
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

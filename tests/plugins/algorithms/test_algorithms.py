@@ -162,6 +162,19 @@ def test_gradient_of_ctrl(memory, tmp_path):
 
 
 @pytest.mark.slow
+def test_gradient_of_the_log_variance(tmp_path):
+    """Over the policy's own trajectories it is that of E r - kappa KL."""
+    reward = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]", "algorithm.kappa=0.3"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=log_variance", *small(6, *reward, *GROUPS), rows=500)
+    with torch.no_grad():
+        trainer.learner.weights[0].copy_(
+            0.6 * torch.randn(trainer.learner.weights[0].shape, generator=torch.Generator().manual_seed(3))
+        )
+    expected = exact_gradient(trainer, (2.0, 2.0), 0.3)
+    assert z_scores(gradients(trainer, 16), expected).abs().max() < 5
+
+
+@pytest.mark.slow
 def test_the_truncated_chain_of_draft_is_biased(tmp_path):
     """Back through all steps the gradient is exact; through the last three it does not see the earlier steps."""
     reward = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]", "algorithm.kappa=0.3"]

@@ -64,6 +64,7 @@ OPTIONS = {
         "value_lr": (0.05, {"baseline": "value"}),
         "value_width": (16, {"baseline": "value"}),
     },
+    "log_variance": {"kappa": 0.3},
     "rwr": {"kappa": 0.3, "rounds": 3, "draws": 2, "times": (0.3, 0.6)},
     "diffusion_dpo": {"kappa": 0.3, "draws": 3, "weighting": "epsilon"},
     "draft": {"kappa": 0.5, "last": 2},
