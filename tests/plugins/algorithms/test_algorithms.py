@@ -175,6 +175,17 @@ def test_gradient_of_the_log_variance(tmp_path):
 
 
 @pytest.mark.slow
+def test_d3po_begins_with_the_gradient_of_the_reward(tmp_path):
+    """At the pretrained model, for small rewards: (p - 1/2) = (r - r') / 4, so it is kappa / 2 of that of E r."""
+    linear = ["rewards.quadratic.linear=[0.2]", "rewards.quadratic.curvature=[0]", "algorithm.kappa=0.7"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=d3po", *small(8, *linear, *GROUPS), rows=500)
+    expected = 0.35 * exact_gradient(trainer, (0.2, 0.0), 0.0)
+    found = gradients(trainer, 12)
+    assert z_scores(found, expected).abs().max() < 5
+    assert z_scores(found, 1.2 * expected).abs().max() > 8
+
+
+@pytest.mark.slow
 def test_the_truncated_chain_of_draft_is_biased(tmp_path):
     """Back through all steps the gradient is exact; through the last three it does not see the earlier steps."""
     reward = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]", "algorithm.kappa=0.3"]

@@ -67,6 +67,8 @@ OPTIONS = {
     "log_variance": {"kappa": 0.3},
     "rwr": {"kappa": 0.3, "rounds": 3, "draws": 2, "times": (0.3, 0.6)},
     "diffusion_dpo": {"kappa": 0.3, "draws": 3, "weighting": "epsilon"},
+    "online_dpo": {"kappa": 0.3, "draws": 3, "weighting": "epsilon", "contest": 4, "soft": False},
+    "d3po": {"kappa": 0.7, "contest": 4, "soft": False, "clip_range": 0.01},
     "draft": {"kappa": 0.5, "last": 2},
     "adjoint_matching": {"kappa": 0.5},
     "q_learning": {
