@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from condrl.prompts import Row
 from condrl.rewards.pixels import read_image
 
 SIDES = ("better", "worse")
+HELDOUT_DRAWS = 10  # times at which a held-out pair is noised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +59,10 @@ class DiffusionDPO(NoisedPreferences):
     # ------------------------------------------------------------------------------------------ pairs
 
     def check_rows(self, policy: Policy, rows: Sequence[Row]) -> None:
-        for row in rows:
-            for side in SIDES:
-                check_side(row, side, policy.model.sample_shape)
+        check_pairs(policy, rows, "train")
 
     def collect(self, context: Context, rows: list[Row]) -> Pairs:
         model = context.policy.model
-        with torch.no_grad():
-            states = [model.encode_images(torch.stack([read_side(row, side) for row in rows])) for side in SIDES]
         return Pairs(
             rows=rows,
             processes=context.processes,
@@ -73,17 +70,54 @@ class DiffusionDPO(NoisedPreferences):
             total=context.total,
             scored=torch.ones(context.total, dtype=torch.bool, device=model.device),
             condition=model.encode([row.prompt for row in rows]),
-            states=torch.stack(states),
+            states=encoded(context.policy, rows),
         )
 
     def examples(self, policy: Policy, experience: Pairs, train: TrainConfig, noise: Noise) -> NoisedPairs:
         states = experience.states.transpose(0, 1)
         return self.draw(policy, states, experience.condition, train.loss_batch, noise)
 
+    # ------------------------------------------------------------------------------------------ held-out pairs
 
-def check_side(row: Row, side: str, shape: tuple[int, ...]) -> None:
+    def measures(self, policy: Policy, rows: Sequence[Row], name: str, train: TrainConfig) -> dict[str, float]:
+        """How many pairs the implicit reward orders as they were given, by the same noise each time."""
+        if not any(side in row.metadata for row in rows for side in SIDES):
+            return {}
+        check_pairs(policy, rows, name)
+        starts = range(0, len(rows), train.loss_batch)
+        margins = torch.cat([self._margins(policy, rows, slice(i, i + train.loss_batch), train) for i in starts])
+        right = (margins > 0).float() + (margins == 0).float() / 2
+        return {"implicit_accuracy": right.mean().item(), "implicit_margin": margins.mean().item()}
+
+    @torch.no_grad()
+    def _margins(self, policy: Policy, rows: Sequence[Row], part: slice, train: TrainConfig) -> Tensor:
+        """The margins of some rows' pairs (b,), means over draws."""
+        own, some = replace(self, draws=HELDOUT_DRAWS), rows[part]
+        condition = policy.model.encode([row.prompt for row in some])
+        noise = Noise("held-out pairs", range(len(rows)), 1)[part]
+        draws = own.draw(policy, encoded(policy, some).transpose(0, 1), condition, train.loss_batch, noise)
+        parts = draws.every_pair().split(train.loss_batch)
+        margins = [own.margin(policy, draws.at(*pairs.unbind(1))) for pairs in parts]
+        return torch.cat(margins).view(HELDOUT_DRAWS, -1).mean(0)
+
+
+@torch.no_grad()
+def encoded(policy: Policy, rows: Sequence[Row]) -> Tensor:
+    """The states (2, B, ...) of the better and the worse images of rows."""
+    sides = [torch.stack([read_side(row, side) for row in rows]) for side in SIDES]
+    return torch.stack([policy.model.encode_images(images) for images in sides])
+
+
+def check_pairs(policy: Policy, rows: Sequence[Row], name: str) -> None:
+    """Raises: UsageError naming a row of prompts.<name> that has no pair."""
+    for row in rows:
+        for side in SIDES:
+            check_side(row, side, policy.model.sample_shape, name)
+
+
+def check_side(row: Row, side: str, shape: tuple[int, ...], name: str) -> None:
     """Raises: UsageError naming a row whose `side` is neither an image of the model's size nor one of its points."""
-    where, value = f"config prompts.train: row {row.index + 1}", row.metadata.get(side)
+    where, value = f"config prompts.{name}: row {row.index + 1}", row.metadata.get(side)
     if value is None:
         raise condrl.UsageError(f'{where} has no "{side}": diffusion_dpo needs "prompt", "better" and "worse"')
     if len(shape) == 1:

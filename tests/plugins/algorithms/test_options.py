@@ -93,7 +93,7 @@ def ends(folder, algorithm, epochs=3, **train):
     data = torch.randn(2, 30, 2, generator=torch.Generator().manual_seed(0))
     model = Shaped((2,), data=data)
     usual |= {} if made.uses_rewards else {"images_per_prompt": 1, "prompts_per_epoch": 4}
-    grid = {} if made.uses_rewards else {"spacing": "uniform"}  # steps of unlike weights
+    grid = {"spacing": "uniform"} if hasattr(made, "weighting") else {}  # steps of unlike weights
     trainer = trainer_of(folder, model=model, rows=PAIRS, algorithm=algorithm, sampler=grid, train={**usual, **train})
     trainer.fit()
     return torch.cat([p.detach().flatten() for p in trainer.learner.parameters])
