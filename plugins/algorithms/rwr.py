@@ -95,7 +95,8 @@ class RWR(Algorithm):
             found = noised_samples(
                 policy, experience.rollout, weights - 1, self.draws, self.times, train.rollout_batch, noise
             )
-        return replace(found, metrics={"effective_share": 1 / weights.square().mean()})
+        every = experience.gather(weights)[experience.scored]
+        return replace(found, metrics={"effective_share": 1 / every.square().mean()})
 
     def loss(self, policy: Policy, batch: Noised) -> tuple[Tensor, Metrics]:
         """w |d|^2 - 2 (w - 1) <e, d> of each draw, (B,), d the change of the noise predicted, e the old one's error.
