@@ -16,8 +16,9 @@ from condrl.diffusion.policy import Policy
 class OnlineDPO(NoisedPreferences):
     """diffusion_dpo's loss on the best and the worst of a prompt's new images, in place of given pairs.
 
-    Preferring with odds exp(r - r') makes kappa what it always is: p_pre exp(r / kappa) is where all pairs are as often
-    preferred as they should be (docs/theory.md 16). Every image of a set brings `draws` of its pair.
+    With odds exp(r - r') all pairs are preferred as often as they should be at p_pre exp(r / kappa), were the bounds
+    exact; what lowers both bounds alike costs nothing, so the path KL grows with gradient noise (docs/theory.md 16).
+    Every image of a set brings `draws` of its pair.
     """
 
     contest: int = 2  # images of a prompt of which the best and the worst are a pair
