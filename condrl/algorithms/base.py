@@ -114,6 +114,13 @@ class Algorithm:
     def check_rows(self, policy: Policy, rows: Sequence[Row]) -> None:
         """Raises: UsageError naming a prompt row without what it needs."""
 
+    def measures(self, policy: Policy, rows: Sequence[Row], name: str, train: TrainConfig) -> dict[str, float]:
+        """What it measures of the rows of prompts.<name> beside `evaluate.measures`, also before the first epoch.
+
+        Raises: UsageError naming a row without what it needs.
+        """
+        return {}
+
     def networks(self) -> dict[str, OwnNetwork]:
         """Networks of its own that are trained with the policy, by name."""
         return {}

@@ -281,25 +281,34 @@ def watch(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[s
         epoch = trainer.epoch + 1
         found = evaluation(trainer, prompts.heldout, f"held-out, after {epoch} epochs")
         save_frames(trainer, epoch, found)
-        return flat(found, "heldout")
+        return flat(found, "heldout") | own_measures(trainer, prompts.heldout, "heldout")
 
     def look(epoch: int, who: str) -> dict[str, float]:
         found = evaluation(trainer, prompts.validation, f"validation, {who}")
         save_frames(trainer, epoch, found)
+        own = own_measures(trainer, prompts.validation, "validation")
         if found is None:
-            return {}
+            return own
         weights = {reward.name: reward.weight for reward in trainer.rewards} or dict.fromkeys(found.measures, 1.0)
         total = sum(weight * found.measures[name].mean for name, weight in weights.items())
         if trainer.best.take(epoch, total) and epoch:
             save_lora(trainer, "lora_best")
-        return flat(found, "validation")
+        return flat(found, "validation") | own
 
     if not prompts.validation:
         save_frames(trainer, 0, base)
         trainer.heldout = look_at_heldout
-        return {}
+        return own_measures(trainer, prompts.heldout, "heldout")
     trainer.heldout = lambda: look(trainer.epoch + 1, f"after {trainer.epoch + 1} epochs")
     return look(0, "base")
+
+
+def own_measures(trainer: Trainer, rows: Sequence[Row], name: str) -> dict[str, float]:
+    """What the algorithm itself measures of the rows of prompts.<name>, as a line of the record has it."""
+    found = trainer.algorithm.measures(trainer.policy, rows, name, trainer.config.train)
+    if found:
+        print_main(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
+    return {f"{name}/{key}": value for key, value in found.items()}
 
 
 def save_frames(trainer: Trainer, epoch: int, found: Evaluation | None) -> None:

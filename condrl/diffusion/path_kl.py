@@ -47,3 +47,20 @@ def path_kl(policy: Policy, rollout: Rollout, batch: int) -> PathKL:
                 base = policy.transition(*step)
             means[k, rows], stds[k, rows], kl[k, rows] = base.mean, base.std.flatten(), transition.kl(base)
     return PathKL(means, stds, kl)
+
+
+@torch.no_grad()
+def base_log_probs(policy: Policy, rollout: Rollout, batch: int) -> Tensor:
+    """The pretrained model's log-probabilities (K, B) of a roll-out's steps, nats in float64, `batch` images at a time.
+
+    They are 0 where a step is deterministic.
+    """
+    found = torch.zeros_like(rollout.log_probs)
+    for k in policy.sampler.stochastic.nonzero().flatten().tolist():
+        for images in torch.arange(len(rollout.condition)).split(batch):
+            rows, k_each = images.to(found.device), torch.full((len(images),), k)
+            place = rollout.place(k, rows)
+            with policy.model.reference():
+                base = policy.transition(place.x, k_each, rollout.condition[images], place.solver_state)
+            found[k, rows] = base.log_prob(rollout.states[k + 1, rows])
+    return found

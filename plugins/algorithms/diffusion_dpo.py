@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 import condrl
-from condrl.algorithms.base import Algorithm, Collected, Context
-from condrl.algorithms.examples import Examples, Metrics, per_image, per_step
-from condrl.algorithms.forward import noised
+from condrl.algorithms.base import Collected, Context
 from condrl.algorithms.needs import Need, Setting, affine_steps, no_rollouts, noise
+from condrl.algorithms.preferences import NoisedPairs, NoisedPreferences
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.schedule import like
 from condrl.prompts import Row
 from condrl.rewards.pixels import read_image
 
 SIDES = ("better", "worse")
+HELDOUT_DRAWS = 10  # times at which a held-out pair is noised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +29,6 @@ class Pairs(Collected):
 
     condition: Tensor  # (B,)
     states: Tensor  # (2, B, ...) of the better and the worse image
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoisedPairs(Examples):
-    """The pairs, each noised n times; a draw is a step of learning, and both images have its noise and its time."""
-
-    states: Tensor = per_image()  # (B, 2, ...)
-    noise: Tensor = per_step()
-    step: Tensor = per_step()  # the denoising step of each draw
-    base_errors: Tensor = per_step()  # (n, B, 2) nats, of the pretrained model
 
 
 def one_image_a_row(setting: Setting) -> None:
@@ -54,7 +42,7 @@ def one_image_a_row(setting: Setting) -> None:
 
 @condrl.algorithm(name="diffusion_dpo")
 @dataclass(kw_only=True)
-class DiffusionDPO(Algorithm):
+class DiffusionDPO(NoisedPreferences):
     """Raises the better image's likelihood over the worse one's, from pairs in prompts.train (Wallace et al. 2024).
 
     A row has "prompt", "better" and "worse": image files, or points of a toy. -log sigmoid(kappa (ratio of the better -
@@ -62,15 +50,7 @@ class DiffusionDPO(Algorithm):
     chain, so kappa is the weight of the path KL for rewards by which a pair is preferred with odds exp(r - r').
     """
 
-    kappa: float = 1.0  # reward per nat of path KL to the pretrained model
-    draws: int = 1  # times at which each pair is noised
-    weighting: Literal["path", "epsilon"] = "path"  # of steps: the chain's own; or published, alike for the noise
-
     uses_rewards = False
-
-    def __post_init__(self) -> None:
-        self.require_positive("kappa")
-        self.require_at_least(1, "draws")
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -79,14 +59,10 @@ class DiffusionDPO(Algorithm):
     # ------------------------------------------------------------------------------------------ pairs
 
     def check_rows(self, policy: Policy, rows: Sequence[Row]) -> None:
-        for row in rows:
-            for side in SIDES:
-                check_side(row, side, policy.model.sample_shape)
+        check_pairs(policy, rows, "train")
 
     def collect(self, context: Context, rows: list[Row]) -> Pairs:
         model = context.policy.model
-        with torch.no_grad():
-            states = [model.encode_images(torch.stack([read_side(row, side) for row in rows])) for side in SIDES]
         return Pairs(
             rows=rows,
             processes=context.processes,
@@ -94,59 +70,54 @@ class DiffusionDPO(Algorithm):
             total=context.total,
             scored=torch.ones(context.total, dtype=torch.bool, device=model.device),
             condition=model.encode([row.prompt for row in rows]),
-            states=torch.stack(states),
+            states=encoded(context.policy, rows),
         )
-
-    # ------------------------------------------------------------------------------------------ loss
 
     def examples(self, policy: Policy, experience: Pairs, train: TrainConfig, noise: Noise) -> NoisedPairs:
-        states, noisy = experience.states.transpose(0, 1), policy.sampler.stochastic.nonzero().flatten()
-        count = len(states)
-        chosen = (noise.uniform((self.draws,)).T * len(noisy)).long()
-        errors = noise.normal((self.draws, *states.shape[2:])).transpose(0, 1).to(states.device)
-        whole = NoisedPairs(
-            condition=experience.condition,
-            k=torch.arange(self.draws),
-            states=states,
-            noise=errors,
-            step=noisy[chosen],
-            base_errors=torch.zeros(self.draws, count, 2, device=states.device),
-        )
-        with torch.no_grad(), policy.model.reference():
-            parts = [self.errors(policy, whole.at(*p.unbind(1))) for p in whole.every_pair().split(train.loss_batch)]
-        return replace(whole, base_errors=torch.cat(parts).view(self.draws, count, 2))
+        states = experience.states.transpose(0, 1)
+        return self.draw(policy, states, experience.condition, train.loss_batch, noise)
 
-    def errors(self, policy: Policy, batch: NoisedPairs) -> Tensor:
-        """The KL (B, 2) in nats of the true denoising step of each image, which knows its end, to the policy's."""
-        schedule, t = policy.model.schedule, policy.sampler.times[batch.step].repeat_interleave(2)
-        clean, error = batch.states.flatten(0, 1), batch.noise.repeat_interleave(2, 0)
-        x = noised(schedule, clean, t, error)
-        score = policy.model.score(x, t, batch.condition.repeat_interleave(2))
-        distance = (score + error / like(schedule.sigma(t), x)).square().flatten(1).sum(1)
-        weights = self.weights(policy)[batch.step].to(distance)
-        return weights[:, None] * distance.view(-1, 2)
+    # ------------------------------------------------------------------------------------------ held-out pairs
 
-    def weights(self, policy: Policy) -> Tensor:
-        """What |score - true score|^2 is multiplied by at each step, (K,): B^2 / 2 S^2, 0 without noise."""
-        sampler, noisy = policy.sampler.affine, policy.sampler.stochastic
-        assert sampler is not None  # needs
-        path = (sampler.B.square() / (2 * sampler.S.square())).where(noisy, 0.0)
-        if self.weighting == "path":
-            return path
-        variance = policy.model.schedule.sigma(sampler.times[:-1]).square()
-        return variance.where(noisy, 0.0) * (path / variance).sum() / noisy.sum()
+    def measures(self, policy: Policy, rows: Sequence[Row], name: str, train: TrainConfig) -> dict[str, float]:
+        """How many pairs the implicit reward orders as they were given, by the same noise each time."""
+        if not any(side in row.metadata for row in rows for side in SIDES):
+            return {}
+        check_pairs(policy, rows, name)
+        starts = range(0, len(rows), train.loss_batch)
+        margins = torch.cat([self._margins(policy, rows, slice(i, i + train.loss_batch), train) for i in starts])
+        right = (margins > 0).float() + (margins == 0).float() / 2
+        return {"implicit_accuracy": right.mean().item(), "implicit_margin": margins.mean().item()}
 
-    def loss(self, policy: Policy, batch: NoisedPairs) -> tuple[Tensor, Metrics]:
-        """-log sigmoid(kappa n (margin)) of each draw (B,); the bound has n terms, one per step with noise."""
-        better, worse = (batch.base_errors - self.errors(policy, batch)).unbind(1)
-        margin = self.kappa * policy.sampler.stochastic.sum() * (better - worse)
-        accuracy = (margin > 0).float().mean()
-        return -logsigmoid(margin), {"implicit_accuracy": accuracy, "implicit_margin": margin.detach().mean()}
+    @torch.no_grad()
+    def _margins(self, policy: Policy, rows: Sequence[Row], part: slice, train: TrainConfig) -> Tensor:
+        """The margins of some rows' pairs (b,), means over draws."""
+        own, some = replace(self, draws=HELDOUT_DRAWS), rows[part]
+        condition = policy.model.encode([row.prompt for row in some])
+        noise = Noise("held-out pairs", range(len(rows)), 1)[part]
+        draws = own.draw(policy, encoded(policy, some).transpose(0, 1), condition, train.loss_batch, noise)
+        parts = draws.every_pair().split(train.loss_batch)
+        margins = [own.margin(policy, draws.at(*pairs.unbind(1))) for pairs in parts]
+        return torch.cat(margins).view(HELDOUT_DRAWS, -1).mean(0)
 
 
-def check_side(row: Row, side: str, shape: tuple[int, ...]) -> None:
+@torch.no_grad()
+def encoded(policy: Policy, rows: Sequence[Row]) -> Tensor:
+    """The states (2, B, ...) of the better and the worse images of rows."""
+    sides = [torch.stack([read_side(row, side) for row in rows]) for side in SIDES]
+    return torch.stack([policy.model.encode_images(images) for images in sides])
+
+
+def check_pairs(policy: Policy, rows: Sequence[Row], name: str) -> None:
+    """Raises: UsageError naming a row of prompts.<name> that has no pair."""
+    for row in rows:
+        for side in SIDES:
+            check_side(row, side, policy.model.sample_shape, name)
+
+
+def check_side(row: Row, side: str, shape: tuple[int, ...], name: str) -> None:
     """Raises: UsageError naming a row whose `side` is neither an image of the model's size nor one of its points."""
-    where, value = f"config prompts.train: row {row.index + 1}", row.metadata.get(side)
+    where, value = f"config prompts.{name}: row {row.index + 1}", row.metadata.get(side)
     if value is None:
         raise condrl.UsageError(f'{where} has no "{side}": diffusion_dpo needs "prompt", "better" and "worse"')
     if len(shape) == 1:

@@ -296,7 +296,7 @@ def reward_cost(name: str, repeats: int, threads: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- toys
 
 TOYS = Path(__file__).resolve().parents[2] / "configs" / "toy"
-ALGORITHMS = ("reinforce", "ddpo", "dpok", "grpo", "ctrl", "draft", "adjoint_matching")
+ALGORITHMS = ("reinforce", "ddpo", "dpok", "grpo", "ctrl", "draft", "adjoint_matching", "rwr", "log_variance", "d3po")
 Row = dict[str, Any]
 
 

@@ -162,6 +162,30 @@ def test_gradient_of_ctrl(memory, tmp_path):
     assert z < 5 if memory == 1e9 else z > 8  # an untrained value network is no baseline to bootstrap from
 
 
+@pytest.mark.slow
+def test_gradient_of_the_log_variance(tmp_path):
+    """Over the policy's own trajectories it is that of E r - kappa KL."""
+    reward = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]", "algorithm.kappa=0.3"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=log_variance", *small(6, *reward, *GROUPS), rows=500)
+    with torch.no_grad():
+        trainer.learner.weights[0].copy_(
+            0.6 * torch.randn(trainer.learner.weights[0].shape, generator=torch.Generator().manual_seed(3))
+        )
+    expected = exact_gradient(trainer, (2.0, 2.0), 0.3)
+    assert z_scores(gradients(trainer, 16), expected).abs().max() < 5
+
+
+@pytest.mark.slow
+def test_d3po_begins_with_the_gradient_of_the_reward(tmp_path):
+    """At the pretrained model, for small rewards: (p - 1/2) = (r - r') / 4, so it is kappa / 2 of that of E r."""
+    linear = ["rewards.quadratic.linear=[0.2]", "rewards.quadratic.curvature=[0]", "algorithm.kappa=0.7"]
+    trainer = trainer_of("g1", tmp_path, "algorithm.name=d3po", *small(8, *linear, *GROUPS), rows=500)
+    expected = 0.35 * exact_gradient(trainer, (0.2, 0.0), 0.0)
+    found = gradients(trainer, 12)
+    assert z_scores(found, expected).abs().max() < 5
+    assert z_scores(found, 1.2 * expected).abs().max() > 8
+
+
 BOWL = ["rewards.quadratic.linear=[2.0]", "rewards.quadratic.curvature=[2.0]", "algorithm.kappa=0.3"]
 
 

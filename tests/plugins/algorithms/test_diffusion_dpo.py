@@ -1,5 +1,6 @@
 """Diffusion-DPO, which rolls nothing out and asks no reward, against its definition and on a toy."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from helpers import ROOT, toy_words
 
 from condrl import UsageError
+from condrl.commands import finetune
 from condrl.config import load_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.rollout import rollout, sample
@@ -55,6 +57,46 @@ def test_pairs_alone_find_the_tilted_distribution(kappa, tmp_path, monkeypatch):
     assert all(line["diagnosis"] == [] for line in lines)
     assert lines[-1]["implicit_accuracy"] > 0.6
     assert lines[0]["network_calls"] == 512 * 24 * 2 * 2  # both sides of each draw, by the base and by the policy
+
+
+def test_held_out_pairs_are_measured_while_it_runs(tmp_path):
+    """Without a reward or a measure; the order of a pair is what counts, and before the first update there is none."""
+    train, heldout = preferences(tmp_path / "pairs.jsonl", 512), tmp_path / "heldout.jsonl"
+    preferences(heldout, 300)
+    words = [*G1, train, f"prompts.heldout={heldout}", f"run.dir={tmp_path}/run", "train.loss_batch=200"]
+    words += ["train.epochs=8", "algorithm.draws=4", "evaluate.every=4", "train.lr=1e-2", "train.updates_per_epoch=8"]
+    assert finetune.main(words) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    before = json.loads((tmp_path / "run" / "result.json").read_text())["before"]
+    assert before == {"heldout/implicit_accuracy": 0.5, "heldout/implicit_margin": 0.0}
+    assert [line["epoch"] for line in lines if "heldout/implicit_accuracy" in line] == [4, 8]
+    assert lines[7]["heldout/implicit_accuracy"] > 0.6
+    assert lines[7]["heldout/implicit_margin"] > 0
+
+
+def test_a_held_out_pair_turned_around_counts_the_other_way(tmp_path):
+    trainer = trainer_of([*G1, preferences(tmp_path / "pairs.jsonl", 512), f"run.dir={tmp_path}/run", "train.epochs=1"])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in trainer.learner.weights:
+            weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    rows = trainer.rows[:100]
+    turned = [
+        dataclasses.replace(row, metadata={"better": row.metadata["worse"], "worse": row.metadata["better"]})
+        for row in rows
+    ]
+
+    def measured(some, batch):
+        train = dataclasses.replace(trainer.config.train, loss_batch=batch)
+        return trainer.algorithm.measures(trainer.policy, some, "heldout", train)
+
+    found, other = measured(rows, 30), measured(turned, 1000)
+    assert 0.2 < found["implicit_accuracy"] < 0.8
+    assert other["implicit_accuracy"] == pytest.approx(1 - found["implicit_accuracy"], abs=1e-6)
+    assert other["implicit_margin"] == pytest.approx(-found["implicit_margin"], rel=1e-3)
+    with pytest.raises(UsageError, match=r'config prompts\.heldout: row 2 has no "worse"'):
+        measured([rows[0], dataclasses.replace(rows[1], metadata={"better": [1.0]})], 30)
+    assert measured([dataclasses.replace(row, metadata={}) for row in rows], 30) == {}
 
 
 @pytest.mark.parametrize("weighting", ["path", "epsilon"])

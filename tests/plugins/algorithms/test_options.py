@@ -64,7 +64,11 @@ OPTIONS = {
         "value_lr": (0.05, {"baseline": "value"}),
         "value_width": (16, {"baseline": "value"}),
     },
+    "log_variance": {"kappa": 0.3},
+    "rwr": {"kappa": 0.3, "rounds": 3, "draws": 2, "times": (0.3, 0.6)},
     "diffusion_dpo": {"kappa": 0.3, "draws": 3, "weighting": "epsilon"},
+    "online_dpo": {"kappa": 0.3, "draws": 3, "weighting": "epsilon", "contest": 4, "soft": False},
+    "d3po": {"kappa": 0.7, "contest": 4, "soft": False, "clip_range": 0.01},
     "draft": {"kappa": 0.5, "last": 2},
     "alignprop": {"kappa": 0.5, "shortest": 3, "longest": 2, "balance_steps": False},
     "draft_lv": {"draws": 3},
@@ -93,7 +97,7 @@ def ends(folder, algorithm, epochs=3, **train):
     data = torch.randn(2, 30, 2, generator=torch.Generator().manual_seed(0))
     model = Shaped((2,), data=data)
     usual |= {} if made.uses_rewards else {"images_per_prompt": 1, "prompts_per_epoch": 4}
-    grid = {} if made.uses_rewards else {"spacing": "uniform"}  # steps of unlike weights
+    grid = {"spacing": "uniform"} if hasattr(made, "weighting") else {}  # steps of unlike weights
     trainer = trainer_of(folder, model=model, rows=PAIRS, algorithm=algorithm, sampler=grid, train={**usual, **train})
     trainer.fit()
     return torch.cat([p.detach().flatten() for p in trainer.learner.parameters])

@@ -567,3 +567,70 @@ def test_randn_is_that_of_its_generators():
     a = randn((2, 3), [torch.Generator().manual_seed(i) for i in (4, 5)], torch.device("cpu"))
     b = randn((1, 3), [torch.Generator().manual_seed(5)], torch.device("cpu"))
     assert torch.equal(a[1:], b)
+
+
+# ---------------------------------------------------------------------------------------------- pcpo
+
+V_PREDICTION = {"num_train_timesteps": 1000, "prediction_type": "v_prediction"}
+ZERO_SNR = {**V_PREDICTION, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "set_alpha_to_one": False}
+OUTPUTS = [*SCHEDULES, *map(schedule_from_diffusers, (V_PREDICTION, ZERO_SNR))]
+
+
+def weights_of(chain, schedule):
+    """|d mean / d output| / std of each step with noise, by a difference of the network's output."""
+    k, x = chain.stochastic.nonzero().flatten(), torch.randn(10, 1, dtype=torch.float64)
+    x = x[: len(k)]
+    low, high = (chain.step(k, x, lambda y, t, v=v: schedule.score(0 * y + v, y, t))[0] for v in (0.3, 0.7))
+    return ((high.mean - low.mean).abs() / (0.4 * high.std)).flatten()
+
+
+@pytest.mark.parametrize("schedule", OUTPUTS)
+@pytest.mark.parametrize("above", [None, 1.0001, 1.3, 100.0])
+def test_every_step_of_pcpo_has_the_same_weight(schedule, above):
+    """Whatever the network predicts; at a weight that all steps can have, all have noise but one to the data."""
+    spacing = "trailing" if schedule is OUTPUTS[-1] else "uniform"
+    options = {"spacing": spacing}
+    if above is not None:
+        ancestral = sampler(schedule, "ddim", eta=1.0, **options)
+        options["weight"] = above * weights_of(ancestral, schedule).max().item()
+    chain = sampler(schedule, "pcpo", **options)
+    found = weights_of(chain, schedule)
+    torch.testing.assert_close(found, found[:1].expand_as(found), rtol=1e-6, atol=0)
+    if above is not None:
+        assert found[0].item() == pytest.approx(options["weight"], rel=1e-6)
+        assert torch.equal(chain.stochastic, ancestral.stochastic)
+    assert (chain.noise_level <= 1).all()
+
+
+def test_pcpo_takes_the_weight_with_the_most_noise():
+    schedule = SCHEDULES[-1]
+    chain = sampler(schedule, "pcpo")
+    noise, weight = chain.noise_level.square().sum(), weights_of(chain, schedule)[0].item()
+    assert chain.noise_level.max() == pytest.approx(1)
+    for factor in torch.linspace(0.3, 3, 400).tolist():
+        try:
+            other = sampler(schedule, "pcpo", weight=factor * weight)
+        except UsageError as error:
+            assert "sampler.weight: no step can have as little as" in str(error)  # noqa: PT017
+            continue
+        assert other.noise_level.square().sum() <= noise + 1e-9
+
+
+@pytest.mark.parametrize("weight", [None, 3.0])
+def test_pcpo_keeps_the_marginals(weight):
+    """As DDIM at each step's level: alpha_u x0 and noise of variance sigma_u^2, from alpha_t x0 and sigma_t eps."""
+    line, schedule = Line(-9, 9, 600), OU(end=3.0)
+    chain = sampler(schedule, "pcpo", 64, "log_snr", weight=weight)
+    alpha, sigma = schedule.alpha(chain.times), schedule.sigma(chain.times)
+    x0, eps = chain.A * alpha[:-1], chain.A * sigma[:-1] - chain.B / sigma[:-1]  # with the score -eps / sigma
+    torch.testing.assert_close(x0, alpha[1:])
+    torch.testing.assert_close(eps.square() + chain.S.square(), sigma[1:].square())
+    assert chain.stochastic.sum() > 30
+    masses, exact = on_a_line(line, schedule, "pcpo", 64, "log_snr", weight=weight)
+    assert (masses - exact).abs().sum().item() / 2 < 0.03
+
+
+def test_pcpo_can_be_made_quiet_at_other_steps():
+    whole, some = (sampler(VP(), "pcpo", weight=9.0, noise_steps=chosen) for chosen in (None, [2, 5]))
+    assert some.stochastic.nonzero().flatten().tolist() == [2, 5]
+    assert torch.equal(some.S[[2, 5]], whole.S[[2, 5]])
