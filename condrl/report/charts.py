@@ -10,6 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 34  # margins of the plot
 COLOURS = 6  # in the page's style
+FEW = 30  # points that are each shown; of more, a line of their mean is
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,26 @@ def shape(series: Series, across: Scale, up: Scale, colour: str) -> list[str]:
         upper = [(x, y + error) for (x, y), error in ends]
         lower = [(x, y - error) for (x, y), error in reversed(ends)]
         found.append(f'<polygon class="band {colour}" points="{path([*upper, *lower], across, up)}"/>')
-    found.append(f'<polyline class="line {colour}" points="{path(series.points, across, up)}"/>')
-    if len(series.points) <= 30:
+    is_long = len(series.points) > FEW
+    found.append(f'<polyline class="line {colour}{" faint" * is_long}" points="{path(series.points, across, up)}"/>')
+    if is_long:
+        found.append(f'<polyline class="line {colour}" points="{path(smoothed(series.points), across, up)}"/>')
+    else:
         found += [
             f'<circle class="dot {colour}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>' for x, y in series.points
         ]
     return found
+
+
+def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Each value's mean with its neighbours', a tenth of the points or so; fewer of them near the ends."""
+    half = len(points) // (2 * 10)
+    values = [y for _, y in points]
+    near = [min(half, i, len(points) - 1 - i) for i in range(len(points))]
+    return [
+        (x, math.fsum(values[i - n : i + n + 1]) / (2 * n + 1))
+        for i, ((x, _), n) in enumerate(zip(points, near, strict=True))
+    ]
 
 
 def path(points: Iterable[tuple[float, float]], across: Scale, up: Scale) -> str:

@@ -189,7 +189,7 @@ def frontier(runs: Sequence[Run]) -> str:
     names = dict.fromkeys(name for run in runs for name in run.measures)
     drawn = []
     for name in names:
-        every = [Series(run.name, sorted(against_kl(run, name))) for run in runs]
+        every = [Series(run.name, against_kl(run, name)) for run in runs]
         drawn.append(Chart(name, every, x_label="path KL to the base model, nats"))
     html = "".join(chart.html() for chart in drawn)
     return f'<div class="charts">{html}</div>' if html else ""

@@ -19,7 +19,7 @@ from PIL import Image
 from condrl.commands import report
 from condrl.prompts import Row
 from condrl.report.card import write_card
-from condrl.report.charts import Chart, Mark, Scale, Series, number, padded
+from condrl.report.charts import Chart, Mark, Scale, Series, number, padded, smoothed
 from condrl.report.page import OPENING, against_kl, embedded, gain, page
 from condrl.report.run import read_run, verdict
 from condrl.training.evaluate import Estimate, Evaluation
@@ -133,6 +133,17 @@ def test_a_chart_says_in_words_what_it_shows():
     assert ">7</text>" in html
     assert "a<b" not in html
     assert Chart("Nothing", [Series("none", [])]).html() == ""
+
+
+def test_many_points_have_a_line_of_their_mean():
+    """Which leaves straight lines as they are, also at the ends, and halves nothing but the noise."""
+    line = [(float(i), 2.0 * i + 1) for i in range(60)]
+    assert [y for _, y in smoothed(line)] == pytest.approx([y for _, y in line])
+    noisy = [(x, y + (-1) ** i) for i, (x, y) in enumerate(line)]
+    assert max(abs(y - z) for (_, y), (_, z) in list(zip(smoothed(noisy), line, strict=True))[3:-3]) < 0.2
+    assert smoothed(noisy)[0] == noisy[0]
+    assert Chart("Reward", [Series("a", noisy)]).html().count("<polyline") == 2
+    assert Chart("Reward", [Series("a", noisy[:30])]).html().count("<polyline") == 1
 
 
 def test_a_runs_kl_belongs_to_the_evaluation_before(tmp_path):
@@ -357,7 +368,7 @@ def test_a_line_is_kept_for_each_image(tmp_path):
 def test_a_film_has_the_first_images_of_each_evaluation(tmp_path):
     (tmp_path / "run").mkdir()
     folder = RunFolder(tmp_path / "run")
-    found = an_evaluation({"m": [0.0]}, [torch.full((3, 8, 8), i / 10) for i in range(6)])
+    found = an_evaluation({"m": [0.0] * 6}, [torch.full((3, 8, 8), i / 10) for i in range(6)])
     for epoch in (0, 10):
         save_film(folder, epoch, found)
     names = sorted(path.name for path in (tmp_path / "run" / "film").iterdir())
