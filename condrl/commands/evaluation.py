@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from condrl.commands.finetune import aligned, interval
+from condrl.commands.result import aligned, interval
 from condrl.errors import naming
 
 if TYPE_CHECKING:

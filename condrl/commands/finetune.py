@@ -13,27 +13,24 @@ do; nothing is written.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from condrl.commands.console import exit_code
 from condrl.config import config_help, load_config, to_yaml
-from condrl.errors import SIGNALS, RunError, Stopped, UsageError, naming, print_main, visible, warn_of_address_limit
+from condrl.errors import SIGNALS, RunError, Stopped, UsageError, naming, print_main, warn_of_address_limit
 from condrl.io.files import CONFIGS
 
 if TYPE_CHECKING:
     from condrl.config import Config
     from condrl.processes import Processes
-    from condrl.prompts import Row
-    from condrl.training.evaluate import Evaluation
-    from condrl.training.folder import RunFolder
+    from condrl.training.measure import Prompts
     from condrl.training.trainer import Trainer
 
     Checkpoint = tuple[Path, dict[str, Any]] | None
@@ -61,6 +58,7 @@ def finetune(arguments: list[str]) -> dict[str, Any]:
     from condrl.training.build import make_measures, make_rewards
     from condrl.training.checks import check_combination, transfer_warning
     from condrl.training.host import check_launcher
+    from condrl.training.measure import Prompts
     from condrl.training.resume import check_folder, find_checkpoint
     from condrl.training.trackers import check_trackers
 
@@ -117,14 +115,6 @@ def check_json(path: Path) -> None:
         usable = False
     if not usable:
         raise UsageError(f"--json {path}: is not a file that can be written")
-
-
-class Prompts(NamedTuple):
-    """The rows of a run's prompt files."""
-
-    train: Sequence[Row]
-    heldout: Sequence[Row]
-    validation: Sequence[Row]
 
 
 def run(config: Config, prompts: Prompts, begun: float, dry: bool) -> dict[str, Any]:
@@ -185,8 +175,10 @@ def tuned_result(
     trainer: Trainer, prompts: Prompts, checkpoint: Checkpoint, begun: float, origin: dict[str, Any]
 ) -> dict[str, Any]:
     """Measure, tune, save, measure again; the first process writes and prints."""
+    from condrl.commands.result import save_result
     from condrl.training.evaluate import compared
     from condrl.training.host import peak_memory_gb
+    from condrl.training.measure import best_result, evaluation, flat, watch
 
     model, processes = trainer.policy.model, trainer.processes
     base = evaluation(trainer, prompts.heldout, "held-out, base")
@@ -211,28 +203,8 @@ def tuned_result(
         **origin,
     }
     if processes.is_main:
-        save_result(trainer, prompts, result, base, tuned)
+        save_result(trainer, prompts.heldout, result, base, tuned)
     return result
-
-
-def save_result(
-    trainer: Trainer, prompts: Prompts, result: dict[str, Any], base: Evaluation | None, tuned: Evaluation | None
-) -> None:
-    """Write and print the result, with pictures, for the trackers too."""
-    from PIL import Image
-
-    from condrl.io.records import write_json
-
-    folder, trackers = trainer.folder, trainer.recorder.trackers
-    write_json(folder.file("result.json"), result)
-    for picture in save_pictures(trainer, base, tuned):
-        with Image.open(picture) as image:
-            trackers.show(picture.stem, image.copy())
-    save_images(trainer, prompts.heldout, base, tuned)
-    trackers.log(trainer.epoch, tracked_result(result), "result")
-    describe(folder)
-    save_report(folder)
-    print(visible(summary(result, folder.path)))
 
 
 def prepare(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -250,14 +222,10 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint) -> None:
         path.write_text(text, "utf-8")
 
 
-def tracked_result(result: dict[str, Any]) -> dict[str, float]:
-    """The held-out means of a result, as trackers take them."""
-    whos = ("base", "tuned", "difference")
-    return {f"result/{name}/{who}": row[who]["mean"] for name, row in result["heldout"].items() for who in whos}
-
-
 def tune(trainer: Trainer) -> None:
     """Run the epochs and save the LoRA, also when asked to stop."""
+    from condrl.training.measure import save_lora
+
     try:
         trainer.fit()
     except Stopped:
@@ -267,148 +235,6 @@ def tune(trainer: Trainer) -> None:
             print_main(f"warning: the LoRA cannot be written: {error}")
         raise
     save_lora(trainer)
-
-
-def watch(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, float]:
-    """Have the policy measured every `evaluate.every` epochs, and the best LoRA kept; returns what the base is.
-
-    On validation prompts, or, where there are none, on the held-out ones, by which nothing is chosen.
-    """
-    if not trainer.config.evaluate.every:
-        return {}
-
-    def look_at_heldout() -> dict[str, float]:
-        epoch = trainer.epoch + 1
-        found = evaluation(trainer, prompts.heldout, f"held-out, after {epoch} epochs")
-        save_frames(trainer, epoch, found)
-        return flat(found, "heldout") | own_measures(trainer, prompts.heldout, "heldout")
-
-    def look(epoch: int, who: str) -> dict[str, float]:
-        found = evaluation(trainer, prompts.validation, f"validation, {who}")
-        save_frames(trainer, epoch, found)
-        own = own_measures(trainer, prompts.validation, "validation")
-        if found is None:
-            return own
-        weights = {reward.name: reward.weight for reward in trainer.rewards} or dict.fromkeys(found.measures, 1.0)
-        total = sum(weight * found.measures[name].mean for name, weight in weights.items())
-        if trainer.best.take(epoch, total) and epoch:
-            save_lora(trainer, "lora_best")
-        return flat(found, "validation") | own
-
-    if not prompts.validation:
-        save_frames(trainer, 0, base)
-        trainer.heldout = look_at_heldout
-        return own_measures(trainer, prompts.heldout, "heldout")
-    trainer.heldout = lambda: look(trainer.epoch + 1, f"after {trainer.epoch + 1} epochs")
-    return look(0, "base")
-
-
-def own_measures(trainer: Trainer, rows: Sequence[Row], name: str) -> dict[str, float]:
-    """What the algorithm itself measures of the rows of prompts.<name>, as a line of the record has it."""
-    found = trainer.algorithm.measures(trainer.policy, rows, name, trainer.config.train)
-    if found:
-        print_main(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
-    return {f"{name}/{key}": value for key, value in found.items()}
-
-
-def save_frames(trainer: Trainer, epoch: int, found: Evaluation | None) -> None:
-    """Write the first images of an evaluation, from the same prompts and seeds each time."""
-    from condrl.training.heldout import save_film
-
-    if found and trainer.processes.is_main:
-        for number, frame in enumerate(save_film(trainer.folder, epoch, found)):
-            trainer.recorder.trackers.show(f"film/{number}", *frame)
-
-
-def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, Any]:
-    """The epoch that validation prompts chose, and what its LoRA is on held-out ones, for result.json."""
-    from condrl.training.evaluate import compared
-
-    best = trainer.best
-    if best.value is None or not best.epoch:
-        return {"best": {"epoch": 0}} if best.value is not None else {}
-    trainer.processes.barrier()  # lora_best/ is there
-    weights = [weight.detach().clone() for weight in trainer.learner.weights]
-    trainer.policy.model.load_adapter(trainer.config.folder / "lora_best")
-    found = evaluation(trainer, prompts.heldout, f"held-out, best (epoch {best.epoch})")
-    for weight, value in zip(trainer.learner.weights, weights, strict=True):
-        weight.data.copy_(value)
-    return {"best": {"epoch": best.epoch, "heldout": compared(base, found) if base and found else {}}}
-
-
-def save_lora(trainer: Trainer, name: str = "lora") -> None:
-    from condrl.training.build import weights_in_words
-
-    if trainer.processes.is_main:
-        with trainer.folder.replacing(name) as folder:
-            trainer.policy.model.save_adapter(folder, {"rewards": weights_in_words(trainer.config)})
-
-
-def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation | None) -> list[Path]:
-    """Write the pages of before | after, or a toy's plots; returns the former."""
-    from condrl.toys.plots import save_plots
-    from condrl.training.pictures import pages, save_comparison
-
-    if base and tuned and base.pictures and base.pictures[0].dim() == 3:
-        path = trainer.config.folder / "images" / "before_after.png"
-        trainer.folder.claim_all(f"images/{page.name}" for page in pages(path, 2 * len(base.pictures)))
-        return save_comparison(path, base.pictures, tuned.pictures, base.labels)
-    if len(trainer.policy.model.state_shape) == 1:
-        try:
-            kappa = trainer.algorithm.kappa or 0.0
-            pieces = trainer.policy, trainer.rows, trainer.rewards, kappa
-            save_plots(*pieces, trainer.recorder.metrics_file, trainer.folder.file)
-        except UsageError as error:  # of a policy so far off that exact answers do not reach it
-            print_main(f"warning: no pictures: {error}")
-    return []
-
-
-def describe(folder: RunFolder) -> None:
-    """Write the cards of the LoRAs anew, with what was measured of them."""
-    from condrl.report.card import write_card
-    from condrl.report.run import read_run
-
-    run = read_run(folder.path)
-    result = run.result or {}
-    best = result.get("best", {}).get("heldout", {})
-    for name, heldout, images in (("lora", result["heldout"], run.images), ("lora_best", best, ())):
-        if heldout and (folder.path / name / "README.md").is_file():
-            write_card(
-                run,
-                folder.path / name,
-                heldout,
-                images,
-                claim=lambda path: folder.claim(path.relative_to(folder.path).as_posix()),
-            )
-
-
-def save_images(trainer: Trainer, rows: Sequence[Row], base: Evaluation | None, tuned: Evaluation | None) -> None:
-    """Write a line for each held-out image, and pictures of those that changed most."""
-    from condrl.training.build import deployed
-    from condrl.training.evaluate import first_seed
-    from condrl.training.heldout import most_changed, redraw, save_heldout
-
-    if not base or not tuned:
-        return
-    config, seed, folder = trainer.config, first_seed(trainer.config.run.seed), trainer.folder
-    has_pictures = len(trainer.policy.model.state_shape) > 1 and not trainer.processes.sharded
-    drawn = most_changed(base, tuned) if has_pictures else []
-    if drawn:
-        of = [rows[i // config.evaluate.images_per_prompt].prompt for i in drawn]
-        policy, batch = deployed(config, trainer.policy), config.train.rollout_batch
-        redraw(folder, policy, of, [seed + i for i in drawn], drawn, batch)
-    save_heldout(folder, rows, seed, base, tuned, drawn)
-
-
-def save_report(folder: RunFolder) -> None:
-    """Write the run's page; a run does not fail for it."""
-    from condrl.report.page import write_report
-    from condrl.report.run import read_run
-
-    try:
-        write_report([read_run(folder.path)], folder.file("report.html"))
-    except (UsageError, RunError) as error:
-        print_main(f"warning: no report: {error}")
 
 
 @contextmanager
@@ -426,78 +252,6 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def evaluation(trainer: Trainer, rows: Sequence[Row], who: str) -> Evaluation | None:
-    """Measure the policy on some prompts; None when there are none, or nothing to measure."""
-    from condrl.training.build import deployed, make_measures
-    from condrl.training.evaluate import evaluate, first_seed
-
-    config = trainer.config
-    measures = make_measures(config)
-    if not rows or not measures:
-        return None
-    found = evaluate(
-        deployed(config, trainer.policy),
-        rows,
-        measures,
-        seed=first_seed(config.run.seed),
-        per_prompt=config.evaluate.images_per_prompt,
-        batch=config.train.rollout_batch,
-        pictures=config.evaluate.pictures,
-        processes=trainer.processes,
-    )
-    if trainer.processes.is_main:
-        means = ", ".join(f"{name} {e.mean:.3f}" for name, e in found.measures.items())
-        print(f"{who}: {means}", flush=True)
-    return found
-
-
-def flat(found: Evaluation | None, prompts: str) -> dict[str, float]:
-    """Each measure's mean on such prompts and the half-width of its interval, as a line of the record has them."""
-    line: dict[str, float] = {}
-    for name, e in found.measures.items() if found else ():
-        if not math.isfinite(e.mean):  # every score failed
-            continue
-        line |= {f"{prompts}/{name}": e.mean} | ({f"{prompts}/{name}_ci95": e.half_width} if e.ci95 else {})
-    return line
-
-
-def summary(result: dict[str, Any], folder: Path) -> str:
-    """The result as a table, with the verdict that its paired differences allow."""
-    from condrl.training.evaluate import verdict
-
-    comparison = result["heldout"]
-    whos = ("base", "tuned", "difference")
-    rows = [("held-out", *whos), *((name, *(interval(row[who]) for who in whos)) for name, row in comparison.items())]
-    lines = [*aligned(rows), verdict(comparison), *best_lines(result.get("best"))]
-    if not comparison:
-        lines = ["no held-out prompts (prompts.heldout) or measures: nothing says whether the model is better"]
-    took = f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"
-    return "\n".join([*lines, took])
-
-
-def best_lines(best: dict[str, Any] | None) -> list[str]:
-    """What to say of the epoch that validation prompts chose, if there are any."""
-    if best is None:
-        return []
-    if not best["epoch"]:
-        return ["best on validation prompts: the base model; there is no lora_best/"]
-    means = ", ".join(f"{name} {interval(row['tuned'])}" for name, row in best["heldout"].items())
-    return [
-        f"best on validation prompts: epoch {best['epoch']}, kept in lora_best/; held-out: {means or 'not measured'}"
-    ]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table's rows as lines, its columns below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def interval(estimate: dict[str, Any]) -> str:
-    limits = estimate["ci95"]  # none where there is a single prompt
-    return f"{estimate['mean']:.3f}" + (f" [{limits[0]:.3f}, {limits[1]:.3f}]" if limits else "")
 
 
 if __name__ == "__main__":  # accelerate launch -m condrl.commands.finetune

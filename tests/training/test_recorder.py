@@ -8,6 +8,7 @@ import torch
 from helpers import ROOT, toy_words
 
 from condrl.commands import finetune
+from condrl.commands.result import summary
 from condrl.io.records import to_json, write_json
 
 
@@ -69,7 +70,6 @@ def test_held_out_prompts_that_are_trained_on_are_told(tmp_path, capsys):
 
 
 def test_long_names_do_not_run_into_the_numbers():
-    summary = finetune.summary
     name = "a_reward_with_a_name_of_fifty_letters_and_then_some"
     estimate = {"mean": 0.5, "ci95": (0.25, 0.75)}
     row = {"base": estimate, "tuned": estimate, "difference": estimate, "better": 0.5, "worse": 0.5}

@@ -1,0 +1,123 @@
+"""What a run measures on prompts that it does not train on: before, while and after it tunes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from condrl.errors import print_main
+from condrl.prompts import Row
+from condrl.training.build import deployed, make_measures, weights_in_words
+from condrl.training.evaluate import Evaluation, compared, evaluate, first_seed
+from condrl.training.heldout import save_film
+from condrl.training.trainer import Trainer
+
+
+class Prompts(NamedTuple):
+    """The rows of a run's prompt files."""
+
+    train: Sequence[Row]
+    heldout: Sequence[Row]
+    validation: Sequence[Row]
+
+
+def evaluation(trainer: Trainer, rows: Sequence[Row], who: str) -> Evaluation | None:
+    """Measure the policy on some prompts; None when there are none, or nothing to measure."""
+    config = trainer.config
+    measures = make_measures(config)
+    if not rows or not measures:
+        return None
+    found = evaluate(
+        deployed(config, trainer.policy),
+        rows,
+        measures,
+        seed=first_seed(config.run.seed),
+        per_prompt=config.evaluate.images_per_prompt,
+        batch=config.train.rollout_batch,
+        pictures=config.evaluate.pictures,
+        processes=trainer.processes,
+    )
+    if trainer.processes.is_main:
+        means = ", ".join(f"{name} {e.mean:.3f}" for name, e in found.measures.items())
+        print(f"{who}: {means}", flush=True)
+    return found
+
+
+def flat(found: Evaluation | None, prompts: str) -> dict[str, float]:
+    """Each measure's mean on such prompts and the half-width of its interval, as a line of the record has them."""
+    line: dict[str, float] = {}
+    for name, e in found.measures.items() if found else ():
+        if not math.isfinite(e.mean):  # every score failed
+            continue
+        line |= {f"{prompts}/{name}": e.mean} | ({f"{prompts}/{name}_ci95": e.half_width} if e.ci95 else {})
+    return line
+
+
+def watch(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, float]:
+    """Have the policy measured every `evaluate.every` epochs, and the best LoRA kept; returns what the base is.
+
+    On validation prompts, or, where there are none, on the held-out ones, by which nothing is chosen.
+    """
+    if not trainer.config.evaluate.every:
+        return {}
+
+    def look_at_heldout() -> dict[str, float]:
+        epoch = trainer.epoch + 1
+        found = evaluation(trainer, prompts.heldout, f"held-out, after {epoch} epochs")
+        save_frames(trainer, epoch, found)
+        return flat(found, "heldout") | own_measures(trainer, prompts.heldout, "heldout")
+
+    def look(epoch: int, who: str) -> dict[str, float]:
+        found = evaluation(trainer, prompts.validation, f"validation, {who}")
+        save_frames(trainer, epoch, found)
+        own = own_measures(trainer, prompts.validation, "validation")
+        if found is None:
+            return own
+        weights = {reward.name: reward.weight for reward in trainer.rewards} or dict.fromkeys(found.measures, 1.0)
+        total = sum(weight * found.measures[name].mean for name, weight in weights.items())
+        if trainer.best.take(epoch, total) and epoch:
+            save_lora(trainer, "lora_best")
+        return flat(found, "validation") | own
+
+    if not prompts.validation:
+        save_frames(trainer, 0, base)
+        trainer.heldout = look_at_heldout
+        return own_measures(trainer, prompts.heldout, "heldout")
+    trainer.heldout = lambda: look(trainer.epoch + 1, f"after {trainer.epoch + 1} epochs")
+    return look(0, "base")
+
+
+def own_measures(trainer: Trainer, rows: Sequence[Row], name: str) -> dict[str, float]:
+    """What the algorithm itself measures of the rows of prompts.<name>, as a line of the record has it."""
+    found = trainer.algorithm.measures(trainer.policy, rows, name, trainer.config.train)
+    if found:
+        print_main(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
+    return {f"{name}/{key}": value for key, value in found.items()}
+
+
+def save_frames(trainer: Trainer, epoch: int, found: Evaluation | None) -> None:
+    """Write the first images of an evaluation, from the same prompts and seeds each time."""
+    if found and trainer.processes.is_main:
+        for number, frame in enumerate(save_film(trainer.folder, epoch, found)):
+            trainer.recorder.trackers.show(f"film/{number}", *frame)
+
+
+def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, Any]:
+    """The epoch that validation prompts chose, and what its LoRA is on held-out ones, for result.json."""
+    best = trainer.best
+    if best.value is None or not best.epoch:
+        return {"best": {"epoch": 0}} if best.value is not None else {}
+    trainer.processes.barrier()  # lora_best/ is there
+    weights = [weight.detach().clone() for weight in trainer.learner.weights]
+    trainer.policy.model.load_adapter(trainer.config.folder / "lora_best")
+    found = evaluation(trainer, prompts.heldout, f"held-out, best (epoch {best.epoch})")
+    for weight, value in zip(trainer.learner.weights, weights, strict=True):
+        weight.data.copy_(value)
+    return {"best": {"epoch": best.epoch, "heldout": compared(base, found) if base and found else {}}}
+
+
+def save_lora(trainer: Trainer, name: str = "lora") -> None:
+    if trainer.processes.is_main:
+        with trainer.folder.replacing(name) as folder:
+            trainer.policy.model.save_adapter(folder, {"rewards": weights_in_words(trainer.config)})
