@@ -27,7 +27,7 @@ class Mark:
     """Something that happened, at a place of the horizontal axis."""
 
     x: float
-    number: int  # by which the text refers to it
+    label: str  # the numbers by which the text refers to it
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Chart:
         for mark in self.marks:
             x = across(mark.x)
             found.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-            found.append(f'<text class="marked" x="{x + 3:.1f}" y="{TOP + 9}">{mark.number}</text>')
+            found.append(f'<text class="marked" x="{x + 3:.1f}" y="{TOP + 9}">{escape(mark.label)}</text>')
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -157,7 +158,10 @@ def fact(value: Any) -> str:
 
 
 def charts(run: Run, findings: Sequence[Finding]) -> str:
-    marks = [Mark(f.epoch, i) for i, f in enumerate(findings, 1)]
+    marks = [
+        Mark(epoch, ", ".join(str(i) for i, f in enumerate(findings, 1) if f.epoch == epoch))
+        for epoch in dict.fromkeys(f.epoch for f in findings)
+    ]
     rewards = [name for name in run.rewards if run.series(f"reward/{name}")]
     drawn = [Chart("Reward of the images it learned from", [Series("total", run.series("reward/total"))], marks=marks)]
     if len(rewards) > 1:
@@ -240,10 +244,13 @@ def pictures(run: Run) -> str:
 
 
 def gain(run: Run, line: Line) -> float:
-    """What an image gained, in the rewards' weighted sum, or in all measures where there is no reward."""
-    weights = run.rewards or dict.fromkeys(line["base"], 1.0)
-    values = [(w, line["base"].get(n), line["tuned"].get(n)) for n, w in weights.items()]
-    return sum(w * (t - b) for w, b, t in values if b is not None and t is not None)
+    """What an image gained in all measures, each in units of its spread; one with a negative weight is better lower."""
+    values = [(name, b, line["tuned"].get(name)) for name, b in line["base"].items()]
+    return sum(
+        math.copysign(1.0, run.rewards.get(name, 1.0)) * (t - b) / run.spread(name)
+        for name, b, t in values
+        if b is not None and t is not None
+    )
 
 
 def pair(run: Run, line: Line) -> str:

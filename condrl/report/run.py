@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,11 @@ class Run:
         """(epoch, value) wherever it was recorded."""
         found = [(line["epoch"], line.get(name)) for line in self.lines]
         return [(float(epoch), float(value)) for epoch, value in found if value is not None]
+
+    def spread(self, measure: str) -> float:
+        """The standard deviation of a measure over the base model's images; 1 where they are alike."""
+        values = [line["base"][measure] for line in self.images if line["base"].get(measure) is not None]
+        return statistics.pstdev(values) or 1.0
 
     @property
     def measures(self) -> list[str]:

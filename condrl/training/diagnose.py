@@ -127,7 +127,7 @@ def reward_fell(lines: Sequence[Line]) -> str | None:
         return None
     return (
         f"the training reward has fallen from {best.mean:.3g} around epoch {best.epoch:.0f} to {now.mean:.3g}: the "
-        "policy has gone too far; end there, or try a lower train.lr, or algorithm.kappa"
+        "policy has gone too far; end there, or try a lower train.lr, or a larger algorithm.kappa"
     )
 
 
@@ -167,7 +167,7 @@ def heldout_fell(lines: Sequence[Line]) -> str | None:
         if best[name] - lines[-1][name] > lines[-1][f"{name}_ci95"]:
             return (
                 f"{name} has fallen from {best[name]:.3g} after epoch {best['epoch']:.0f} to {lines[-1][name]:.3g}, by "
-                "more than its interval: end there, or try a lower train.lr, or algorithm.kappa"
+                "more than its interval: end there, or try a lower train.lr, or a larger algorithm.kappa"
             )
     return None
 

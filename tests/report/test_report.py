@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import statistics
 import subprocess
 from functools import partial
 from html.parser import HTMLParser
@@ -126,11 +127,13 @@ def test_a_charts_places_are_its_numbers():
 
 
 def test_a_chart_says_in_words_what_it_shows():
-    chart = Chart("Reward", [Series("a<b", [(1, 0.5), (3, 0.75)], [0.1, 0.1]), Series("none", [])], marks=[Mark(2, 7)])
+    chart = Chart(
+        "Reward", [Series("a<b", [(1, 0.5), (3, 0.75)], [0.1, 0.1]), Series("none", [])], marks=[Mark(2, "7, 8")]
+    )
     html = chart.html()
     assert 'aria-label="Reward: a&lt;b from 0.5 at epoch 1 to 0.75 at 3"' in html
     assert html.count("<polyline") == html.count("<polygon") == 1
-    assert ">7</text>" in html
+    assert ">7, 8</text>" in html
     assert "a<b" not in html
     assert Chart("Nothing", [Series("none", [])]).html() == ""
 
@@ -233,8 +236,22 @@ def test_a_page_shows_the_worst_first(tmp_path):
     ]
     assert places == sorted(places)
     assert "a <b>3</b>" not in text  # nobody drew it
-    assert gain(run, run.images[0]) == pytest.approx(2 * -0.8)  # by the reward's weight
+    spread = statistics.pstdev([0.9, 0.2, 0.5, 0.1])
+    assert gain(run, run.images[0]) == pytest.approx(-0.8 / spread)
     assert "epoch 4: the gradient" in text or "epoch 4: gradient growth" in text
+
+
+def test_a_gain_is_in_all_measures_and_a_reversed_reward_is_better_lower(tmp_path):
+    """Each in its own unit: what was not tuned on counts as much."""
+    images = [an_image(0, 0.0, 0.1), an_image(1, 0.2, 0.2)]
+    for line, (base, tuned) in zip(images, ((0.0, -300.0), (200.0, None)), strict=True):
+        line["base"]["other"], line["tuned"]["other"] = base, tuned
+    run = read_run(make_run(tmp_path / "run", images=images))
+    assert gain(run, run.images[0]) == pytest.approx(0.1 / 0.1 - 300 / 100)
+    assert gain(run, run.images[1]) == 0  # a score that failed says nothing
+    config = CONFIG | {"rewards": {"other": {"weight": -1.0}}}
+    run = read_run(make_run(tmp_path / "reversed", images=images, config=config))
+    assert gain(run, run.images[0]) == pytest.approx(0.1 / 0.1 + 300 / 100)
 
 
 def test_a_page_says_how_to_use_the_lora_with_the_runs_own_sampler(tmp_path):
