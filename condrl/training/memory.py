@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,22 +28,30 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in storages((args, kwargs)):  # of which a result may be a view
+            self.keep(given, 0)
         returned = call(*args, **(kwargs or {}))
-        for made in tree_iter(returned):
-            if isinstance(made, Tensor) and not isinstance(made, DTensor):
-                self.keep(made.untyped_storage())
+        for made in storages(returned):
+            self.keep(made, made.nbytes())
         return returned
 
-    def keep(self, storage: torch.UntypedStorage) -> None:
+    def keep(self, storage: torch.UntypedStorage, size: int) -> None:
         if storage._cdata in self.sizes:
             return
-        self.sizes[storage._cdata] = storage.nbytes()
-        self.now += storage.nbytes()
+        self.sizes[storage._cdata] = size
+        self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self.release, storage._cdata)
 
     def release(self, storage: int) -> None:
         self.now -= self.sizes.pop(storage)
+
+
+def storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """Of the tensors in nested lists and dicts, other than sharded ones."""
+    for leaf in tree_iter(tree):
+        if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
+            yield leaf.untyped_storage()
 
 
 class PeakClock(Clock):

@@ -9,6 +9,7 @@ from helpers import ROOT, run_python, toy_words
 
 from condrl.algorithms.examples import check_ratios
 from condrl.config import load_config
+from condrl.models.lora import lora_layers
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 from condrl.training.memory import Growth, LiveBytes, Needs, PeakClock, largest
@@ -35,6 +36,27 @@ def test_only_what_is_alive_counts():
         c.exp()
     assert live.now == 2 * MB
     assert live.peak == 4 * MB  # c and its exponential
+
+
+def test_what_was_there_before_does_not_count():
+    """Nor a view of it, nor that it goes."""
+    before = ones(4)
+    with LiveBytes() as live:
+        view = before.detach()[1:]
+        assert live.peak == 0
+        del before, view
+        assert live.now == 0
+        ones(1)
+    assert live.peak == MB
+
+
+def test_a_merged_lora_counts_once_and_goes(model):
+    model.module.to(torch.float32)
+    targets = sum(layer.get_base_layer().weight.nbytes for layer in lora_layers(model.module).values())
+    with torch.no_grad(), LiveBytes() as live:
+        with model.merged():
+            assert live.now == targets
+        assert live.now == 0
 
 
 def test_a_backward_pass_counts_with_its_gradients():
