@@ -12,6 +12,7 @@ from torch import nn
 from condrl.shapes import scenes
 
 TOKENS = 24
+FLOW_TOKENS = 16  # no prompt of the grammar has more
 TEXT_LAYERS = 6
 
 
@@ -44,22 +45,60 @@ def make_unet() -> nn.Module:
     )
 
 
-def make_text_encoder(tokenizer: Any) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def make_transformer() -> Any:
+    """Its blocks do nothing and it says 0 before it is trained, as in DiT (Peebles and Xie 2023, section 3.2)."""
+    from diffusers import SD3Transformer2DModel
 
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=384,
-            num_hidden_layers=TEXT_LAYERS,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            projection_dim=96,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    network = SD3Transformer2DModel(
+        sample_size=scenes.SIDE // 8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=24,
+        num_attention_heads=4,
+        joint_attention_dim=96 + 32,
+        caption_projection_dim=96,
+        pooled_projection_dim=32 + 32,
+        pos_embed_max_size=scenes.SIDE // 16,
+        qk_norm="rms_norm",
+    )
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and ("norm" in name or name == "proj_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def make_text_encoder(tokenizer: Any) -> nn.Module:
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(text_config(tokenizer, hidden_size=96, num_hidden_layers=TEXT_LAYERS))
+
+
+def make_flow_text_encoders(tokenizer: Any) -> nn.ModuleDict:
+    """The two of Stable Diffusion 3: one shaped as the UNet's, and one whose features of a token are its embedding."""
+    from transformers import CLIPTextModelWithProjection
+
+    positions = dict(max_position_embeddings=FLOW_TOKENS, projection_dim=32)
+    deep = text_config(tokenizer, hidden_size=96, num_hidden_layers=TEXT_LAYERS, **positions)
+    shallow = text_config(tokenizer, hidden_size=32, num_hidden_layers=1, **positions)
+    return nn.ModuleDict(
+        {"text_encoder": CLIPTextModelWithProjection(deep), "text_encoder_2": CLIPTextModelWithProjection(shallow)}
+    )
+
+
+def text_config(tokenizer: Any, hidden_size: int, **shape: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        **{"max_position_embeddings": TOKENS, "projection_dim": hidden_size, **shape},
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
