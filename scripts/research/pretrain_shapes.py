@@ -43,6 +43,7 @@ from condrl.shapes.networks import (
     TOKENS,
     make_clip,
     make_flow_text_encoders,
+    make_silent_t5,
     make_text_encoder,
     make_tokenizer,
     make_transformer,
@@ -70,12 +71,18 @@ FLOW_SCHEDULER: dict[str, Any] = dict(num_train_timesteps=1000, shift=3.0)
 IMAGE_TOKENS = (scenes.SIDE // 16) ** 2
 DDPM = {f"{steps} steps": [f"sampler.steps={steps}", "sampler.spacing=trailing"] for steps in (10, 50)}
 FLOW = {
-    f"{steps} steps of {name}": ["model.name=sd3", "model.t5_tokens=1", f"sampler.steps={steps}", *words]
+    f"{steps} steps of {name}": [
+        "model.name=sd3",
+        "model.t5=false",
+        "model.t5_tokens=1",
+        f"sampler.steps={steps}",
+        *words,
+    ]
     for name, words in (("the ODE", ["sampler.eta=0"]), ("flow_sde", ["sampler.name=flow_sde"]))
     for steps in (10, 20)
 }
 Scene = list[scenes.SceneObject]
-T5_ZEROS = (1, 256)  # tokens that a pipeline without T5 has in its place: as few as can be, and diffusers' default
+T5_ZEROS = (1, 256)  # tokens of which T5 says 0: as few as can be, and diffusers' default
 
 
 # ---------------------------------------------------------------------------------------------- training loop
@@ -109,7 +116,7 @@ class Progress:
             yield step
             now = time.monotonic()
             self.step, self.seconds, begun = step + 1, self.seconds + now - begun, now
-            bar.set_postfix(loss=f"{self.loss:.4f}")
+            bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
             if now - saved > every:
                 self.save()
                 saved = now
@@ -306,7 +313,7 @@ def flow_loss(nets: Any, clean: Tensor, tokens: Tensor, zeros: int) -> Tensor:
 
 
 def text_features(encoders: list[Any], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """As StableDiffusion3Pipeline without T5: features (B, L + 1, F) that end with one of T5's zeros, and (B, F')."""
+    """As in StableDiffusion3Pipeline: features (B, L + 1, F) that end with one of T5's zeros, and (B, F')."""
     read = [encoder(tokens, output_hidden_states=True) for encoder in encoders]
     features = torch.cat([text.hidden_states[-2] for text in read], -1)
     return nn.functional.pad(features, (0, 0, 0, 1)), torch.cat([text.text_embeds for text in read], -1)
@@ -572,7 +579,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def export_flow(args: argparse.Namespace) -> None:
-    """Write the averaged weights as a diffusers StableDiffusion3Pipeline without T5, in half precision."""
+    """Write the averaged weights as a diffusers StableDiffusion3Pipeline in half precision."""
     args.start, folder = args.start or ASSET, FLOW_ASSET if args.out == ASSET else args.out
     tokenizer = make_tokenizer(args.work / "tokenizer")
     _, average = make_flow(tokenizer, args.start)
@@ -588,6 +595,7 @@ def export_flow(args: argparse.Namespace) -> None:
     }
     save_pipeline(pipe.to(torch.float16), folder)
     edit_json(folder / "vae" / "config.json", _name_or_path=None)
+    edit_json(folder / "model_index.json", tokenizer_3=["transformers", "T5TokenizerFast"])  # before transformers 5
     (folder / HISTORY).write_text(json.dumps(history, indent=2) + "\n", "utf-8")
     weights = {
         name: sum(p.numel() for p in getattr(pipe, name).parameters())
@@ -598,18 +606,20 @@ def export_flow(args: argparse.Namespace) -> None:
 
 
 def flow_pipeline(vae: Any, nets: Any, tokenizer: Any) -> Any:
-    """Both text encoders have the same tokenizer, which cuts prompts where their positions end."""
+    """Both CLIP text encoders have the same tokenizer, which cuts prompts where their positions end."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     tokenizer.model_max_length = FLOW_TOKENS
+    vae.register_to_config(shift_factor=0.0)  # which this pipeline adds, and cannot do without
+    t5, letters = make_silent_t5()
     return StableDiffusion3Pipeline(
         vae=vae,
         **nets,
         scheduler=FlowMatchEulerDiscreteScheduler(**FLOW_SCHEDULER),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5,
+        tokenizer_3=letters,
     )
 
 
@@ -710,13 +720,14 @@ def flow_card(
     flow = history["flow"]
     return f"""# shapes_flow: a small rectified flow
 
-Draws one to three coloured shapes as a prompt says, 64 x 64 pixels, in diffusers' StableDiffusion3Pipeline format
-without T5, half precision. Trained by `scripts/research/pretrain_shapes.py flow` on the scenes of `shapes`, whose VAE
-and whose text encoder, up to its projection, it has unchanged; no other data, no human images.
+Draws one to three coloured shapes as a prompt says, 64 x 64 pixels, in diffusers' StableDiffusion3Pipeline format, half
+precision. Trained by `scripts/research/pretrain_shapes.py flow` on the scenes of `shapes`, whose VAE and whose text
+encoder, up to its projection, it has unchanged; no other data, no human images.
 
     model:
       name: sd3
       path: asset:shapes_flow
+      t5: false
       t5_tokens: 1
 
 - Vocabulary, grammar and lists of prompts: those of `shapes`. A prompt is cut after {FLOW_TOKENS} tokens; no prompt of
@@ -724,8 +735,10 @@ and whose text encoder, up to its projection, it has unchanged; no other data, n
 - Transformer, second text encoder and projection: {flow["samples"]:,} samples, lately of {args.scenes:,} scenes,
   captions redrawn each time, 10 % empty; {flow["hours"]} hours on one shared CPU core; loss {flow["loss"]}. Times are
   uniform, and shifted by {FLOW_SCHEDULER["shift"]:g} as the scheduler's are; weights are the running average.
-- In the place of T5's tokens are zeros, {T5_ZEROS[1]} of them unless told otherwise; it was trained with one and with
-  {T5_ZEROS[1]}. One makes less work: `model.t5_tokens=1` here, `max_sequence_length=1` in diffusers.
+- Its T5 is a stand-in, which says 0 of every token, as diffusers does where there is none: the format asks for it. The
+  transformer was trained with {T5_ZEROS[0]} and with {T5_ZEROS[1]} of these tokens, of which diffusers has
+  {T5_ZEROS[1]} unless told otherwise. One makes less work: `model.t5_tokens=1` here, in diffusers
+  `max_sequence_length=1`.
 
 | part | weights |
 | --- | --- |
