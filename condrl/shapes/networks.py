@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from condrl.shapes import scenes
 
 TOKENS = 24
 FLOW_TOKENS = 16  # no prompt of the grammar has more
+STREAM = 32  # by what the features before the last layer of the UNet's text encoder are divided to be of size 1
 JOINT_WIDTH = 96 + 32  # features of a token that two text encoders make of it
 TEXT_LAYERS = 6
 
@@ -77,15 +79,26 @@ def make_text_encoder(tokenizer: Any) -> nn.Module:
 
 
 def make_flow_text_encoders(tokenizer: Any) -> nn.ModuleDict:
-    """The two of Stable Diffusion 3: one shaped as the UNet's, and one whose features of a token are its embedding."""
+    """The two of Stable Diffusion 3: one for the weights of the UNet's, and one that gives each token its embedding."""
     from transformers import CLIPTextModelWithProjection
 
     positions = dict(max_position_embeddings=FLOW_TOKENS, projection_dim=32)
-    deep = text_config(tokenizer, hidden_size=96, num_hidden_layers=TEXT_LAYERS, **positions)
-    shallow = text_config(tokenizer, hidden_size=32, num_hidden_layers=1, **positions)
-    return nn.ModuleDict(
-        {"text_encoder": CLIPTextModelWithProjection(deep), "text_encoder_2": CLIPTextModelWithProjection(shallow)}
-    )
+    eps = 1e-5 / STREAM**2
+    deep = text_config(tokenizer, hidden_size=96, num_hidden_layers=TEXT_LAYERS, layer_norm_eps=eps, **positions)
+    shallow = CLIPTextModelWithProjection(text_config(tokenizer, hidden_size=32, num_hidden_layers=1, **positions))
+    for embedding in shallow.text_model.embeddings.children():
+        nn.init.normal_(embedding.weight, std=0.5)  # beside the other's features
+    return nn.ModuleDict({"text_encoder": CLIPTextModelWithProjection(deep), "text_encoder_2": shallow})
+
+
+@torch.no_grad()
+def divide_stream(encoder: Any, by: float) -> None:
+    """Divide all that a CLIP text encoder's layers add up; with eps / by^2 its norms say the same of it as before."""
+    embeddings = encoder.text_model.embeddings
+    added = [part for layer in encoder.text_model.encoder.layers for part in (layer.self_attn.out_proj, layer.mlp.fc2)]
+    for part in (embeddings.token_embedding, embeddings.position_embedding, *added):
+        for weight in part.parameters():
+            weight /= by
 
 
 def make_silent_t5() -> tuple[Any, Any]:
@@ -102,7 +115,7 @@ def make_silent_t5() -> tuple[Any, Any]:
     return encoder, tokenizer
 
 
-def text_config(tokenizer: Any, hidden_size: int, **shape: int) -> Any:
+def text_config(tokenizer: Any, hidden_size: int, **shape: float) -> Any:
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(

@@ -40,7 +40,9 @@ from condrl.shapes.networks import (
     CLIP_MODEL,
     FLOW_TOKENS,
     PIXELS,
+    STREAM,
     TOKENS,
+    divide_stream,
     make_clip,
     make_flow_text_encoders,
     make_silent_t5,
@@ -527,7 +529,8 @@ def load_flow(nets: Any, folder: Path) -> None:
     """Take the weights of an exported flow; of another pipeline only those of its text encoder, for fewer tokens."""
     from safetensors.torch import load_file
 
-    for name in nets if (folder / "transformer").is_dir() else ("text_encoder",):
+    is_flow = (folder / "transformer").is_dir()
+    for name in nets if is_flow else ("text_encoder",):
         (file,) = (folder / name).glob("*.safetensors")
         saved = load_file(file)
         positions = "text_model.embeddings.position_embedding.weight"
@@ -535,6 +538,8 @@ def load_flow(nets: Any, folder: Path) -> None:
             saved[positions] = saved[positions][:FLOW_TOKENS]
         found = nets[name].load_state_dict(saved, strict=False)
         assert set(found.missing_keys) <= {"text_projection.weight"}
+    if not is_flow:
+        divide_stream(nets["text_encoder"], STREAM)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -722,7 +727,7 @@ def flow_card(
 
 Draws one to three coloured shapes as a prompt says, 64 x 64 pixels, in diffusers' StableDiffusion3Pipeline format, half
 precision. Trained by `scripts/research/pretrain_shapes.py flow` on the scenes of `shapes`, whose VAE and whose text
-encoder, up to its projection, it has unchanged; no other data, no human images.
+encoder, but for its scale and its projection, it has unchanged; no other data, no human images.
 
     model:
       name: sd3
