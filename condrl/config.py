@@ -77,6 +77,7 @@ class TrainConfig:
     same_start: bool = False  # start the images of a prompt from the same noise, so that only their steps' differ
     steps_per_image: int | None = None  # how many of them to train per image, redrawn in each pass; null: all
     loss_batch: int = 64  # (image, step) pairs in one forward and backward
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: bitsandbytes', whose moments take a quarter
     lr: float = 3e-4  # AdamW learning rate
     warmup: int = 0  # optimiser steps of linear warm-up
     lr_decay: Literal["none", "linear"] = "none"  # linear: to zero at the last optimiser step

@@ -22,6 +22,7 @@ from condrl.prompts import Row
 from condrl.registry import REGISTRIES
 from condrl.rewards.scoring import Reward, make_reward
 from condrl.training.host import make_accelerator
+from condrl.training.optimizer import check_runs
 from condrl.training.trainer import Trainer
 
 
@@ -175,6 +176,7 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of a model that has encoded the prompts."""
     processes = processes or Processes(make_accelerator(config))
+    check_runs(config.train, processes.accelerator.device)
     policy = make_policy(config, processes.accelerator.device)
     policy.rollout_dtype = getattr(torch, config.train.rollout_dtype) if config.train.rollout_dtype else None
     policy.model.encode([row.prompt for row in [*train, *heldout]])

@@ -20,6 +20,7 @@ from condrl.training.build import make_algorithm
 from condrl.training.checkpoint import newest_checkpoint, read_checkpoint, unlike
 from condrl.training.folder import RunFolder
 from condrl.training.host import flatten
+from condrl.training.optimizer import negative_moment, state_of_a_step
 from condrl.training.trainer import Trainer
 
 
@@ -141,14 +142,15 @@ def difference(trainer: Trainer, state: dict[str, Any]) -> str | None:
         used = [i for i in range(len(trainer.learner.parameters)) if i in moments]
     except (LookupError, TypeError) as error:
         return f"its optimizer lacks a state, or param_groups with an lr ({brief(error)})"
-    shapes = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in trainer.learner.parameters]
-    expected = {"state": {i: shapes[i] for i in used}, "param_groups": [{"lr": lr} for lr in trainer.learner.rates]}
+    made = state_of_a_step(trainer.config.train, [trainer.learner.parameters[i] for i in used])
+    kept = dict(zip(used, made.values(), strict=True))
+    expected = {"state": kept, "param_groups": [{"lr": lr} for lr in trainer.learner.rates]}
     memories = dict.fromkeys(("first", "best", "rewards", "algorithm", "rng"))
     own = {**trainer.state_dict(), **memories, "optimizer": expected}
     if why := unlike(own, {**state, **{name: None for name in memories if name in state}, "optimizer": found}):
         return why
-    if below := [i for i, moment in moments.items() if (moment["exp_avg_sq"] < 0).any()]:
-        return f"optimizer.state.{below[0]}.exp_avg_sq is below zero"
+    if below := negative_moment(moments):
+        return f"optimizer.{below} is below zero"
     train = trainer.config.train
     if state["updates"] > state["epoch"] * train.inner_epochs * train.updates_per_epoch:
         return f"it has more updates ({state['updates']}) than there are in {state['epoch']} epochs"
