@@ -23,6 +23,7 @@ from condrl.registry import REGISTRIES
 from condrl.rewards.scoring import Reward, make_reward
 from condrl.training.host import make_accelerator
 from condrl.training.optimizer import check_runs
+from condrl.training.precision import set_rollout_dtype
 from condrl.training.trainer import Trainer
 
 
@@ -174,14 +175,14 @@ def deployed(config: Config, policy: Policy) -> Policy:
 def make_trainer(
     config: Config, train: Sequence[Row], heldout: Sequence[Row] = (), processes: Processes | None = None
 ) -> Trainer:
-    """The trainer of a model that has encoded the prompts."""
+    """The trainer of a model that has encoded the prompts; what the config leaves to a trial (`auto`) is set in it."""
     processes = processes or Processes(make_accelerator(config))
     check_runs(config.train, processes.accelerator.device)
     policy = make_policy(config, processes.accelerator.device)
-    policy.rollout_dtype = getattr(torch, config.train.rollout_dtype) if config.train.rollout_dtype else None
-    policy.model.encode([row.prompt for row in [*train, *heldout]])
+    condition = policy.model.encode([row.prompt for row in [*train, *heldout]])
     if processes.sharded:
         policy.model.shard()
+    set_rollout_dtype(config, policy, condition, processes)
     algorithm = make_algorithm(config)
     check_needs(algorithm.needs, Setting(config, policy.sampler))  # now with the model's own schedule
     return Trainer(config, policy, algorithm, make_rewards(config), train, processes)
