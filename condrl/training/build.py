@@ -162,8 +162,8 @@ def weights_in_words(config: Config) -> str:
     return ", ".join(f"{name} (weight {options['weight']:g})" for name, options in config.rewards.items())
 
 
-def make_policy(config: Config, device: torch.device) -> Policy:
-    model: Model = make("model", config.model, device)
+def make_policy(config: Config, device: torch.device, model: Model | None = None) -> Policy:
+    model = model or make("model", config.model, device)
     return Policy(model, make_sampler(config.sampler, model.schedule))
 
 
@@ -173,12 +173,19 @@ def deployed(config: Config, policy: Policy) -> Policy:
 
 
 def make_trainer(
-    config: Config, train: Sequence[Row], heldout: Sequence[Row] = (), processes: Processes | None = None
+    config: Config,
+    train: Sequence[Row],
+    heldout: Sequence[Row] = (),
+    processes: Processes | None = None,
+    model: Model | None = None,
 ) -> Trainer:
-    """The trainer of a model that has encoded the prompts; what the config leaves to a trial (`auto`) is set in it."""
+    """The trainer of the config's model, or of another one, which has encoded the prompts.
+
+    What the config leaves to a trial (`auto`) is set in it.
+    """
     processes = processes or Processes(make_accelerator(config))
     check_runs(config.train, processes.accelerator.device)
-    policy = make_policy(config, processes.accelerator.device)
+    policy = make_policy(config, processes.accelerator.device, model)
     condition = policy.model.encode([row.prompt for row in [*train, *heldout]])
     if processes.sharded:
         policy.model.shard()
