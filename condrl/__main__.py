@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "draw with a LoRA, or with the base model",
     "evaluate": "measure a tuned model beside its base, image by image",
     "report": "write a page of a run: verdict, curves, pictures",
+    "benchmark": "measure this machine on a model of a published size, without downloading it",
     "export": "write what was tuned for diffusers, for ComfyUI, or as a whole pipeline; push it to the hub",
     "plugins": "list rewards, samplers, algorithms and models with their options",
     "serve": "serve a reward over HTTP",

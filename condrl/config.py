@@ -68,7 +68,7 @@ class TrainConfig:
     prompts_per_epoch: int = 8  # distinct prompts rolled out in an epoch
     images_per_prompt: int = 8  # a group: images of one prompt row in an epoch
     rollout_batch: int = 64  # images denoised together
-    rollout_dtype: Literal["bfloat16", "float16"] | None = None  # arithmetic of roll-outs alone; null: the model's
+    rollout_dtype: Literal["auto", "bfloat16", "float16"] | None = None  # of roll-outs; null: model's; auto: the faster
     updates_per_epoch: int = 2  # optimiser steps in a pass over the epoch's images
     inner_epochs: int = 1  # passes over the epoch's images
     normalise_rewards: bool = False  # each over its standard deviation in the epoch, so that weights compare
@@ -77,6 +77,7 @@ class TrainConfig:
     same_start: bool = False  # start the images of a prompt from the same noise, so that only their steps' differ
     steps_per_image: int | None = None  # how many of them to train per image, redrawn in each pass; null: all
     loss_batch: int = 64  # (image, step) pairs in one forward and backward
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: bitsandbytes', whose moments take a quarter
     lr: float = 3e-4  # AdamW learning rate
     warmup: int = 0  # optimiser steps of linear warm-up
     lr_decay: Literal["none", "linear"] = "none"  # linear: to zero at the last optimiser step

@@ -22,6 +22,8 @@ from condrl.prompts import Row
 from condrl.registry import REGISTRIES
 from condrl.rewards.scoring import Reward, make_reward
 from condrl.training.host import make_accelerator
+from condrl.training.optimizer import check_runs
+from condrl.training.precision import set_rollout_dtype
 from condrl.training.trainer import Trainer
 
 
@@ -160,8 +162,8 @@ def weights_in_words(config: Config) -> str:
     return ", ".join(f"{name} (weight {options['weight']:g})" for name, options in config.rewards.items())
 
 
-def make_policy(config: Config, device: torch.device) -> Policy:
-    model: Model = make("model", config.model, device)
+def make_policy(config: Config, device: torch.device, model: Model | None = None) -> Policy:
+    model = model or make("model", config.model, device)
     return Policy(model, make_sampler(config.sampler, model.schedule))
 
 
@@ -171,15 +173,23 @@ def deployed(config: Config, policy: Policy) -> Policy:
 
 
 def make_trainer(
-    config: Config, train: Sequence[Row], heldout: Sequence[Row] = (), processes: Processes | None = None
+    config: Config,
+    train: Sequence[Row],
+    heldout: Sequence[Row] = (),
+    processes: Processes | None = None,
+    model: Model | None = None,
 ) -> Trainer:
-    """The trainer of a model that has encoded the prompts."""
+    """The trainer of the config's model, or of another one, which has encoded the prompts.
+
+    What the config leaves to a trial (`auto`) is set in it.
+    """
     processes = processes or Processes(make_accelerator(config))
-    policy = make_policy(config, processes.accelerator.device)
-    policy.rollout_dtype = getattr(torch, config.train.rollout_dtype) if config.train.rollout_dtype else None
-    policy.model.encode([row.prompt for row in [*train, *heldout]])
+    check_runs(config.train, processes.accelerator.device)
+    policy = make_policy(config, processes.accelerator.device, model)
+    condition = policy.model.encode([row.prompt for row in [*train, *heldout]])
     if processes.sharded:
         policy.model.shard()
+    set_rollout_dtype(config, policy, condition, processes)
     algorithm = make_algorithm(config)
     check_needs(algorithm.needs, Setting(config, policy.sampler))  # now with the model's own schedule
     return Trainer(config, policy, algorithm, make_rewards(config), train, processes)

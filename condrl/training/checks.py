@@ -11,6 +11,7 @@ from condrl.diffusion.transition import Sampler
 from condrl.errors import UsageError
 from condrl.prompts import Row, duplicate_note
 from condrl.training.build import make_algorithm, make_sampler, stand_in, weights_in_words
+from condrl.training.optimizer import check_optimizer
 
 
 def announcement(
@@ -73,8 +74,9 @@ def transfer_warning(config: Config) -> str | None:
 def check_combination(config: Config) -> None:
     """Check what depends on the sampler, on a stand-in schedule: no model is loaded.
 
-    Raises: UsageError when the sampler cannot give the algorithm or the config what it needs.
+    Raises: UsageError when the sampler cannot give the algorithm or the config what it needs, or a package is missing.
     """
+    check_optimizer(config.train.optimizer)
     sampler = make_sampler(config.sampler, stand_in(config.sampler))
     if config.evaluate.sampler:
         make_sampler(config.evaluate.sampler, stand_in(config.evaluate.sampler))

@@ -16,10 +16,11 @@ from condrl.diffusion.noise import seeded_by
 from condrl.diffusion.policy import Policy
 from condrl.errors import RunError
 from condrl.processes import Processes
+from condrl.training.optimizer import make_optimizer
 
 
 class Learner:
-    """Updates what is trained of a policy, and the algorithm's own networks, by AdamW."""
+    """Updates what is trained of a policy, and the algorithm's own networks, by `train.optimizer`."""
 
     def __init__(self, config: Config, policy: Policy, algorithm: Algorithm, processes: Processes) -> None:
         self.config, self.policy, self.algorithm, self.processes = config, policy, algorithm, processes
@@ -28,7 +29,7 @@ class Learner:
         self.rates = [train.lr, *(own.lr for own in self.networks.values())]
         groups = [{"params": self.weights}, *(parameter_group(own) for own in self.networks.values())]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, train.lr, train.betas, weight_decay=train.weight_decay, fused=True)
+        self.optimizer = make_optimizer(train, groups)
         self.updates = 0
         self.bad_updates = self.skipped = 0  # updates without a finite gradient: in a row, in all
 

@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from condrl.config import Config, to_yaml
 from condrl.errors import UsageError, brief
 from condrl.io.files import expanded
 from condrl.io.records import from_json
-from condrl.overrides import read_argument
+from condrl.overrides import read_argument, section_at
 from condrl.training.build import make_algorithm
 from condrl.training.checkpoint import newest_checkpoint, read_checkpoint, unlike
 from condrl.training.folder import RunFolder
 from condrl.training.host import flatten
+from condrl.training.optimizer import negative_moment, state_of_a_step
 from condrl.training.trainer import Trainer
 
 
@@ -36,6 +36,8 @@ def check_folder(config: Config, is_locked: bool = False) -> None:
 
 def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that `run.resume` asks for, and its path; None to start from the beginning.
+
+    What the config leaves to a trial (`auto`) becomes what that run chose, so that it resumes exactly.
 
     Raises: UsageError when there is no complete checkpoint where it points, when the run had other settings or more
     epochs, or when a run in the folder would be lost.
@@ -60,7 +62,9 @@ def find_checkpoint(config: Config) -> tuple[Path, dict[str, Any]] | None:
             raise UsageError(f"the checkpoint {found[0]} is not one of a run: {why}")
         if continues(config, found[0]):
             check_record(config.folder / "metrics.jsonl", *found)
-        check_same_settings(config, found[0].resolve().parents[1] / "config.yaml")
+        saved = found[0].resolve().parents[1] / "config.yaml"
+        keep_choices(config, saved)
+        check_same_settings(config, saved)
         if found[1]["epoch"] > config.train.epochs:
             raise UsageError(
                 f"run.resume: that run has had {found[1]['epoch']} epochs already, more than train.epochs="
@@ -90,6 +94,14 @@ def check_record(record: Path, checkpoint: Path, state: Mapping[str, Any]) -> No
             row = None
         if not isinstance(row, dict) or not {"epoch", "images", "updates"} <= row.keys():
             raise UsageError(f"{record}, line {number}: is not a line that a run records")
+
+
+def keep_choices(config: Config, saved: Path) -> None:
+    """Replace `train.rollout_dtype=auto` by what the run with that config had chosen on the machine it started on."""
+    if config.train.rollout_dtype == "auto" and saved.exists():
+        chosen = section_at(read_argument(str(saved)).values, "train").get("rollout_dtype")
+        if chosen in (None, "bfloat16", "float16"):
+            config.train.rollout_dtype = chosen
 
 
 def check_same_settings(config: Config, saved: Path) -> None:
@@ -141,14 +153,15 @@ def difference(trainer: Trainer, state: dict[str, Any]) -> str | None:
         used = [i for i in range(len(trainer.learner.parameters)) if i in moments]
     except (LookupError, TypeError) as error:
         return f"its optimizer lacks a state, or param_groups with an lr ({brief(error)})"
-    shapes = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in trainer.learner.parameters]
-    expected = {"state": {i: shapes[i] for i in used}, "param_groups": [{"lr": lr} for lr in trainer.learner.rates]}
+    made = state_of_a_step(trainer.config.train, [trainer.learner.parameters[i] for i in used])
+    kept = dict(zip(used, made.values(), strict=True))
+    expected = {"state": kept, "param_groups": [{"lr": lr} for lr in trainer.learner.rates]}
     memories = dict.fromkeys(("first", "best", "rewards", "algorithm", "rng"))
     own = {**trainer.state_dict(), **memories, "optimizer": expected}
     if why := unlike(own, {**state, **{name: None for name in memories if name in state}, "optimizer": found}):
         return why
-    if below := [i for i, moment in moments.items() if (moment["exp_avg_sq"] < 0).any()]:
-        return f"optimizer.state.{below[0]}.exp_avg_sq is below zero"
+    if below := negative_moment(moments):
+        return f"optimizer.{below} is below zero"
     train = trainer.config.train
     if state["updates"] > state["epoch"] * train.inner_epochs * train.updates_per_epoch:
         return f"it has more updates ({state['updates']}) than there are in {state['epoch']} epochs"

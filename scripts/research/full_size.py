@@ -11,39 +11,24 @@ import torch
 from pretrain_shapes import make_tokenizer
 from torch import nn
 
+from condrl.training.published import make_part, published
+
 
 def save_sd15(folder: Path) -> None:
     """A diffusers folder with the networks of stable-diffusion-v1-5 and random weights."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = make_tokenizer(folder / "words")
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # diffusers' defaults are SD 1.5's
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
+    size = published()["sd15"]
     text = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408
     )
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        set_alpha_to_one=False,
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
     StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
+        vae=make_part(size.vae, "AutoencoderKL"),
+        unet=make_part(size.network),
         text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=scheduler,
+        tokenizer=make_tokenizer(folder / "words"),
+        scheduler=make_part(size.scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

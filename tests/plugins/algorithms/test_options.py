@@ -161,6 +161,7 @@ TRAIN = {
 BETTER_TESTED = {  # in test_learner.py: what they change is no result
     "rollout_batch",
     "loss_batch",
+    "optimizer",  # in tests/training/test_optimizer.py
     "rollout_dtype",  # in tests/plugins/models/test_stable_diffusion.py
     "max_failed",
     "max_bad_updates",
