@@ -14,9 +14,10 @@ from helpers import ROOT, load_script, run_python
 from PIL import Image
 
 import condrl
-from condrl.commands import export, finetune
+from condrl.commands import benchmark, export, finetune
 from condrl.config import load_config
 from condrl.overrides import is_setting
+from condrl.training.published import published
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +130,8 @@ def test_benchmark_commands_are_accepted(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
     for words in of_script("scripts/research/benchmark.py"):
         load_script("benchmark").parse(words)
+    for words in of_script("scripts/benchmark.py"):
+        assert benchmark.parse(words).words[0] in (benchmark.SHAPES, *published())
 
 
 def test_the_plugins_command_lists_the_readers_own(checkout):
