@@ -79,16 +79,17 @@ class RatioExamples(Examples, ABC):
         """What `old_log_prob` of pairs (B,) is under this policy."""
 
 
-@torch.no_grad()
 def recomputed(examples: RatioExamples, policy: Policy, batch: int) -> RatioExamples:
     """The examples with their log-probabilities recomputed, `batch` pairs at a time as an update does.
 
-    In half precision the result of a network depends on its batch by far more than a ratio may be off.
+    In half precision the result of a network depends on its batch by far more than a ratio may be off, and that of a
+    compiled one on whether it has gradients.
     """
     log_probs = torch.full_like(examples.old_log_prob, torch.nan)
     for part in examples.every_pair().split(batch):
         images, k = part.to(log_probs.device).unbind(1)
-        log_probs[k, images] = examples.at(*part.unbind(1)).log_prob(policy)
+        with torch.set_grad_enabled(is_compiled(policy)):
+            log_probs[k, images] = examples.at(*part.unbind(1)).log_prob(policy).detach()
     return replace(examples, old_log_prob=log_probs)
 
 
@@ -115,6 +116,11 @@ def check_ratios(examples: RatioExamples, policy: Policy, batch: int, most: int 
             "whose result depends on the batch, can cause this; model.dtype=float32 and "
             "train.loss_batch=train.rollout_batch reduce it, run.check_ratios=false continues regardless."
         )
+
+
+def is_compiled(policy: Policy) -> bool:
+    """Whether the network is compiled."""
+    return bool(getattr(policy.model, "compile", False))
 
 
 def has_half_precision(policy: Policy) -> bool:

@@ -75,6 +75,6 @@ class FlowModel(LatentModel):
         return self.schedule.network_time(t).to(self.device)
 
     def blocks(self) -> list[nn.Module]:
-        """The parts of the network whose frozen weights are gathered together when it is sharded."""
+        """The parts of the network that are compiled, or whose frozen weights are gathered together when sharded."""
         network: Any = self.module
         return [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())]

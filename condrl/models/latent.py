@@ -18,6 +18,7 @@ from condrl.diffusion.policy import acting
 from condrl.diffusion.schedule import DiscreteSchedule, Schedule, schedule_from_diffusers
 from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
+from condrl.models.compiled import check_compiler, compile_blocks
 from condrl.models.embeddings import Embeddings, Encoded, Prompt
 from condrl.models.loading import Family, load_pipeline, public_name
 from condrl.models.lora import load_lora, lora_layers, save_lora
@@ -51,9 +52,12 @@ class LatentModel(ABC):
     lora: str | None = None  # start from this LoRA folder
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     decode_batch: int = 16  # images that the VAE decodes at a time
+    compile: bool = False  # torch.compile of the network's blocks: minutes at the start, then faster
 
     def __post_init__(self) -> None:
         self.check_options()
+        if self.compile:
+            check_compiler(self.device)
         self.evaluations, self.sharded = 0, False
         self.pipe = self.load()
         self.vae = self.pipe.vae.requires_grad_(False).to(self.device)
@@ -75,6 +79,8 @@ class LatentModel(ABC):
         if self.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
             self.module.train()  # diffusers checkpoints in training mode only; these networks have no dropout
+        if self.compile:
+            compile_blocks(self.blocks())
 
     # ------------------------------------------------------------------------------------------ a family's own
 
@@ -88,7 +94,7 @@ class LatentModel(ABC):
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The parts of the network whose frozen weights are gathered together when it is sharded."""
+        """The parts of the network that are compiled, or whose frozen weights are gathered together when sharded."""
 
     def load(self) -> Any:
         """The pipeline, of a kind that is known to work.
@@ -261,7 +267,11 @@ class LatentModel(ABC):
         """Spread the network's frozen weights over the processes, which gather a block's when they come to it.
 
         Every process keeps the whole LoRA. From now on all of them have to make the same calls.
+
+        Raises: UsageError when the network is compiled.
         """
+        if self.compile:
+            raise UsageError("config model.compile: does not work with FSDP: leave it out, or start without FSDP")
         from torch.distributed.fsdp import fully_shard
 
         network = self.module.to(memory_format=torch.contiguous_format)

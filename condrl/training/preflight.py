@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from condrl.algorithms.base import Collected, Experience
-from condrl.algorithms.examples import Examples, RatioExamples, check_ratios
+from condrl.algorithms.examples import Examples, RatioExamples, check_ratios, is_compiled
 from condrl.diffusion.noise import rng_state, set_rng_state
 from condrl.diffusion.rollout import Place
 from condrl.errors import RewardError, RunError, UsageError, print_main
@@ -98,7 +98,13 @@ def arithmetic(trainer: Trainer, trial: Trial) -> str:
 
 
 def attempt(trainer: Trainer) -> Trial:
-    """Roll out, score and differentiate a few images; the trainer is left as it was."""
+    """Roll out, score and differentiate a few images, without compiling; the trainer is left as it was."""
+    with torch.compiler.set_stance("force_eager") if is_compiled(trainer.policy) else nullcontext():
+        return attempt_eagerly(trainer)
+
+
+def attempt_eagerly(trainer: Trainer) -> Trial:
+    """As `attempt`."""
     twin, model = smaller(trainer), trainer.policy.model
     few = twin.config.images_per_epoch
     print_main(f"trying a roll-out, its rewards and an update: {few} images of {trainer.policy.steps} steps ...")

@@ -15,7 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from condrl.algorithms.base import Algorithm, Collected, Context, Experience
-from condrl.algorithms.examples import Examples, RatioExamples, check_ratios, has_half_precision, recomputed
+from condrl.algorithms.examples import (
+    Examples,
+    RatioExamples,
+    check_ratios,
+    has_half_precision,
+    is_compiled,
+    recomputed,
+)
 from condrl.config import Config
 from condrl.diffusion.noise import Noise, rng_state, set_rng_state
 from condrl.diffusion.path_kl import PathKL, path_kl
@@ -221,7 +228,7 @@ class Trainer:
             got = type(examples).__name__
             raise UsageError(f"the algorithm's examples returned a {got}, not condrl.algorithms.examples.Examples")
         is_rounded = self.policy.rollout_dtype is not None or has_half_precision(self.policy)
-        if is_rounded and isinstance(examples, RatioExamples):
+        if (is_rounded or is_compiled(self.policy)) and isinstance(examples, RatioExamples):
             return recomputed(examples, self.policy, train.loss_batch)
         return examples
 
