@@ -96,7 +96,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 def settings(args: argparse.Namespace, size: Published | None) -> list[str]:
     """The run that is measured, as overrides: nft on a prompt, whose images are learned from in one update."""
-    batch = args.batch or BATCHES.get(args.words[0], 4)
+    batch = BATCHES.get(args.words[0], 4) if args.batch is None else args.batch
     if batch < 1 or args.steps < 1 or args.repeats < 0:
         raise UsageError("--batch and --steps must be at least 1, and --repeats at least 0")
     model = ["model.name=stable_diffusion", "model.path=asset:shapes", "model.guidance=1"]
