@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from condrl.errors import UsageError
 from condrl.io.files import CONFIGS
+from condrl.registry import suggestion
 
 KINDS = ("model", "sampler", "algorithm")  # sections that hold a plugin's name and its options
 
@@ -132,7 +133,10 @@ def _read_file(name: str) -> Part:
         path = shipped_config(name)
     if not exists(path) or not path.is_file():
         what = f"{name!r} is a folder" if name and exists(path) else f"there is no config file {name!r}"
-        raise UsageError(f"{what}; settings are written key=value, without spaces or dashes")
+        shipped = [file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.rglob("*.yaml")]
+        near = suggestion(name, shipped)
+        how = "ettings are written key=value, without spaces or dashes"
+        raise UsageError(f"{what}.{near} S{how}" if near else f"{what}; s{how}")
     try:
         text = path.read_text("utf-8")
         loaded = OmegaConf.create(text)

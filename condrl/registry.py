@@ -275,7 +275,10 @@ class Registry:
                 load(name)
         if name not in self.plugins:
             known = self.names()
-            raise UsageError(f"unknown {self.kind} {name!r}.{suggestion(name, known)} Available: {', '.join(known)}")
+            own = f"one of yours needs its file, as in plugins=[my_{self.kind}.py], and @condrl.{self.kind} in it"
+            raise UsageError(
+                f"unknown {self.kind} {name!r}.{suggestion(name, known)} Available: {', '.join(known)}; {own}"
+            )
         return self.plugins[name]
 
     def names(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Write what a run tuned as other programs read it, and push it to the Hugging Face hub.
 
     python scripts/export.py runs/quickstart --to diffusers    the LoRA: runs/quickstart/export/diffusers/
-    python scripts/export.py runs/quickstart --to kohya        the same for ComfyUI and A1111
+    python scripts/export.py runs/quickstart --to kohya        the same for ComfyUI and A1111, in kohya's names
     python scripts/export.py runs/quickstart --to merged       the whole pipeline, with the LoRA in its weights
     python scripts/export.py runs/quickstart --to diffusers --push OWNER/NAME
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from condrl.commands.console import exit_code
 from condrl.commands.sample import check_folder, in_run, read_words
-from condrl.errors import RunError, UsageError, brief, naming, visible, warn_of_address_limit
+from condrl.errors import RunError, UsageError, brief, naming, print_main, visible, warn_of_address_limit
 
 REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
@@ -56,6 +56,8 @@ def export(args: argparse.Namespace) -> None:
         raise UsageError("nothing to export: name a run's folder, or a LoRA")
     if not math.isfinite(args.strength):
         raise UsageError(f"--strength must be a finite number, got {args.strength}")
+    if (home / "config.yaml").is_file() and not (home / "result.json").is_file():
+        print_main(f"warning: the run {home} has not ended: this is its last state, and nothing was measured of it")
     out = args.out or in_run(in_run(home / "export") / args.to)
     check_new(out)
     if args.push:

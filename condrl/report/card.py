@@ -9,7 +9,7 @@ from typing import Any
 from condrl.errors import naming
 from condrl.models.loading import hub_id, public_name
 from condrl.models.lora import LORA_FILE, code_span
-from condrl.report.run import Line, Run, change
+from condrl.report.run import Line, Run, change, recorded
 from condrl.report.usage import base_model, deployed_sampler, diffusers_code, readers
 
 PICTURES = 4  # of the first held-out prompts, not of the best ones
@@ -75,7 +75,8 @@ def summary(run: Run) -> str:
     algorithm = (run.config.get("algorithm") or {}).get("name")
     rewards = ", ".join(f"{name} (weight {weight:g})" for name, weight in run.rewards.items()) or "none"
     base = code_span(public_name(base_model(run)))
-    return f"# {run.name}\n\n{base}, tuned with condrl by {algorithm}. Rewards: {rewards}.\n"
+    ended = "" if run.result else f"\nThe run has not ended: {recorded(run)}, and nothing is measured.\n"
+    return f"# {run.name}\n\n{base}, tuned with condrl by {algorithm}. Rewards: {rewards}.\n{ended}"
 
 
 def use(run: Run, folder: Path, strength: float, place: str) -> str:

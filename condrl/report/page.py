@@ -200,14 +200,17 @@ def frontier(runs: Sequence[Run]) -> str:
 
 
 def against_kl(run: Run, name: str) -> list[tuple[float, float]]:
-    """A line's KL is that before its updates: it belongs to the measures of the evaluation before."""
-    values, found = [(0, run.before.get(name))], []
+    """A measure by the path KL at which it was taken, from the base model's, which has none.
+
+    A line's KL is that before its updates: it belongs to the measures of the epoch before, if there are any.
+    """
+    by_epoch = {line["epoch"]: line for line in run.lines} | {0: run.before}
+    found = [(0.0, float(run.before[name]))] if name in run.before else []
     for line in run.lines:
-        if "base_kl" in line and values[-1][1] is not None:
-            found.append((float(line["base_kl"]), float(values[-1][1])))
-        if name in line:
-            values.append((line["epoch"], line[name]))
-    return found
+        value = by_epoch.get(line["epoch"] - 1, {}).get(name, line.get(name))
+        if "base_kl" in line and value is not None:
+            found.append((float(line["base_kl"]), float(value)))
+    return list(dict.fromkeys(found))
 
 
 def table_of(runs: Sequence[Run]) -> str:

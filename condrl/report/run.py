@@ -144,7 +144,7 @@ class Verdict:
 def verdict(run: Run, findings: Iterable[Finding]) -> Verdict:
     lasting = {finding.name for finding in findings if finding.lasting}
     if run.result is None:
-        return Verdict("unfinished", f"{len(run.lines)} epochs are recorded; the result is measured when the run ends.")
+        return Verdict("unfinished", f"{recorded(run)}; the result is measured when the run ends.")
     rows = run.result["heldout"]
     if not rows:
         return Verdict("not shown", "There were no held-out prompts or no measures: nothing says whether it is better.")
@@ -162,6 +162,11 @@ def verdict(run: Run, findings: Iterable[Finding]) -> Verdict:
     if better or worse:
         return Verdict("better" if better else "worse", told)
     return Verdict("not shown", f"No difference is shown: every interval has 0 in it. {told}")
+
+
+def recorded(run: Run) -> str:
+    """How many epochs there are, in words."""
+    return "1 epoch is recorded" if len(run.lines) == 1 else f"{len(run.lines)} epochs are recorded"
 
 
 def side(row: dict[str, Any]) -> int:

@@ -143,6 +143,15 @@ def test_the_card_is_what_the_hub_reads(run):
         assert ("lora" in card.data.tags) == (to != "merged")
 
 
+def test_what_has_not_ended_says_so(run, capsys):
+    (run / "result.json").unlink()
+    (run / "metrics.jsonl").write_text('{"epoch": 1, "diagnosis": []}\n')
+    assert export(run, "--to", "kohya") == 0
+    assert "has not ended: this is its last state, and nothing was measured of it" in capsys.readouterr().err
+    text = (run / "export" / "kohya" / "README.md").read_text()
+    assert "The run has not ended: 1 epoch is recorded, and nothing is measured." in text
+
+
 def test_a_base_model_on_the_hub_is_linked(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     from condrl.report.card import front_matter

@@ -156,6 +156,15 @@ def test_a_runs_kl_belongs_to_the_evaluation_before(tmp_path):
     assert against_kl(run, "heldout/bright") == [(0.0, 0.5), (5.0, 0.6)]
 
 
+def test_where_few_epochs_are_measured_a_kl_belongs_to_its_own_epoch(tmp_path):
+    """One epoch's updates lie between them; the base model is where there is no KL."""
+    lines = [an_epoch(e) for e in range(1, 11)]
+    for epoch, kl, value in ((5, 18.4, 0.6), (10, 27.7, 0.7)):
+        lines[epoch - 1] |= {"base_kl": kl, "heldout/bright": value}
+    run = read_run(make_run(tmp_path / "run", {"bright": BETTER}, lines))
+    assert against_kl(run, "heldout/bright") == [(0.0, 0.5), (18.4, 0.6), (27.7, 0.7)]
+
+
 # ---------------------------------------------------------------------------------------------- pages
 
 
@@ -304,7 +313,7 @@ def test_a_run_that_goes_on_has_a_page(tmp_path):
         record.write('{"epoch": 2, "ima')
     assert report.main([str(run)]) == 0
     assert "Unfinished" in (text := (run / "report.html").read_text()) or "unfinished" in text
-    assert "1 epochs are recorded" in text
+    assert "1 epoch is recorded" in text
 
 
 @pytest.mark.parametrize(
