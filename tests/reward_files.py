@@ -63,6 +63,7 @@ def save_reward_files(folder: Path) -> dict[str, dict[str, str]]:
     clip = {"config": str(folder / "small.json"), "weights": str(folder / "open_clip_pytorch_model.bin")}
     return {
         "clip": clip,
+        "clip_diversity": clip,
         "aesthetic": {**clip, "head": str(folder / "aesthetic-model.pth")},
         "hps": {"config": clip["config"], "weights": str(folder / "HPS_v2.1_compressed.pt")},
         "pickscore": {"path": str(folder / "pick"), "processor": str(folder / "pick")},

@@ -36,6 +36,7 @@ RANGES = {
     "shapes": (0, 1),
     "shapes_exact": (0, 1),
     "clip": (-1, 1),
+    "clip_diversity": (0, 2),
     "hps": (-1, 1),
     "similarity": (-1, 0),
     "jpeg_incompressibility": (0, 20),
