@@ -545,7 +545,7 @@ def test_no_remote_code_is_trusted_anywhere(monkeypatch, tmp_path, pipeline):
     places = {
         str(p.relative_to(ROOT)) for p in sources if re.search(r"\.from_(pretrained|single_file)\(", p.read_text())
     }
-    shown = {"condrl/report/page.py"}  # writes such a call into a page, for its reader
+    shown = {"condrl/report/usage.py"}  # writes such a call into a page, for its reader
     assert places - shown <= set(LOADED)  # a new place belongs above, and into this test
 
 

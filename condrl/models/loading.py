@@ -56,7 +56,8 @@ def hub_id(path: str) -> str | None:
 
 def public_name(path: str) -> str:
     """What a model is called where others read it: without the folders of this machine."""
-    return hub_id(path) or Path(path.removeprefix("asset:")).name
+    is_local = Path(path).expanduser().is_absolute() or locate(path).exists()
+    return Path(path.removeprefix("asset:")).name if is_local and not hub_id(path) else path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,8 @@ from condrl.models.lora import KOHYA_FILE, LORA_FILE, lora_layers, save_lora
 from condrl.plugins.models.flux import Flux
 from condrl.plugins.models.sd3 import SD3
 from condrl.prompts import Row
-from condrl.report.page import diffusers_code
 from condrl.report.run import read_run
+from condrl.report.usage import diffusers_code
 from condrl.rewards.pixels import from_pil
 from condrl.training.build import make_sampler, make_trainer
 
@@ -480,7 +480,9 @@ def test_a_run_tunes_it_and_resumes_to_the_bit(algorithm, name, folder, tmp_path
     pipe.load_lora_weights(tmp_path / "whole" / "lora")
     assert (ours(model) - their_pictures(name, pipe)).abs().max() < 1 / 255
     scope = {}
-    exec(diffusers_code(read_run(tmp_path / "whole")), scope)  # what the run's page tells to do
+    run = read_run(tmp_path / "whole")
+    path = run.config["model"]["path"]
+    exec(diffusers_code(run, path, str(run.folder / "lora")), scope)  # what the run's page tells to do
     three = pictures(model, ["your prompt"], [0], {**ODE, "steps": 3})
     assert (from_pil(scope["image"]) - three[0]).abs().max() < 1 / 255
 
