@@ -87,6 +87,7 @@ class Reward:
     batch: int = 64  # images scored at a time
     per_group: bool = False  # whether it is given all images of a prompt row, and only them, instead
     smoothing: float = 0.0  # the root mean square distance within which the worst sample is scored
+    section: str = "rewards"  # of the config, that names it
 
     @functools.cached_property
     def takes_metadata(self) -> bool:
@@ -157,7 +158,10 @@ class Reward:
         try:
             yield
         except UsageError as error:  # shared code cannot know which reward it works for
-            raise UsageError(self._named(str(error).replace("rewards.*", f"rewards.{self.name}"))) from error
+            text = str(error).replace("rewards.*", f"rewards.{self.name}")
+            raise UsageError(
+                self._named(text.replace(f"rewards.{self.name}.", f"{self.section}.{self.name}."))
+            ) from error
         except RunError as error:
             raise RewardError(self._named(str(error))) from error
         except MissingKey as error:
@@ -217,7 +221,7 @@ def usage_errors() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
+def make_reward(name: str, options: Mapping[str, Any], section: str = "rewards") -> Reward:
     """A registered reward with the options of its config section; a class is constructed with them.
 
     Raises: UsageError when that fails.
@@ -225,10 +229,10 @@ def make_reward(name: str, options: Mapping[str, Any]) -> Reward:
     options, plugin = dict(options), registry.find(name)
     weight, batch, target = options.pop("weight", 1.0), options.pop("batch", 64), plugin.target
     smoothing = options.pop("smoothing", 0.0)
-    with usage_errors(), Reward(name, weight, target).blamed():
+    with usage_errors(), Reward(name, weight, target, section=section).blamed():
         call: Any = target(**options) if inspect.isclass(target) else functools.partial(target, **options)
     cache = _cache_of(json.dumps([name, options, smoothing], sort_keys=True, default=str)) if plugin.cached else None
-    return Reward(name, weight, call, plugin.differentiable, cache, batch, plugin.per == "group", smoothing)
+    return Reward(name, weight, call, plugin.differentiable, cache, batch, plugin.per == "group", smoothing, section)
 
 
 @functools.cache

@@ -149,7 +149,8 @@ def make_rewards(config: Config) -> list[Reward]:
 
 def make_measures(config: Config) -> list[Reward]:
     """What to report on held-out prompts: `evaluate.measures` and the rewards, these as they are without smoothing."""
-    measures = [make_reward(name, options) for name, options in config.evaluate.measures.items()]
+    section = "evaluate.measures"
+    measures = [make_reward(name, options, section) for name, options in config.evaluate.measures.items()]
     weighted = {name: options for name, options in config.rewards.items() if options["weight"] != 0}
     others = {name: options for name, options in weighted.items() if name not in config.evaluate.measures}
     return measures + [make_reward(name, {**options, "smoothing": 0.0}) for name, options in others.items()]

@@ -212,4 +212,5 @@ def test_what_is_really_compiled_is_the_same(tmp_path):
         mean = Policy(model, sampler).transition(x, torch.zeros(2, dtype=torch.long), condition).mean
         mean.square().sum().backward()
         found.append([mean.detach(), *(p.grad for p in trained(model))])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=2e-3)
+    for theirs, ours in zip(*found, strict=True):  # by norm: sums in another order round single elements differently
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()

@@ -517,3 +517,13 @@ def test_what_is_learned_from_is_smoothed_and_what_is_measured_is_not(tmp_path):
     (learned,), (measured,) = make_rewards(config), make_measures(config)
     torch.testing.assert_close(learned(x, rows), 0.9 * (x[:, 0] - 0.5) - 0.3 * (x[:, 0] - 0.5).square())
     torch.testing.assert_close(measured(x, rows), 0.9 * x[:, 0] - 0.3 * x[:, 0].square())
+
+
+def test_an_error_names_the_section_that_has_the_reward(tmp_path):
+    """Following it would otherwise tune on what is only measured."""
+    for section in ("rewards", "evaluate.measures"):
+        for name, option in (("clip", "weights"), ("aesthetic", "head"), ("similarity", "images")):
+            missing = {option: str(tmp_path / "none.pt"), **({"weights": "none.pt"} if name == "aesthetic" else {})}
+            with pytest.raises(UsageError, match=rf"config {section}\.{name}\.\w+: ") as error:
+                make_reward(name, missing, section).load()
+            assert error.value.args[0].count("rewards.") == (section == "rewards")
