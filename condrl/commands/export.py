@@ -144,10 +144,7 @@ def describe(home: Path, lora: Path, out: Path, args: argparse.Namespace) -> Non
     if not (home / "config.yaml").is_file():
         return
     run = read_run(home)
-    result = run.result or {}
-    best = result.get("best", {}).get("heldout", {})
-    heldout, images = (best, []) if lora.parent.name == "lora_best" else (result.get("heldout", {}), run.images)
-    write_card(run, out, heldout, images, args.strength, args.push or HERE)
+    write_card(run, out, *run.measured(lora.parent.name), args.strength, args.push or HERE)
 
 
 # ---------------------------------------------------------------------------------------------- the hub

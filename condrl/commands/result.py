@@ -65,18 +65,14 @@ def describe(folder: RunFolder) -> None:
     from condrl.report.card import write_card
     from condrl.report.run import read_run
 
+    def claim(path: Path) -> None:
+        folder.claim(path.relative_to(folder.path).as_posix())
+
     run = read_run(folder.path)
-    result = run.result or {}
-    best = result.get("best", {}).get("heldout", {})
-    for name, heldout, images in (("lora", result["heldout"], run.images), ("lora_best", best, ())):
+    for name in ("lora", "lora_best"):
+        heldout, images = run.measured(name)
         if heldout and (folder.path / name / "README.md").is_file():
-            write_card(
-                run,
-                folder.path / name,
-                heldout,
-                images,
-                claim=lambda path: folder.claim(path.relative_to(folder.path).as_posix()),
-            )
+            write_card(run, folder.path / name, heldout, images, claim=claim)
 
 
 def save_images(trainer: Trainer, rows: Sequence[Row], base: Evaluation | None, tuned: Evaluation | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from condrl.diffusion.schedule import FlowSchedule, Schedule, flow_from_diffusers
 from condrl.errors import UsageError
-from condrl.models.latent import LatentModel
+from condrl.models.latent import InDiffusers, LatentModel
 from condrl.models.loading import PARTS
 
 TRANSFORMER_PARTS = {
@@ -35,6 +36,11 @@ class FlowModel(LatentModel):
 
     t5_tokens: int = 256  # that T5 makes of a prompt, cut or filled up; memory and time grow with it
     lora_targets: tuple[str, ...] = JOINT_ATTENTION  # modules that get a LoRA, by the end of their names
+
+    @classmethod
+    def in_diffusers(cls, options: Mapping[str, Any]) -> InDiffusers:
+        found = super().in_diffusers(options)
+        return found._replace(call=found.call | {"max_sequence_length": options.get("t5_tokens", cls.t5_tokens)})
 
     def check_options(self) -> None:
         """Raises: UsageError on an option that could not be used whatever the pipeline."""

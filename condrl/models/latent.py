@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,13 @@ from condrl.models.lora import load_lora, lora_layers, save_lora
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class InDiffusers(NamedTuple):
+    """What a plain pipeline is told for the same images, as keywords."""
+
+    load: dict[str, Any]  # of from_pretrained
+    call: dict[str, Any]  # of the pipeline itself
 
 
 @dataclass(eq=False, repr=False)
@@ -95,6 +102,12 @@ class LatentModel(ABC):
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The parts of the network that are compiled, or whose frozen weights are gathered together when sharded."""
+
+    @classmethod
+    def in_diffusers(cls, options: Mapping[str, Any]) -> InDiffusers:
+        """What to tell diffusers to draw as a model with these options of its config section does."""
+        given = {name: options[name] for name in ("negative_prompt", "height", "width") if options.get(name)}
+        return InDiffusers({}, {"guidance_scale": options.get("guidance", cls.guidance)} | given)
 
     def load(self) -> Any:
         """The pipeline, of a kind that is known to work.
@@ -319,7 +332,7 @@ class LatentModel(ABC):
 
     def save_adapter(self, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the LoRA as diffusers reads it and as ComfyUI and A1111 do."""
-        save_lora(self.module, folder, public_name(self.path), metadata, self.prefix)
+        save_lora(self.module, folder, public_name(self.path), metadata, self.prefix, self.family.tag)
 
     def load_adapter(self, folder: Path) -> None:
         """Read a LoRA, a file or its folder, into the existing adapter.

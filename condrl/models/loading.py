@@ -65,6 +65,7 @@ class Family:
     """What is known of a family of models: its pipelines, their parts, and what they look like in a single file."""
 
     title: str
+    tag: str  # on the hub
     pipelines: tuple[str, ...]  # classes in diffusers for the same networks; the first one is loaded
     parts: Mapping[str, tuple[str, str]] = field(default_factory=lambda: PARTS)
     without: tuple[str, ...] = ("feature_extractor", "image_encoder")  # parts that are not loaded

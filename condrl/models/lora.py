@@ -64,7 +64,6 @@ READERS = {  # of the second file
     "unet": "ComfyUI and A1111: `{kohya}`, copied to their folder of LoRAs (kohya's names, which diffusers reads too)",
     "transformer": "ComfyUI: `{kohya}`, copied to its folder of LoRAs (OneTrainer's names; it reads the other too)",
 }
-FAMILIES = {"SD3Transformer2DModel": "stable-diffusion-3", "FluxTransformer2DModel": "flux"}
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,17 @@ def kohya_names(state: Mapping[str, Tensor], prefix: str = "unet") -> dict[str, 
 
 
 def save_lora(
-    unet: nn.Module, folder: Path, base: str, metadata: Mapping[str, str] | None = None, prefix: str = "unet"
+    unet: nn.Module,
+    folder: Path,
+    base: str,
+    metadata: Mapping[str, str] | None = None,
+    prefix: str = "unet",
+    tag: str = "stable-diffusion",
 ) -> None:
     """Write the LoRA of a network for diffusers and for ComfyUI and A1111, and a model card, to `folder`.
 
-    Both files say the base model, rank and alpha, and what `metadata` adds, such as the rewards.
+    Both files say the base model, rank and alpha, and what `metadata` adds, such as the rewards; `tag` is what the hub
+    calls the family of the base model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, common = lora_state(unet), dict(metadata or {})
@@ -138,7 +143,7 @@ def save_lora(
     save_tensors(diffusers_names(state, prefix), folder / LORA_FILE, common)
     save_tensors(kohya_names(state, prefix), folder / KOHYA_FILE, common | kohya_metadata(unet, base, rank))
     rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
-    names = dict(lora=LORA_FILE, others=READERS[prefix].format(kohya=KOHYA_FILE), family=family_of(unet))
+    names = dict(lora=LORA_FILE, others=READERS[prefix].format(kohya=KOHYA_FILE), family=tag)
     card = dict(base=json.dumps(base), name=code_span(base), rank=rank, rewards=rewards, **names)
     (folder / "README.md").write_text(CARD.format(**card), "utf-8")  # a JSON string is a YAML string whatever is in it
 
@@ -156,12 +161,6 @@ def kohya_metadata(unet: Any, base: str, rank: str) -> dict[str, str]:
     version = version_of(unet)
     known = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}
     return {**network, "ss_sd_model_name": base, **known}
-
-
-def family_of(network: Any) -> str:
-    """What the hub calls the family of a network."""
-    plain = "stable-diffusion-xl" if version_of(network) == XL else "stable-diffusion"
-    return FAMILIES.get(type(network).__name__, plain)
 
 
 def version_of(unet: Any) -> str | None:

@@ -10,16 +10,10 @@ from condrl.errors import naming
 from condrl.models.loading import hub_id, public_name
 from condrl.models.lora import LORA_FILE, code_span
 from condrl.report.run import Line, Run, change, recorded
-from condrl.report.usage import base_model, deployed_sampler, diffusers_code, readers
+from condrl.report.usage import base_model, deployed_sampler, diffusers_code, plugin_of, readers
 
 PICTURES = 4  # of the first held-out prompts, not of the best ones
 HERE = "path/to/this/folder"
-FAMILIES = {
-    "stable_diffusion": "stable-diffusion",
-    "sdxl": "stable-diffusion-xl",
-    "sd3": "stable-diffusion-3",
-    "flux": "flux",
-}
 
 
 def write_card(
@@ -55,13 +49,12 @@ def front_matter(run: Run, shown: Sequence[Line], is_whole: bool) -> str:
     """What the hub reads: the base model, and prompts with pictures."""
     from huggingface_hub import ModelCardData
 
-    base, model = hub_id(base_model(run)), run.config.get("model") or {}
-    family = FAMILIES.get(model.get("name", ""), str(model.get("name")))
+    base, plugin = hub_id(base_model(run)), plugin_of(run)
     widgets = [{"text": line["prompt"], "output": {"url": f"images/{number}.png"}} for number, line in enumerate(shown)]
     facts: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": [*([] if is_whole else ["lora"]), "text-to-image", family, "condrl"],
+        "tags": [*([] if is_whole else ["lora"]), "text-to-image", *([plugin.family.tag] if plugin else []), "condrl"],
         "base_model": base,
         "base_model_relation": ("merge" if is_whole else "adapter") if base else None,
         "instance_prompt": shown[0]["prompt"] if shown else None,

@@ -48,6 +48,13 @@ class Run:
         """What was measured of the base model."""
         return dict((self.result or {}).get("before", {}))
 
+    def measured(self, lora: str) -> tuple[dict[str, Any], list[Line]]:
+        """What the result has of lora/ or lora_best/ on held-out prompts, and the lines of images that it drew."""
+        result = self.result or {}
+        if lora == "lora_best":
+            return result.get("best", {}).get("heldout", {}), []
+        return result.get("heldout", {}), self.images
+
     @property
     def rewards(self) -> dict[str, float]:
         """What the run was tuned on, with its weights."""

@@ -35,11 +35,11 @@ from condrl.prompts import Row, epoch_rows
 from condrl.rewards.scoring import Reward, Scores, score, weighted
 from condrl.training.best import Best
 from condrl.training.checkpoint import checkpoint_files, save_checkpoint
+from condrl.training.evaluate import KL_IMAGES
 from condrl.training.folder import RunFolder
 from condrl.training.learner import Learner
 from condrl.training.recorder import PICTURES, Recorder
 
-KL_IMAGES = 32  # of an epoch, for train.kl_budget
 LONG = 1.0  # seconds: an epoch that follows a longer one is abandoned when the run is asked to stop, others complete
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 import condrl
 from condrl.models.embeddings import Encoded, Prompt
 from condrl.models.flow import T5, TRANSFORMER_PARTS, FlowModel
+from condrl.models.latent import InDiffusers
 from condrl.models.loading import Family
 
 TOLD = 3.5  # the guidance scale that FLUX.1-dev's pipeline tells its network
@@ -43,6 +44,7 @@ class Flux(FlowModel):
 
     family: ClassVar[Family] = Family(
         title="FLUX.1",
+        tag="flux",
         pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
         parts={
             "transformer": ("diffusers", "FluxTransformer2DModel"),
@@ -60,6 +62,12 @@ class Flux(FlowModel):
     t5_tokens: int = 512  # that T5 makes of a prompt, cut or filled up; as many where the LoRA is used
     guidance: float = 1.0  # classifier-free guidance scale, two calls a step; 1: none, as the network imitates it
     told_guidance: float | None = None  # guidance scale that the network is told; null: 3.5 if it is told one
+
+    @classmethod
+    def in_diffusers(cls, options: Mapping[str, Any]) -> InDiffusers:
+        found, told = super().in_diffusers(options), options.get("told_guidance")
+        guidance = {"guidance_scale": TOLD if told is None else told, "true_cfg_scale": found.call["guidance_scale"]}
+        return found._replace(call={"negative_prompt": ""} | found.call | guidance)
 
     def check_size(self) -> None:
         """Raises: UsageError on a size that no latents have, and on a guidance that the network is not told."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 import condrl
 from condrl.models.embeddings import Encoded, Prompt
 from condrl.models.flow import T5, TRANSFORMER_PARTS, FlowModel
+from condrl.models.latent import InDiffusers
 from condrl.models.loading import Family
 
 CLIP = ("transformers", "CLIPTextModelWithProjection"), ("transformers", "CLIPTokenizer*")
@@ -40,6 +41,7 @@ class SD3(FlowModel):
 
     family: ClassVar[Family] = Family(
         title="Stable Diffusion 3",
+        tag="stable-diffusion-3",
         pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
         parts={
             "transformer": ("diffusers", "SD3Transformer2DModel"),
@@ -56,6 +58,11 @@ class SD3(FlowModel):
 
     path: str = "stabilityai/stable-diffusion-3.5-medium"  # hub id, diffusers folder, .safetensors / .ckpt file
     t5: bool = True  # let T5 read prompts too, if the pipeline has it; false: the CLIP text encoders alone
+
+    @classmethod
+    def in_diffusers(cls, options: Mapping[str, Any]) -> InDiffusers:
+        found = super().in_diffusers(options)
+        return found if options.get("t5", True) else found._replace(load=dict.fromkeys(cls.family.optional))
 
     @property
     def wanted(self) -> Family:

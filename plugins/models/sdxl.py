@@ -34,6 +34,7 @@ class SDXL(LatentModel):
 
     family: ClassVar[Family] = Family(
         title="Stable Diffusion XL",
+        tag="stable-diffusion-xl",
         pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
         parts={
             **PARTS,

@@ -21,6 +21,7 @@ class StableDiffusion(LatentModel):
 
     family: ClassVar[Family] = Family(
         title="Stable Diffusion 1.x and 2.x",
+        tag="stable-diffusion",
         pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
         without=("safety_checker", "feature_extractor", "image_encoder"),
         own_keys=("cond_stage_model.",),

@@ -23,6 +23,7 @@ from condrl.report.card import write_card
 from condrl.report.charts import Chart, Mark, Scale, Series, number, padded, smoothed
 from condrl.report.page import OPENING, against_kl, embedded, gain, page
 from condrl.report.run import read_run, verdict
+from condrl.report.usage import diffusers_code
 from condrl.training.evaluate import Estimate, Evaluation
 from condrl.training.folder import MANIFEST, RunFolder
 from condrl.training.heldout import most_changed, save_film, save_heldout
@@ -271,6 +272,28 @@ def test_a_page_says_how_to_use_the_lora_with_the_runs_own_sampler(tmp_path):
     assert "eta=1.0," in code
     assert 'timestep_spacing="trailing"' in code
     compile(code + ".images[0]", "snippet", "exec")
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        (
+            {"name": "stable_diffusion", "guidance": 3.0, "negative_prompt": "grey", "height": 24, "width": 16},
+            ["StableDiffusionPipeline", "guidance_scale=3.0,", "negative_prompt='grey',", "height=24,", "width=16,"],
+        ),
+        (
+            {"name": "sd3", "t5": False, "t5_tokens": 9},
+            ["text_encoder_3=None, tokenizer_3=None)", "sequence_length=9,"],
+        ),
+        ({"name": "flux", "guidance": 1.0}, ["guidance_scale=3.5,", "true_cfg_scale=1.0,", "negative_prompt='',"]),
+        ({"name": "sys:exit", "path": "x/y"}, ["DiffusionPipeline"]),  # not imported for a page
+    ],
+)
+def test_the_code_tells_diffusers_what_the_model_was_told(model, shown, tmp_path):
+    run = read_run(make_run(tmp_path / "run", config=CONFIG | {"model": model}))
+    code = diffusers_code(run, "a/model", "a/lora")
+    assert all(part in code for part in shown), code
+    compile(code, "snippet", "exec")
 
 
 def test_several_runs_are_compared(tmp_path):
