@@ -284,7 +284,7 @@ def test_plugins_hold_only_what_is_their_own(name):
     own = {n for n in vars(kind) if not n.startswith(("__", "_abc"))}
     shared = own & (set(dir(LatentModel)) | LatentModel.__dataclass_fields__.keys())
     more = {"sd3": {"wanted", "check_size"}, "flux": {"guidance", "check_size"}}[name]
-    assert shared == {"family", "path", "encode_prompts", "predict", *more}
+    assert shared == {"family", "path", "encode_prompts", "predict", "in_diffusers", *more}
     assert len((ROOT / "plugins" / "models" / f"{name}.py").read_text().splitlines()) <= 120
 
 
