@@ -121,7 +121,7 @@ class RewardConfig(MeasureConfig):
 
 @dataclass
 class Config:
-    model: Any = field(default_factory=dict)  # name and options; see scripts/plugins.py
+    model: Any = field(default_factory=dict)  # name and options, as `condrl plugins` lists them
     sampler: Any = field(default_factory=dict)  # name and options
     algorithm: Any = field(default_factory=dict)  # name and options
     rewards: dict[str, Any] = field(default_factory=dict)  # reward name -> weight and options

@@ -1,8 +1,8 @@
 """Measure this machine on a model of a published size, with random weights: nothing is downloaded.
 
-    python scripts/benchmark.py sd15 --batch 8 --steps 4
-    python scripts/benchmark.py sd3.5-medium --dtype bfloat16 model.gradient_checkpointing=false
-    python scripts/benchmark.py shapes                      the embedded pipeline, small enough for any machine
+    condrl benchmark sd15 --batch 8 --steps 4
+    condrl benchmark sd3.5-medium --dtype bfloat16 model.gradient_checkpointing=false
+    condrl benchmark shapes                      the embedded pipeline, small enough for any machine
 
 An epoch is rolled out and learned from as a run does it, beside bare calls of the network, as many and at the same
 batch, without and with a backward pass. The share of the peak is that of the fastest large matrix product measured in

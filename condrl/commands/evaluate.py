@@ -1,11 +1,11 @@
 """Evaluate a fine-tuned model beside its base, or a steered one beside itself, on the same prompts and seeds.
 
-    python scripts/evaluate.py runs/quickstart                            what the run measured last, image by image
-    python scripts/evaluate.py runs/quickstart rewards.sharpness.weight=1 evaluate.images_per_prompt=4
-    python scripts/evaluate.py runs/quickstart --prompts my_prompts.txt --steps 5 10 20 --strength 0.5 1
-    python scripts/evaluate.py runs/quickstart --samplers ddim ddim,eta=0 dpm_solver_pp
-    python scripts/evaluate.py runs/quickstart --steer smc,particles=4    base and tuned, drawn as ever beside steered
-    python scripts/evaluate.py --steer best_of_n,n=4 rewards.shapes.weight=1 evaluate.prompts=64      the base alone
+    condrl evaluate runs/quickstart                            what the run measured last, image by image
+    condrl evaluate runs/quickstart rewards.sharpness.weight=1 evaluate.images_per_prompt=4
+    condrl evaluate runs/quickstart --prompts my_prompts.txt --steps 5 10 20 --strength 0.5 1
+    condrl evaluate runs/quickstart --samplers ddim ddim,eta=0 dpm_solver_pp
+    condrl evaluate runs/quickstart --steer smc,particles=4    base and tuned, drawn as ever beside steered
+    condrl evaluate --steer best_of_n,n=4 rewards.shapes.weight=1 evaluate.prompts=64      the base alone
 
 The first argument is a run's folder, or a LoRA's folder or file; one without a run needs --prompts and measures. With
 --steer it may be left out: then it is the quickstart's base model, or model.path, that is steered. The rewards steer.
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from condrl.commands.console import exit_code
+from condrl.commands.console import exit_code, one_of_several
 from condrl.commands.evaluation import RECORD, SUMMARY, Writer, report, started
 from condrl.commands.finetune import check_json
 from condrl.commands.sample import HOME, check_folder, default_config, find, in_run, split_words, with_rank
@@ -58,9 +58,15 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="RUN key=value")
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl; by default the run's held-out prompts")
     parser.add_argument("--samplers", nargs="+", default=[], metavar="NAME[,option=value]", help="one after the other")
-    parser.add_argument("--steps", type=int, nargs="+", default=[], help="numbers of steps, each with every sampler")
     parser.add_argument(
-        "--strength", type=float, nargs="+", default=[1.0], help="of the LoRA; 1 is what was tuned, 0 no LoRA at all"
+        "--steps", type=one_of_several(int), nargs="+", default=[], help="numbers of steps, each with every sampler"
+    )
+    parser.add_argument(
+        "--strength",
+        type=one_of_several(float),
+        nargs="+",
+        default=[1.0],
+        help="of the LoRA; 1 is what was tuned, 0 no LoRA at all",
     )
     parser.add_argument("--steer", metavar="NAME[,option=value]", help="a steering plugin, such as smc,particles=8")
     parser.add_argument("--pictures", type=int, default=8, help="how many images are written, base and tuned")

@@ -1,9 +1,9 @@
 """Write what a run tuned as other programs read it, and push it to the Hugging Face hub.
 
-    python scripts/export.py runs/quickstart --to diffusers    the LoRA: runs/quickstart/export/diffusers/
-    python scripts/export.py runs/quickstart --to kohya        the same for ComfyUI and A1111, in kohya's names
-    python scripts/export.py runs/quickstart --to merged       the whole pipeline, with the LoRA in its weights
-    python scripts/export.py runs/quickstart --to diffusers --push OWNER/NAME
+    condrl export runs/quickstart --to diffusers    the LoRA: runs/quickstart/export/diffusers/
+    condrl export runs/quickstart --to kohya        the same for ComfyUI and A1111, in kohya's names
+    condrl export runs/quickstart --to merged       the whole pipeline, with the LoRA in its weights
+    condrl export runs/quickstart --to diffusers --push OWNER/NAME
 
 Each with its card, README.md, and pictures. The first argument is a run's folder, or a LoRA's folder or file in any
 format; `key=value` overrides change the model that it is for, such as model.path= or model.dtype=float16. --push

@@ -1,9 +1,10 @@
 """Fine-tune a text-to-image diffusion model with rewards.
 
-    accelerate launch scripts/finetune.py                                       configs/quickstart.yaml
-    accelerate launch scripts/finetune.py my.yaml train.lr=1e-4                 later ones win
-    accelerate launch scripts/finetune.py plugins=[my_reward.py] rewards.redness.weight=1
-    condrl finetune toy/p1                                                      a shipped config, by name
+    condrl finetune                                                   the quickstart
+    condrl finetune toy/p1                                            a shipped config, by name
+    condrl finetune my.yaml train.lr=1e-4                             later ones win
+    condrl finetune plugins=[my_reward.py] rewards.redness.weight=1   the quickstart with a reward of your own
+    accelerate launch scripts/finetune.py ...                         the same in a checkout, also in several processes
 
 Writes runs/<run.name>/: config.yaml, metrics.jsonl (a line per epoch), images/, lora/, result.json.
 --json FILE writes the result there too. --dry-run checks everything, tries a few images, and says what the run would

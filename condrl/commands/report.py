@@ -1,7 +1,7 @@
 """Write a page of a run, or of several beside each other: one HTML file to open, to keep and to mail.
 
-    python scripts/report.py runs/quickstart                       writes runs/quickstart/report.html
-    python scripts/report.py runs/a runs/b --out comparison.html   several, with their measures against the path KL
+    condrl report runs/quickstart                       writes runs/quickstart/report.html
+    condrl report runs/a runs/b --out comparison.html   several, with their measures against the path KL
 
 A run's page can be written while it goes. The file needs nothing else, and nothing is fetched when it is opened.
 """

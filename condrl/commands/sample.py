@@ -1,9 +1,9 @@
 """Draw images with a fine-tuned LoRA, or with the base model.
 
-    python scripts/sample.py runs/quickstart --prompt "a red star left of a blue square" --compare
-    python scripts/sample.py runs/quickstart/lora --prompt "two small green circles" --seeds 0 1 2 3 --strength 0.5
-    python scripts/sample.py --prompt "a black square" sampler.steps=30 model.guidance=4
-    python scripts/sample.py --prompt "a black square" --steer best_of_n,n=8 rewards.shapes.weight=1
+    condrl sample runs/quickstart --prompt "a red star left of a blue square" --compare
+    condrl sample runs/quickstart/lora --prompt "two small green circles" --seeds 0 1 2 3 --strength 0.5
+    condrl sample --prompt "a black square" sampler.steps=30 model.guidance=4
+    condrl sample --prompt "a black square" --steer best_of_n,n=8 rewards.shapes.weight=1
 
 The first argument is a run's folder, whose model draws with the sampler that it was evaluated with, or a LoRA's folder
 or file; without it the quickstart's base model draws. `key=value` overrides change the model and the sampler as they do
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from condrl.commands.console import exit_code
+from condrl.commands.console import exit_code, one_of_several
 from condrl.config import Config, load_for_drawing
 from condrl.errors import UsageError, visible, warn_of_address_limit
 from condrl.io.files import CONFIGS
@@ -45,7 +45,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="FOLDER key=value")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl, as for finetune.py")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="an image of each prompt from each seed")
+    parser.add_argument(
+        "--seeds", type=one_of_several(int), nargs="+", default=[0], help="an image of each prompt from each seed"
+    )
     parser.add_argument(
         "--strength", type=float, default=1.0, help="of the LoRA; 1 is what was tuned, 0 the model without it"
     )

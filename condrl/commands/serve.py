@@ -1,8 +1,8 @@
 """Serve a reward over HTTP, for `rewards.remote` of a run in another process, environment or machine.
 
-    python scripts/reward_server.py REWARD [key=value ...] [--plugin my_reward.py] [--port 8200]
+    condrl serve REWARD [key=value ...] [--plugin my_reward.py] [--port 8200]
 
-    accelerate launch scripts/finetune.py rewards.remote.weight=1 rewards.remote.url=http://127.0.0.1:8200
+    condrl finetune rewards.remote.weight=1 rewards.remote.url=http://127.0.0.1:8200
 
 It listens on this machine alone unless --host says otherwise; then both sides need a token in the environment variable
 CONDRL_REWARD_TOKEN. Requests are JSON with PNG images (condrl/rewards/wire.py).
@@ -307,7 +307,9 @@ def main(words: list[str]) -> int:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "condrl serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("reward", help="a registered reward")
     parser.add_argument("options", nargs="*", metavar="key=value", help="its options")
     parser.add_argument("--plugin", action="append", default=[], help="a file with your own rewards; may be repeated")

@@ -8,6 +8,7 @@ from helpers import ROOT
 from PIL import Image
 
 from condrl import UsageError
+from condrl.commands import evaluate
 from condrl.commands import sample as command
 from condrl.commands.console import exit_code
 from condrl.config import load_config, to_yaml
@@ -110,6 +111,21 @@ def test_a_lora_without_a_run_gets_its_own_rank(run, pipeline, tmp_path):
         sample(str(lora), f"model.path={pipeline}", *few, "--folder", str(lora), "--out", str(tmp_path / "x.png")) == 0
     )
     assert np.abs(drawn(lora) - theirs(pipeline, lora)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("main", "option", "words"),
+    [
+        (command.main, "--seeds", ["--prompt", "a", "--seeds", "0", "1"]),
+        (evaluate.main, "--steps", ["RUN", "--steps", "5"]),
+    ],
+)
+def test_a_setting_after_several_values_is_told_where_to_go(main, option, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "model.guidance=3"])
+    assert ended.value.code == 2
+    expected = f"argument {option}: model.guidance=3 is a setting: write settings before this option"
+    assert expected in capsys.readouterr().err
 
 
 def test_without_a_folder_the_quickstarts_base_model_draws(tmp_path):
