@@ -40,6 +40,16 @@ def groups(setting: Setting) -> None:
         )
 
 
+def epochs_for(option: str, parts: int) -> Need:
+    """A run of as many epochs as the parts that it is divided into, at least."""
+
+    def divided(setting: Setting) -> None:
+        if setting.config.train.epochs < parts:
+            raise UsageError(f"config algorithm.{option}: {parts} of them do not fit into train.epochs")
+
+    return divided
+
+
 def one_pass(setting: Setting) -> None:
     """One update on each image."""
     if setting.config.train.inner_epochs > 1:

@@ -1,9 +1,9 @@
-"""A reference that moves: a running average of the trained weights, which can stand in for the policy."""
+"""References that move: weights of earlier policies, which can stand in for the newest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +40,32 @@ class MovingReference:
         check_like(state["average"], self.average)
         for average, value in zip(self.average, state["average"], strict=True):
             average.copy_(value)
+
+
+class StagedReference:
+    """The policy with which the stage began that a run is in; its stages are equal parts of its epochs."""
+
+    def __init__(self, policy: Policy, stages: int) -> None:
+        self.stages, self.epoch = stages, 0
+        self.weights = weights_of(policy)
+
+    def begin_epoch(self, policy: Policy, epochs: int) -> None:
+        """Count an epoch of so many, and take the policy's weights if a stage begins with it."""
+        if self.epoch * self.stages // epochs != (self.epoch - 1) * self.stages // epochs:
+            self.weights = weights_of(policy)
+        self.epoch += 1
+
+    def active(self, policy: Policy) -> AbstractContextManager[None]:
+        """Within it, the policy acts with the weights that the stage began with."""
+        return acting(trained(policy), self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"anchor": list(self.weights), "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises: ValueError when the weights are others."""
+        check_like(state["anchor"], self.weights)
+        self.weights, self.epoch = [value.clone() for value in state["anchor"]], int(state["epoch"])
 
 
 def trained(policy: Policy) -> list[Tensor]:

@@ -13,12 +13,12 @@ from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
 from condrl.algorithms.credit import group_advantages, group_scale
 from condrl.algorithms.examples import Metrics
 from condrl.algorithms.forward import Noised, noised_samples, scores_at
-from condrl.algorithms.needs import Need, Setting, groups
-from condrl.algorithms.reference import MovingReference, check_like, trained, weights_of
+from condrl.algorithms.needs import Need, epochs_for, groups
+from condrl.algorithms.reference import MovingReference, StagedReference
 from condrl.algorithms.values import Value, denoised_rewards, make_value
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
-from condrl.diffusion.policy import Policy, acting
+from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout
 from condrl.diffusion.schedule import like
 
@@ -45,8 +45,7 @@ class NFT(Algorithm):
     old_decay: float = 0.0  # of the running average of weights that rolls out and that steps start from; 0: the newest
 
     old: MovingReference | None = field(init=False, default=None)
-    anchor: list[Tensor] = field(init=False, default_factory=list)  # weights, where there are stages
-    epoch: int = field(init=False, default=0)
+    anchor: StagedReference | None = field(init=False, default=None)
     value: Value | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -66,18 +65,13 @@ class NFT(Algorithm):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (groups, self.has_an_epoch_a_stage)
-
-    def has_an_epoch_a_stage(self, setting: Setting) -> None:
-        """A run of as many epochs as there are stages at least."""
-        if setting.config.train.epochs < self.stages:
-            raise condrl.UsageError(f"config algorithm.stages: {self.stages} of them do not fit into train.epochs")
+        return (groups, epochs_for("stages", self.stages))
 
     # ------------------------------------------------------------------------------------------ other policies
 
     def setup(self, policy: Policy) -> None:
         self.old = MovingReference(policy, self.old_decay) if self.old_decay else None
-        self.anchor = weights_of(policy) if self.stages > 1 else []
+        self.anchor = StagedReference(policy, self.stages) if self.stages > 1 else None
         self.value = make_value(policy, self.value_width) if self.baseline == "value" else None
 
     def networks(self) -> dict[str, OwnNetwork]:
@@ -89,14 +83,13 @@ class NFT(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         old = {"old": self.old.state_dict()} if self.old else {}
-        return old | ({"anchor": list(self.anchor), "epoch": self.epoch} if self.anchor else {})
+        return old | (self.anchor.state_dict() if self.anchor else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.old:
             self.old.load_state_dict(state["old"])
         if self.anchor:
-            check_like(state["anchor"], self.anchor)
-            self.anchor, self.epoch = [value.clone() for value in state["anchor"]], int(state["epoch"])
+            self.anchor.load_state_dict(state)
 
     def acting(self, policy: Policy) -> AbstractContextManager[None]:
         """Within it, the policy is the old one."""
@@ -104,13 +97,7 @@ class NFT(Algorithm):
 
     def anchored(self, policy: Policy) -> AbstractContextManager[None]:
         """Within it, the policy is the one that it is kept near."""
-        return acting(trained(policy), self.anchor) if self.anchor else policy.model.reference()
-
-    def begin_epoch(self, policy: Policy, epochs: int) -> None:
-        """Anchor the policy where it is when a stage begins."""
-        if self.anchor and self.epoch * self.stages // epochs != (self.epoch - 1) * self.stages // epochs:
-            self.anchor = weights_of(policy)
-        self.epoch += 1
+        return self.anchor.active(policy) if self.anchor else policy.model.reference()
 
     # ------------------------------------------------------------------------------------------ an epoch
 
@@ -127,7 +114,8 @@ class NFT(Algorithm):
         return advantages.clamp(-self.temperature, self.temperature) if self.temperature else advantages
 
     def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Noised:
-        self.begin_epoch(policy, train.epochs)
+        if self.anchor:
+            self.anchor.begin_epoch(policy, train.epochs)
         advantages = self.bounded(experience.credit(self.advantages, experience.scores.total))
         with self.acting(policy):
             found = noised_samples(

@@ -10,11 +10,11 @@ import condrl
 from condrl.algorithms.base import Algorithm, Collected, Context, Experience
 from condrl.algorithms.examples import Metrics
 from condrl.algorithms.forward import Noised, noised_samples
-from condrl.algorithms.needs import Need, Setting, groups
-from condrl.algorithms.reference import check_like, trained, weights_of
+from condrl.algorithms.needs import Need, epochs_for, groups
+from condrl.algorithms.reference import StagedReference
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
-from condrl.diffusion.policy import Policy, acting
+from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout
 from condrl.diffusion.schedule import like
 from condrl.prompts import Row
@@ -35,8 +35,7 @@ class RWR(Algorithm):
     draws: int = 4  # times at which each image is noised
     times: tuple[float, float] = (0.01, 0.99)  # their range, as a share of the schedule's time
 
-    start: list[Tensor] = field(init=False)  # weights that the round began with
-    epoch: int = field(init=False, default=0)
+    old: StagedReference = field(init=False)
 
     off_policy = True
 
@@ -49,34 +48,25 @@ class RWR(Algorithm):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (groups, self.has_an_epoch_a_round)
-
-    def has_an_epoch_a_round(self, setting: Setting) -> None:
-        """A run of as many epochs as there are rounds at least."""
-        if setting.config.train.epochs < self.rounds:
-            raise condrl.UsageError(f"config algorithm.rounds: {self.rounds} of them do not fit into train.epochs")
+        return (groups, epochs_for("rounds", self.rounds))
 
     # ------------------------------------------------------------------------------------------ rounds
 
     def setup(self, policy: Policy) -> None:
-        self.start = weights_of(policy)
+        self.old = StagedReference(policy, self.rounds)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"start": list(self.start), "epoch": self.epoch}
+        return self.old.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_like(state["start"], self.start)
-        self.start, self.epoch = [weight.clone() for weight in state["start"]], int(state["epoch"])
+        self.old.load_state_dict(state)
 
     def collect(self, context: Context, rows: list[Row]) -> Collected:
-        epochs = context.train.epochs
-        if self.epoch * self.rounds // epochs != (self.epoch - 1) * self.rounds // epochs:
-            self.start = weights_of(context.policy)
-        self.epoch += 1
+        self.old.begin_epoch(context.policy, context.train.epochs)
         return super().collect(context, rows)
 
     def rollout(self, policy: Policy, condition: Tensor, noise: Noise, batch: int) -> Rollout:
-        with acting(trained(policy), self.start):
+        with self.old.active(policy):
             return super().rollout(policy, condition, noise, batch)
 
     # ------------------------------------------------------------------------------------------ an epoch
@@ -91,7 +81,7 @@ class RWR(Algorithm):
 
     def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Noised:
         weights = experience.credit(self.weights, experience.scores.total)
-        with acting(trained(policy), self.start):
+        with self.old.active(policy):
             found = noised_samples(
                 policy, experience.rollout, weights - 1, self.draws, self.times, train.rollout_batch, noise
             )

@@ -227,12 +227,12 @@ def test_stages_are_anchored_where_the_one_before_ended(tmp_path):
     for epoch in range(6):
         starts.append([p.detach().clone() for p in trainer.learner.weights])
         trainer.run_epoch(epoch)
-        for anchor, start in zip(trainer.algorithm.anchor, starts[epoch // 2 * 2], strict=True):
+        for anchor, start in zip(trainer.algorithm.anchor.weights, starts[epoch // 2 * 2], strict=True):
             assert torch.equal(anchor, start)
     again = trainer_of(tmp_path / "again", algorithm={"name": "nft", **options}, train={"epochs": 6})
     again.algorithm.load_state_dict(trainer.algorithm.state_dict())
-    assert again.algorithm.epoch == 6
-    assert torch.equal(again.algorithm.anchor[0], trainer.algorithm.anchor[0])
+    assert again.algorithm.anchor.epoch == 6
+    assert torch.equal(again.algorithm.anchor.weights[0], trainer.algorithm.anchor.weights[0])
 
 
 def test_each_of_several_stages_has_as_many_times_kappa(tmp_path):

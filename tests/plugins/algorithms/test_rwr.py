@@ -63,14 +63,14 @@ def test_a_round_learns_from_samples_of_the_policy_that_it_began_with(tmp_path):
         starts.append([p.detach().clone() for p in trainer.learner.weights])
         trainer.run_epoch(epoch)
     assert (starts[2][0] - starts[1][0]).abs().max() > 1e-3
-    for kept, begun in zip(trainer.algorithm.start, starts[2], strict=True):
+    for kept, begun in zip(trainer.algorithm.old.weights, starts[2], strict=True):
         assert torch.equal(kept, begun)
     again = trainer_of(tmp_path / "again", algorithm={"name": "rwr", "rounds": 2}, train={"epochs": 4})
     again.algorithm.load_state_dict(trainer.algorithm.state_dict())
     with torch.no_grad():
         for weight, begun in zip(again.learner.weights, starts[2], strict=True):
             weight.copy_(begun)  # where the old policy is the policy itself
-    again.algorithm.epoch = trainer.algorithm.epoch = 3  # within the second round
+    again.algorithm.old.epoch = trainer.algorithm.old.epoch = 3  # within the second round
     ours, theirs = (t.examples(t.collect(3, Clock()), 3) for t in (trainer, again))
     torch.testing.assert_close(ours.x, theirs.x)
     with torch.no_grad():
