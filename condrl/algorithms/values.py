@@ -118,3 +118,12 @@ def convolutions(channels: int, width: int) -> tuple[nn.Module, int]:
         ),
         width,
     )
+
+
+def explained_variance(errors: Tensor, returns: Tensor) -> Tensor:
+    """The share of the variance of returns (..., n) that a prediction with these errors (..., m) explains, (...).
+
+    It is 0 where returns do not vary, and below 0 where a constant would predict them better.
+    """
+    spread = returns.var(-1, correction=0)
+    return (1 - errors.var(-1, correction=0) / spread).where(spread > 1e-12, 0.0)

@@ -14,7 +14,7 @@ from condrl.algorithms.credit import group_scale
 from condrl.algorithms.examples import Metrics, RatioExamples, per_image, per_step
 from condrl.algorithms.needs import Need, affine_steps, groups, noisy_steps, trained_steps
 from condrl.algorithms.policy_gradient import clipped
-from condrl.algorithms.values import Value, denoised_rewards, make_value
+from condrl.algorithms.values import Value, denoised_rewards, explained_variance, make_value
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.path_kl import remaining
@@ -119,7 +119,7 @@ class CTRL(Algorithm):
         scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
         targets = rewards - self.kappa * remaining(kl)
         errors, wanted = (experience.gather(x)[:, experience.scored] for x in (targets - values[:-1], targets))
-        fit = 1 - errors.var(1) / wanted.var(1).clamp(min=1e-12)
+        fit = explained_variance(errors, wanted)
         metrics |= {"value_explains": fit.max(), **{f"value_explains/step_{k}": share for k, share in enumerate(fit)}}
         advantages = self._accumulate(policy, td) * scale
         if self.normalise:

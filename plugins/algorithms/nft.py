@@ -15,7 +15,7 @@ from condrl.algorithms.examples import Metrics
 from condrl.algorithms.forward import Noised, noised_samples, scores_at
 from condrl.algorithms.needs import Need, epochs_for, groups
 from condrl.algorithms.reference import MovingReference, StagedReference
-from condrl.algorithms.values import Value, denoised_rewards, make_value
+from condrl.algorithms.values import Value, denoised_rewards, explained_variance, make_value
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
@@ -144,8 +144,8 @@ class NFT(Algorithm):
         values = [self.predicted(policy, draws.at(*some.unbind(1))) for some in pairs.split(batch)]
         errors = centred - torch.cat(values).view_as(draws.advantage)
         scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
-        error, spread = (experience.gather(x)[..., experience.scored].var(correction=0) for x in (errors, centred))
-        explained = {"value_explains": 1 - error / spread.clamp(min=1e-12)}
+        every = (experience.gather(x)[..., experience.scored].flatten() for x in (errors, centred))
+        explained = {"value_explains": explained_variance(*every)}
         return replace(draws, advantage=self.bounded(errors * scale), metrics=draws.metrics | explained)
 
     def predicted(self, policy: Policy, batch: Noised) -> Tensor:
