@@ -10,6 +10,7 @@ from condrl.errors import RunError, UsageError, print_main, visible
 
 if TYPE_CHECKING:
     from condrl.prompts import Row
+    from condrl.report.run import Run
     from condrl.training.evaluate import Evaluation
     from condrl.training.folder import RunFolder
     from condrl.training.trainer import Trainer
@@ -30,8 +31,7 @@ def save_result(
             trackers.show(picture.stem, image.copy())
     save_images(trainer, heldout, base, tuned)
     trackers.log(trainer.epoch, tracked_result(result), "result")
-    describe(folder)
-    save_report(folder)
+    present(folder)
     print(visible(summary(result, folder.path)))
 
 
@@ -60,15 +60,26 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
     return []
 
 
-def describe(folder: RunFolder) -> None:
+def present(folder: RunFolder) -> None:
+    """Write the run's page, and the cards of its LoRAs with what was measured of them; a run does not fail for these."""
+    from condrl.report.page import write_report
+    from condrl.report.run import read_run
+
+    try:
+        run = read_run(folder.path)
+        describe(run, folder)
+        write_report([run], folder.file("report.html"))
+    except (UsageError, RunError) as error:
+        print_main(f"warning: no report: {error}")
+
+
+def describe(run: Run, folder: RunFolder) -> None:
     """Write the cards of the LoRAs anew, with what was measured of them."""
     from condrl.report.card import write_card
-    from condrl.report.run import read_run
 
     def claim(path: Path) -> None:
         folder.claim(path.relative_to(folder.path).as_posix())
 
-    run = read_run(folder.path)
     for name in ("lora", "lora_best"):
         heldout, images = run.measured(name)
         if heldout and (folder.path / name / "README.md").is_file():
@@ -91,17 +102,6 @@ def save_images(trainer: Trainer, rows: Sequence[Row], base: Evaluation | None, 
         policy, batch = deployed(config, trainer.policy), config.train.rollout_batch
         redraw(folder, policy, of, [seed + i for i in drawn], drawn, batch)
     save_heldout(folder, rows, seed, base, tuned, drawn)
-
-
-def save_report(folder: RunFolder) -> None:
-    """Write the run's page; a run does not fail for it."""
-    from condrl.report.page import write_report
-    from condrl.report.run import read_run
-
-    try:
-        write_report([read_run(folder.path)], folder.file("report.html"))
-    except (UsageError, RunError) as error:
-        print_main(f"warning: no report: {error}")
 
 
 def summary(result: dict[str, Any], folder: Path) -> str:

@@ -104,7 +104,7 @@ def attempt(trainer: Trainer) -> Trial:
 
 
 def attempt_eagerly(trainer: Trainer) -> Trial:
-    """As `attempt`."""
+    """As `attempt`, whether the network is compiled or not."""
     twin, model = smaller(trainer), trainer.policy.model
     few = twin.config.images_per_epoch
     print_main(f"trying a roll-out, its rewards and an update: {few} images of {trainer.policy.steps} steps ...")
