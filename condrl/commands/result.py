@@ -61,7 +61,7 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
 
 
 def present(folder: RunFolder) -> None:
-    """Write the run's page, and the cards of its LoRAs with what was measured of them; a run does not fail for these."""
+    """Write the run's page, and its LoRAs' cards with what was measured of them; a run does not fail for these."""
     from condrl.report.page import write_report
     from condrl.report.run import read_run
 
