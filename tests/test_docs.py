@@ -122,7 +122,9 @@ def test_commands_name_scripts_and_files_that_exist(checkout):
 def test_every_script_has_help(script, tmp_path):
     done = run_python(str(ROOT / "scripts" / script), "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"python scripts/{script}" in done.stdout or f"scripts/{script}" in done.stdout
+    name = Path(script).stem
+    command = next((command for command, door in DOORS.items() if door == name), name)
+    assert re.search(rf"^    condrl {command}\b", done.stdout, re.MULTILINE)  # what it is a door to, with an example
 
 
 def test_benchmark_commands_are_accepted(monkeypatch):
