@@ -1,8 +1,8 @@
 """List every plugin with its options, defaults and one-line description.
 
-condrl plugins                     all of them
-condrl plugins ddpo my_reward.py   some; your own files are loaded first
-condrl plugins my_reward.py        all of them, with those of your file
+    condrl plugins                     all of them
+    condrl plugins ddpo my_reward.py   some; your own files are loaded first
+    condrl plugins my_reward.py        all of them, with those of your file
 """
 
 from __future__ import annotations
