@@ -395,7 +395,7 @@ def test_plugins_script_lists_everything():
 
 @pytest.mark.slow
 def test_help_of_the_plugin_scripts_needs_no_torch():
-    for script in ("plugins", "reward_server"):
+    for script, command in (("plugins", "plugins"), ("reward_server", "serve")):
         code = f"""
             import runpy, sys
             sys.argv = ["{script}", "--help"]
@@ -407,7 +407,7 @@ def test_help_of_the_plugin_scripts_needs_no_torch():
         done = run_python("-c", textwrap.dedent(code), cwd=ROOT)
         assert done.returncode == 0
         assert done.stderr.strip() == "False"
-        assert f"python scripts/{script}.py" in done.stdout
+        assert f"condrl {command}" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------- what newcomers get wrong
