@@ -3,6 +3,8 @@
     condrl plugins                     all of them
     condrl plugins ddpo my_reward.py   some; your own files are loaded first
     condrl plugins my_reward.py        all of them, with those of your file
+
+Plugins are code: a file that you name runs when it is loaded.
 """
 
 from __future__ import annotations
