@@ -183,7 +183,8 @@ def load_config(arguments: Sequence[str], default: Path | None = None) -> Config
 def load_for_drawing(file: Path | None, overrides: Sequence[str], is_steered: bool = False) -> Config:
     """The model and the deployed sampler of a config file, if any, with `key=value` overrides, and nothing else of it.
 
-    Rewards have an effect if drawing `is_steered`, and come from the overrides alone.
+    If drawing `is_steered`, also its rewards, or those that the overrides name; no code of the file's is imported for
+    them, and no server that it names is asked.
 
     Raises: UsageError as `load_config` does, and on an override that does not concern drawing.
     """
@@ -193,10 +194,17 @@ def load_for_drawing(file: Path | None, overrides: Sequence[str], is_steered: bo
             raise UsageError(f"{override} has no effect on drawing: only settings of {which}, and plugins=, do")
         if {"lora", "lora_alpha"} & section_at(read_argument(override).values, "model").keys():
             raise UsageError(f"{override} has no effect here: give the LoRA as a folder, and its scale as --strength")
+    given = [read_argument(override) for override in overrides]
     part = read_argument(str(file)) if file else Part("", {}, {})
-    own = replace(part, values=_drawing(part.values), texts=_drawing(part.texts), is_found=True)
+    values, texts = (
+        _drawing(tree) | ({"rewards": _scoring(tree, given)} if is_steered else {})
+        for tree in (part.values, part.texts)
+    )
+    own = replace(part, values=values, texts=texts, is_found=True)
+    if is_steered:
+        _check_measures(own, given, "name the rewards to steer by")
     with _pointing_to_plugins(part):
-        return _config([own, *map(read_argument, overrides)])
+        return _config([own, *given])
 
 
 @contextmanager
@@ -241,7 +249,7 @@ def load_for_evaluation(file: Path | None, overrides: Sequence[str], is_trusted:
     values, texts = (_evaluating(tree, given, is_trusted) for tree in (part.values, part.texts))
     own = replace(part, values=values, texts=texts, is_found=not is_trusted)
     if not is_trusted:
-        _check_measures(own, given)
+        _check_measures(own, given, "pass --trust if you trust it, or name other measures")
     with _pointing_to_plugins(part):
         return _config([own, *given])
 
@@ -267,6 +275,12 @@ def _evaluating(tree: Mapping[str, Any], overrides: Sequence[Part], is_trusted: 
     return {**whole, "sampler": sampler, "rewards": rewards, "evaluate": {**kept, "measures": measures}}
 
 
+def _scoring(tree: Mapping[str, Any], overrides: Sequence[Part]) -> dict[str, Any]:
+    """A config's rewards, or the options of those that the overrides name."""
+    rewards, named = section_at(tree, "rewards"), _named(overrides, "rewards")
+    return {name: options for name, options in rewards.items() if not named or name in named}
+
+
 def _named(overrides: Sequence[Part], where: str) -> list[str]:
     """The measures that overrides name in a section, other than to remove them."""
     sections = [section_at(override.values, where) for override in overrides]
@@ -277,7 +291,7 @@ def _without(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name not in keys}
 
 
-def _check_measures(found: Part, overrides: Sequence[Part]) -> None:
+def _check_measures(found: Part, overrides: Sequence[Part], advice: str) -> None:
     """Raises: UsageError when a file that was found, not named, measures by code or a server of its own."""
     for override in overrides:
         _check_list(override.values.get("plugins"), list[str], "plugins")
@@ -290,9 +304,8 @@ def _check_measures(found: Part, overrides: Sequence[Part]) -> None:
             servers = {key for key, value in mapping(options).items() if "://" in str(value)} - given
             if servers or (name not in _named(overrides, where) and not _is_registered(name)):
                 raise UsageError(
-                    f"{found.argument} measures by {name!r}, which {'asks a server' if servers else 'is code'}, and "
-                    "that file was found, not named: pass --trust if you trust it, or name other measures, as in "
-                    "rewards.brightness.weight=1"
+                    f"{found.argument} uses {name!r}, which {'asks a server' if servers else 'is code'}, and "
+                    f"that file was found, not named: {advice}, as in rewards.brightness.weight=1"
                 )
 
 

@@ -3,11 +3,12 @@
     condrl sample runs/quickstart --prompt "a red star left of a blue square" --compare
     condrl sample runs/quickstart/lora --prompt "two small green circles" --seeds 0 1 2 3 --strength 0.5
     condrl sample --prompt "a black square" sampler.steps=30 model.guidance=4
-    condrl sample --prompt "a black square" --steer best_of_n,n=8 rewards.shapes.weight=1
+    condrl sample runs/quickstart --prompt "a black square" --steer best_of_n,n=8        by the run's rewards
 
 The first argument is a run's folder, whose model draws with the sampler that it was evaluated with, or a LoRA's folder
 or file; without it the quickstart's base model draws. `key=value` overrides change the model and the sampler as they do
-for finetune.py. Plugins are code: those that a run's config names are imported only if you name them, plugins=[my.py].
+for finetune.py, and rewards that they name steer instead of the run's. Plugins are code: those that a run's config
+names are imported only if you name them, plugins=[my.py].
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--steer",
         metavar="NAME[,option=value]",
-        help="a steering plugin, such as smc,particles=8, which draws with rewards.NAME.weight=1 and the like",
+        help="a steering plugin, such as smc,particles=8: it draws towards the run's rewards",
     )
     parser.add_argument("--compare", action="store_true", help="base | tuned, from the same noise")
     parser.add_argument(

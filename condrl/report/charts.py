@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 76, 12, 14, 34  # margins of the plot
+WIDTH, HEIGHT = 440, 200  # little more than a phone shows, so that the numbers can be read there
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 14, 34  # margins of the plot
 COLOURS = 6  # in the page's style
 FEW = 30  # points that are each shown; of more, a line of their mean is
 

@@ -15,7 +15,7 @@ import yaml
 from condrl.errors import naming
 from condrl.io.files import locate
 from condrl.report.charts import Chart, Mark, Series, number
-from condrl.report.run import Finding, Line, Run, change, side, verdict
+from condrl.report.run import Finding, Line, Run, change, interval, side, verdict
 from condrl.report.usage import base_model, diffusers_code, readers
 
 OPENING = "<!doctype html>\n<!-- condrl report -->\n"
@@ -100,24 +100,23 @@ def measures(run: Run) -> str:
         note = (
             f"<p>Best on validation prompts: epoch {best['epoch']}, in lora_best/. On held-out ones {escape(of)}.</p>"
         )
-    head = "<tr><th>measure</th><th>tuned on</th><th>base</th><th>tuned</th><th>difference, 95 %</th><th>wins</th></tr>"
+    head = "<tr><th>measure</th><th>base</th><th>tuned</th><th>difference, 95 %</th><th>wins</th><th>rewarded</th></tr>"
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{note}'
 
 
 def measure_row(name: str, row: dict[str, Any], rewarded: bool) -> str:
-    limits = row["difference"]["ci95"]
-    around = f" [{limits[0]:+.3f}, {limits[1]:+.3f}]" if limits else ""
+    difference = figure(row["difference"]["mean"], "+") + interval(row)
     tone = {1: "up", -1: "down", 0: ""}[side(row)]
     wins = f"{row['win_rate']:.0%}" if "win_rate" in row else ""
     base, tuned = (figure(row[who]["mean"]) for who in ("base", "tuned"))
     return (
-        f"<tr><td>{escape(name)}</td><td>{'yes' if rewarded else 'no'}</td><td>{base}</td><td>{tuned}</td>"
-        f'<td class="{tone}">{figure(row["difference"]["mean"], "+")}{around}</td><td>{wins}</td></tr>'
+        f'<tr><td>{escape(name)}</td><td>{base}</td><td>{tuned}</td><td class="{tone}">{difference}</td>'
+        f"<td>{wins}</td><td>{'yes' if rewarded else 'no'}</td></tr>"
     )
 
 
 def figure(value: float | None, sign: str = "") -> str:
-    return "not measured" if value is None else f"{value:{sign}.3f}"
+    return "not measured" if value is None else f"{value:{sign}z.3f}"
 
 
 def usage(run: Run) -> str:

@@ -191,6 +191,10 @@ def change(row: dict[str, Any]) -> str:
     base, tuned, difference = (row[who]["mean"] for who in ("base", "tuned", "difference"))
     if any(value is None or not math.isfinite(value) for value in (base, tuned, difference)):
         return "not measured"
+    return f"{base:z.3f} to {tuned:z.3f}, {difference:+z.3f}{interval(row)}"
+
+
+def interval(row: dict[str, Any]) -> str:
+    """The paired interval, in brackets after a blank; empty where there is none."""
     limits = row["difference"]["ci95"]
-    around = f" [{limits[0]:+.3f}, {limits[1]:+.3f}]" if limits else ""
-    return f"{base:.3f} to {tuned:.3f}, {difference:+.3f}{around}"
+    return f" [{limits[0]:+z.3f}, {limits[1]:+z.3f}]" if limits else ""

@@ -50,14 +50,12 @@ def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[
         trial = attempt(trainer)
         image = some_image(trainer, trial.collected)
         group, per_prompt = trainer.config.train.images_per_prompt, trainer.config.evaluate.images_per_prompt
-        try_rows(trainer.rewards, image, trainer.rows, group, trainer.processes)
-        try_rows(measures, image, heldout, per_prompt, trainer.processes)
+        warnings = try_rows(trainer.rewards, image, trainer.rows, group, trainer.processes)
+        warnings += try_rows(measures, image, heldout, per_prompt, trainer.processes)
     if trial.kl_gradient == 0:
         raise RunError("algorithm.kappa asks for a KL to the base model, but it has no gradient in what is trained")
-    lines = [arithmetic(trainer, trial), memory(trainer, trial.needs)]
-    if isinstance(trial.collected, Experience):
-        lines += reward_lines(trial.collected, trial.images)
-    return lines
+    seen = reward_lines(trial.collected, trial.images) if isinstance(trial.collected, Experience) else []
+    return [arithmetic(trainer, trial), memory(trainer, trial.needs), *seen, *warnings]
 
 
 def some_image(trainer: Trainer, collected: Collected) -> Tensor:
@@ -192,13 +190,16 @@ def try_rows(
     group: int,
     processes: Processes | None = None,
     most_failed: float = MOST_FAILED,
-) -> None:
+) -> list[str]:
     """Score one image (1, ...) as if it had been made for each of many rows, each process its share of them.
+
+    Returns a warning of each reward that cannot score some of them.
 
     A reward that compares images is given a `group` of it for each row.
 
     Raises: RewardError when a reward cannot score most of them, UsageError when it raises that for a prompt.
     """
+    warnings = []
     for reward in rewards:
         some = typical(rows, ROWS if reward.cache is None else EXPENSIVE_ROWS)
         own = [some[i] for i in processes.local_indices(len(some))] if processes else some
@@ -210,10 +211,14 @@ def try_rows(
         reward.offload()
         tried = torch.stack([scores.isnan().sum().float(), torch.tensor(float(len(own))).to(scores.device)])
         failed, count = map(int, (processes.sum(tried) if processes else tried).tolist())
-        if failed > most_failed * count:
+        if failed:
             failures = [reward.failure(scores, own)]
             message = next(text for text in (processes.gather_objects(failures[0]) if processes else failures) if text)
-            raise RewardError(f"{message} ({failed} of the {count} rows tried have no score)")
+            told = f"{message} ({failed} of the {count} rows tried have no score)"
+            if failed > most_failed * count:
+                raise RewardError(told)
+            warnings.append(f"warning: {told}")
+    return warnings
 
 
 def typical(rows: Sequence[Row], most: int) -> list[Row]:

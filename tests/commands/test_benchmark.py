@@ -99,6 +99,7 @@ def test_the_run_can_be_changed(tiny, tmp_path):
     assert found["update"]["learning_calls"] == 3
 
 
+@pytest.mark.slow
 def test_the_embedded_pipeline_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "peak_flops", lambda device, dtype: 1e12)
     file = tmp_path / "found.json"

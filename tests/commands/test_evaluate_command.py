@@ -180,6 +180,7 @@ def test_an_image_depends_on_its_seed_alone(run, tmp_path):
             assert one[who]["evaluated_level"] == pytest.approx(other[who]["evaluated_level"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_samplers_steps_and_strengths_in_one_call(run, tmp_path, capsys):
     words = ["--samplers", "ddim", "ddim,eta=0", "--steps", 2, 3, "--strength", 0, 0.5, 1]
     code, result, lines = evaluate(run, *words, out=tmp_path / "x")
@@ -295,6 +296,7 @@ def evaluated_needing(samples, prompts, metadata):
 # ---------------------------------------------------------------------------------------------- steering
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steer", ["smc,particles=1", "best_of_n,n=1"])
 def test_a_steering_that_chooses_among_one_is_the_plain_draw(steer, run, toy, tmp_path):
     """To the last bit, of the base and of the tuned model, which are those that are evaluated without steering."""

@@ -80,6 +80,7 @@ def with_lora(pipeline, folder, name, scale=1.0):
     return drawn(pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1, 0.5])
 def test_every_format_draws_the_same_images_in_diffusers(run, pipeline, strength):
     expected = with_lora(pipeline, run / "lora", LORA_FILE, strength)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from helpers import ROOT
 from PIL import Image
@@ -160,3 +161,40 @@ def test_many_images_are_several_pages(run, tmp_path, capsys, monkeypatch):
     assert sample(str(run), "--out", str(tmp_path / "x.png"), "--seeds", *map(str, range(9))) == 0
     assert [path.name for path in sorted(tmp_path.glob("x*.png"))] == ["x.png", "x_2.png", "x_3.png"]
     assert capsys.readouterr().out == f"wrote {tmp_path / 'x.png'} and more pages, to {tmp_path / 'x_3.png'}\n"
+
+
+# ---------------------------------------------------------------------------------------------- steering
+
+
+def rewarded_by(run, rewards):
+    """The run, as if it had been tuned on these."""
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"rewards": rewards}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return str(run)
+
+
+def test_a_run_is_steered_by_its_own_rewards_or_by_those_that_are_named(run, tmp_path):
+    """The brightest of four, or the darkest of the same."""
+    folder, means = rewarded_by(run, {"brightness": {"weight": 1.0}}), []
+    for words in ([], ["rewards.brightness.weight=-1"]):
+        out = tmp_path / str(len(means))
+        words = ["--steer", "best_of_n,n=4", *words, "sampler.eta=1", "--folder", str(out)]
+        assert sample(folder, *words, "--out", str(tmp_path / "x.png")) == 0
+        means.append(drawn(out).mean())
+    brightest, darkest = means
+    assert brightest > darkest
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ({"remote": {"weight": 1.0, "url": "http://127.0.0.1:9"}}, "uses 'remote', which asks a server"),
+        ({"of_a_file_elsewhere": {"weight": 1.0}}, "uses 'of_a_file_elsewhere', which is code"),
+    ],
+)
+def test_what_a_run_names_neither_runs_nor_is_asked_to_steer(rewards, said, run, tmp_path, capsys):
+    assert sample(rewarded_by(run, rewards), "--steer", "smc", "--out", str(tmp_path / "x.png")) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "name the rewards to steer by, as in rewards.brightness.weight=1" in error
+    assert not (tmp_path / "ran").exists()

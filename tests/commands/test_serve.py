@@ -124,6 +124,7 @@ def test_who_is_refused_hears_why_while_still_sending():
     assert client.errors[0].endswith("answered 401: the token is missing or wrong")
 
 
+@pytest.mark.slow
 def test_a_client_that_drips_is_hung_up_on():
     with serving(SECONDS=0.5) as (port, server):
         begun = time.monotonic()
@@ -144,6 +145,7 @@ def settled(server):
     assert (server.queue.count, server.queue.bytes) == (0, 0)
 
 
+@pytest.mark.slow
 def test_who_has_gone_is_not_scored_for():
     """Sixteen at once, a fifth of a second each, with a patience of one: all are scored in the end, hardly one twice."""
     scored = []

@@ -72,6 +72,7 @@ def trained(model):
     return [p for p in model.module.parameters() if p.requires_grad]
 
 
+@pytest.mark.slow
 def test_scores_and_gradients_are_the_same(family, graphs):
     """With and without gradients, the LoRA merged and left out, in half precision, and after it has changed."""
     plain, compiled = pair(family, guidance=3.0)

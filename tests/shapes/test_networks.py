@@ -139,6 +139,7 @@ def test_the_loss_is_of_the_velocity_at_the_scheduler_s_times(zeros, pretrain, n
     assert time.mean() / 1000 == pytest.approx(1.5 - 0.75 * math.log(3), abs=0.015)  # of 3 u / (1 + 2 u), u uniform
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_text_encoder(pretrain, tokenizer, work, tmp_path):
     steps = 30
     (tmp_path / "latents_64_1_7_2.pt").write_bytes((work / "latents_64_1_7_2.pt").read_bytes())
@@ -163,6 +164,7 @@ def test_training_lowers_the_loss_and_leaves_the_text_encoder(pretrain, tokenize
             assert torch.equal(value, before[key]) == same, key
 
 
+@pytest.mark.slow
 def test_it_goes_on_as_if_it_had_not_stopped(pretrain, work, tmp_path):
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
@@ -175,6 +177,7 @@ def test_it_goes_on_as_if_it_had_not_stopped(pretrain, work, tmp_path):
         assert all(torch.equal(value, whole[name][key]) for key, value in parts[name].items())
 
 
+@pytest.mark.slow
 def test_cooling_begins_with_a_copy_and_ends_without_a_rate(pretrain, work, tmp_path, monkeypatch):
     (tmp_path / "latents_64_1_7_2.pt").write_bytes((work / "latents_64_1_7_2.pt").read_bytes())
     begun = trained(pretrain, tmp_path, 3)
@@ -205,6 +208,7 @@ def test_what_is_read_of_a_prompt_is_what_diffusers_reads(pretrain, exported, to
     assert features.shape[1] == FLOW_TOKENS + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zeros", "t5"), [(1, False), (256, True)])
 def test_its_images_are_those_of_diffusers_with_its_t5_and_without(zeros, t5, exported):
     model = SD3(CPU, path=str(exported), t5=t5, t5_tokens=zeros, guidance=1.0, lora_rank=2)

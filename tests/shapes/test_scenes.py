@@ -21,6 +21,7 @@ def drawn(seed, count):
         yield scene, as_float(scenes.draw(scene)), scenes.describe(scene, rng)
 
 
+@pytest.mark.slow
 def test_checker_reads_fresh_scenes():
     cases = [(scene, scenes.read(image), request) for scene, image, request in drawn(seed=11, count=1000)]
     assert np.mean([scenes.grade_scene(things, request) == 1 for _, things, request in cases]) >= 0.99

@@ -41,6 +41,7 @@ def run(folder, *more):
     return record, json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_best_lora_is_kept_and_both_are_reported(tmp_path, capsys):
     record, result = run(tmp_path / "run", "train.lr=0.3", "train.epochs=12", "train.images_per_prompt=64",
                          "train.rollout_batch=128")  # fmt: skip
@@ -63,6 +64,7 @@ def test_the_best_lora_is_kept_and_both_are_reported(tmp_path, capsys):
     assert result["best"]["heldout"]["quadratic"]["tuned"]["mean"] > result["heldout"]["quadratic"]["tuned"]["mean"]
 
 
+@pytest.mark.slow
 def test_patience_ends_the_run_also_when_it_is_resumed(tmp_path, capsys):
     words = ["train.lr=0.1", "train.epochs=40", "train.patience=2", "run.checkpoint_seconds=0", "train.lr_decay=none"]
     record, result = run(tmp_path / "run", *words)
@@ -74,6 +76,7 @@ def test_patience_ends_the_run_also_when_it_is_resumed(tmp_path, capsys):
     assert again == record
 
 
+@pytest.mark.slow
 def test_where_nothing_beats_the_base_there_is_no_best_lora(tmp_path, capsys):
     _, result = run(tmp_path / "run", "rewards.quadratic.curvature=[20]", "train.lr=1", "train.epochs=2")
     assert result["best"] == {"epoch": 0}

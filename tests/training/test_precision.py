@@ -103,6 +103,7 @@ def run(folder: Path, chosen, monkeypatch, *words: str) -> tuple[int, list[dict]
     return code, [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [("bfloat16", None), (None, "bfloat16")])
 def test_a_resumed_run_keeps_what_it_chose(first, then, tmp_path, monkeypatch, capsys):
     """Although a trial on the machine that it goes on with would say otherwise; its config says what it has."""
@@ -124,6 +125,7 @@ def test_a_resumed_run_keeps_what_it_chose(first, then, tmp_path, monkeypatch, c
     assert saved["train"]["rollout_dtype"] == first
 
 
+@pytest.mark.slow
 def test_another_choice_by_hand_is_refused(tmp_path, monkeypatch, capsys):
     run(tmp_path / "run", "bfloat16", monkeypatch, "train.epochs=2", "train.lr_decay=none")
     code, _ = run(

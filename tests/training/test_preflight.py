@@ -98,6 +98,17 @@ def test_a_flat_reward_is_pointed_out(tmp_path):
     assert "warning: the reward is the same for the 4 images tried of each prompt" in preflight(trainer)
 
 
+def test_a_reward_that_some_prompts_lack_is_pointed_out(tmp_path):
+    @condrl.reward(name="lacking")
+    def lacking(samples, prompts):
+        named = torch.tensor([prompt != "far left" for prompt in prompts])
+        return samples[:, 0].where(named, float("nan"))
+
+    words = ["rewards.quadratic.weight=0", "rewards.lacking.weight=1", f"run.dir={tmp_path}"]
+    lines = preflight(make(str(ROOT / "configs" / "toy" / "p1.yaml"), *words))
+    assert any(line.startswith("warning: the reward 'lacking' failed for the prompt") for line in lines)
+
+
 @pytest.mark.slow
 def test_a_dry_run_writes_nothing(tmp_path):
     done = run_python(FINETUNE, *toy_words("nft", tmp_path / "run"), "--dry-run", cwd=tmp_path)

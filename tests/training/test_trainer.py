@@ -443,6 +443,7 @@ def test_normalised_rewards_have_the_spread_of_their_weights(tmp_path):
     torch.testing.assert_close(again, even.scores.total, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_the_epochs(tmp_path):
     """Neither objects nor the bytes of tensors grow with the number of epochs."""
     trainer = make_trainer(tmp_path, steps=3, rows=[Row(i, "01"[i % 2]) for i in range(7)])

@@ -249,6 +249,7 @@ def test_each_of_several_stages_has_as_many_times_kappa(tmp_path):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stages_are_planned_for_the_runs_epochs(tmp_path):
     """More of them than epochs are refused, and so is a run in stages that is made longer."""
     words = [*toy_words("nft", tmp_path), "algorithm.kappa=0.5", "algorithm.stages=3", "train.lr_decay=none"]

@@ -251,6 +251,7 @@ def test_the_plugin_holds_only_what_is_its_own():
 # ---------------------------------------------------------------------------------------------- LoRA files
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_from_either_file_and_so_do_we(folder, tmp_path):
     model = SDXL(CPU, path=str(folder), lora_rank=2, lora_alpha=5)
     before = pictures(model, PROMPTS, SEEDS)

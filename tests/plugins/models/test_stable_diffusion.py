@@ -331,6 +331,7 @@ def counted(model):
     return calls
 
 
+@pytest.mark.slow
 def test_prompts_are_encoded_alone_and_when_they_are_needed(model):
     calls = counted(model)
     condition = model.encode([f"a red star {i}" for i in range(1000)])

@@ -318,7 +318,7 @@ def test_steered_pictures_obey_better(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--steer", "smc"], "--steer needs rewards to draw with"),
+        (["--steer", "smc", "model.path=somewhere"], "--steer needs rewards to draw with"),
         (["--steer", "sms", "rewards.shapes.weight=1"], "unknown steering 'sms'. Did you mean 'smc'?"),
         (["--steer", "smc,particle=3", "rewards.shapes.weight=1"], "--steer.particle: there is no such key"),
         (["--steer", "smc,particles=many", "rewards.shapes.weight=1"], "--steer.particles"),
