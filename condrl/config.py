@@ -86,6 +86,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     kl_budget: float | None = None  # nats of path KL to the base model that a run may spend; null: no limit
     over_budget: Literal["stop", "adapt"] = "stop"  # beyond it, end the run; or raise algorithm.kappa until it is met
+    ema: float = 0.0  # decay, at each update, of an average of the weights, which is measured and saved; 0: the newest
     patience: int | None = None  # end after this many evaluations on validation prompts without a better one
     max_failed: float = 0.1  # stop when a larger share of an epoch's scores failed; fewer are left out
     max_bad_updates: int = 3  # stop after this many in a row whose gradient is not finite; fewer are skipped
@@ -629,8 +630,9 @@ def check_arithmetic(config: Config) -> None:
         raise UsageError("config train.patience: has no effect without prompts.validation and evaluate.every")
     if config.prompts.validation and not config.evaluate.every:
         raise UsageError("config prompts.validation: has no effect without evaluate.every")
-    if not 0 <= train.max_failed < 1:
-        raise UsageError(f"config train.max_failed: must be in [0, 1), got {train.max_failed}")
+    for name in ("max_failed", "ema"):
+        if not 0 <= getattr(train, name) < 1:
+            raise UsageError(f"config train.{name}: must be in [0, 1), got {getattr(train, name)}")
     if not all(0 <= beta < 1 for beta in train.betas):
         raise UsageError(f"config train.betas: must be in [0, 1), got {list(train.betas)}")
     sentence = f"{train.prompts_per_epoch} prompts x {train.images_per_prompt} images = {images} images per epoch"

@@ -190,7 +190,8 @@ def tuned_result(
         trainer.load_state_dict(checkpoint[1])
     with stopping_on_signals(trainer):
         tune(trainer)
-    tuned = evaluation(trainer, prompts.heldout, "held-out, tuned")
+    with trainer.learner.deploying():
+        tuned = evaluation(trainer, prompts.heldout, "held-out, tuned")
     result = {
         "heldout": compared(base, tuned) if base and tuned else {},
         "before": before,
@@ -204,7 +205,8 @@ def tuned_result(
         **origin,
     }
     if processes.is_main:
-        save_result(trainer, prompts.heldout, result, base, tuned)
+        with trainer.learner.deploying():
+            save_result(trainer, prompts.heldout, result, base, tuned)
     return result
 
 

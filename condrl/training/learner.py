@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from condrl.algorithms.base import Algorithm, Collected, OwnNetwork
 from condrl.algorithms.examples import Examples, Metrics
+from condrl.algorithms.reference import MovingReference
 from condrl.config import Config
 from condrl.diffusion.noise import seeded_by
 from condrl.diffusion.policy import Policy
@@ -30,6 +32,7 @@ class Learner:
         groups = [{"params": self.weights}, *(parameter_group(own) for own in self.networks.values())]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = make_optimizer(train, groups)
+        self.average = MovingReference(policy, train.ema) if train.ema else None
         self.updates = 0
         self.bad_updates = self.skipped = 0  # updates without a finite gradient: in a row, in all
 
@@ -89,11 +92,17 @@ class Learner:
         if finite:
             self.optimizer.step()
             self.updates += 1
+            if self.average:
+                self.average.update(self.policy)
         self.optimizer.zero_grad()
         if finite:
             self.extra_steps(examples, parts, weight)
             self.algorithm.after_update(self.policy)
         return {name: torch.stack(values).sum() for name, values in totals.items()}, norm if finite else None
+
+    def deploying(self) -> AbstractContextManager[None]:
+        """Within it, the policy is what is measured and saved: the average of its weights if there is one."""
+        return self.average.active(self.policy) if self.average else nullcontext()
 
     def count_bad(self, finite: bool) -> None:
         """Count an update that is skipped because its gradient is not finite.

@@ -64,14 +64,17 @@ def watch(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[s
 
     def look_at_heldout() -> dict[str, float]:
         epoch = trainer.epoch + 1
-        found = evaluation(trainer, prompts.heldout, f"held-out, after {epoch} epochs")
+        with trainer.learner.deploying():
+            found = evaluation(trainer, prompts.heldout, f"held-out, after {epoch} epochs")
+            own = own_measures(trainer, prompts.heldout, "heldout")
         save_frames(trainer, epoch, found)
-        return flat(found, "heldout") | own_measures(trainer, prompts.heldout, "heldout")
+        return flat(found, "heldout") | own
 
     def look(epoch: int, who: str) -> dict[str, float]:
-        found = evaluation(trainer, prompts.validation, f"validation, {who}")
+        with trainer.learner.deploying():
+            found = evaluation(trainer, prompts.validation, f"validation, {who}")
+            own = own_measures(trainer, prompts.validation, "validation")
         save_frames(trainer, epoch, found)
-        own = own_measures(trainer, prompts.validation, "validation")
         if found is None:
             return own
         weights = {reward.name: reward.weight for reward in trainer.rewards} or dict.fromkeys(found.measures, 1.0)
@@ -119,5 +122,5 @@ def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> 
 
 def save_lora(trainer: Trainer, name: str = "lora") -> None:
     if trainer.processes.is_main:
-        with trainer.folder.replacing(name) as folder:
+        with trainer.folder.replacing(name) as folder, trainer.learner.deploying():
             trainer.policy.model.save_adapter(folder, {"rewards": weights_in_words(trainer.config)})

@@ -307,6 +307,7 @@ class Trainer:
             "evaluations": self.processes.add_up({"calls": self.policy.model.evaluations})["calls"],
             "rewards": self.processes.gather_objects({reward.name: reward.state_dict() for reward in self.rewards}),
             "weights": list(self.learner.weights),
+            "average": self.learner.average.state_dict() if self.learner.average else {},
             "modules": {name: own.module.state_dict() for name, own in self.learner.networks.items()},
             "optimizer": self.learner.optimizer.state_dict(),
             "algorithm": self.algorithm.state_dict(),
@@ -326,6 +327,8 @@ class Trainer:
         self.policy.model.evaluations = state["evaluations"] if self.processes.is_main else 0
         for weight, value in zip(learner.weights, state["weights"], strict=True):
             weight.copy_(value)
+        if learner.average:
+            learner.average.load_state_dict(state["average"])
         for name, own in self.learner.networks.items():
             own.module.load_state_dict(state["modules"][name])
         theirs = state["optimizer"]
