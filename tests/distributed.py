@@ -10,7 +10,7 @@ import torch
 from helpers import ALGORITHMS, toy_words
 from safetensors.torch import save_file
 
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 

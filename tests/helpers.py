@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from condrl import registry
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.shapes.networks import make_text_encoder, make_tokenizer
 from condrl.training.build import make_trainer

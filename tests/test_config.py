@@ -5,7 +5,8 @@ from helpers import ROOT
 
 from condrl import UsageError
 from condrl.commands import finetune
-from condrl.config import build_config, config_help, load_config, to_yaml
+from condrl.config import build_config, config_help, to_yaml
+from condrl.loading import load_config
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import condrl
 from condrl.commands import benchmark, export, finetune
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.overrides import is_setting
 from condrl.training.published import published
 

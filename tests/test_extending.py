@@ -13,12 +13,12 @@ from helpers import ROOT, run_python
 
 from condrl import UsageError, registry
 from condrl.__main__ import main
-from condrl.config import load_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout, sample
 from condrl.diffusion.schedule import OU
 from condrl.diffusion.steering import Draws
+from condrl.loading import load_config
 from condrl.plugins.models.mixture import Mixture
 from condrl.prompts import Row, load_prompts
 from condrl.rewards.pixels import read_image

@@ -10,7 +10,7 @@ import torch
 from helpers import ROOT
 
 import condrl
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.prompts import Row
 from condrl.training.build import make_trainer
 from condrl.training.trainer import Clock

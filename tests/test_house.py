@@ -10,7 +10,7 @@ from helpers import ROOT, run_python
 ROOMS = (  # from the ground up: a module imports from its own room and from those before it
     ("errors",),
     ("io", "registry", "overrides"),
-    ("config", "prompts", "processes"),
+    ("config", "loading", "prompts", "processes"),
     ("diffusion",),
     ("models",),
     ("rewards",),

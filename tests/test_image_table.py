@@ -9,7 +9,7 @@ import yaml
 from helpers import ROOT, load_script
 
 from condrl import registry
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 

@@ -15,8 +15,8 @@ from helpers import ALGORITHMS, ROOT, run_python, toy_words
 from safetensors.torch import load_file
 
 from condrl import RunError, UsageError
-from condrl.config import load_config
 from condrl.diffusion.noise import Noise
+from condrl.loading import load_config
 from condrl.plugins.models.mixture import Mixture
 from condrl.processes import Processes
 from condrl.training.host import check_equal_calls, make_accelerator

@@ -11,8 +11,8 @@ from helpers import ROOT, answering, load_script
 from reward_files import save_reward_files
 
 from condrl.commands import finetune
-from condrl.config import load_config
 from condrl.io.records import from_json
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination

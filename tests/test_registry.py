@@ -13,9 +13,10 @@ import condrl
 from condrl import UsageError
 from condrl.algorithms.base import Algorithm
 from condrl.algorithms.examples import Examples
-from condrl.config import GridConfig, RewardConfig, load_config
+from condrl.config import GridConfig, RewardConfig
 from condrl.diffusion.schedule import VP
 from condrl.diffusion.transition import Coefficients
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.registry import COMMON, load_file, snake_case
 from condrl.training.build import make_sampler, make_trainer

@@ -6,7 +6,8 @@ import pytest
 from helpers import ROOT, load_script
 
 from condrl import UsageError
-from condrl.config import load_config, to_yaml
+from condrl.config import to_yaml
+from condrl.loading import load_config
 
 MEASURES = ("clip", "shapes_exact", "shapes", "jpeg_compressibility")
 RESULT = {"heldout": {name: {"base": {"mean": 0.5}, "tuned": {"mean": 0.6}} for name in MEASURES}}

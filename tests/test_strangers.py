@@ -23,8 +23,8 @@ import condrl.io.hub
 from condrl import UsageError
 from condrl.commands import finetune, sample
 from condrl.commands.console import exit_code
-from condrl.config import load_config
 from condrl.io.files import locate
+from condrl.loading import load_config
 from condrl.models.loading import load_pipeline
 from condrl.models.lora import LORA_FILE, diffusers_names, lora_layers, lora_state, rank_of
 from condrl.models.points import MODULE_FILE

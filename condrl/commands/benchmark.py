@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from condrl.commands.console import exit_code
 from condrl.commands.finetune import check_json
-from condrl.config import Config, load_config
+from condrl.config import Config
 from condrl.errors import UsageError, print_main
+from condrl.loading import load_config
 from condrl.registry import suggestion
 
 if TYPE_CHECKING:

@@ -34,9 +34,10 @@ from condrl.commands.console import exit_code, one_of_several
 from condrl.commands.evaluation import RECORD, SUMMARY, Writer, report, started
 from condrl.commands.finetune import check_json
 from condrl.commands.sample import HOME, check_folder, default_config, find, in_run, split_words, with_rank
-from condrl.config import Config, load_for_evaluation
+from condrl.config import Config
 from condrl.errors import UsageError, print_main, visible, warn_of_address_limit
 from condrl.io.files import locate
+from condrl.loading import load_for_evaluation
 from condrl.overrides import exists, read_named, setting_keys
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condrl.commands.console import exit_code
-from condrl.config import config_help, load_config, to_yaml
+from condrl.config import config_help, to_yaml
 from condrl.errors import SIGNALS, RunError, Stopped, UsageError, naming, print_main, warn_of_address_limit
 from condrl.io.files import CONFIGS
+from condrl.loading import load_config
 
 if TYPE_CHECKING:
     from condrl.config import Config

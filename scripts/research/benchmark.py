@@ -43,10 +43,11 @@ from tqdm import tqdm
 
 from condrl.algorithms.examples import RatioExamples, check_ratios
 from condrl.commands.console import exit_code
-from condrl.config import Config, load_config
+from condrl.config import Config
 from condrl.diffusion.policy import Policy
 from condrl.errors import UsageError
 from condrl.io.records import write_json
+from condrl.loading import load_config
 from condrl.prompts import Row as Prompt
 from condrl.prompts import load_prompts
 from condrl.rewards.scoring import make_reward

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 import condrl
-from condrl.config import Config, load_config
+from condrl.config import Config
 from condrl.io.records import from_json
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.shapes import scenes
 from condrl.training.build import make_trainer

@@ -478,8 +478,8 @@ def clip_agreement(folder: Path, prompts: int = 64, images: int = 8) -> dict[str
     """Rank correlation with the exact checker for images of the pipeline: over all of them, and within a prompt's."""
     from scipy.stats import spearmanr
 
-    from condrl.config import load_config
     from condrl.diffusion.rollout import rollout
+    from condrl.loading import load_config
     from condrl.prompts import load_prompts
     from condrl.rewards.scoring import make_reward
     from condrl.training.build import make_policy
@@ -639,9 +639,9 @@ def pipeline_measures(folder: Path, prompts: Path, runs: Mapping[str, list[str]]
 
     "relation, given both" is the share of relations that hold among the images that have both objects.
     """
-    from condrl.config import load_config
     from condrl.diffusion.noise import seeded
     from condrl.diffusion.rollout import sample
+    from condrl.loading import load_config
     from condrl.prompts import load_prompts
     from condrl.training.build import make_policy
 

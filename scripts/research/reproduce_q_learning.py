@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from condrl.commands.console import exit_code
-from condrl.config import load_config
 from condrl.diffusion.rollout import rollout
 from condrl.errors import UsageError
 from condrl.io.records import write_json
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.rewards.scoring import score
 from condrl.toys.datasets import make_dataset

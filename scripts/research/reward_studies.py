@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from condrl.commands.console import exit_code
-from condrl.config import load_config
 from condrl.io.records import write_json
+from condrl.loading import load_config
 from condrl.toys.plots import axes_of
 from condrl.training.resume import check_same_settings
 

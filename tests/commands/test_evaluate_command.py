@@ -14,8 +14,8 @@ import condrl
 from condrl import UsageError
 from condrl.commands import evaluate as command
 from condrl.commands import finetune
-from condrl.config import load_config
 from condrl.diffusion.rollout import rollout
+from condrl.loading import load_config
 from condrl.models.lora import LORA_FILE
 from condrl.training.build import make_policy
 from condrl.training.evaluate import first_seed

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from condrl.__main__ import COMMANDS
 from condrl.commands import export as command
 from condrl.commands.console import exit_code
-from condrl.config import load_config, to_yaml
+from condrl.config import to_yaml
+from condrl.loading import load_config
 from condrl.models.lora import KOHYA_FILE, LORA_FILE
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.training.folder import RunFolder

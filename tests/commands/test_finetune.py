@@ -10,7 +10,7 @@ from helpers import ROOT, run_python
 from PIL import Image
 from safetensors.torch import load_file
 
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.models.lora import LORA_FILE
 
 pytestmark = pytest.mark.slow

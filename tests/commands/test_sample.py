@@ -12,7 +12,8 @@ from condrl import UsageError
 from condrl.commands import evaluate
 from condrl.commands import sample as command
 from condrl.commands.console import exit_code
-from condrl.config import load_config, to_yaml
+from condrl.config import to_yaml
+from condrl.loading import load_config
 from condrl.models.lora import LORA_FILE
 from condrl.models.points import MODULE_FILE
 from condrl.plugins.models.stable_diffusion import StableDiffusion

@@ -12,8 +12,8 @@ from helpers import ROOT, tiny_pipeline
 import condrl.models.latent
 from condrl import UsageError
 from condrl.algorithms.examples import check_ratios
-from condrl.config import load_config, load_for_drawing
 from condrl.diffusion.policy import Policy, acting
+from condrl.loading import load_config, load_for_drawing
 from condrl.models.compiled import check_compiler
 from condrl.plugins.models.flux import Flux
 from condrl.plugins.models.sd3 import SD3

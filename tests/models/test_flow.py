@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from condrl import UsageError
 from condrl.commands import finetune
-from condrl.config import load_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout
+from condrl.loading import load_config
 from condrl.models.flow import JOINT_ATTENTION
 from condrl.models.latent import LatentModel, add_lora
 from condrl.models.lora import KOHYA_FILE, LORA_FILE, lora_layers, save_lora

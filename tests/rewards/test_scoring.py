@@ -10,8 +10,8 @@ import condrl
 from condrl import RunError, UsageError
 from condrl.commands import sample
 from condrl.commands.console import exit_code
-from condrl.config import load_config
 from condrl.errors import RewardError, Stopped
+from condrl.loading import load_config
 from condrl.prompts import Row, load_prompts
 from condrl.rewards.scoring import make_reward, score
 from condrl.shapes import scenes

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from condrl import UsageError
 from condrl.commands import finetune
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.training.best import Best
 
 P1 = ROOT / "condrl" / "assets" / "toy" / "p1.jsonl"

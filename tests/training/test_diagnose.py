@@ -10,7 +10,7 @@ from helpers import ROOT
 
 import condrl
 from condrl import RunError, UsageError
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination

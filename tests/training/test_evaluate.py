@@ -9,9 +9,9 @@ from helpers import ROOT
 
 import condrl
 from condrl.commands import finetune
-from condrl.config import load_config
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import OU
+from condrl.loading import load_config
 from condrl.prompts import Row
 from condrl.rewards.pixels import to_pil
 from condrl.rewards.scoring import make_reward
@@ -172,7 +172,6 @@ def test_the_held_out_prompts_are_measured_and_not_the_training_prompts(tmp_path
 MEASURE = "evaluate.measures.number_of_row={}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("prompts", "mean"), [("null", 37.0), ("2", 5.5)])
 def test_the_first_so_many_prompts_are_measured(prompts, mean, tmp_path):
     result, _ = toy(tmp_path, MEASURE, f"evaluate.prompts={prompts}")
@@ -192,7 +191,6 @@ def test_so_many_images_of_each_held_out_prompt_all_different(tmp_path):
     assert [many - few for many, few in zip(asked[3], asked[1], strict=True)] == [4, 4, 4]  # two more, base and tuned
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("every", "when"), [("null", []), ("2", [2, 4]), ("5", [5])])
 def test_held_out_measures_are_taken_after_so_many_epochs(every, when, tmp_path):
     result, lines = toy(tmp_path, "train.lr=1e-2", f"evaluate.every={every}")
@@ -233,7 +231,6 @@ def moment_of_chain(sampler, schedule):
     return (m**2 + v).item()
 
 
-@pytest.mark.slow
 def test_another_sampler_may_be_evaluated(tmp_path):
     """Two steps of Euler's method on the ODE, whose distribution is known, and not the one that tunes."""
     words = [
@@ -277,7 +274,6 @@ def test_so_many_pictures_are_shown(pictures, model):
     assert found.measures["mean_level"].failed == 0
 
 
-@pytest.mark.slow
 def test_a_run_shows_as_many_as_it_is_asked_for(pipeline, tmp_path):
     """Three before | after pairs, two of them in the first of two rows."""
     from PIL import Image

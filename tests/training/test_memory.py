@@ -8,7 +8,7 @@ import torch
 from helpers import ROOT, run_python, toy_words
 
 from condrl.algorithms.examples import check_ratios
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.models.lora import lora_layers
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer

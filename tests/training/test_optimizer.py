@@ -12,7 +12,8 @@ from helpers import toy_words
 
 from condrl import UsageError
 from condrl.commands.console import exit_code
-from condrl.config import TrainConfig, load_config
+from condrl.config import TrainConfig
+from condrl.loading import load_config
 from condrl.training.checkpoint import newest_checkpoint
 from condrl.training.checks import check_combination
 from condrl.training.memory import Growth, Needs, memory

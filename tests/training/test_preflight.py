@@ -9,7 +9,7 @@ from helpers import ALGORITHMS, ROOT, run_python, toy_words
 import condrl
 import condrl.training.memory as memory
 from condrl import RunError, UsageError
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.prompts import Row, load_prompts
 from condrl.rewards.scoring import make_reward
 from condrl.training.build import make_trainer

@@ -81,7 +81,7 @@ def test_long_names_do_not_run_into_the_numbers():
 
 
 def test_adjoint_matching_takes_no_more_images_at_a_time_than_loss_batch(tmp_path, monkeypatch):
-    from condrl.config import load_config
+    from condrl.loading import load_config
     from condrl.prompts import load_prompts
     from condrl.training.build import make_trainer
 

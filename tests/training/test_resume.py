@@ -25,9 +25,9 @@ import condrl.training.trainer
 from condrl import RunError, UsageError
 from condrl.commands import finetune as command
 from condrl.commands.console import exit_code
-from condrl.config import load_config
 from condrl.diffusion.noise import rng_state, set_rng_state
 from condrl.errors import Stopped
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 from condrl.training.checkpoint import (

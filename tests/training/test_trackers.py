@@ -22,7 +22,8 @@ from helpers import ROOT, toy_words
 from PIL import Image
 
 from condrl.commands import finetune
-from condrl.config import RunConfig, load_config
+from condrl.config import RunConfig
+from condrl.loading import load_config
 from condrl.training.folder import RunFolder
 from condrl.training.host import flatten
 from condrl.training.pictures import labelled

@@ -9,9 +9,9 @@ from helpers import ROOT, load_script
 
 import condrl
 from condrl import UsageError
-from condrl.config import load_config
 from condrl.diffusion.path_kl import path_kl
 from condrl.diffusion.rollout import Place
+from condrl.loading import load_config
 from condrl.prompts import Row
 from condrl.toys import oracle, reference
 from condrl.toys.exact import Problem, solve

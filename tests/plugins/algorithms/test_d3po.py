@@ -7,7 +7,7 @@ from helpers import ROOT
 
 from condrl import UsageError
 from condrl.algorithms.preferences import preference_loss
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.toys.exact import solve
 from condrl.training.build import make_trainer

@@ -9,10 +9,10 @@ from helpers import ROOT, toy_words
 
 from condrl import UsageError
 from condrl.commands import finetune
-from condrl.config import load_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.rollout import rollout, sample
 from condrl.diffusion.transition import Gaussian
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.rewards.pixels import to_pil
 from condrl.training.build import make_trainer

@@ -6,7 +6,7 @@ from chains import SHAPES, an_epoch, move, step_of, trainer_of
 from helpers import ROOT
 
 from condrl import UsageError
-from condrl.config import load_config
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.toys import reference
 from condrl.toys.exact import solve

@@ -9,8 +9,8 @@ from helpers import ROOT, toy_words
 
 from condrl import UsageError
 from condrl.commands import finetune
-from condrl.config import load_config
 from condrl.diffusion.schedule import OU
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.rewards.scoring import score
 from condrl.toys.exact import solve

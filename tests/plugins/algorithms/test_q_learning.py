@@ -12,8 +12,8 @@ from torch import nn
 
 from condrl import UsageError
 from condrl.algorithms.actions import pretrained_scores
-from condrl.config import load_config
 from condrl.diffusion.noise import Noise
+from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.toys import oracle, reference
 from condrl.toys.datasets import make_dataset, ratio_score

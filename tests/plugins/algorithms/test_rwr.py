@@ -7,9 +7,9 @@ from helpers import ROOT
 
 from condrl import UsageError
 from condrl.algorithms.forward import noised_samples
-from condrl.config import load_config
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.rollout import Rollout
+from condrl.loading import load_config
 from condrl.plugins.algorithms.rwr import RWR
 from condrl.prompts import load_prompts
 from condrl.toys.exact import solve

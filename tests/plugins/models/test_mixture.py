@@ -110,7 +110,7 @@ def test_transfer_factor():
 
 
 def test_tuning_at_one_noise_level_and_evaluating_at_another_warns():
-    from condrl.config import load_config
+    from condrl.loading import load_config
 
     toy = str(ROOT / "configs/toy/g1.yaml")
     assert transfer_warning(load_config([toy])) is None

@@ -27,9 +27,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from condrl import UsageError
 from condrl.commands import finetune
-from condrl.config import load_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
+from condrl.loading import load_config
 from condrl.models.latent import ATTENTION, LatentModel, add_lora, unet_layers
 from condrl.models.lora import KOHYA_FILE, LORA_FILE, lora_layers, lora_state, save_lora
 from condrl.plugins.models.sdxl import SDXL

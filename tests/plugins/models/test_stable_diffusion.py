@@ -13,12 +13,12 @@ from torch.distributions import Normal, kl_divergence
 
 from condrl import UsageError
 from condrl.algorithms.examples import check_ratios
-from condrl.config import load_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.path_kl import path_kl
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout, sample
 from condrl.io.files import ASSETS
+from condrl.loading import load_config
 from condrl.models.embeddings import Embeddings
 from condrl.models.loading import load_pipeline
 from condrl.plugins.models.stable_diffusion import StableDiffusion

@@ -11,7 +11,6 @@ from helpers import ROOT
 from torch.distributions import Normal
 
 from condrl import UsageError
-from condrl.config import load_config
 from condrl.diffusion.noise import randn
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Place, advance, rollout
@@ -25,6 +24,7 @@ from condrl.diffusion.schedule import (
     schedule_from_diffusers,
 )
 from condrl.diffusion.transition import Coefficients, Sampler
+from condrl.loading import load_config
 from condrl.plugins.models.mixture import Mixture
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward, score
