@@ -1,4 +1,4 @@
-"""Files and `key=value` arguments -> a Config: all of it to tune, or what drawing and evaluating need of it; later ones win."""
+"""A Config from files and `key=value` arguments: all of it to tune, or what drawing and evaluating need."""
 
 from __future__ import annotations
 
