@@ -6,8 +6,8 @@
     python scripts/research/mutants.py --all-tests              the whole quick suite for each, not the tests it names
 
 A mutant is a text of a file that becomes another; they are in mutants.txt. The work is done on a temporary copy of the
-repository, so nothing of yours is touched. Slow tests are left out, and the others have to pass before anything is
-broken. A text that is not found exactly once is refused: the code has changed, and the mutant has to follow. The exit
+repository, so nothing of yours is touched. The quick tests have to pass before anything is broken; the slow ones are
+run on what they let through. A text that is not found exactly once is refused: the code has changed, and the mutant has to follow. The exit
 code is 1 when one survives.
 """
 
@@ -148,28 +148,31 @@ def verdicts(mutants: Iterable[Mutant], copy: Path, everything: bool) -> Iterato
 
 
 def broken(mutant: Mutant, copy: Path, tests: Sequence[str]) -> str:
-    """The tests' verdict on the copy with the mutant in it."""
+    """The tests' verdict on the copy with the mutant in it: the quick ones', or if it survives, the slow ones'."""
     file = copy / mutant.file
     whole = file.read_text("utf-8")
     file.write_text(whole.replace(mutant.old, mutant.new), "utf-8")
     try:
-        return tested(copy, tests)
+        quick = tested(copy, tests)
+        return tested(copy, tests, "slow") if quick == "survived" else quick
     finally:
         file.write_text(whole, "utf-8")
 
 
-def tested(copy: Path, tests: Sequence[str]) -> str:
+def tested(copy: Path, tests: Sequence[str], which: str = "not slow") -> str:
     """`survived` when the tests pass, `killed` when one fails, or what else happened."""
-    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(copy, tests))
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(copy, tests, which))
     process.start()
     process.join(LIMIT)
     if process.is_alive():
         process.kill()
         return "killed (took too long)"
-    return {0: "survived", 1: "killed"}.get(process.exitcode or 0, f"not tested (pytest: {process.exitcode})")
+    return {0: "survived", 1: "killed", 5: "survived"}.get(  # 5: there are no such tests
+        process.exitcode or 0, f"not tested (pytest: {process.exitcode})"
+    )
 
 
-def run_tests(copy: Path, tests: Sequence[str]) -> None:
+def run_tests(copy: Path, tests: Sequence[str], which: str) -> None:
     """In a process of its own, forked from this one, which has done the slow imports; prints nothing."""
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         for stream in (sys.stdout, sys.stderr):
@@ -178,7 +181,7 @@ def run_tests(copy: Path, tests: Sequence[str]) -> None:
     os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(copy))
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]))
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", which, *tests]))
 
 
 def report(found: Sequence[tuple[Mutant, str, float]]) -> int:
