@@ -5,10 +5,10 @@
     python scripts/research/mutants.py --list                   what they are; nothing is run
     python scripts/research/mutants.py --all-tests              the whole quick suite for each, not the tests it names
 
-A mutant is a text of a file that becomes another; they are in mutants.txt. The work is done on a temporary copy of the
-repository, so nothing of yours is touched. The quick tests have to pass before anything is broken; the slow ones are
-run on what they let through. A text that is not found exactly once is refused: the code has changed, and the mutant has to follow. The exit
-code is 1 when one survives.
+A mutant is a text of a file that becomes another; they are in mutants.txt. The work is done on a temporary copy of
+the repository, so nothing of yours is touched. The quick tests have to pass before anything is broken; the slow ones
+are run on what they let through. A text that is not found exactly once is refused: the code has changed, and the
+mutant has to follow. The exit code is 1 when one survives.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def verdicts(mutants: Iterable[Mutant], copy: Path, everything: bool) -> Iterato
     for mutant in mutants:
         tests = ("tests",) if everything else mutant.tests
         if tests not in sound:
-            sound[tests] = tested(copy, tests)
+            sound[tests] = tested(copy, tests, "not slow")
         began = time.monotonic()
         found = broken(mutant, copy, tests) if sound[tests] == "survived" else "its tests fail without it"
         seconds = time.monotonic() - began
@@ -153,13 +153,13 @@ def broken(mutant: Mutant, copy: Path, tests: Sequence[str]) -> str:
     whole = file.read_text("utf-8")
     file.write_text(whole.replace(mutant.old, mutant.new), "utf-8")
     try:
-        quick = tested(copy, tests)
+        quick = tested(copy, tests, "not slow")
         return tested(copy, tests, "slow") if quick == "survived" else quick
     finally:
         file.write_text(whole, "utf-8")
 
 
-def tested(copy: Path, tests: Sequence[str], which: str = "not slow") -> str:
+def tested(copy: Path, tests: Sequence[str], which: str) -> str:
     """`survived` when the tests pass, `killed` when one fails, or what else happened."""
     process = multiprocessing.get_context("fork").Process(target=run_tests, args=(copy, tests, which))
     process.start()
