@@ -353,7 +353,9 @@ def _fits(down: Tensor, up: Tensor) -> bool:
 
 
 def _check_shape(path: Path, name: str, module: Any, factors: Factors) -> None:
-    outputs, inputs = module.weight.flatten(1).shape
+    base = getattr(module, "base_layer", module)
+    is_linear = isinstance(base, nn.Linear)  # whose weight may be quantised, and packed
+    outputs, inputs = (base.out_features, base.in_features) if is_linear else base.weight.flatten(1).shape
     made = factors.down.shape[1], len(factors.up)
     if made != (inputs, outputs):
         there, here = (f"{one} to {other}" for one, other in (made, (inputs, outputs)))
