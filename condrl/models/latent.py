@@ -183,6 +183,11 @@ class LatentModel(ABC):
             if value is not None and value < 1:
                 raise UsageError(f"config model.{name}: must be at least 1, got {value}")
         check_guidance(self.guidance, self.negative_prompt)
+        if self.compile and self.quantize == "int8":
+            raise UsageError(
+                "config model.compile: does not work with int8 weights, through which torch 2.14 compiles no backward "
+                "pass: leave it out, or use model.quantize=nf4"
+            )
         if not self.lora_targets:
             raise UsageError("config model.lora_targets: it is empty, so nothing would be trained; leave it out")
 

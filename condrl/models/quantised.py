@@ -81,7 +81,13 @@ def in_nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
 ROUNDED: dict[Quantize, Callable[[nn.Linear, torch.device], nn.Module]] = {"int8": in_int8, "nf4": in_nf4}
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+def shape_of(weight: Tensor) -> torch.Size:
+    """The shape that a weight had before bitsandbytes made a column of it."""
+    state = getattr(weight, "quant_state", None)
+    return weight.shape if state is None else state.shape
 
 
 def held_bytes(weight: Tensor) -> int:
@@ -101,5 +107,5 @@ def planned_bytes(network: nn.Module, kind: Quantize | None) -> int:
 def rounded_bytes(weight: Tensor, kind: Quantize) -> int:
     """The bytes of a linear layer's weight (outputs, inputs) in a number of bits, with its scales in float32."""
     if kind == "int8":
-        return weight.numel() + 4 * len(weight)
+        return weight.numel() + 5 * len(weight)  # a scale and a zero point for each output
     return -(-weight.numel() // 2) + 4 * -(-weight.numel() // NF4_BLOCK)
