@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from condrl.errors import UsageError, brief
+from condrl.models.loading import be_quiet
 
 Quantize = Literal["int8", "nf4"]
 PACKAGES = {"int8": ("torchao", "torchao"), "nf4": ("bitsandbytes", "bnb")}  # and condrl's extra that has it
@@ -27,6 +26,7 @@ def check_quantize(kind: Quantize, dtype: torch.dtype, device: torch.device) -> 
     package, extra = PACKAGES[kind]
     if importlib.util.find_spec(package) is None:
         raise UsageError(f"config model.quantize: {kind} needs {package}: pip install 'condrl[{extra}]'")
+    be_quiet()
     layer = nn.Sequential(nn.utils.skip_init(nn.Linear, TRIED, TRIED, dtype=dtype)).requires_grad_(False)
     for weight in layer.parameters():
         nn.init.ones_(weight)
@@ -46,9 +46,6 @@ def quantize_linears(network: nn.Module, kind: Quantize, device: torch.device) -
     They are diffusers' own TorchAoConfig(Int8WeightOnlyConfig()), a scale for each output, and
     BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), a scale for 64 weights (Dettmers et al. 2023).
     """
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers what torch 2.14 knows already
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it misses a kernel that is not used here
-    warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # a LoRA that cannot be merged, nor is
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     for name in names:
         layer = network.get_submodule(name)

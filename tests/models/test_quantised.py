@@ -1,9 +1,7 @@
 """`model.quantize`: the networks that diffusers rounds, whose LoRA is tuned and saved as if they were not rounded."""
 
 import importlib.util
-import math
-import shutil
-from dataclasses import replace
+import re
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from diffusers import (
 )
 from drawing import CPU, PROMPTS, SEEDS, perturb, pictures
 from flow_pipelines import flux_pipeline, sd3_pipeline
-from helpers import ROOT, run_python, tiny_pipeline, toy_words
+from helpers import ROOT, tiny_pipeline
 from safetensors.torch import load_file
 from single_file import write_single_file
 from torch import nn
@@ -43,6 +41,7 @@ FAMILIES = {
     "sd3": (SD3, sd3_pipeline, FLOW, StableDiffusion3Pipeline),
     "flux": (Flux, flux_pipeline, FLOW, FluxPipeline),
 }
+NEEDED = ["prompts.train=prompts.txt"]
 FURTHEST = {"int8": 0.01, "nf4": 0.1}  # that a pixel of [0, 1] may move; a few thousand weights have most of the noise
 LIKENESS = {"int8": 0.999, "nf4": 0.95}  # of the LoRA's gradient, as a cosine
 
@@ -213,7 +212,7 @@ def test_it_is_saved_and_loaded_as_without(kind, name, folder, tmp_path):
     pipe = FAMILIES[name][3].from_pretrained(folder)
     pipe.load_lora_weights(tmp_path / "rounded", weight_name=LORA_FILE)
     theirs = getattr(pipe, models["whole"].prefix)
-    names = {n: layer for n, layer in lora_layers(theirs).items()}
+    names = lora_layers(theirs)
     assert names.keys() == lora_layers(models["whole"].module).keys()
     for n, layer in lora_layers(models["whole"].module).items():
         delta, expected = names[n].get_delta_weight("default_0"), layer.get_delta_weight("default")
@@ -269,6 +268,33 @@ def test_what_the_backward_pass_keeps(kind):
 @pytest.mark.parametrize(("quantize", "gb"), [(None, 23.803), ("int8", 11.920), ("nf4", 6.699)])
 def test_the_published_flux(quantize, gb):
     assert weights_gb(published()["flux"], torch.bfloat16, quantize) == pytest.approx(gb, abs=5e-4)
+
+
+def header(file):
+    return re.match(r"(#.*\n)+", (ROOT / "configs" / "flux" / file).read_text("utf-8"))[0].replace("\n# ", " ")
+
+
+def test_the_recipe_for_24_gb_states_the_sums_of_the_recipe_for_48():
+    """Weights, VAE, LoRA with what learns it, and encoders or activations; int8 keeps a block's weights in bfloat16."""
+    large, small = header("compressibility.yaml"), header("24gb.yaml")
+    number = r"([\d.]+\d)"
+    kept = rf"VAE has {number} GB, T5 {number} GB, CLIP {number} GB, .* {number} GB with gradients"
+    vae, t5, clip, lora = map(float, re.search(kept, large).groups())
+    image, block = map(float, re.search(rf"{number} GB are kept .* at most {number} GB while", large).groups())
+    config = load_config([str(ROOT / "configs" / "flux" / f) for f in ("compressibility.yaml", "24gb.yaml")] + NEEDED)
+    assert config.model["quantize"] == "nf4"
+    found = {}
+    for kind, extra in ((None, 0.0), ("nf4", 0.11), ("int8", 0.45)):
+        weights = weights_gb(published()["flux"], torch.bfloat16, kind)
+        common = weights + vae + lora
+        found[kind] = common + t5 + clip, common + config.train.loss_batch * (image + block) + extra
+        assert f"{weights:.1f} GB" in small or f"instead of {weights:.1f}" in small
+    stated = [re.search(rf"{number} GB at most, .* and {number} GB with", text).groups() for text in (large, small)]
+    stated.append(re.search(rf"int8 .*: 11.9 GB, and {number} and {number}\.", small).groups())
+    for kind, numbers in zip((None, "nf4", "int8"), stated, strict=True):
+        assert [round(gb) for gb in found[kind]] == [float(gb) for gb in numbers]
+    host = weights_gb(published()["flux"], torch.bfloat16) + vae + t5 + clip
+    assert f"The host needs {host:.0f} GB" in small
 
 
 # ---------------------------------------------------------------------------------------------- refusals
