@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from single_file import write_single_file
 from torch import nn
 
+import condrl.models.latent
 import condrl.models.quantised as quantised
+import condrl.training.memory as memory_module
 from condrl import UsageError
 from condrl.commands import benchmark, export, finetune
 from condrl.config import load_config
@@ -30,8 +32,10 @@ from condrl.models.quantised import PACKAGES, check_quantize, held_bytes, planne
 from condrl.plugins.models.flux import Flux
 from condrl.plugins.models.sd3 import SD3
 from condrl.plugins.models.stable_diffusion import StableDiffusion
+from condrl.prompts import Row
+from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
-from condrl.training.memory import LiveBytes
+from condrl.training.memory import Growth, LiveBytes, Needs, memory
 from condrl.training.published import published, weights_gb
 
 ODE = {"name": "ddim", "steps": 5, "spacing": None, "eta": 0.0}
@@ -41,6 +45,7 @@ FAMILIES = {
     "sd3": (SD3, sd3_pipeline, FLOW, StableDiffusion3Pipeline),
     "flux": (Flux, flux_pipeline, FLOW, FluxPipeline),
 }
+FEW = ["rewards.brightness.weight=1", "model.lora_rank=2"]
 NEEDED = ["prompts.train=prompts.txt"]
 FURTHEST = {"int8": 0.01, "nf4": 0.1}  # that a pixel of [0, 1] may move; a few thousand weights have most of the noise
 LIKENESS = {"int8": 0.999, "nf4": 0.95}  # of the LoRA's gradient, as a cosine
@@ -59,17 +64,38 @@ def rounded_by_itself(kind):
     return quantize_4bit(torch.ones(64, 64), quant_type="nf4")
 
 
-@pytest.fixture(params=PACKAGES)
-def kind(request):
-    """A precision whose package is here and works on a CPU."""
-    package, extra = PACKAGES[request.param]
+def need(kind):
+    """Skip a test where the package is not here, or does not work on a CPU."""
+    package, extra = PACKAGES[kind]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs condrl[{extra}]")
     try:
-        rounded_by_itself(request.param)
+        rounded_by_itself(kind)
     except Exception as error:
         pytest.skip(f"{package} does not work here: {error}")
+
+
+@pytest.fixture(params=PACKAGES)
+def kind(request):
+    need(request.param)
     return request.param
+
+
+@torch.no_grad()
+def in_quarters(layer, device):
+    layer.weight.copy_((4 * layer.weight).round() / 4)
+    return layer
+
+
+@pytest.fixture(params=[*PACKAGES, "stand-in"])
+def any_kind(request, monkeypatch):
+    """A precision, or without its package one that rounds to quarters: for what does not depend on how it rounds."""
+    if request.param != "stand-in":
+        need(request.param)
+        return request.param
+    monkeypatch.setitem(quantised.ROUNDED, "int8", in_quarters)
+    monkeypatch.setattr(condrl.models.latent, "check_quantize", lambda *options: None)
+    return "int8"
 
 
 @pytest.fixture(scope="session")
@@ -139,6 +165,20 @@ def test_it_is_the_network_that_diffusers_quantises(kind, folders, monkeypatch):
     assert not torch.allclose(ours, drawn(model_of("flux", folders["flux"])), atol=1e-4)
 
 
+def test_linear_layers_are_rounded_and_nothing_else(name, folder, monkeypatch):
+    """Wherever in the network they are."""
+    monkeypatch.setitem(quantised.ROUNDED, "int8", in_quarters)
+    monkeypatch.setattr(condrl.models.latent, "check_quantize", lambda *options: None)
+    whole, rounded = (model_of(name, folder, quantize=q).module for q in (None, "int8"))
+    linears = {n for n, m in whole.named_modules() if isinstance(m, nn.Linear) and "lora" not in n}
+    assert linears
+    for key, weight in rounded.named_parameters():
+        module, _, end = key.rpartition(".")
+        own = whole.get_parameter(key)
+        expected = (4 * own).round() / 4 if module in linears and end == "weight" else own
+        assert torch.equal(weight, expected), key
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_images_and_gradients_are_near_those_of_the_whole_network(dtype, kind, name, folder):
     models = [model_of(name, folder, dtype=dtype, quantize=q) for q in (None, kind)]
@@ -185,9 +225,9 @@ def test_a_single_file_is_rounded_as_its_folder(kind, folders, tmp_path):
 # ---------------------------------------------------------------------------------------------- the LoRA
 
 
-def test_roll_outs_do_not_merge_it(kind, folders):
+def test_roll_outs_do_not_merge_it(any_kind, folders):
     """Into rounded weights: then roll-outs and updates would differ by more than rounding in float32."""
-    model = model_of("sd", folders["sd"], quantize=kind)
+    model = model_of("sd", folders["sd"], quantize=any_kind)
     perturb(model, 1e-4)  # less than a step of the rounding
     x, t, condition = torch.randn(2, *model.state_shape), torch.full((2,), 0.5), model.encode(PROMPTS[:2])
     with torch.no_grad():
@@ -198,16 +238,16 @@ def test_roll_outs_do_not_merge_it(kind, folders):
             assert not torch.equal(model.score(x, t, condition), apart)
 
 
-def test_it_is_saved_and_loaded_as_without(kind, name, folder, tmp_path):
+def test_it_is_saved_and_loaded_as_without(any_kind, name, folder, tmp_path):
     """The file is that of a whole network, and is refused where that network refuses it."""
-    models = {place: model_of(name, folder, quantize=q) for place, q in {"whole": None, "rounded": kind}.items()}
+    models = {place: model_of(name, folder, quantize=q) for place, q in {"whole": None, "rounded": any_kind}.items()}
     for place, model in models.items():
         perturb(model)
         model.save_adapter(tmp_path / place)
     one, other = (load_file(tmp_path / place / LORA_FILE) for place in models)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    again = model_of(name, folder, quantize=kind, lora=str(tmp_path / "whole"))
+    again = model_of(name, folder, quantize=any_kind, lora=str(tmp_path / "whole"))
     torch.testing.assert_close(drawn(again), drawn(models["rounded"]), atol=1e-6, rtol=0)
     pipe = FAMILIES[name][3].from_pretrained(folder)
     pipe.load_lora_weights(tmp_path / "rounded", weight_name=LORA_FILE)
@@ -242,6 +282,15 @@ def test_memory_counts_what_is_held(dtype, kind, name, folder):
 
 def prefix(name):
     return FAMILIES[name][0].prefix
+
+
+def test_a_run_says_what_its_network_holds(folders, tmp_path, monkeypatch):
+    trainer = make_trainer(load_config([*FEW, f"model.path={folders['sd']}", f"run.dir={tmp_path}"]), [Row(0, "a cat")])
+    monkeypatch.setattr(memory_module, "held_bytes", lambda weight: 2e9 if weight.requires_grad else 1e7)
+    every = [p.requires_grad for p in trainer.policy.model.module.parameters()]
+    expected = 2 * sum(every) + 0.01 * (len(every) - sum(every))
+    none = Growth(0, 0)
+    assert f"(the network's weights {expected:.2f})" in memory(trainer, Needs(none, none, none, none, none, 1))
 
 
 def test_the_bits_of_a_weight(kind):
@@ -324,10 +373,10 @@ def test_a_device_without_kernels_is_one_line(kind, monkeypatch):
         StableDiffusion(CPU, path="nowhere.safetensors", quantize=kind)
 
 
-def test_what_it_does_not_go_with(kind, folders, tmp_path):
+def test_what_it_does_not_go_with(any_kind, folders, tmp_path):
     with pytest.raises(UsageError, match=r"model\.quantize: does not work with FSDP"):
-        model_of("flux", folders["flux"], quantize=kind).shard()
-    words = [f"run.dir={tmp_path}", f"model.quantize={kind}", "rewards.brightness.weight=1"]
+        model_of("flux", folders["flux"], quantize=any_kind).shard()
+    words = [f"run.dir={tmp_path}", "model.quantize=nf4", "rewards.brightness.weight=1"]
     check_combination(load_config(words))
     for dtype in ("bfloat16", "auto"):
         with pytest.raises(UsageError, match=r"^config train\.rollout_dtype: layers of model\.quantize compute in"):
@@ -353,11 +402,11 @@ run: {checkpoint_seconds: 0}
 
 
 @pytest.mark.slow
-def test_a_run_has_ratios_of_one_and_resumes_to_the_bit(kind, folders, tmp_path, capsys):
+def test_a_run_has_ratios_of_one_and_resumes_to_the_bit(any_kind, folders, tmp_path):
     """Ratios are checked by the run; what it exports merged is the whole base with the LoRA in it."""
     (tmp_path / "run.yaml").write_text(RUN)
     (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
-    words = [str(tmp_path / "run.yaml"), f"model.path={folders['flux']}", f"model.quantize={kind}"]
+    words = [str(tmp_path / "run.yaml"), f"model.path={folders['flux']}", f"model.quantize={any_kind}"]
     for place, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
         more = [f"prompts.train={tmp_path}/prompts.txt", f"run.dir={tmp_path / place}", f"train.epochs={epochs}"]
         assert finetune.main([*words, *more, "run.resume=auto"]) == 0
