@@ -1,5 +1,6 @@
 """`model.quantize`: the networks that diffusers rounds, whose LoRA is tuned and saved as if they were not rounded."""
 
+import functools
 import importlib.util
 import re
 
@@ -216,6 +217,19 @@ def test_gradients_are_the_same_with_checkpointing(kind, folders):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.slow
+def test_nf4_is_compiled_with_its_backward_pass(folders, monkeypatch):
+    need("nf4")
+    compiled = functools.partialmethod(nn.Module.compile, backend="aot_eager")  # inductor is slow, and the same to us
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    found = []
+    for option in (False, True):
+        model = model_of("flux", folders["flux"], quantize="nf4", compile=option)
+        perturb(model)
+        found.append(gradient(model))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
 def test_a_single_file_is_rounded_as_its_folder(kind, folders, tmp_path):
     file = write_single_file(folders["sd"], tmp_path / "model.safetensors")
     of_file = model_of("sd", file, single_file_config=str(folders["sd"]), quantize=kind)
@@ -377,8 +391,9 @@ def test_what_it_does_not_go_with(any_kind, folders, tmp_path):
     with pytest.raises(UsageError, match=r"model\.quantize: does not work with FSDP"):
         model_of("flux", folders["flux"], quantize=any_kind).shard()
     words = [f"run.dir={tmp_path}", "model.quantize=nf4", "rewards.brightness.weight=1"]
-    check_combination(load_config(words))
-    for dtype in ("bfloat16", "auto"):
+    for dtype in ("null", "auto"):
+        check_combination(load_config([*words, f"train.rollout_dtype={dtype}"]))
+    for dtype in ("bfloat16", "float16"):
         with pytest.raises(UsageError, match=r"^config train\.rollout_dtype: layers of model\.quantize compute in"):
             check_combination(load_config([*words, f"train.rollout_dtype={dtype}"]))
 
