@@ -13,6 +13,7 @@ model.height=1024. --json FILE writes what was measured.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -120,6 +121,7 @@ def measure(config: Config, size: Published | None, repeats: int) -> dict[str, A
     """What the machine makes of a run, beside bare calls of its network."""
     import torch
 
+    from condrl.models.quantised import shape_of
     from condrl.training.host import peak_memory_gb, provenance
     from condrl.training.memory import memory
     from condrl.training.preflight import attempt
@@ -128,7 +130,7 @@ def measure(config: Config, size: Published | None, repeats: int) -> dict[str, A
     model, train = trainer.policy.model, config.train
     print_main(memory(trainer, attempt(trainer).needs))
     rounded = trainer.policy.rollout_dtype
-    dtype = rounded or next(p.dtype for p in model.module.parameters() if not p.requires_grad)
+    dtype = rounded or getattr(torch, config.model["dtype"])
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     epochs = [epoch(trainer, number) for number in range(repeats + 1)]
@@ -138,8 +140,9 @@ def measure(config: Config, size: Published | None, repeats: int) -> dict[str, A
     peak, cost = peak_flops(model.device, dtype), flops(trainer)
     return {
         "device": device_name(model.device),
-        "weights": sum(p.numel() for p in model.module.parameters() if not p.requires_grad),
-        **{"dtype": config.model.get("dtype"), "rollout_dtype": train.rollout_dtype, "peak_tflops": peak / 1e12},
+        "weights": sum(shape_of(p).numel() for p in model.module.parameters() if not p.requires_grad),
+        **{"dtype": config.model["dtype"], "quantize": config.model.get("quantize")},
+        **{"rollout_dtype": train.rollout_dtype, "peak_tflops": peak / 1e12},
         **{"pixels": list(model.sample_shape[1:]), "batch": train.rollout_batch, "steps": config.sampler["steps"]},
         **{"guidance": config.model.get("guidance"), "algorithm": config.algorithm["name"]},
         **{who: compared(works[1:] or works, bare[who], cost, peak) for who, works in columns(epochs).items()},
@@ -175,7 +178,8 @@ def make(config: Config, size: Published | None) -> Trainer:
     processes, model = Processes(make_accelerator(config)), None
     device = processes.accelerator.device
     if size:
-        needed, free = weights_gb(size, getattr(torch, config.model["dtype"])), free_gb(device)
+        dtype, quantize = getattr(torch, config.model["dtype"]), config.model.get("quantize")
+        needed, free = weights_gb(size, dtype, quantize), free_gb(device)
         if free is not None and needed > free:
             raise UsageError(f"{size.title} has {needed:.1f} GB of weights, and {free:.1f} GB are free on {device}")
         model = random_model(size, config.model, device)
@@ -272,7 +276,7 @@ def flops(trainer: Trainer) -> tuple[float, float]:
 
     found = []
     for learning in (False, True):
-        with FlopCounterMode(display=False, custom_mapping=attention_on_a_cpu()) as counter:
+        with FlopCounterMode(display=False, custom_mapping=attention_on_a_cpu() | product_in_nf4()) as counter:
             bare_call(trainer, 1, learning, rounded=False)
         found.append(float(counter.get_total_flops()))
     return found[0], found[1]
@@ -292,6 +296,17 @@ def attention_on_a_cpu() -> dict[Any, Callable[..., int]]:
 
     name = "_scaled_dot_product_flash_attention_for_cpu"
     return {getattr(torch.ops.aten, name): forward, getattr(torch.ops.aten, f"{name}_backward"): backward}
+
+
+def product_in_nf4() -> dict[Any, Callable[..., int]]:
+    """Likewise, of bitsandbytes where it is loaded: a product with weights of 4 bits, forward alone."""
+    import torch
+
+    def forward(x: Any, packed: Any, shape: Any, *rest: Any, **options: Any) -> int:
+        return 2 * math.prod(x) * shape[0]  # (outputs, inputs)
+
+    product = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
+    return {product: forward} if product is not None else {}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -346,8 +361,9 @@ def table(found: dict[str, Any]) -> list[str]:
     """What was measured, in lines."""
     height, width = found["pixels"]
     rounded = f", roll-outs in {found['rollout_dtype']}" if found["rollout_dtype"] else ""
+    dtype = f"{found['quantize']} and {found['dtype']}" if found["quantize"] else found["dtype"]
     lines = [
-        f"{found['model']}: {found['weights']:,} weights in {found['dtype']}{rounded}, {width} x {height} pixels, "
+        f"{found['model']}: {found['weights']:,} weights in {dtype}{rounded}, {width} x {height} pixels, "
         f"batch {found['batch']}, {found['steps']} steps, guidance {found['guidance']:g}, {found['algorithm']}",
         f"on {found['device']}: {found['peak_tflops']:.3g} TFLOP/s at its peak, {found['peak_memory_gb']:.2f} GB taken",
         f"{'':<10}{'a second':>12}{'bare calls':>12}{'of bare':>10}{'of peak':>10}",

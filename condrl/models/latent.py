@@ -22,6 +22,7 @@ from condrl.models.compiled import check_compiler, compile_blocks
 from condrl.models.embeddings import Embeddings, Encoded, Prompt
 from condrl.models.loading import Family, load_pipeline, public_name
 from condrl.models.lora import load_lora, lora_layers, save_lora
+from condrl.models.quantised import Quantize, check_quantize, quantize_linears
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -48,6 +49,7 @@ class LatentModel(ABC):
     variant: str | None = None  # of the weights' files: fp16 for model.fp16.safetensors
     single_file_config: str | None = None  # diffusers folder or hub id with the configs of a single file
     dtype: Dtype = "float32"  # of the frozen weights; the LoRA is always float32
+    quantize: Quantize | None = None  # the network's linear layers: int8 (8 bits, torchao), nf4 (4 bits, bitsandbytes)
     height: int | None = None  # of images, pixels; null: as the network was trained
     width: int | None = None  # of images, pixels; null: as the network was trained
     guidance: float = 5.0  # classifier-free guidance scale; 1: none
@@ -65,10 +67,14 @@ class LatentModel(ABC):
         self.check_options()
         if self.compile:
             check_compiler(self.device)
+        if self.quantize:
+            check_quantize(self.quantize, self.torch_dtype, self.device)
         self.evaluations, self.sharded = 0, False
         self.pipe = self.load()
         self.vae = self.pipe.vae.requires_grad_(False).to(self.device)
         network = getattr(self.pipe, self.prefix).requires_grad_(False)
+        if self.quantize:
+            quantize_linears(network, self.quantize, self.device)
         self.module: nn.Module = network.to(self.device, memory_format=self.memory_format)
         self.check_size()
         self.schedule: Schedule = self.make_schedule()
@@ -177,6 +183,11 @@ class LatentModel(ABC):
             if value is not None and value < 1:
                 raise UsageError(f"config model.{name}: must be at least 1, got {value}")
         check_guidance(self.guidance, self.negative_prompt)
+        if self.compile and self.quantize == "int8":
+            raise UsageError(
+                "config model.compile: does not work with int8 weights, through which torch 2.14 compiles no backward "
+                "pass: leave it out, or use model.quantize=nf4"
+            )
         if not self.lora_targets:
             raise UsageError("config model.lora_targets: it is empty, so nothing would be trained; leave it out")
 
@@ -281,10 +292,11 @@ class LatentModel(ABC):
 
         Every process keeps the whole LoRA. From now on all of them have to make the same calls.
 
-        Raises: UsageError when the network is compiled.
+        Raises: UsageError when the network is compiled or quantised.
         """
-        if self.compile:
-            raise UsageError("config model.compile: does not work with FSDP: leave it out, or start without FSDP")
+        for name in ("compile", "quantize"):
+            if getattr(self, name):
+                raise UsageError(f"config model.{name}: does not work with FSDP: leave it out, or start without FSDP")
         from torch.distributed.fsdp import fully_shard
 
         network = self.module.to(memory_format=torch.contiguous_format)
@@ -314,9 +326,10 @@ class LatentModel(ABC):
     def merged(self) -> Iterator[None]:
         """Within it, a float32 network carries its LoRA in its weights: the same function in fewer operations.
 
-        Half-precision weights would round the LoRA away, and sharded ones are not all here: they are left alone.
+        Half-precision weights and quantised ones would round the LoRA away, and sharded ones are not all here: they
+        are left alone.
         """
-        full = self.torch_dtype == torch.float32 and not self.sharded
+        full = self.torch_dtype == torch.float32 and not self.sharded and not self.quantize
         every = lora_layers(self.module).values() if full else ()
         layers = [layer for layer in every if not layer.disable_adapters and not layer.merged]  # it may be nested
         weights = [layer.get_base_layer().weight for layer in layers]

@@ -156,6 +156,9 @@ def be_quiet() -> None:
     import transformers.utils.logging
 
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # which diffusers passes to the hub
+    warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # a LoRA that cannot be merged, nor is
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers what torch 2.14 has already
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it looks for kernels that are not used here
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity(logging.CRITICAL)  # what they raise is reported here

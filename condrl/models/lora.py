@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from condrl.errors import UsageError, print_main
 from condrl.io.files import load_metadata, load_tensors, save_tensors
 from condrl.io.records import from_json
+from condrl.models.quantised import shape_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 KOHYA_FILE = "comfyui_lora.safetensors"
@@ -353,7 +354,8 @@ def _fits(down: Tensor, up: Tensor) -> bool:
 
 
 def _check_shape(path: Path, name: str, module: Any, factors: Factors) -> None:
-    outputs, inputs = module.weight.flatten(1).shape
+    outputs, *rest = shape_of(module.weight)
+    inputs = math.prod(rest)
     made = factors.down.shape[1], len(factors.up)
     if made != (inputs, outputs):
         there, here = (f"{one} to {other}" for one, other in (made, (inputs, outputs)))

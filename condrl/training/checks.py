@@ -77,6 +77,11 @@ def check_combination(config: Config) -> None:
     Raises: UsageError when the sampler cannot give the algorithm or the config what it needs, or a package is missing.
     """
     check_optimizer(config.train.optimizer)
+    if config.model.get("quantize") and config.train.rollout_dtype not in (None, "auto"):
+        raise UsageError(
+            "config train.rollout_dtype: layers of model.quantize compute in model.dtype whatever it says: set "
+            "train.rollout_dtype=null, and model.dtype=bfloat16"
+        )
     sampler = make_sampler(config.sampler, stand_in(config.sampler))
     if config.evaluate.sampler:
         make_sampler(config.evaluate.sampler, stand_in(config.evaluate.sampler))

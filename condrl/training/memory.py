@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from condrl.models.quantised import held_bytes
 from condrl.training.host import peak_memory_gb
 from condrl.training.optimizer import MOMENT_BYTES
 from condrl.training.trainer import Clock, Trainer
@@ -101,7 +102,7 @@ class Needs:
 def memory(trainer: Trainer, needs: Needs) -> str:
     """The memory that training will need in a process, and what is free."""
     parameters = list(trainer.policy.model.module.parameters())
-    weights = sum(here(p).nbytes for p in parameters) / 1e9
+    weights = sum(held_bytes(here(p)) for p in parameters) / 1e9
     moments = MOMENT_BYTES[trainer.config.train.optimizer] / 4
     trained = (1 + moments) * sum(p.nbytes for p in trainer.learner.parameters) / 1e9  # with their gradients
     stored = trajectories_gb(trainer)

@@ -36,6 +36,8 @@ def measured(policy: Policy, condition: Tensor) -> tuple[str | None, str]:
     """The name of the faster arithmetic, None for the network's own; and what was measured, in words."""
     if has_half_precision(policy):
         return None, "the network has half precision already"
+    if getattr(policy.model, "quantize", None):
+        return None, "quantised layers compute in model.dtype"
     best: dict[torch.dtype | None, float] = {None: torch.inf, torch.bfloat16: torch.inf}
     finite = True
     for turn in range(1 + STEPS):  # in turns, so that another program's load is on both

@@ -15,6 +15,7 @@ from torch import nn
 from condrl.diffusion.model import Model
 from condrl.io.files import ASSETS
 from condrl.models.embeddings import Encoded, Prompt
+from condrl.models.quantised import Quantize, planned_bytes
 from condrl.registry import model as registry
 
 
@@ -75,7 +76,7 @@ def random_model(size: Published, section: Mapping[str, Any], device: torch.devi
             in_float32 = self.family.vae_in_float32 and self.torch_dtype == torch.float16
             with made_on(device, torch.float32 if in_float32 else self.torch_dtype):
                 vae = make_part(size.vae, "AutoencoderKL")
-            with made_on(device, self.torch_dtype):
+            with made_on(torch.device("cpu") if self.quantize else device, self.torch_dtype):
                 network: nn.Module = make_part(size.network)
             parts = {self.prefix: network.eval(), "vae": vae.eval(), "scheduler": make_part(size.scheduler)}
             pixels, latent = size.vae["sample_size"], 2 ** (len(size.vae["block_out_channels"]) - 1)
@@ -88,6 +89,7 @@ def random_model(size: Published, section: Mapping[str, Any], device: torch.devi
     return made
 
 
-def weights_gb(size: Published, dtype: torch.dtype) -> float:
+def weights_gb(size: Published, dtype: torch.dtype, quantize: Quantize | None = None) -> float:
     """GB of the network's weights alone."""
-    return size.weights * dtype.itemsize / 1e9
+    with made_on(torch.device("meta"), dtype):
+        return planned_bytes(make_part(size.network), quantize) / 1e9

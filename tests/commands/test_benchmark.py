@@ -177,6 +177,7 @@ def test_the_table_has_what_was_measured():
     row = {"per_second": 2.5, "bare_per_second": 3.0, "of_bare": 0.83, "of_peak": 0.4}
     found = {
         **{"model": "sd15", "weights": 1000, "dtype": "float32", "rollout_dtype": "bfloat16", "pixels": [512, 768]},
+        "quantize": None,
         **{"batch": 4, "steps": 3, "guidance": 5.0, "algorithm": "nft", "device": "a card", "peak_tflops": 0.5},
         **{"peak_memory_gb": 1.25, "rollout": row, "update": {**row, "per_second": 7.5}},
     }

@@ -24,21 +24,23 @@ EIGHT = {"optimizer": "adamw8bit", "lr": 0.02, "betas": (0.8, 0.95), "weight_dec
 BIG = (3, 40, 40)  # its weights are more than the 4096 whose moments get 8 bits
 
 
-def forgotten():
-    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
-        del sys.modules[name]
+def taken_out():
+    """The modules of bitsandbytes that were imported, which are not any more."""
+    names = [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """The stand-in's module, in place of bitsandbytes."""
-    forgotten()
+    real = taken_out()  # which cannot be imported twice
     bitsandbytes_stand_in.install(tmp_path / "packages")
     monkeypatch.syspath_prepend(tmp_path / "packages")
     import bitsandbytes.optim
 
     yield bitsandbytes.optim
-    forgotten()
+    taken_out()
+    sys.modules.update(real)
 
 
 def big_trainer(folder, **train):

@@ -87,6 +87,14 @@ def test_a_network_in_half_precision_is_not_timed(of_model):
     assert model.asked == []
 
 
+def test_a_quantised_network_is_not_timed(of_model):
+    model = Timed((2,), costs(1.0, 0.1))
+    model.quantize = "nf4"
+    found = measured(of_model(model).policy, torch.zeros(1).long())
+    assert found == (None, "quantised layers compute in model.dtype")
+    assert model.asked == []
+
+
 @pytest.mark.parametrize("name", [None, "bfloat16", "float16"])
 def test_what_is_asked_for_is_not_timed(name, of_model):
     model = Timed((2,), costs(1.0, 0.1))
