@@ -121,7 +121,7 @@ def read_request(args: argparse.Namespace) -> Request:
     from condrl.prompts import load_prompts, usable
     from condrl.training.evaluate import plain
     from condrl.training.host import find_device
-    from condrl.training.steering import read_steer
+    from condrl.training.steering import Steer, read_steer
 
     config, lora, home = read_words(args.words, is_steered=args.steer is not None)
     prompts = [usable(prompt, "--prompt") for prompt in args.prompt]
@@ -136,6 +136,9 @@ def read_request(args: argparse.Namespace) -> Request:
         raise UsageError("--batch must be at least 1, and --seeds at least 0 and below 2^63")
     pairs = [(prompt, seed) for prompt in prompts for seed in args.seeds]
     draw = plain if args.steer is None else read_steer(args.steer, config)
+    named = [word for word in args.words if is_setting(word) and setting_keys(word)[0] == "rewards"]
+    if named and isinstance(draw, Steer) and draw.learned:
+        raise UsageError(f"{named[0]} has no effect: --steer {args.steer} draws by what a run learned, without rewards")
     return Request(config, lora, home, pairs, find_device(args.device), draw)
 
 

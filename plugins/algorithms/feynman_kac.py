@@ -97,7 +97,8 @@ class FeynmanKac(Algorithm):
         self.value = StepValue(policy, self.value_width)
 
     def networks(self) -> dict[str, OwnNetwork]:
-        return {"value": OwnNetwork(self.value, self.value_lr, extra_steps=self.value_steps - 1, is_kept=True)}
+        steady = (0.9, 0.999)  # weights have heavy tails: a short memory of their squares lets one image move it far
+        return {"value": OwnNetwork(self.value, self.value_lr, steady, extra_steps=self.value_steps - 1, is_kept=True)}
 
     def rollout(self, policy: Policy, condition: Tensor, noise: Noise, batch: int) -> Steps:
         recorded = Recorded(policy)
@@ -117,14 +118,14 @@ class FeynmanKac(Algorithm):
                 f"config algorithm.kappa: {self.kappa:g} is too small to learn from: an image's reward is "
                 f"{log_weight.max():.0f} kappa above its prompt's others, and counts exp of that as often; raise it"
             )
-        counting = experience.credit(effective_images, rewards / self.kappa)
+        shares = experience.gather(experience.credit(group_shares, rewards / self.kappa))[experience.scored]
         return Targets(
             condition=r.condition,
             k=trained_steps(policy.sampler, train),
             x=r.states[:-1],
             mean=r.means,
             log_weight=log_weight,
-            metrics={"effective_images": counting.mean()},
+            metrics={"effective_share": 1 / shares.square().mean()},
         )
 
     def own_loss(self, name: str, policy: Policy, batch: Targets) -> Tensor:
@@ -144,6 +145,10 @@ class FeynmanKac(Algorithm):
         return error + wrong.square().flatten(1).sum(1) / 2, metrics
 
 
-def effective_images(scaled: Tensor, groups: Tensor) -> Tensor:
-    """1 / sum w^2 of the weights w ~ exp(r / kappa) in each image's group, (B,) from r / kappa (B,)."""
-    return torch.stack([1 / scaled[groups == group].softmax(0).square().sum() for group in groups])
+def group_shares(scaled: Tensor, groups: Tensor) -> Tensor:
+    """exp(r / kappa) over its mean in each image's group, (B,) from r / kappa (B,)."""
+    found = torch.empty_like(scaled)
+    for group in groups.unique():
+        rows = groups == group
+        found[rows] = scaled[rows].softmax(0) * rows.sum()
+    return found
