@@ -115,10 +115,12 @@ def load_step_value(policy: Policy, run: str) -> StepValue:
     if not (folder / MODULE_FILE).is_file():
         raise UsageError(f"--steer value: {run} holds no value/{MODULE_FILE}: name a finished run of feynman_kac")
     saved = load_tensors(folder / MODULE_FILE, "--steer value")
-    times, stds, last = (saved.get(name, torch.zeros(0, 0)) for name in ("times", "stds", "net.head.4.weight"))
-    found = StepValue(policy, last.shape[1])
-    for own, other in ((found.times.cpu(), times), (found.stds.cpu(), stds)):
-        if own.shape != other.shape or not torch.allclose(own, other.to(own), rtol=1e-4, atol=1e-6):
+    if not {"times", "stds", "prompt.weight"} <= saved.keys():
+        raise UsageError(f"--steer value: {folder / MODULE_FILE} holds another network than feynman_kac's")
+    found = StepValue(policy, len(saved["prompt.weight"]))
+    for name in ("times", "stds"):
+        own, other = found.get_buffer(name).cpu(), saved[name]
+        if own.shape != other.shape or not torch.allclose(own, other, rtol=1e-4, atol=1e-6):
             raise UsageError(
                 f"--steer value: what {run} learned belongs to the steps of its own sampler: draw with sampler.* as in "
                 "its config.yaml"

@@ -75,7 +75,7 @@ class FeynmanKac(Algorithm):
     """
 
     kappa: float = 1.0  # reward per nat of path KL to the pretrained model
-    distil: bool = True  # teach the LoRA the control; false: it stays as it is, and updates call the small network alone
+    distil: bool = True  # teach the LoRA the control; false: it stays as it is, and updates cost next to nothing
     value_lr: float = 3e-3  # learning rate of the network
     value_steps: int = 1  # its optimiser steps for each update
     value_width: int = 64  # its hidden units
