@@ -68,6 +68,7 @@ class Plugin:
     cached: bool = False  # of a reward: whether a repeated image keeps its score
     per: Literal["image", "group"] = "image"  # of a reward; a group is all images of a prompt row, given together
     differentiates: bool = False  # of a steering: whether it takes the gradient of rewards
+    learned: bool = False  # of a steering: whether it draws by what a run learned of the base model, not by rewards
 
     @property
     def source(self) -> str:
@@ -249,6 +250,7 @@ class Registry:
         cached: bool = False,
         per: Literal["image", "group"] = "image",
         differentiates: bool = False,
+        learned: bool = False,
     ) -> Callable[[T], T]: ...
 
     def __call__(self, target: T | None = None, *, name: str | None = None, **flags: Any) -> Any:

@@ -80,6 +80,7 @@ class OwnNetwork:
     betas: tuple[float, float] | None = None  # AdamW moments; None: those of the policy
     weight_decay: float | None = None  # AdamW weight decay; None: that of the policy
     extra_steps: int = 0  # optimiser steps of its own after each update, by `Algorithm.own_loss`
+    is_kept: bool = False  # whether a run leaves it in the folder of its name, for drawing with it
 
 
 class Algorithm:
@@ -87,6 +88,7 @@ class Algorithm:
 
     kappa: float | None = None  # reward per nat of path KL to the pretrained model; None where there is no such option
     off_policy = False  # whether what it rolls out is not the policy's own
+    trains_policy = True  # whether it changes the policy, and not its own networks alone
     depends_on_epochs = False  # whether what an epoch does depends on how many the run has
     uses_rewards = True  # whether a run needs rewards
     calls_evenly = True  # whether as many images in a process take as many calls of the network in another

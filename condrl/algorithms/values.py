@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from condrl.algorithms.base import Experience
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import Schedule, like, x0_from_score
+from condrl.diffusion.transition import Sampler
+from condrl.errors import UsageError
+from condrl.io.files import load_tensors, locate
+from condrl.models.points import MODULE_FILE, load_module
 
 
 class Value(nn.Module):
@@ -42,6 +47,86 @@ def make_value(policy: Policy, width: int) -> Value:
     model = policy.model
     features = model.features(torch.zeros(1, dtype=torch.long)).shape[1]
     return Value(model.schedule, model.state_shape, features, width).to(model.device)
+
+
+class StepValue(nn.Module):
+    """V = log E_pre[exp(r / kappa) | m], up to a number of each prompt, m the mean of a pretrained chain's step.
+
+    What comes after a step depends on m alone, so m + S^2 grad V(m) is the mean of the optimal step, exactly
+    (docs/theory.md 22). It is of one chain: of its times and its noise.
+    """
+
+    times: Tensor
+    stds: Tensor
+
+    def __init__(self, policy: Policy, width: int) -> None:
+        super().__init__()
+        model, steps = policy.model, policy.steps
+        features = model.features(torch.zeros(1, dtype=torch.long)).shape[1]
+        self.step = nn.Embedding(steps, width)
+        self.prompt = nn.Linear(features, width)
+        self.layers = nn.ModuleList(pointwise(model.state_shape, width))
+        self.modulation = nn.ModuleList(nn.Linear(width, 2 * width) for _ in self.layers)
+        self.last = nn.Linear(width, 1)
+        self.register_buffer("times", policy.sampler.times)
+        self.register_buffer("stds", step_stds(policy.sampler))
+        self.to(model.device)
+
+    def forward(self, mean: Tensor, k: Tensor, features: Tensor) -> Tensor:
+        """(B,) nats at the means (B, ...) of steps k (B,), for prompt features (B, F)."""
+        h, about = mean, silu(self.step(k.to(mean.device)) + self.prompt(features.to(mean)))
+        for layer, modulation in zip(self.layers, self.modulation, strict=True):
+            scale, shift = modulation(about).chunk(2, 1)
+            y = layer(h)
+            shape = (*scale.shape, *[1] * (y.dim() - 2))
+            h = silu(y * (1 + scale.view(shape)) + shift.view(shape))
+        found: Tensor = self.last(h.flatten(2).mean(2) if h.dim() > 2 else h)
+        return found[:, 0]
+
+    def control(self, mean: Tensor, k: Tensor, features: Tensor) -> Tensor:
+        """Its gradient (B, ...) in the mean."""
+        with torch.enable_grad():
+            mean = mean.detach().requires_grad_()
+            return torch.autograd.grad(self(mean, k, features).sum(), mean)[0]
+
+
+def pointwise(state_shape: tuple[int, ...], width: int) -> list[nn.Module]:
+    """Layers from states (B, ...) to `width` channels: linear for points, convolutions for latents."""
+    if len(state_shape) == 1:
+        return [nn.Linear(state_shape[0], width), nn.Linear(width, width)]
+    strides = (1, 2, 1, 2)
+    sizes = (state_shape[0], *[width] * len(strides))
+    return [nn.Conv2d(a, b, 3, s, padding=1) for a, b, s in zip(sizes, sizes[1:], strides, strict=False)]
+
+
+def step_stds(sampler: Sampler) -> Tensor:
+    """The std (K,) of each step of a sampler whose steps depend on the state alone."""
+    count = len(sampler.times) - 1
+    x = torch.zeros(count, 1, dtype=sampler.times.dtype)
+    return sampler.step(torch.arange(count), x, lambda y, t: torch.zeros_like(y))[0].std.flatten()
+
+
+def load_step_value(policy: Policy, run: str) -> StepValue:
+    """The value that a run learned, for the policy that it was learned of.
+
+    Raises: UsageError when there is none in the run's folder, and when it belongs to another chain or model.
+    """
+    folder = locate(run) / "value"
+    if not (folder / MODULE_FILE).is_file():
+        raise UsageError(f"--steer value: {run} holds no value/{MODULE_FILE}: name a finished run of feynman_kac")
+    saved = load_tensors(folder / MODULE_FILE, "--steer value")
+    if not {"times", "stds", "prompt.weight"} <= saved.keys():
+        raise UsageError(f"--steer value: {folder / MODULE_FILE} holds another network than feynman_kac's")
+    found = StepValue(policy, len(saved["prompt.weight"]))
+    for name in ("times", "stds"):
+        own, other = found.get_buffer(name).cpu(), saved[name]
+        if own.shape != other.shape or not torch.allclose(own, other, rtol=1e-4, atol=1e-6):
+            raise UsageError(
+                f"--steer value: what {run} learned belongs to the steps of its own sampler: draw with sampler.* as in "
+                "its config.yaml"
+            )
+    load_module(found, folder)
+    return found.requires_grad_(False)
 
 
 def denoised_rewards(policy: Policy, experience: Experience, x: Tensor, score: Tensor, t: Tensor, batch: int) -> Tensor:

@@ -121,7 +121,8 @@ def steered_by(section: dict[str, Any]) -> str:
     """What steers, and by which rewards."""
     options = [f"{key}={value}" for key, value in section.items() if key not in ("name", "rewards")]
     rewards = [f"{name} (weight {options['weight']:g})" for name, options in section["rewards"].items()]
-    return f"steered: {', '.join([section['name'], *options])}; by {', '.join(rewards)}"
+    by = f"; by {', '.join(rewards)}" if rewards else ""
+    return f"steered: {', '.join([section['name'], *options])}{by}"
 
 
 def cells(name: str, row: dict[str, Any], names: Pair) -> tuple[str, ...]:

@@ -227,18 +227,20 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def tune(trainer: Trainer) -> None:
-    """Run the epochs and save the LoRA, also when asked to stop."""
-    from condrl.training.measure import save_lora
+    """Run the epochs and save what they trained, also when asked to stop."""
+    from condrl.training.measure import save_lora, save_networks
 
     try:
         trainer.fit()
     except Stopped:
         try:
             save_lora(trainer)
+            save_networks(trainer)
         except (OSError, RunError) as error:
             print_main(f"warning: the LoRA cannot be written: {error}")
         raise
     save_lora(trainer)
+    save_networks(trainer)
 
 
 @contextmanager

@@ -122,9 +122,9 @@ def read_request(args: argparse.Namespace) -> Request:
     from condrl.prompts import load_prompts, usable
     from condrl.training.evaluate import plain
     from condrl.training.host import find_device
-    from condrl.training.steering import read_steer
+    from condrl.training.steering import read_steer, steers_by_rewards
 
-    config, lora, home = read_words(args.words, is_steered=args.steer is not None)
+    config, lora, home = read_words(args.words, is_steered=args.steer is not None and steers_by_rewards(args.steer))
     prompts = [usable(prompt, "--prompt") for prompt in args.prompt]
     prompts += [row.prompt for row in load_prompts(args.prompts, "--prompts")] if args.prompts else []
     if not prompts:

@@ -21,9 +21,9 @@ OWN = (  # what every run writes, or many do
     *("images/epoch_[0-9]*.png", "images/before_after.png", "images/before_after_[0-9]*.png"),
     *("images/density.png", "images/plane.png"),
     *("images/objective.png", "lora/pytorch_lora_weights.safetensors", "lora/comfyui_lora.safetensors"),
-    *("lora/network.safetensors", "lora/README.md"),
+    *("lora/network.safetensors", "lora/README.md", "value/network.safetensors"),
 )
-FOLDERS = ("images", "heldout", "film", "lora", "checkpoints", "condrl")  # where a run, or its trackers, write
+FOLDERS = ("images", "heldout", "film", "lora", "value", "checkpoints", "condrl")  # where a run, or its trackers, write
 PART = re.compile(r"\.\w+\.part/")  # a folder that is still being written
 LONGEST_NAME = 255  # bytes, of the usual file systems
 

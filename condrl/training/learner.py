@@ -55,7 +55,8 @@ class Learner:
         own = experience.scored[experience.indices.start : experience.indices.stop]
         measured = {name: value.item() for name, value in examples.metrics.items()}
         found |= self.processes.average(measured, own.sum().item())
-        return found | ({"grad_norm": torch.stack(norms).mean().item()} if norms else {})
+        is_known = norms and self.algorithm.trains_policy
+        return found | ({"grad_norm": torch.stack(norms).mean().item()} if is_known else {})
 
     def minibatches(self, generator: torch.Generator) -> Sequence[Tensor]:
         """The indices of the images of each update in a pass, each prompt's spread evenly over the updates."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from condrl.errors import print_main
+from condrl.models.points import save_module
 from condrl.prompts import Row
 from condrl.training.build import deployed, make_measures, weights_in_words
 from condrl.training.evaluate import Evaluation, compared, evaluate, first_seed
@@ -124,3 +125,11 @@ def save_lora(trainer: Trainer, name: str = "lora") -> None:
     if trainer.processes.is_main:
         with trainer.folder.replacing(name) as folder, trainer.learner.deploying():
             trainer.policy.model.save_adapter(folder, {"rewards": weights_in_words(trainer.config)})
+
+
+def save_networks(trainer: Trainer) -> None:
+    """Write the algorithm's networks that drawing needs, each into the folder of its name."""
+    kept = {name: own.module for name, own in trainer.learner.networks.items() if own.is_kept}
+    for name, module in kept.items() if trainer.processes.is_main else ():
+        with trainer.folder.replacing(name) as folder:
+            save_module(module, folder, {"rewards": weights_in_words(trainer.config)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class Steer:
     section: dict[str, Any]  # the plugin's name and options, and its rewards' options by their names
     plugin: Callable[[Draws], Tensor]
     rewards: Sequence[Reward]
+    learned: bool = False  # whether it is the pretrained model that is steered, whatever LoRA is loaded
 
     @torch.no_grad()
     def __call__(
@@ -44,7 +46,7 @@ class Steer:
                 raise RewardError(f"{found.failure}: without every score nothing can be steered")
             return found.total
 
-        with policy.model.merged():
+        with policy.model.reference() if self.learned else nullcontext(), policy.model.merged():
             states = self.plugin(Draws(policy, condition, generators, total))
         check_states(states, (len(condition), *policy.model.state_shape))
         return states
@@ -67,12 +69,21 @@ def read_steer(argument: str, config: Config) -> Steer:
     types = {option.name: option.type for option in plugin.options.values()}
     values = merged([retyped(read_argument(setting), types) for setting in settings])
     options = typed_options(plugin, values, "--steer")
-    rewards = make_rewards(config)
-    check_rewards(plugin, rewards)
+    rewards = [] if plugin.learned else make_rewards(config)
+    if not plugin.learned:
+        check_rewards(plugin, rewards)
     for reward in rewards:
         reward.load()
     section = {"name": name, **options, "rewards": {reward.name: config.rewards[reward.name] for reward in rewards}}
-    return Steer(section, functools.partial(plugin.target, **options), rewards)
+    return Steer(section, functools.partial(plugin.target, **options), rewards, plugin.learned)
+
+
+def steers_by_rewards(argument: str) -> bool:
+    """Whether the plugin that NAME,option=value names steers by rewards, as one does that is not registered yet."""
+    try:
+        return not REGISTRIES["steering"].find(argument.partition(",")[0]).learned
+    except UsageError:
+        return True
 
 
 def check_rewards(plugin: Plugin, rewards: Sequence[Reward]) -> None:

@@ -65,6 +65,7 @@ OPTIONS = {
         "value_width": (16, {"baseline": "value"}),
     },
     "log_variance": {"kappa": 0.3},
+    "feynman_kac": {"kappa": 0.3, "distil": False, "value_lr": 0.05, "value_steps": 3, "value_width": 16},
     "rwr": {"kappa": 0.3, "rounds": 3, "draws": 2, "times": (0.3, 0.6)},
     "diffusion_dpo": {"kappa": 0.3, "draws": 3, "weighting": "epsilon"},
     "online_dpo": {"kappa": 0.3, "draws": 3, "weighting": "epsilon", "contest": 4, "soft": False},
