@@ -136,7 +136,7 @@ def gradient_growth(lines: Sequence[Line]) -> str | None:
     if len(norms) < 3 * WINDOW:
         return None
     early, now = (statistics.median(part) for part in (norms[WINDOW : 2 * WINDOW], norms[-WINDOW:]))
-    if now < GROWTH * early:
+    if early == 0 or now < GROWTH * early:  # where it is 0, `no_gradient` says so
         return None
     return (
         f"the gradient's norm has grown {now / early:.0f}-fold since epochs {WINDOW + 1} to {2 * WINDOW}, as before a "

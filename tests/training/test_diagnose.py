@@ -265,6 +265,11 @@ def test_healthy_courses_have_no_trend(name):
         assert diagnose(HEALTHY[name][0], HEALTHY[name][:end]) == {}
 
 
+def test_a_gradient_that_is_zero_throughout_is_named_as_that():
+    flat = course(120, grad_norm=lambda epoch: 0.0)
+    assert list(diagnose(flat[0], flat)) == ["no_gradient"]
+
+
 def test_trends_name_the_epoch_from_which_it_went_wrong():
     assert "around epoch 60 to" in diagnose(TRENDS["reward_fell"][0], TRENDS["reward_fell"])["reward_fell"]
     assert "from 0.5 after epoch 20 to 0.46" in diagnose({}, TRENDS["heldout_fell"])["heldout_fell"]

@@ -135,7 +135,7 @@ def test_stds_are_those_of_the_steps(name):
         (["--steer", "value,run=nowhere"], "nowhere holds no value/network.safetensors"),
         (
             ["--steer", "value,run=nowhere", "rewards.shapes.weight=1"],
-            "rewards.shapes.weight=1 has no effect: --steer value,run=nowhere draws by what a run learned",
+            "rewards.shapes.weight=1 has no effect on drawing",
         ),
     ],
 )
