@@ -147,14 +147,8 @@ def test_a_run_learns_the_same(pipeline, graphs, tmp_path):
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["model.dtype=bfloat16"],
-        *(pytest.param(w, marks=pytest.mark.slow) for w in ([], ["train.rollout_dtype=bfloat16"])),
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["model.dtype=bfloat16"], ["train.rollout_dtype=bfloat16"]], ids=str)
 def test_ratios_are_one(words, pipeline, graphs, tmp_path):
     """By the arithmetic of updates, with gradients: in half precision they would not be otherwise."""
     trainer = a_trainer(pipeline, tmp_path / "run", "model.compile=true", *words)

@@ -55,7 +55,9 @@ class Exact:
 # ---------------------------------------------------------------------------------------------- the control
 
 
-@pytest.mark.parametrize(("toy", "least"), [("g1", 0.9999), ("m1", 0.997), ("p1", 0.999)])
+@pytest.mark.parametrize(
+    ("toy", "least"), [("g1", 0.9999), ("m1", 0.997), pytest.param("p1", 0.999, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("sampler", ["euler_maruyama", "ddim"])
 def test_the_exact_value_leads_to_the_optimum(toy, least, sampler, tmp_path):
     """By m + S^2 grad V(m), V of the step's mean; with the value of the state after it, G1 stays at .961."""

@@ -166,6 +166,7 @@ BETTER_TESTED = {  # in test_learner.py: what they change is no result
     "rollout_dtype",  # in tests/plugins/models/test_stable_diffusion.py
     "max_failed",
     "max_bad_updates",
+    "ema",  # in tests/training/test_measure.py
     "patience",  # in tests/training/test_best.py
 }
 
