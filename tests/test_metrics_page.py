@@ -58,10 +58,10 @@ def test_every_key_that_a_run_writes_is_on_the_page_and_no_other(name, written):
 
 
 def test_pitfalls_name_every_diagnosis_and_keys_that_there_are():
-    from condrl.training.diagnose import CHECKS, TRENDS
+    from condrl.training.diagnose import CHECKS, OF_MEASURES, TRENDS
 
     page = (ROOT / "docs" / "pitfalls.md").read_text("utf-8")
-    assert set(re.findall(r"\[`(\w+)`\]", page)) == {check.__name__ for check in (*CHECKS, *TRENDS)}
+    assert set(re.findall(r"\[`(\w+)`\]", page)) == {check.__name__ for check in (*CHECKS, *TRENDS, *OF_MEASURES)}
     known = documented("metrics.jsonl")
     named = [
         cell

@@ -96,7 +96,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     write_json(plan.folder.file(SUMMARY), result)
     if args.json:
         write_json(args.json, result)
-    print(visible("\n".join([*report(result), f"see {plan.folder.path}/"])))
+    weights = {name: options["weight"] for name, options in plan.config.rewards.items()}
+    print(visible("\n".join([*report(result, weights), f"see {plan.folder.path}/"])))
     return result
 
 

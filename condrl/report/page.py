@@ -15,7 +15,7 @@ import yaml
 from condrl.errors import naming
 from condrl.io.files import locate
 from condrl.report.charts import Chart, Mark, Series, number
-from condrl.report.run import Finding, Line, Run, change, interval, side, verdict
+from condrl.report.run import Finding, Line, Run, change, interval, verdict
 from condrl.report.usage import base_model, diffusers_code, readers
 
 OPENING = "<!doctype html>\n<!-- condrl report -->\n"
@@ -92,7 +92,7 @@ def measures(run: Run) -> str:
     rows = (run.result or {}).get("heldout") or {}
     if not rows:
         return ""
-    body = "".join(measure_row(name, row, name in run.rewards) for name, row in rows.items())
+    body = "".join(measure_row(run, name, row) for name, row in rows.items())
     best = (run.result or {}).get("best") or {}
     note = ""
     if best.get("heldout"):
@@ -104,14 +104,16 @@ def measures(run: Run) -> str:
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{note}'
 
 
-def measure_row(name: str, row: dict[str, Any], rewarded: bool) -> str:
+def measure_row(run: Run, name: str, row: dict[str, Any]) -> str:
     difference = figure(row["difference"]["mean"], "+") + interval(row)
-    tone = {1: "up", -1: "down", 0: ""}[side(row)]
-    wins = f"{row['win_rate']:.0%}" if "win_rate" in row else ""
+    tone = {1: "up", -1: "down", 0: ""}[run.gained(name, row)]
+    won = row.get("win_rate", math.nan)
+    wins = "" if math.isnan(won) else f"{won if run.sign(name) > 0 else 1 - won:.0%}"
+    rewarded = ("yes" if run.sign(name) > 0 else "yes, lower") if name in run.rewards else "no"
     base, tuned = (figure(row[who]["mean"]) for who in ("base", "tuned"))
     return (
         f'<tr><td>{escape(name)}</td><td>{base}</td><td>{tuned}</td><td class="{tone}">{difference}</td>'
-        f"<td>{wins}</td><td>{'yes' if rewarded else 'no'}</td></tr>"
+        f"<td>{wins}</td><td>{rewarded}</td></tr>"
     )
 
 
@@ -248,11 +250,7 @@ def pictures(run: Run) -> str:
 def gain(run: Run, line: Line) -> float:
     """What an image gained in all measures, each in units of its spread; one with a negative weight is better lower."""
     values = [(name, b, line["tuned"].get(name)) for name, b in line["base"].items()]
-    return sum(
-        math.copysign(1.0, run.rewards.get(name, 1.0)) * (t - b) / run.spread(name)
-        for name, b, t in values
-        if b is not None and t is not None
-    )
+    return sum(run.sign(name) * (t - b) / run.spread(name) for name, b, t in values if b is not None and t is not None)
 
 
 def pair(run: Run, line: Line) -> str:

@@ -16,6 +16,7 @@ from condrl.io.records import from_json
 
 Line = dict[str, Any]
 MEASURED = ("heldout/", "validation/")
+FALLS = ("reward_fell", "heldout_fell")  # diagnoses of a run that was better before
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,15 @@ class Run:
         found = {name: options.get("weight", 1.0) for name, options in (self.config.get("rewards") or {}).items()}
         return {name: weight for name, weight in found.items() if weight}
 
+    def sign(self, measure: str) -> int:
+        """1, or -1 where lower is better: for a reward with a negative weight."""
+        return -1 if self.rewards.get(measure, 1.0) < 0 else 1
+
+    def gained(self, measure: str, row: dict[str, Any]) -> int:
+        """1 where a row's paired interval says that its measure got better, -1 where worse, else 0."""
+        low, high = row["difference"]["ci95"] or (0.0, 0.0)
+        return self.sign(measure) * (1 if low > 0 else -1 if high < 0 else 0)
+
     def series(self, name: str) -> list[tuple[float, float]]:
         """(epoch, value) wherever it was recorded."""
         found = [(line["epoch"], line.get(name)) for line in self.lines]
@@ -82,11 +92,12 @@ class Run:
         from condrl.training.diagnose import diagnose
 
         found: dict[str, Finding] = {}
+        lowered = {name for name in self.rewards if self.sign(name) < 0}
         first = {**(self.lines[0] if self.lines else {}), **self.before}
         last = set(self.lines[-1].get("diagnosis", ())) if self.lines else set()
         for i, line in enumerate(self.lines):
             new = [name for name in line.get("diagnosis", ()) if name not in found]
-            texts = diagnose(first, self.lines[: i + 1]) if new else {}
+            texts = diagnose(first, self.lines[: i + 1], lowered) if new else {}
             for name in new:
                 found[name] = Finding(name, int(line["epoch"]), texts.get(name, name.replace("_", " ")), name in last)
         return list(found.values())
@@ -149,16 +160,19 @@ class Verdict:
 
 
 def verdict(run: Run, findings: Iterable[Finding]) -> Verdict:
-    lasting = {finding.name for finding in findings if finding.lasting}
+    lasting = {finding.name: finding.epoch for finding in findings if finding.lasting}
     if run.result is None:
         return Verdict("unfinished", f"{recorded(run)}; the result is measured when the run ends.")
     rows = run.result["heldout"]
     if not rows:
         return Verdict("not shown", "There were no held-out prompts or no measures: nothing says whether it is better.")
-    better, worse = ({name: row for name, row in rows.items() if side(row) == sign} for sign in (1, -1))
+    better, worse = ({name: row for name, row in rows.items() if run.gained(name, row) == sign} for sign in (1, -1))
     told = sentences(better or worse or rows)
     if "collapse" in lasting:
-        return Verdict("collapsed", f"The images of a prompt hardly differ any more. {told}")
+        return Verdict("collapsed", f"Since epoch {lasting['collapse']} the images of a prompt hardly differ. {told}")
+    fell = [lasting[name] for name in FALLS if name in lasting]
+    if fell and any(name in run.rewards for name in worse):
+        return Verdict("collapsed", f"What it had learned was lost again, seen from epoch {min(fell)} on. {told}")
     unrewarded = [name for name in worse if name not in run.rewards]
     if "reward_hacking" in lasting or (unrewarded and any(name in run.rewards for name in better)):
         return Verdict(
@@ -174,12 +188,6 @@ def verdict(run: Run, findings: Iterable[Finding]) -> Verdict:
 def recorded(run: Run) -> str:
     """How many epochs there are, in words."""
     return "1 epoch is recorded" if len(run.lines) == 1 else f"{len(run.lines)} epochs are recorded"
-
-
-def side(row: dict[str, Any]) -> int:
-    """1 where a paired interval is above 0, -1 where it is below, else 0."""
-    low, high = row["difference"]["ci95"] or (0.0, 0.0)
-    return 1 if low > 0 else -1 if high < 0 else 0
 
 
 def sentences(rows: dict[str, dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from condrl.algorithms.base import Experience
@@ -101,20 +101,27 @@ def measured(line: Line) -> list[str]:
     return [n for n in line if n.startswith(("heldout/", "validation/")) and f"{n}_ci95" in line]
 
 
-def reward_hacking(first: Line, line: Line) -> str | None:
+def direction(name: str, lowered: Collection[str]) -> int:
+    """1 if a measure such as heldout/clip is better when it is higher, -1 if lower."""
+    return -1 if name.partition("/")[2] in lowered else 1
+
+
+def reward_hacking(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str | None:
+    line = lines[-1]
     names = [n for n in measured(line) if f"{n}_ci95" in first]
     if not names or "reward/total" not in line:
         return None
     gained = line["reward/total"] - first["reward/total"]
     if gained < 4 * first["reward/total_std"] / first["images"] ** 0.5:
         return None
-    fallen = [n for n in names if line[n] + line[f"{n}_ci95"] < first[n] - first[f"{n}_ci95"]]
-    if not fallen:
+    apart = {n: line[f"{n}_ci95"] + first[f"{n}_ci95"] for n in names}
+    worse = [n for n in names if direction(n, lowered) * (first[n] - line[n]) > apart[n]]
+    if not worse:
         return None
-    drops = ", ".join(f"{n} from {first[n]:.3g} to {line[n]:.3g}" for n in fallen)
+    changes = ", ".join(f"{n} from {first[n]:.3g} to {line[n]:.3g}" for n in worse)
     return (
-        f"the reward rose by {gained:.3g} while held-out measures fell ({drops}): the policy exploits the reward; try "
-        "a larger algorithm.kappa, train.kl_budget, fewer epochs, or these measures as further rewards"
+        f"the reward rose by {gained:.3g} while held-out measures got worse ({changes}): the policy exploits the "
+        "reward; try a larger algorithm.kappa, train.kl_budget, fewer epochs, or these measures as further rewards"
     )
 
 
@@ -161,12 +168,14 @@ def drift(lines: Sequence[Line]) -> str | None:
     )
 
 
-def heldout_fell(lines: Sequence[Line]) -> str | None:
+def heldout_fell(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str | None:
     for name in measured(lines[-1]):
-        best = max((line for line in lines if name in line), key=lambda line: line[name])
-        if best[name] - lines[-1][name] > lines[-1][f"{name}_ci95"]:
+        sign = direction(name, lowered)
+        best = max((line for line in lines if name in line), key=lambda line: sign * line[name])
+        if sign * (best[name] - lines[-1][name]) > lines[-1][f"{name}_ci95"]:
+            went = "fallen" if sign > 0 else "risen"
             return (
-                f"{name} has fallen from {best[name]:.3g} after epoch {best['epoch']:.0f} to {lines[-1][name]:.3g}, by "
+                f"{name} has {went} from {best[name]:.3g} after epoch {best['epoch']:.0f} to {lines[-1][name]:.3g}, by "
                 "more than its interval: end there, or try a lower train.lr, or a larger algorithm.kappa"
             )
     return None
@@ -204,18 +213,20 @@ CHECKS: tuple[Callable[[Line, Line], str | None], ...] = (
     collapse,
     value_network,
     kl_budget,
-    reward_hacking,
 )
 
 
-TRENDS: tuple[Callable[[Sequence[Line]], str | None], ...] = (reward_fell, gradient_growth, drift, heldout_fell)
+TRENDS: tuple[Callable[[Sequence[Line]], str | None], ...] = (reward_fell, gradient_growth, drift)
+OF_MEASURES: tuple[Callable[[Line, Sequence[Line], Collection[str]], str | None], ...] = (reward_hacking, heldout_fell)
 
 
-def diagnose(first: Line, lines: Sequence[Line]) -> dict[str, str]:
+def diagnose(first: Line, lines: Sequence[Line], lowered: Collection[str] = ()) -> dict[str, str]:
     """What is wrong after the last of a run's epochs, by the name of the check.
 
-    `first` is what the first epoch recorded, with the base model's held-out measures.
+    `first` is what the first epoch recorded, with the base model's held-out measures; `lowered` are the rewards whose
+    weight is negative.
     """
     found = {check.__name__: check(first, lines[-1]) for check in CHECKS}
     found |= {check.__name__: check(lines) for check in TRENDS}
+    found |= {check.__name__: check(first, lines, lowered) for check in OF_MEASURES}
     return {name: text for name, text in found.items() if text}

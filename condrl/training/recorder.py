@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -24,8 +24,9 @@ PICTURES = 8  # images in an epoch's picture
 class Recorder:
     """Writes an epoch's lines and picture into the run's folder, and passes them to the trackers."""
 
-    def __init__(self, folder: RunFolder, processes: Processes) -> None:
+    def __init__(self, folder: RunFolder, processes: Processes, lowered: Collection[str] = ()) -> None:
         self.folder, self.processes = folder, processes
+        self.lowered = lowered  # the rewards whose weight is negative
         self.trackers = Trackers(folder, processes)
         self.metrics_file = folder.path / "metrics.jsonl"  # the same whenever a run is repeated or resumed
         self.first: dict[str, float] = {}  # what the first epoch recorded, with the base model's held-out measures
@@ -66,7 +67,7 @@ class Recorder:
         self.first = {**line, **self.first}  # the first epoch's, and the base model's held-out measures
         if self.processes.is_main:
             self.lines.append(line)
-            self.write(line, diagnose(self.first, self.lines), seconds)
+            self.write(line, diagnose(self.first, self.lines, self.lowered), seconds)
         return line
 
     def write(self, line: dict[str, Any], found: Mapping[str, str], seconds: Mapping[str, float]) -> None:

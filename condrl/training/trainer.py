@@ -63,7 +63,7 @@ class Trainer:
         self.learner = Learner(config, policy, algorithm, processes)
         self.processes.check_same(self.learner.parameters)
         self.folder = RunFolder(config.folder)
-        self.recorder = Recorder(self.folder, processes)
+        self.recorder = Recorder(self.folder, processes, {r.name for r in rewards if r.weight < 0})
         self.epoch = self.images = 0
         self.heldout: Callable[[], dict[str, float]] | None = None  # measures the policy, for `evaluate.every`
         self.best = Best()  # by validation prompts

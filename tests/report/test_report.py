@@ -81,6 +81,10 @@ def an_epoch(epoch, diagnosis=(), **more):
         ({"bright": BETTER}, ["reward_hacking"], "hacked"),
         ({"bright": WORSE, "other": BETTER}, [], "mixed"),
         ({"bright": BETTER}, ["collapse"], "collapsed"),
+        ({"bright": WORSE}, ["reward_fell"], "collapsed"),
+        ({"bright": WORSE, "other": BETTER}, ["heldout_fell"], "collapsed"),
+        ({"bright": SAME}, ["reward_fell"], "not shown"),
+        ({"bright": BETTER, "other": WORSE}, ["heldout_fell"], "hacked"),
         (None, [], "unfinished"),
     ],
 )
@@ -92,6 +96,17 @@ def test_the_verdict(heldout, diagnosis, word, tmp_path):
     if heldout and word == "better":
         assert "bright: 0.500 to 0.700, +0.200 [+0.100, +0.300]." in found.sentence
         assert "other" not in found.sentence
+    if word == "collapsed":
+        assert "epoch 2 " in found.sentence
+
+
+def test_a_reward_with_a_negative_weight_is_better_lower(tmp_path):
+    config = CONFIG | {"rewards": {"bright": {"weight": -1.0}}}
+    for name, heldout, word, tone, wins in (("a", WORSE, "better", "up", "25%"), ("b", BETTER, "worse", "down", "25%")):
+        run = read_run(make_run(tmp_path / name, {"bright": heldout}, [an_epoch(1)], config=config))
+        assert verdict(run, []).word == word
+        assert f'<td class="{tone}">' in page([run])
+        assert f"<td>{wins}</td><td>yes, lower</td>" in page([run])
 
 
 def test_a_diagnosis_that_passed_is_told_and_does_not_decide(tmp_path):

@@ -265,6 +265,21 @@ def test_healthy_courses_have_no_trend(name):
         assert diagnose(HEALTHY[name][0], HEALTHY[name][:end]) == {}
 
 
+def test_a_measure_that_is_to_be_lowered_goes_wrong_upwards():
+    """As that of a reward with a negative weight: what rises is then what falls otherwise, and the other way round."""
+    fallen = TRENDS["heldout_fell"]
+    risen = [{**line, "heldout/x": -line["heldout/x"]} for line in fallen]
+    assert list(diagnose(risen[0], risen, {"x"})) == ["heldout_fell"]
+    assert "heldout/x has risen from -0.5 after epoch 20 to -0.46" in diagnose({}, risen, {"x"})["heldout_fell"]
+    assert diagnose(fallen[0], fallen, {"x"}) == diagnose(risen[0], risen, {"y"}) == {}
+
+    first = {"images": 100, "reward/total": 0.0, "reward/total_std": 0.1, "heldout/x": 0.5, "heldout/x_ci95": 0.05}
+    for value, wrong in ((0.3, "fell"), (0.7, "rose")):
+        line = {**first, "epoch": 9, "reward/total": 1.0, "heldout/x": value}
+        assert ("reward_hacking" in diagnose(first, [line])) == (wrong == "fell")
+        assert ("reward_hacking" in diagnose(first, [line], {"x"})) == (wrong == "rose")
+
+
 def test_a_gradient_that_is_zero_throughout_is_named_as_that():
     flat = course(120, grad_norm=lambda epoch: 0.0)
     assert list(diagnose(flat[0], flat)) == ["no_gradient"]
