@@ -171,8 +171,8 @@ def verdict(run: Run, findings: Iterable[Finding]) -> Verdict:
     if "collapse" in lasting:
         return Verdict("collapsed", f"Since epoch {lasting['collapse']} the images of a prompt hardly differ. {told}")
     fell = [lasting[name] for name in FALLS if name in lasting]
-    if fell and any(name in run.rewards for name in worse):
-        return Verdict("collapsed", f"What it had learned was lost again, seen from epoch {min(fell)} on. {told}")
+    if fell and not any(name in run.rewards for name in better):
+        return Verdict("collapsed", f"What it had learned was lost again, as seen from epoch {min(fell)} on. {told}")
     unrewarded = [name for name in worse if name not in run.rewards]
     if "reward_hacking" in lasting or (unrewarded and any(name in run.rewards for name in better)):
         return Verdict(
