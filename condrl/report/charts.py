@@ -9,6 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 440, 200  # little more than a phone shows, so that the numbers can be read there
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 14, 34  # margins of the plot
+NEAR = 16  # between marks whose labels would overlap
 COLOURS = 6  # in the page's style
 FEW = 30  # points that are each shown; of more, a line of their mean is
 
@@ -86,12 +87,21 @@ class Chart:
         return padded(min(xs), max(xs), 0.0), padded(min(ys), max(ys), 0.06)
 
     def _marks(self, across: Scale) -> list[str]:
-        found = []
-        for mark in self.marks:
-            x = across(mark.x)
-            found.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-            found.append(f'<text class="marked" x="{x + 3:.1f}" y="{TOP + 9}">{escape(mark.label)}</text>')
-        return found
+        places = [(across(mark.x), mark.label) for mark in self.marks]
+        lines = [f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>' for x, _ in places]
+        return lines + [
+            f'<text class="marked" x="{x + 3:.1f}" y="{TOP + 9}">{escape(", ".join(labels))}</text>'
+            for x, labels in apart(places)
+        ]
+
+
+def apart(places: Iterable[tuple[float, str]]) -> list[tuple[float, list[str]]]:
+    """Labels by their places, those that would be written over each other beside the last of them."""
+    found: list[tuple[float, list[str]]] = []
+    for x, label in sorted(places):
+        near = found.pop()[1] if found and x - found[-1][0] < NEAR else []
+        found.append((x, [*near, label]))
+    return found
 
 
 @dataclass(frozen=True)

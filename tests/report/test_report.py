@@ -20,7 +20,7 @@ from PIL import Image
 from condrl.commands import report
 from condrl.prompts import Row
 from condrl.report.card import write_card
-from condrl.report.charts import Chart, Mark, Scale, Series, number, padded, smoothed
+from condrl.report.charts import Chart, Mark, Scale, Series, apart, number, padded, smoothed
 from condrl.report.page import OPENING, against_kl, embedded, gain, page
 from condrl.report.run import read_run, verdict
 from condrl.report.usage import diffusers_code
@@ -122,6 +122,14 @@ def test_a_diagnosis_that_passed_is_told_and_does_not_decide(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- charts
+
+
+def test_labels_of_marks_are_not_written_over_each_other():
+    assert apart([(100.0, "3"), (10.0, "1"), (20.0, "2"), (35.0, "4, 5"), (51.5, "6")]) == [
+        (35.0, ["1", "2", "4, 5"]),
+        (51.5, ["6"]),
+        (100.0, ["3"]),
+    ]
 
 
 def test_a_charts_places_are_its_numbers():
