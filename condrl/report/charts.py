@@ -165,14 +165,11 @@ def shape(series: Series, across: Scale, up: Scale, colour: str) -> list[str]:
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Each value's mean with its neighbours', a tenth of the points or so; fewer of them near the ends."""
+    """Each value's mean with its neighbours', a tenth of the points or so; none near the ends, which have fewer."""
     half = len(points) // (2 * 10)
     values = [y for _, y in points]
-    near = [min(half, i, len(points) - 1 - i) for i in range(len(points))]
-    return [
-        (x, math.fsum(values[i - n : i + n + 1]) / (2 * n + 1))
-        for i, ((x, _), n) in enumerate(zip(points, near, strict=True))
-    ]
+    whole = range(half, len(points) - half)
+    return [(points[i][0], math.fsum(values[i - half : i + half + 1]) / (2 * half + 1)) for i in whole]
 
 
 def path(points: Iterable[tuple[float, float]], across: Scale, up: Scale) -> str:
