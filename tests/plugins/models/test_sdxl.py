@@ -257,12 +257,13 @@ def test_diffusers_draws_the_same_from_either_file_and_so_do_we(folder, tmp_path
     before = pictures(model, PROMPTS, SEEDS)
     perturb(model)
     ours = pictures(model, PROMPTS, SEEDS)
+    alone = torch.cat([pictures(model, [p], [s]) for p, s in zip(PROMPTS, SEEDS, strict=True)])  # as diffusers draws
     assert (ours - before).abs().max() > 10 / 255
     model.save_adapter(tmp_path)
     for file in (LORA_FILE, KOHYA_FILE):
         pipe = plain(folder)
         pipe.load_lora_weights(tmp_path, weight_name=file)
-        assert (ours - their_pictures(pipe)).abs().max() < 1 / 255
+        assert (alone - their_pictures(pipe)).abs().max() < 1 / 255
         again = SDXL(CPU, path=str(folder), lora_rank=2, lora=str(tmp_path / file))
         torch.testing.assert_close(pictures(again, PROMPTS, SEEDS), ours, atol=1e-4, rtol=0)
 
