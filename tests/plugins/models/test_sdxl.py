@@ -120,9 +120,9 @@ def plain(folder, schedule=None):
     return pipe
 
 
-def their_pictures(pipe, guidance=5.0, seeds=SEEDS, **options):
+def their_pictures(pipe, guidance=5.0, **options):
     options |= {"num_inference_steps": 5, "eta": 1.0, "guidance_scale": guidance, "output_type": "pt"}
-    images = [pipe(p, generator=g, **options).images[0] for p, g in zip(PROMPTS, seeded(seeds), strict=True)]
+    images = [pipe(p, generator=g, **options).images[0] for p, g in zip(PROMPTS, seeded(SEEDS), strict=True)]
     return torch.stack(images)
 
 
@@ -253,19 +253,19 @@ def test_the_plugin_holds_only_what_is_its_own():
 
 @pytest.mark.slow
 def test_diffusers_draws_the_same_from_either_file_and_so_do_we(folder, tmp_path):
-    steady = [6, 7, 8]  # from seed 1 this network makes .005 of a rounding error: even one and three at a time differ
+    torch.manual_seed(0)  # half of a LoRA is drawn from there, and some make .005 of a rounding error
     model = SDXL(CPU, path=str(folder), lora_rank=2, lora_alpha=5)
-    before = pictures(model, PROMPTS, steady)
+    before = pictures(model, PROMPTS, SEEDS)
     perturb(model)
-    ours = pictures(model, PROMPTS, steady)
+    ours = pictures(model, PROMPTS, SEEDS)
     assert (ours - before).abs().max() > 10 / 255
     model.save_adapter(tmp_path)
     for file in (LORA_FILE, KOHYA_FILE):
         pipe = plain(folder)
         pipe.load_lora_weights(tmp_path, weight_name=file)
-        assert (ours - their_pictures(pipe, seeds=steady)).abs().max() < 1 / 255
+        assert (ours - their_pictures(pipe)).abs().max() < 1 / 255
         again = SDXL(CPU, path=str(folder), lora_rank=2, lora=str(tmp_path / file))
-        torch.testing.assert_close(pictures(again, PROMPTS, steady), ours, atol=1e-4, rtol=0)
+        torch.testing.assert_close(pictures(again, PROMPTS, SEEDS), ours, atol=1e-4, rtol=0)
 
 
 def test_kohyas_files_draw_as_diffusers_draws_them(folder, tmp_path):
