@@ -14,9 +14,11 @@ DDIM = {"name": "ddim", "steps": 5, "spacing": None, "eta": 1.0}
 
 
 def perturb(model, scale=0.3):
-    """Give the LoRA weights that matter."""
+    """Give the LoRA weights that matter, the same whatever was drawn before."""
     g = torch.Generator().manual_seed(0)
     for layer in lora_layers(model.module).values():
+        down = layer.lora_A["default"].weight
+        down.data = (2 * torch.rand(down.shape, generator=g) - 1) / down[0].numel() ** 0.5  # as peft begins
         layer.lora_B["default"].weight.data = scale * torch.randn(layer.lora_B["default"].weight.shape, generator=g)
 
 

@@ -253,7 +253,6 @@ def test_the_plugin_holds_only_what_is_its_own():
 
 @pytest.mark.slow
 def test_diffusers_draws_the_same_from_either_file_and_so_do_we(folder, tmp_path):
-    torch.manual_seed(0)  # half of a LoRA is drawn from there, and some make .005 of a rounding error
     model = SDXL(CPU, path=str(folder), lora_rank=2, lora_alpha=5)
     before = pictures(model, PROMPTS, SEEDS)
     perturb(model)

@@ -236,7 +236,7 @@ def test_ratios_and_kl_of_a_chain_from_pure_noise(zero_snr):
     for k in range(5):
         distribution = policy.transition(found.states[k], torch.full((3,), k), found.condition)
         torch.testing.assert_close(distribution.log_prob(found.states[k + 1]), found.log_probs[k], atol=2e-3, rtol=0)
-    perturb(policy.model, 0.01)
+    perturb(policy.model, 0.03)
     kl = path_kl(policy, found, 3).kl
     alpha, sigma = (
         c(policy.sampler.times[1]).float() for c in (policy.model.schedule.alpha, policy.model.schedule.sigma)
