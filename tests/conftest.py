@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.registry import REGISTRIES
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start: two of them share two cores
 
 
 @pytest.fixture(autouse=True)
