@@ -96,8 +96,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     write_json(plan.folder.file(SUMMARY), result)
     if args.json:
         write_json(args.json, result)
-    weights = {name: options["weight"] for name, options in plan.config.rewards.items()}
-    print(visible("\n".join([*report(result, weights), f"see {plan.folder.path}/"])))
+    lowered = {name for name, options in plan.config.rewards.items() if options["weight"] < 0}
+    print(visible("\n".join([*report(result, lowered), f"see {plan.folder.path}/"])))
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -94,7 +94,7 @@ class Writer:
 # ---------------------------------------------------------------------------------------------- reporting
 
 
-def report(result: dict[str, Any], weights: Mapping[str, float]) -> list[str]:
+def report(result: dict[str, Any], lowered: Collection[str]) -> list[str]:
     """The summary as tables, one for each sampler and strength, with the verdicts that the differences allow."""
     from condrl.training.evaluate import verdict
 
@@ -109,7 +109,7 @@ def report(result: dict[str, Any], weights: Mapping[str, float]) -> list[str]:
         lines += ["", f"{label(entry['sampler'], samplers)}, {who}"]
         header = ("held-out", *names, "difference", "win rate")
         lines += aligned([header, *(cells(name, row, names) for name, row in rows.items())])
-        lines.append(verdict(entry["heldout"], weights))
+        lines.append(verdict(entry["heldout"], lowered))
         if entry.get("path_kl") is not None:
             lines.append(f"path KL to the base: {entry['path_kl']:.4g} nats")
         if calls := entry.get("network_calls"):

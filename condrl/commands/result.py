@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,7 @@ def save_result(
     save_images(trainer, heldout, base, tuned)
     trackers.log(trainer.epoch, tracked_result(result), "result")
     present(folder)
-    weights = {reward.name: reward.weight for reward in trainer.rewards}
-    print(visible(summary(result, folder.path, weights)))
+    print(visible(summary(result, folder.path, trainer.recorder.lowered)))
 
 
 def tracked_result(result: dict[str, Any]) -> dict[str, float]:
@@ -105,14 +104,14 @@ def save_images(trainer: Trainer, rows: Sequence[Row], base: Evaluation | None, 
     save_heldout(folder, rows, seed, base, tuned, drawn)
 
 
-def summary(result: dict[str, Any], folder: Path, weights: Mapping[str, float]) -> str:
+def summary(result: dict[str, Any], folder: Path, lowered: Collection[str] = ()) -> str:
     """The result as a table, with the verdict that its paired differences allow."""
     from condrl.training.evaluate import verdict
 
     comparison = result["heldout"]
     whos = ("base", "tuned", "difference")
     rows = [("held-out", *whos), *((name, *(interval(row[who]) for who in whos)) for name, row in comparison.items())]
-    lines = [*aligned(rows), verdict(comparison, weights), *best_lines(result.get("best"))]
+    lines = [*aligned(rows), verdict(comparison, lowered), *best_lines(result.get("best"))]
     if not comparison:
         lines = ["no held-out prompts (prompts.heldout) or measures: nothing says whether the model is better"]
     took = f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"

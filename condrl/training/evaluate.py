@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,15 +160,15 @@ def paired(base: Tensor, tuned: Tensor) -> dict[str, Any]:
     }
 
 
-def verdict(comparison: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> str:
+def verdict(comparison: Mapping[str, Mapping[str, Any]], lowered: Collection[str] = ()) -> str:
     """A sentence on each measure: better or worse where the paired interval leaves out 0, or else no difference.
 
-    A reward whose weight is negative is better lower.
+    Those that are `lowered`, as rewards with a negative weight are, are better lower.
     """
     verdicts: dict[str, list[str]] = {"better": [], "worse": [], "no difference shown": []}
     for name, row in comparison.items():
         low, high = row["difference"]["ci95"] or (0, 0)  # none where there is a single prompt
-        if weights.get(name, 1) < 0:
+        if name in lowered:
             low, high = -high, -low
         verdicts["better" if low > 0 else "worse" if high < 0 else "no difference shown"].append(name)
     return "; ".join(f"{which}: {', '.join(names)}" for which, names in verdicts.items() if names)

@@ -74,8 +74,8 @@ def test_a_verdict_rests_on_the_paired_interval():
         "c": row(-0.3, -0.1),
         "d": {"difference": {"mean": 1, "ci95": None}},
     }
-    assert verdict(rows, {"a": 2.0}) == "better: a; worse: c; no difference shown: b, d"
-    assert verdict(rows, {"a": -0.1, "b": -1.0, "c": -3.0}) == "better: c; worse: a; no difference shown: b, d"
+    assert verdict(rows) == "better: a; worse: c; no difference shown: b, d"
+    assert verdict(rows, {"a", "b", "c"}) == "better: c; worse: a; no difference shown: b, d"
 
 
 def test_intervals_cover_the_truth_95_percent_of_the_time():

@@ -74,7 +74,7 @@ def test_long_names_do_not_run_into_the_numbers():
     estimate = {"mean": 0.5, "ci95": (0.25, 0.75)}
     row = {"base": estimate, "tuned": estimate, "difference": estimate, "better": 0.5, "worse": 0.5}
     result = {"heldout": {name: row}, "seconds": 1.0, "peak_memory_gb": 1.0, "images": 8}
-    head, line, said, _ = summary(result, ROOT, {}).splitlines()
+    head, line, said, _ = summary(result, ROOT).splitlines()
     assert line.split() == [name, *["0.500", "[0.250,", "0.750]"] * 3]
     assert head.index("base") == line.index("0.500")  # below each other
     assert said == f"better: {name}"
