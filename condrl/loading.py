@@ -59,7 +59,8 @@ def load_for_drawing(file: Path | None, overrides: Sequence[str], is_steered: bo
     )
     own = replace(part, values=values, texts=texts, is_found=True)
     if is_steered:
-        _check_measures(own, given, "name the rewards to steer by")
+        named = "name the rewards to steer by"
+        _check_measures(own, given, f"load it with plugins=[FILE] if you trust it, or {named}", named)
     with _pointing_to_plugins(part):
         return _config([own, *given])
 
@@ -106,7 +107,8 @@ def load_for_evaluation(file: Path | None, overrides: Sequence[str], is_trusted:
     values, texts = (_evaluating(tree, given, is_trusted) for tree in (part.values, part.texts))
     own = replace(part, values=values, texts=texts, is_found=not is_trusted)
     if not is_trusted:
-        _check_measures(own, given, "pass --trust if you trust it, or name other measures")
+        trusted = "pass --trust if you trust it, or name other measures"
+        _check_measures(own, given, trusted, trusted)
     with _pointing_to_plugins(part):
         return _config([own, *given])
 
@@ -148,8 +150,11 @@ def _without(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name not in keys}
 
 
-def _check_measures(found: Part, overrides: Sequence[Part], advice: str) -> None:
-    """Raises: UsageError when a file that was found, not named, measures by code or a server of its own."""
+def _check_measures(found: Part, overrides: Sequence[Part], if_code: str, if_server: str) -> None:
+    """Check that no file that was found, not named, scores by code or a server of its own.
+
+    Raises: UsageError with the advice for either.
+    """
     for override in overrides:
         check_list(override.values.get("plugins"), list[str], "plugins")
         for path in override.values.get("plugins") or ():
@@ -160,9 +165,10 @@ def _check_measures(found: Part, overrides: Sequence[Part], advice: str) -> None
             given = {key for part in overrides for key in mapping(section_at(part.values, where).get(name))}
             servers = {key for key, value in mapping(options).items() if "://" in str(value)} - given
             if servers or (name not in _named(overrides, where) and not _is_registered(name)):
+                what, advice = ("asks a server", if_server) if servers else ("is code", if_code)
                 raise UsageError(
-                    f"{found.argument} uses {name!r}, which {'asks a server' if servers else 'is code'}, and "
-                    f"that file was found, not named: {advice}, as in rewards.brightness.weight=1"
+                    f"{found.argument} uses {name!r}, which {what}, and that file was found, not named: {advice}, as in "
+                    "rewards.brightness.weight=1"
                 )
 
 

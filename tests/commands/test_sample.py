@@ -190,7 +190,10 @@ def test_a_run_is_steered_by_its_own_rewards_or_by_those_that_are_named(run, tmp
     ("rewards", "said"),
     [
         ({"remote": {"weight": 1.0, "url": "http://127.0.0.1:9"}}, "uses 'remote', which asks a server"),
-        ({"of_a_file_elsewhere": {"weight": 1.0}}, "uses 'of_a_file_elsewhere', which is code"),
+        (
+            {"of_a_file_elsewhere": {"weight": 1.0}},
+            "not named: load it with plugins=[FILE] if you trust it, or name the",
+        ),
     ],
 )
 def test_what_a_run_names_neither_runs_nor_is_asked_to_steer(rewards, said, run, tmp_path, capsys):
