@@ -167,8 +167,8 @@ def _check_measures(found: Part, overrides: Sequence[Part], if_code: str, if_ser
             if servers or (name not in _named(overrides, where) and not _is_registered(name)):
                 what, advice = ("asks a server", if_server) if servers else ("is code", if_code)
                 raise UsageError(
-                    f"{found.argument} uses {name!r}, which {what}, and that file was found, not named: {advice}, as in "
-                    "rewards.brightness.weight=1"
+                    f"{found.argument} uses {name!r}, which {what}, and that file was found, not named: {advice}, as "
+                    "in rewards.brightness.weight=1"
                 )
 
 
