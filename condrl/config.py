@@ -22,7 +22,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from condrl.errors import UsageError
 from condrl.io.files import expanded, locate
-from condrl.overrides import (
+from condrl.io.overrides import (
     escaped,
     exists,
     one_line,

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from condrl.config import DEFAULT_PLUGINS, SECTIONS, Config, GridConfig, build_config, check_list
 from condrl.errors import UsageError
-from condrl.overrides import Part, mapping, merged, one_line, read_argument, retyped, section_at, setting_keys
+from condrl.io.overrides import Part, mapping, merged, one_line, read_argument, retyped, section_at, setting_keys
 from condrl.registry import REGISTRIES, load_file, type_hints
 
 EVALUATED = (  # settings that an evaluation accepts

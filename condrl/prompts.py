@@ -14,8 +14,8 @@ from typing import Any
 
 from condrl.errors import UsageError, brief
 from condrl.io.files import locate
+from condrl.io.overrides import TOO_DEEP, is_deep
 from condrl.io.records import from_json
-from condrl.overrides import TOO_DEEP, is_deep
 
 LONGEST = 100_000  # characters of a prompt
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 import condrl
 from condrl.commands import benchmark, export, finetune
+from condrl.io.overrides import is_setting
 from condrl.loading import load_config
-from condrl.overrides import is_setting
 from condrl.training.published import published
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from helpers import ROOT, run_python
 
 ROOMS = (  # from the ground up: a module imports from its own room and from those before it
     ("errors",),
-    ("io", "registry", "overrides"),
+    ("io", "registry"),
     ("config", "loading", "prompts", "processes"),
     ("diffusion",),
     ("models",),

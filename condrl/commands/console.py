@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from condrl.errors import LESS, RunError, Stopped, UsageError, brief, out_of_memory, print_main
-from condrl.overrides import is_setting
+from condrl.io.overrides import is_setting
 
 T = TypeVar("T")
 

@@ -37,8 +37,8 @@ from condrl.commands.sample import HOME, check_folder, default_config, find, in_
 from condrl.config import Config
 from condrl.errors import UsageError, print_main, visible, warn_of_address_limit
 from condrl.io.files import locate
+from condrl.io.overrides import exists, read_named, setting_keys
 from condrl.loading import load_for_evaluation
-from condrl.overrides import exists, read_named, setting_keys
 
 if TYPE_CHECKING:
     import torch

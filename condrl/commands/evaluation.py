@@ -108,7 +108,7 @@ def report(result: dict[str, Any], lowered: Collection[str]) -> list[str]:
         who = "base" if entry["strength"] is None else f"strength {entry['strength']:g}"
         lines += ["", f"{label(entry['sampler'], samplers)}, {who}"]
         header = ("held-out", *names, "difference", "win rate")
-        lines += aligned([header, *(cells(name, row, names) for name, row in rows.items())])
+        lines += aligned([header, *(cells(name, row, names, lowered) for name, row in rows.items())])
         lines.append(verdict(entry["heldout"], lowered))
         if entry.get("path_kl") is not None:
             lines.append(f"path KL to the base: {entry['path_kl']:.4g} nats")
@@ -125,9 +125,10 @@ def steered_by(section: dict[str, Any]) -> str:
     return f"steered: {', '.join([section['name'], *options])}{by}"
 
 
-def cells(name: str, row: dict[str, Any], names: Pair) -> tuple[str, ...]:
+def cells(name: str, row: dict[str, Any], names: Pair, lowered: Collection[str]) -> tuple[str, ...]:
     failed = [f"{row[who]['failed']} of {who}" for who in names if row[who]["failed"]]
-    last = f"{row['win_rate']:.0%}" + (f" (failed: {', '.join(failed)})" if failed else "")
+    won = 1 - row["win_rate"] if name in lowered else row["win_rate"]
+    last = f"{won:.0%}" + (f" (failed: {', '.join(failed)})" if failed else "")
     return (name, *(interval(row[who]) for who in (*names, "difference")), last)
 
 

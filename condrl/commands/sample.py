@@ -26,8 +26,8 @@ from condrl.commands.console import exit_code, one_of_several
 from condrl.config import Config
 from condrl.errors import UsageError, visible, warn_of_address_limit
 from condrl.io.files import CONFIGS
+from condrl.io.overrides import exists, is_setting, setting_keys
 from condrl.loading import load_for_drawing
-from condrl.overrides import exists, is_setting, setting_keys
 
 if TYPE_CHECKING:
     import torch

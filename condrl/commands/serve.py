@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 from condrl.commands.console import exit_code
 from condrl.config import typed_options
 from condrl.errors import UsageError, brief, print_main
+from condrl.io.overrides import is_setting, merged, read_argument, retyped
 from condrl.io.records import to_json
-from condrl.overrides import is_setting, merged, read_argument, retyped
 from condrl.registry import load_file
 from condrl.registry import reward as registry
 from condrl.rewards.threads import DaemonPool

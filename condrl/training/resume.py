@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from condrl.config import Config, to_yaml
 from condrl.errors import UsageError, brief
 from condrl.io.files import expanded
+from condrl.io.overrides import read_argument, section_at
 from condrl.io.records import from_json
-from condrl.overrides import read_argument, section_at
 from condrl.training.build import make_algorithm
 from condrl.training.checkpoint import newest_checkpoint, read_checkpoint, unlike
 from condrl.training.folder import RunFolder

@@ -15,7 +15,7 @@ from condrl.config import Config, typed_options
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.steering import Draws
 from condrl.errors import RewardError, UsageError
-from condrl.overrides import merged, read_argument, read_named, retyped
+from condrl.io.overrides import merged, read_argument, read_named, retyped
 from condrl.prompts import Row
 from condrl.registry import REGISTRIES, Plugin
 from condrl.rewards.scoring import Reward, score

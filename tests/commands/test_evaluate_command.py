@@ -14,6 +14,7 @@ import condrl
 from condrl import UsageError
 from condrl.commands import evaluate as command
 from condrl.commands import finetune
+from condrl.commands.evaluation import cells
 from condrl.diffusion.rollout import rollout
 from condrl.loading import load_config
 from condrl.models.lora import LORA_FILE
@@ -573,3 +574,10 @@ def test_a_run_with_a_samplers_file_says_how_to_trust_it(tmp_path, capsys):
     assert (
         f"was found, not named, so its plugin files are not imported: if you trust them, give plugins=[{file}]" in error
     )
+
+
+def test_where_a_reward_is_to_be_lowered_those_that_fell_have_won():
+    estimate = {"mean": 0.5, "ci95": None, "failed": 0}
+    row = {"base": estimate, "tuned": estimate, "difference": estimate, "win_rate": 0.2}
+    assert cells("x", row, ("base", "tuned"), {"y"})[-1] == "20%"
+    assert cells("x", row, ("base", "tuned"), {"x"})[-1] == "80%"
