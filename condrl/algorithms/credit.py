@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, normalise: bool = True, leave_one_out: bool = False) -> Tensor:
-    """Rewards (B,) minus the mean of their group, over its standard deviation if `normalise` (Shao et al. 2024).
+    """Rewards (..., B) minus the mean of their group, over its standard deviation if `normalise` (Shao et al. 2024).
 
     `groups` (B,) are integer ids. With `leave_one_out` the mean is of the others (Ahmadian et al. 2024), without
     it the advantage shrinks by 1 - 1 / K. A group without spread gives zero.
@@ -23,19 +23,22 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalise: bool = True, le
 
 
 def group_scale(rewards: Tensor, groups: Tensor) -> Tensor:
-    """1 / the standard deviation (B,) of the rewards (B,) in each image's group; 0 for a group without spread."""
+    """1 / the standard deviation of the rewards (..., B) in each image's group; 0 for a group without spread."""
     std = _by_group(rewards, groups)[2]
     return torch.zeros_like(std).where(std < 1e-6, 1 / (std + 1e-4))
 
 
 def _by_group(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards less their group's mean, the group's size and its standard deviation, each (B,)."""
+    """Rewards less their group's mean, the group's size and its standard deviation, each (..., B)."""
     _, index = groups.unique(return_inverse=True)
-    size = torch.zeros_like(rewards).scatter_add(0, index, torch.ones_like(rewards))[index]
-    mean = torch.zeros_like(rewards).scatter_add(0, index, rewards)[index] / size
-    centred = rewards - mean
-    variance = torch.zeros_like(rewards).scatter_add(0, index, centred.square())[index] / size
-    return centred, size, variance.sqrt()
+    index = index.expand_as(rewards)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros_like(rewards).scatter_add(-1, index, values).gather(-1, index)
+
+    size = total(torch.ones_like(rewards))
+    centred = rewards - total(rewards) / size
+    return centred, size, (total(centred.square()) / size).sqrt()
 
 
 class PromptTracker:

@@ -108,7 +108,7 @@ class PolicyGradient(Algorithm):
         )
 
     def _centred(self, returns: Tensor, groups: Tensor) -> Tensor:
-        return torch.stack([group_advantages(g, groups, False, self.leave_one_out is not False) for g in returns])
+        return group_advantages(returns, groups, False, self.leave_one_out is not False)
 
     def kl_to_go(self, base: PathKL) -> Tensor:
         """(K, B) what a step's choice will cost later, nats."""

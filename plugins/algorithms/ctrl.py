@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 import condrl
 from condrl.algorithms.actions import Actions, action_log_prob, action_variance, explore, pretrained_scores
 from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
-from condrl.algorithms.credit import group_scale
+from condrl.algorithms.credit import group_advantages, group_scale
 from condrl.algorithms.examples import Metrics, RatioExamples, per_image, per_step
 from condrl.algorithms.needs import Need, affine_steps, groups, noisy_steps, trained_steps
 from condrl.algorithms.policy_gradient import clipped
@@ -56,6 +57,7 @@ class CTRL(Algorithm):
     value_steps: int = 1  # its optimiser steps for each update of the policy
     value_width: int = 64  # its hidden units
     value_hint: bool | None = None  # show it the reward of the denoised state; null: for images
+    leave_one_out: bool = False  # centre each step's advantage on the mean of the prompt's other images
     normalise: bool = True  # divide by the standard deviation of the rewards of a prompt's images
     advantage_clip: float = 5.0  # bound on |advantage| when normalised
 
@@ -121,7 +123,10 @@ class CTRL(Algorithm):
         errors, wanted = (experience.gather(x)[:, experience.scored] for x in (targets - values[:-1], targets))
         fit = explained_variance(errors, wanted)
         metrics |= {"value_explains": fit.max(), **{f"value_explains/step_{k}": share for k, share in enumerate(fit)}}
-        advantages = self._accumulate(policy, td) * scale
+        advantages = self._accumulate(policy, td)
+        if self.leave_one_out:
+            advantages = experience.credit(partial(group_advantages, normalise=False, leave_one_out=True), advantages)
+        advantages = advantages * scale
         if self.normalise:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         return ActionSteps(

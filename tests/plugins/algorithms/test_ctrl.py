@@ -17,6 +17,7 @@ PLAIN = {
     "clip_range": 0.2,
     "memory": 0.4,
     "value_hint": None,
+    "leave_one_out": False,
     "normalise": False,
     "advantage_clip": 5.0,
 }
@@ -33,6 +34,8 @@ CASES = [
     {"value_hint": False},
     {"normalise": True},
     {"normalise": True, "advantage_clip": 0.7},
+    {"leave_one_out": True},
+    {"leave_one_out": True, "normalise": True, "kappa": 0.0},
     {"advantage_clip": 0.01},  # not of rewards in their own unit
 ]
 
@@ -87,6 +90,10 @@ class Formulas:
         for k in range(5):
             for j in range(k, 5):
                 found[k] += math.exp(-(self.times[k] - self.times[j]).item() / span) * td[j]
+        if options["leave_one_out"]:
+            groups = [[j for j in range(len(sides)) if sides[j] == side] for side in sides]
+            others = [[j for j in group if j != i] for i, group in enumerate(groups)]
+            found = torch.stack([found[:, i] - found[:, rest].mean(1) for i, rest in enumerate(others)], 1)
         found, bound = found * scale, options["advantage_clip"]
         returns = torch.stack([self.rewards - options["kappa"] * kl[k:].sum(0) for k in range(5)])
         return found.clamp(-bound, bound) if options["normalise"] else found, returns, kl, scale

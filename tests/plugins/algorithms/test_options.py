@@ -48,6 +48,7 @@ OPTIONS = {
         "value_steps": 3,
         "value_width": 16,
         "value_hint": True,
+        "leave_one_out": True,
         "normalise": False,
         "advantage_clip": 0.3,
     },
