@@ -286,7 +286,7 @@ def test_the_folder_of_a_running_run_is_not_taken(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run_python(FINETUNE, *toy_words("ddpo", tmp_path / "run"), cwd=Path(tmp_path), **CPU)
     assert done.returncode == 2
-    assert "another process is tuning in" in done.stderr
+    assert "another process is writing to" in done.stderr
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -93,7 +93,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     warn_of_address_limit()
     plan = read_plan(args)
     result = compare(plan, begun)
-    write_json(plan.folder.file(SUMMARY), result)
     if args.json:
         write_json(args.json, result)
     lowered = {name for name, options in plan.config.rewards.items() if options["weight"] < 0}
@@ -301,9 +300,10 @@ def measures_of(config: Config) -> list[Reward]:
 
 
 def compare(plan: Plan, begun: float) -> dict[str, Any]:
-    """Draw and measure all, write every image's line; returns the summary."""
+    """Draw and measure all, write every image's line and the summary, which it returns."""
     from tqdm import tqdm
 
+    from condrl.io.records import write_json
     from condrl.training.host import provenance
 
     policies = make_policies(plan)
@@ -318,18 +318,20 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
             if steer
             else compared_with_base(plan, policies, bar, writer)
         )
-    return {
-        "run": str(plan.source) if plan.source else None,
-        "lora": str(plan.tuned) if plan.tuned else None,
-        "base": base_name(plan.config),
-        "steer": plan.steer.section if plan.steer else None,
-        "prompts": len(plan.rows),
-        "images_per_prompt": plan.per_prompt,
-        "seed": plan.config.run.seed,
-        "evaluations": evaluations,
-        "seconds": round(time.monotonic() - begun, 1),
-        **provenance(),
-    }
+        result = {
+            "run": str(plan.source) if plan.source else None,
+            "lora": str(plan.tuned) if plan.tuned else None,
+            "base": base_name(plan.config),
+            "steer": plan.steer.section if plan.steer else None,
+            "prompts": len(plan.rows),
+            "images_per_prompt": plan.per_prompt,
+            "seed": plan.config.run.seed,
+            "evaluations": evaluations,
+            "seconds": round(time.monotonic() - begun, 1),
+            **provenance(),
+        }
+        write_json(plan.folder.file(SUMMARY), result)
+    return result
 
 
 def make_policies(plan: Plan) -> list[Policy]:

@@ -20,11 +20,14 @@ RECORD, SUMMARY = "evaluation.jsonl", "evaluation.json"
 
 @contextmanager
 def started(folder: RunFolder) -> Iterator[TextIO]:
-    """Remove an earlier evaluation from the folder; within it, the new one's lines can be written."""
-    folder.clear()
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.file(RECORD).open("w", encoding="utf-8") as record:
-        yield record
+    """Remove an earlier evaluation from the folder; within it, the new one's lines can be written.
+
+    Raises: UsageError when another process is writing there.
+    """
+    with folder.locked():
+        folder.clear()
+        with folder.file(RECORD).open("w", encoding="utf-8") as record:
+            yield record
 
 
 class Writer:

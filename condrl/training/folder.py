@@ -95,7 +95,7 @@ class RunFolder:
             raise UsageError(f"{self.path / min(taken)} is in the way, and no run wrote it: move it elsewhere")
 
     def _check_lock(self) -> None:
-        """Raises: UsageError when another process is tuning in the folder."""
+        """Raises: UsageError when another process is writing to the folder."""
         path = self.path / LOCK
         if path.is_file() and not path.is_symlink() and sys.platform != "win32":
             import fcntl
@@ -104,7 +104,10 @@ class RunFolder:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UsageError(f"another process is tuning in {self.path}: choose another run.name=") from None
+                    raise self._taken() from None
+
+    def _taken(self) -> UsageError:
+        return UsageError(f"another process is writing to {self.path}: wait for it, or choose another folder")
 
     # ------------------------------------------------------------------------------------------ writing
 
@@ -202,7 +205,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it, no other process can tune in the folder.
+        """Within it, no other process can tune, or write an evaluation, in the folder.
 
         Raises: UsageError when one does, or when the folder cannot be written to.
         """
@@ -218,7 +221,7 @@ class RunFolder:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UsageError(f"another process is tuning in {self.path}: choose another run.name=") from None
+                    raise self._taken() from None
                 except OSError as error:  # some network file systems have no locks
                     print_main(f"warning: {self.path} cannot be locked ({error}): make sure that no other run uses it")
             yield

@@ -20,6 +20,7 @@ from condrl.loading import load_config
 from condrl.models.lora import LORA_FILE
 from condrl.training.build import make_policy
 from condrl.training.evaluate import first_seed
+from condrl.training.folder import RunFolder
 
 
 @condrl.reward
@@ -44,12 +45,23 @@ def evaluated_until(samples, prompts):
 
 
 @condrl.reward
+def evaluated_beside(samples, prompts):
+    """Notes whether the folder is taken."""
+    try:
+        evaluated_beside.folder.check()
+        evaluated_beside.taken.append(False)
+    except UsageError:
+        evaluated_beside.taken.append(True)
+    return samples.flatten(1).mean(1)
+
+
+@condrl.reward
 def evaluated_noted(samples, prompts):
     evaluated_noted.seen.append(samples.clone())
     return samples.flatten(1).mean(1)
 
 
-evaluated_until.calls, evaluated_noted.seen = 0, []
+evaluated_until.calls, evaluated_noted.seen, evaluated_beside.taken = 0, [], []
 FEW = [
     "train.epochs=1", "train.prompts_per_epoch=1", "train.images_per_prompt=2", "train.rollout_batch=2",
     "sampler.steps=2", "train.updates_per_epoch=1", "algorithm.name=nft", "train.lr=0.05", "model.guidance=1",
@@ -430,6 +442,23 @@ def test_nothing_is_written_through_a_link(toy, tmp_path, capsys):
     assert "is a link" in refused(capsys, toy)
     (toy / "evaluation").unlink()
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_two_evaluations_do_not_write_into_one_folder(toy, tmp_path, capsys):
+    folder = tmp_path / "x"
+    assert evaluate(toy, "evaluate.measures.quadratic={}", "evaluate.images_per_prompt=1", out=folder)[0] == 0
+    before = (folder / "evaluation.jsonl").read_text()
+    words = [toy, "evaluate.measures.quadratic={}", "--out", folder, "--overwrite"]
+    with RunFolder(folder).locked():
+        assert "another process is writing to" in refused(capsys, *words)
+    assert (folder / "evaluation.jsonl").read_text() == before
+
+
+def test_an_evaluation_holds_its_folder_until_its_end(toy, tmp_path):
+    evaluated_beside.folder = RunFolder(tmp_path / "x")
+    assert evaluate(toy, "evaluate.measures.evaluated_beside={}", "--batch", "60", out=tmp_path / "x")[0] == 0
+    assert evaluated_beside.taken[-4:] == [True] * 4  # base and tuned, in two batches each
+    evaluated_beside.folder.check()
 
 
 def test_ctrl_c_keeps_the_lines_so_far(toy, tmp_path, capsys):

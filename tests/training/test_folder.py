@@ -141,10 +141,10 @@ def test_what_a_killed_process_left_half_written_is_replaced(folder, tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    refused = pytest.raises(UsageError, match="another process is tuning")
+    refused = pytest.raises(UsageError, match="another process is writing")
     with RunFolder(tmp_path).locked(), refused, RunFolder(tmp_path).locked():
         pass
-    with RunFolder(tmp_path).locked(), pytest.raises(UsageError, match="another process is tuning"):
+    with RunFolder(tmp_path).locked(), pytest.raises(UsageError, match="another process is writing"):
         RunFolder(tmp_path).check()  # before any work
     with RunFolder(tmp_path).locked():
         pass
