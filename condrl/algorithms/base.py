@@ -91,6 +91,7 @@ class Algorithm:
     trains_policy = True  # whether it changes the policy, and not its own networks alone
     depends_on_epochs = False  # whether what an epoch does depends on how many the run has
     uses_rewards = True  # whether a run needs rewards
+    keep_graph = False  # whether the graphs of an epoch's roll-out are held until its rewards are known
     calls_evenly = True  # whether as many images in a process take as many calls of the network in another
 
     def require_positive(self, *options: str) -> None:

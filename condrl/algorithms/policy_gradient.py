@@ -9,7 +9,7 @@ from torch import Tensor
 
 from condrl.algorithms.base import Algorithm, Experience
 from condrl.algorithms.credit import group_advantages, group_scale
-from condrl.algorithms.examples import Metrics, RatioExamples, per_image, per_step
+from condrl.algorithms.examples import Examples, Metrics, RatioExamples, per_image, per_step
 from condrl.algorithms.needs import Need, groups, markov_steps, noisy_steps, trained_steps
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
@@ -81,7 +81,7 @@ class PolicyGradient(Algorithm):
         """Normalised advantages within the bound; in the reward's own unit a bound would change the objective."""
         return advantages.clamp(-self.advantage_clip, self.advantage_clip) if self.normalise else advantages
 
-    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Steps:
+    def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Examples:
         r, rewards = experience.rollout, experience.scores.total
         steps = Steps(
             condition=r.condition,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,13 +68,18 @@ def advance(policy: Policy, place: Place, condition: Tensor, noise: Source) -> t
 
 
 @torch.no_grad()
-def rollout(policy: Policy, condition: Tensor, noise: Noise | torch.Generator, batch: int) -> Rollout:
-    """Trajectories for conditions (B,), `batch` at a time."""
+def rollout(
+    policy: Policy, condition: Tensor, noise: Noise | torch.Generator, batch: int, graph_of: Collection[int] = ()
+) -> Rollout:
+    """Trajectories for conditions (B,), `batch` at a time.
+
+    The log-probabilities of the steps `graph_of` keep their graph.
+    """
     model, count = policy.model, len(condition)
     states = torch.empty((policy.steps + 1, count, *model.state_shape), device=model.device)
     log_probs = torch.full((policy.steps, count), torch.nan, dtype=torch.float64, device=model.device)
     solver_states = None if policy.sampler.is_markov else torch.empty_like(states[1:])
-    with policy.rolling_out():
+    with nullcontext() if graph_of else policy.rolling_out():  # a merged LoRA has no gradient
         for first in range(0, count, batch):
             rows = slice(first, first + batch)
             part = noise[rows] if isinstance(noise, Noise) else noise
@@ -80,10 +87,12 @@ def rollout(policy: Policy, condition: Tensor, noise: Noise | torch.Generator, b
             states[0, rows] = place.x
             while place.k < policy.steps:
                 k, solver_state = place.k, place.solver_state
-                transition, place = advance(policy, place, condition[rows], part)
+                with torch.set_grad_enabled(k in graph_of):
+                    transition, after = advance(policy, place, condition[rows], part)
+                    place = replace(after, x=after.x.detach())
+                    if policy.sampler.stochastic[k]:
+                        log_probs[k, rows] = transition.log_prob(place.x)
                 states[place.k, rows] = place.x
-                if policy.sampler.stochastic[k]:
-                    log_probs[k, rows] = transition.log_prob(place.x)
                 if solver_states is not None and solver_state is not None:
                     solver_states[k, rows] = solver_state
     return Rollout(states, log_probs, condition, solver_states)

@@ -121,8 +121,10 @@ def memory(trainer: Trainer, needs: Needs) -> str:
     free = free_gb(device)
     if free is None:
         return text
-    lower = "train.rollout_batch" if "roll-out" in phase else "train.loss_batch, or model.gradient_checkpointing=true"
-    short = f"; warning: that may not be enough: lower {lower}"
+    lower = "lower train.loss_batch, or model.gradient_checkpointing=true"
+    if "roll-out" in phase:
+        lower = "algorithm.keep_graph=false" if trainer.algorithm.keep_graph else "lower train.rollout_batch"
+    short = f"; warning: that may not be enough: {lower}"
     return f"{text}; {free:.1f} GB are free{short if needed - taken > free else ''}"
 
 
@@ -140,7 +142,7 @@ def trajectories_gb(trainer: Trainer) -> float:
 def largest(trainer: Trainer, needs: Needs) -> tuple[str, float]:
     """The phase of an epoch that holds most, and its GB."""
     train, images = trainer.config.train, own_images(trainer)
-    at_once = min(images, train.rollout_batch)
+    at_once = images if trainer.algorithm.keep_graph else min(images, train.rollout_batch)
     decoded = min(images, getattr(trainer.policy.model, "decode_batch", images))
     scored = min(images, max((reward.batch for reward in trainer.rewards), default=0))
     prepared = min(images, train.loss_batch)

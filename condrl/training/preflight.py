@@ -129,7 +129,7 @@ def attempt_eagerly(trainer: Trainer) -> Trial:
         images=twin.config.train.images_per_prompt,
         calls_to_gather=gathered / images,
         calls_to_learn=steps / len(examples.k) * learned / images,
-        needs=Needs(rollout_growth(twin, collected), *of_images(clock, images, trainer), prepare, learn, steps),
+        needs=Needs(rollout_growth(twin, collected, clock), *of_images(clock, images, trainer), prepare, learn, steps),
         collected=collected,
         kl_gradient=kl_gradient(twin, collected.rollout.place(0, torch.arange(images)), collected.rollout.condition)
         if isinstance(collected, Experience) and twin.algorithm.kappa
@@ -149,10 +149,12 @@ def of_images(clock: PeakClock, images: int, trainer: Trainer) -> tuple[Growth, 
 
 
 @torch.no_grad()
-def rollout_growth(twin: Trainer, collected: Collected) -> Growth:
-    """What a step of a roll-out holds, of one image and of several."""
+def rollout_growth(twin: Trainer, collected: Collected, clock: PeakClock) -> Growth:
+    """What a step of a roll-out holds, of one image and of several; or what all steps held, where graphs are kept."""
     if not isinstance(collected, Experience):
         return Growth(0, 0)
+    if twin.algorithm.keep_graph:
+        return Growth.through({len(collected.rows): clock.peaks["rollout"]})
     policy, some = twin.policy, collected.rollout
     peaks = {}
     for count in {1, min(len(some.condition), twin.config.train.rollout_batch)}:

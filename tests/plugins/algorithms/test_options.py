@@ -126,7 +126,8 @@ def usual(tmp_path_factory):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_option_has_a_case(name):
     """Whoever adds an option says here what it changes."""
-    assert set(OPTIONS[name]) == set(registry.algorithm.find(name).options)
+    tested = {"keep_graph"} if name == "reinforce" else set()  # in test_reinforce.py: what it changes is no result
+    assert set(OPTIONS[name]) == set(registry.algorithm.find(name).options) - tested
 
 
 @pytest.mark.slow
