@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
+import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,12 +40,45 @@ def load_script(name: str) -> Any:
     return module
 
 
-def run_python(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    import os
+ORDINARY = {"ACCELERATE_USE_CPU", "OMP_NUM_THREADS"}  # what no library reads while it is imported, or has read alike
 
-    return subprocess.run(
-        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}, timeout=300
-    )
+
+def run_python(*words: str, cwd: Path, fresh: bool = False, **env: str) -> subprocess.CompletedProcess:
+    """A script, `-m module` or `-c code` in a process of its own.
+
+    Scripts and condrl's own commands are forked from one that has imported the libraries, unless `fresh`.
+    """
+    whole, is_ours = {**os.environ, **env}, words[0].endswith(".py") or words[:2] == ("-m", "condrl")
+    if is_ours and not fresh and env.keys() <= ORDINARY and hasattr(os, "fork"):
+        return warm_python()(words, cwd, whole)
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=whole, timeout=300)
+
+
+class WarmPython:
+    """tests/warm_python.py, and the commands that are forked from it."""
+
+    def __init__(self) -> None:
+        here, pipe = Path(__file__).with_name("warm_python.py"), subprocess.PIPE
+        self.process = subprocess.Popen([sys.executable, str(here)], stdin=pipe, stdout=pipe, text=True)
+        atexit.register(self.process.kill)
+
+    def __call__(self, words: Sequence[str], cwd: Path, env: Mapping[str, str]) -> subprocess.CompletedProcess:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {name: Path(folder) / name for name in ("out", "err")}
+            for path in paths.values():
+                path.touch()
+            names = {name: str(path) for name, path in paths.items()}
+            request = {"words": words, "cwd": str(cwd), "env": dict(env), **names}
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            code = int(self.process.stdout.readline())
+            return subprocess.CompletedProcess(words, code, *(path.read_text() for path in paths.values()))
+
+
+@functools.cache
+def warm_python() -> WarmPython:
+    return WarmPython()
 
 
 def tiny_pipeline(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:

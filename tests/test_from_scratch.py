@@ -143,7 +143,7 @@ def test_a_later_update_is_weighed_and_clipped_alike(both):
 
 @pytest.mark.slow
 def test_its_reward_rises(monkeypatch, capsys):
-    monkeypatch.setattr(example, "EPOCHS", 8)
+    monkeypatch.setattr(example, "EPOCHS", 6)
     example.main()
     lines = re.findall(r"reward ([+-]\d\.\d+) \+- (\d\.\d+)", capsys.readouterr().out)
     (first, error), *_, (last, last_error) = [tuple(map(float, line)) for line in lines]

@@ -176,7 +176,7 @@ def finetune(folder: Path, *more: str, name: str = "ddpo") -> list[str]:
 
 def shapes(folder: Path) -> list[str]:
     """A few small epochs of the embedded pipeline."""
-    few = ["train.epochs=8", "train.prompts_per_epoch=4", "train.images_per_prompt=4", "train.updates_per_epoch=2"]
+    few = ["train.epochs=8", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.updates_per_epoch=2"]
     more = ["sampler.steps=5", "run.checkpoint_seconds=0", "run.resume=auto", "evaluate.prompts=4", f"run.dir={folder}"]
     return [sys.executable, str(ROOT / "scripts" / "finetune.py"), *few, *more]
 
@@ -186,7 +186,7 @@ def shapes(folder: Path) -> list[str]:
     ("command", "kills", "adapter"),
     [
         (finetune, KILLS, "network.safetensors"),
-        (shapes, KILLS, "pytorch_lora_weights.safetensors"),
+        (shapes, KILLS if KILLS > 3 else 1, "pytorch_lora_weights.safetensors"),
         *((partial(finetune, name=name), KILLS - 3, "network.safetensors") for name in ALGORITHMS),
     ],
 )
