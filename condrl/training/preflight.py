@@ -24,6 +24,7 @@ from condrl.training.memory import Growth, LiveBytes, Needs, PeakClock, memory
 from condrl.training.trainer import Trainer
 
 PROMPTS, IMAGES = 2, 4  # of the trial, for each process
+BATCHES = 4  # of pairs, that are differentiated at most
 MOST_FAILED = 0.5  # of the trial's scores
 ROWS = 64  # of a prompt file, that a reward is tried with
 EXPENSIVE_ROWS = 2  # likewise, for a reward that caches its scores because they are expensive
@@ -119,9 +120,7 @@ def attempt_eagerly(trainer: Trainer) -> Trial:
     gathered = model.evaluations - before
     if isinstance(examples, RatioExamples) and trainer.config.run.check_ratios:
         check_ratios(examples, twin.policy, twin.config.train.loss_batch)
-    learning = model.evaluations
-    learn = differentiate(twin, examples)
-    learned = model.evaluations - learning
+    learn, learned = differentiate(twin, examples)
     twin.algorithm.after_update(twin.policy)
     check_saveable(twin.algorithm.state_dict())
     steps = trainer.config.train.steps_per_image or len(examples.k)
@@ -245,16 +244,18 @@ def smaller(trainer: Trainer) -> Trainer:
     return twin
 
 
-def differentiate(twin: Trainer, examples: Examples) -> Growth:
-    """Do the backward passes of all pairs; returns what they hold."""
-    peaks, pairs = dict[int, int](), examples.every_pair()
+def differentiate(twin: Trainer, examples: Examples) -> tuple[Growth, float]:
+    """Do the backward passes of some pairs, of early and late steps; returns what they hold, and the calls of all."""
+    model, pairs = twin.policy.model, examples.every_pair()
     size = min(twin.config.train.loss_batch, examples.count + 1)  # across steps, and not as many as there are images
-    calls = twin.policy.model.evaluations
-    peaks[1] = backward(twin, examples, pairs[:1])
-    twin.policy.model.evaluations = calls  # of one pair more
-    for some in pairs.split(size):
+    before = model.evaluations
+    peaks = {1: backward(twin, examples, pairs[:1])}
+    model.evaluations = before  # of one pair more
+    parts = pairs.split(size)
+    tried = parts[:: -(-len(parts) // BATCHES)]
+    for some in tried:
         peaks[len(some)] = max(peaks.get(len(some), 0), backward(twin, examples, some))
-    return Growth.through(peaks)
+    return Growth.through(peaks), (model.evaluations - before) * len(pairs) / sum(map(len, tried))
 
 
 def backward(twin: Trainer, examples: Examples, pairs: Tensor) -> int:

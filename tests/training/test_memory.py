@@ -129,7 +129,13 @@ def test_a_backward_pass_of_more_pairs_is_foreseen(pipeline, tmp_path):
 @pytest.mark.parametrize("recipe", ["quickstart", "shapes/ddpo", "shapes/draft", "shapes/adjoint_matching", KEPT])
 def test_the_peak_of_a_run_is_foreseen(recipe, tmp_path):
     """Within 15 %, of a process that does nothing else."""
-    few = ["train.epochs=1", "train.prompts_per_epoch=8", "evaluate.prompts=8", "evaluate.every=null", "prompts.validation=null"]
+    few = [
+        "train.epochs=1",
+        "train.prompts_per_epoch=8",
+        "evaluate.prompts=8",
+        "evaluate.every=null",
+        "prompts.validation=null",
+    ]
     words = [*recipe.split(), *few, "train.patience=null", f"run.dir={tmp_path / 'run'}", "run.threads=1"]
     done = run_python("-m", "condrl", "finetune", *words, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr

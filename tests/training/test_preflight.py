@@ -65,6 +65,24 @@ def test_calls_with_some_steps_of_each_image(tmp_path):
     assert images * (trial.calls_to_gather + trial.calls_to_learn) == trainer.policy.model.evaluations == images * 7
 
 
+def test_a_long_chain_is_tried_in_part(tmp_path, monkeypatch):
+    """Some pairs of early and late steps are differentiated, and the calls of all are counted."""
+    trainer, seen = make(*toy_words("ddpo", tmp_path), "sampler.steps=60", "run.check_ratios=false"), []
+    loss = trainer.algorithm.loss
+
+    def noted(self, policy, batch):
+        seen.append(batch.k)
+        return loss(policy, batch)
+
+    monkeypatch.setattr(type(trainer.algorithm), "loss", noted)
+    trial = attempt(trainer)
+    assert len(seen) <= 5
+    steps = torch.cat(seen)
+    assert steps.min() < 10
+    assert steps.max() > 40
+    assert trial.calls_to_learn == 60
+
+
 def test_the_sentences(tmp_path, monkeypatch):
     trainer = make(str(ROOT / "configs" / "toy" / "g1.yaml"), f"run.dir={tmp_path}", "algorithm.kappa=0.5")
     lines = preflight(trainer)
