@@ -175,5 +175,8 @@ def push(folder: Path, repository: str, public: bool) -> str:
         hub.create_repo(repository, private=not public, exist_ok=True)
         done = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Tuned with condrl")
     except Exception as error:  # as above
-        raise RunError(f"{folder} is written, but could not be pushed to {repository}: {brief(error)}") from error
+        again = f"hf upload {repository} {folder} .{'' if public else ' --private'}"
+        raise RunError(
+            f"{folder} is written, but could not be pushed to {repository}: {brief(error)}; try again with `{again}`"
+        ) from error
     return str(done.commit_url)

@@ -291,5 +291,6 @@ def test_what_cannot_be_pushed_is_said_in_a_line(run, hub, tmp_path):
     refused = run_python("-m", "condrl", "export", *words, cwd=tmp_path, **hub)
     assert refused.returncode == 1
     assert "diffusers is written, but could not be pushed to me/mine" in refused.stderr
+    assert f"try again with `hf upload me/mine {run}/export/diffusers . --private`" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert (run / "export" / "diffusers" / "README.md").is_file()
