@@ -28,7 +28,15 @@ SHORT = [
     "train.epochs=1", "train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8",
     "train.updates_per_epoch=2", "evaluate.prompts=2", "evaluate.pictures=1",
 ]  # fmt: skip
-FAR = ("sd15", "flux", "remote", "vlm_judge", "multi_gpu", "many.txt")  # they need more than a test has: checked only
+FAR = (
+    "sd15",
+    "flux",
+    "remote",
+    "vlm_judge",
+    "multi_gpu",
+    "many.txt",
+    "pairs/",
+)  # they need more than a test has: checked only
 
 
 def documented() -> list[list[str]]:
