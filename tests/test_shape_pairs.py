@@ -81,6 +81,15 @@ def test_pairs_are_those_of_their_seed(folder, tmp_path):
     assert (tmp_path / "other" / first).read_bytes() != (folder / first).read_bytes()
 
 
+def test_pairs_that_are_there_are_not_replaced(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["shape_pairs.py", "--out", str(folder)])
+    before = (folder / "train.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        load_script("shape_pairs").main()
+    assert f"{folder} exists: remove it, or choose another folder with --out" in capsys.readouterr().err
+    assert (folder / "train.jsonl").read_bytes() == before
+
+
 def test_the_recipe_differs_from_the_quickstart_in_how_it_learns_alone():
     own, quick = (yaml.safe_load(path.read_text()) for path in (RECIPE, ROOT / "configs" / "quickstart.yaml"))
     assert own["model"] == quick["model"]

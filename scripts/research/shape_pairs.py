@@ -77,6 +77,8 @@ def other_shape(scene: Scene, request: Request, rng: random.Random) -> Scene:
 
 
 def other_size(scene: Scene, request: Request, rng: random.Random) -> Scene:
+    """Larger or smaller where it stands."""
+
     def resized(thing: SceneObject) -> SceneObject:
         size = another(scenes.DIAMETERS, thing.size, rng)
         return replace(thing, diameter=rng.randint(*scenes.DIAMETERS[size]))
@@ -96,6 +98,7 @@ def too_many(scene: Scene, request: Request, rng: random.Random) -> Scene:
 
 
 def other_places(scene: Scene, request: Request, rng: random.Random) -> Scene:
+    """The same objects elsewhere, a fault only where the prompt names a relation."""
     placed: Scene = []
     for thing in scene:
         if again := scenes.place(placed, thing.shape, thing.color, thing.size, rng):
@@ -136,6 +139,10 @@ def pairs(prompts: list[str], each: int, seed: int) -> Iterator[tuple[str, Scene
 
 
 def write(out: Path, name: str, prompts: list[str], each: int, seed: int) -> None:
+    """Write out/name.jsonl, and the images that it names into the folder out/name.
+
+    Raises: FileExistsError where that folder exists.
+    """
     (out / name).mkdir(parents=True)
     with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
         found = tqdm(pairs(prompts, each, seed), total=each * len(prompts), desc=name)
@@ -152,6 +159,8 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=8, help="pairs of a training prompt; a validation prompt has one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists: remove it, or choose another folder with --out")
     for name, each in (("train", args.each), ("validation", 1)):
         prompts = [row.prompt for row in load_prompts(f"asset:shapes/{name}.txt", "prompts")]
         write(args.out, name, prompts, each, args.seed)
