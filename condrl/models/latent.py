@@ -265,6 +265,15 @@ class LatentModel(ABC):
             unconditional = unconditional.detach()
         return self.schedule.score(unconditional + self.guidance * (conditional - unconditional), x, t)
 
+    @contextmanager
+    def guided(self, guidance: float) -> Iterator[None]:
+        """Within it, scores are guided by another scale than `guidance`."""
+        own, self.guidance = self.guidance, guidance
+        try:
+            yield
+        finally:
+            self.guidance = own
+
     def network_input(self, x: Tensor) -> Tensor:
         """Latents as the network takes them: in its precision and memory layout."""
         return x.to(self.torch_dtype, memory_format=self.memory_format)

@@ -1,6 +1,8 @@
 """NFT: reward-weighted matching of the policy's own noised samples (DiffusionNFT, Zheng et al. 2025)."""
 
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -29,11 +31,13 @@ class NFT(Algorithm):
     """DiffusionNFT: no likelihoods, so any sampler, and far less gradient noise (Zheng et al. 2025).
 
     With `kappa` it settles at p ~ p_pre exp(r / kappa), to first order in r / kappa; the temperature then sets only
-    the speed. `stages` reduce the error of the first order (docs/theory.md 13).
+    the speed. `stages` reduce the error of the first order (docs/theory.md 13). With `anchor_guidance` p_pre is the
+    guided model's, and the LoRA learns to do without guidance.
     """
 
     temperature: float = 3.0  # the larger, the smaller an epoch's step, E[A error] / (temperature + kappa)
     kappa: float = 0.0  # weight of the squared distance to the pretrained prediction; reward per nat
+    anchor_guidance: float | None = None  # guidance scale of that prediction; null: as in the roll-outs
     stages: int = 1  # equal parts of the run, each anchored at the end of the one before, with stages * kappa
     draws: int = 4  # times at which each image is noised
     times: tuple[float, float] = (0.1, 0.97)  # their range, as a share of the schedule's time
@@ -56,12 +60,23 @@ class NFT(Algorithm):
             raise condrl.UsageError("config algorithm.temperature: 0 needs a kappa, or nothing bounds a step")
         if self.stages > 1 and self.kappa == 0:
             raise condrl.UsageError("config algorithm.stages: has no effect without algorithm.kappa")
+        if self.anchor_guidance is not None:
+            self.check_anchor_guidance(self.anchor_guidance)
         if not 0 < self.times[0] < self.times[1] < 1:  # at 1 there may be no signal, and no velocity
             raise condrl.UsageError(f"config algorithm.times: must rise within (0, 1), got {list(self.times)}")
         if not 0 <= self.old_decay < 1:
             raise condrl.UsageError(f"config algorithm.old_decay: must be in [0, 1), got {self.old_decay}")
         self.off_policy = self.old_decay > 0
         self.depends_on_epochs = self.stages > 1
+
+    def check_anchor_guidance(self, scale: float) -> None:
+        """Raises: UsageError where it would have no effect, or guide each stage anew."""
+        if not 1 <= scale < math.inf:
+            raise condrl.UsageError(f"config algorithm.anchor_guidance: must be at least 1, got {scale}")
+        if self.kappa == 0:
+            raise condrl.UsageError("config algorithm.anchor_guidance: has no effect without algorithm.kappa")
+        if self.stages > 1:
+            raise condrl.UsageError("config algorithm.anchor_guidance: each of several stages would be guided anew")
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -70,6 +85,8 @@ class NFT(Algorithm):
     # ------------------------------------------------------------------------------------------ other policies
 
     def setup(self, policy: Policy) -> None:
+        if self.anchor_guidance is not None and not hasattr(policy.model, "guided"):
+            raise condrl.UsageError("config algorithm.anchor_guidance: this model has no guidance; leave it out")
         self.old = MovingReference(policy, self.old_decay) if self.old_decay else None
         self.anchor = StagedReference(policy, self.stages) if self.stages > 1 else None
         self.value = make_value(policy, self.value_width) if self.baseline == "value" else None
@@ -95,9 +112,13 @@ class NFT(Algorithm):
         """Within it, the policy is the old one."""
         return self.old.active(policy) if self.old else nullcontext()
 
-    def anchored(self, policy: Policy) -> AbstractContextManager[None]:
+    @contextmanager
+    def anchored(self, policy: Policy) -> Iterator[None]:
         """Within it, the policy is the one that it is kept near."""
-        return self.anchor.active(policy) if self.anchor else policy.model.reference()
+        model: Any = policy.model
+        weights = self.anchor.active(policy) if self.anchor else model.reference()
+        with weights, model.guided(self.anchor_guidance) if self.anchor_guidance else nullcontext():
+            yield
 
     # ------------------------------------------------------------------------------------------ an epoch
 

@@ -18,6 +18,7 @@ from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
 from condrl.training.resume import find_checkpoint
 from condrl.training.trainer import Clock
+from plugins.models.stable_diffusion import StableDiffusion
 
 PLAIN = {"temperature": 3.0, "draws": 3, "times": (0.1, 0.97), "normalise": False, "adaptive": False}
 CASES = [
@@ -233,6 +234,38 @@ def test_stages_are_anchored_where_the_one_before_ended(tmp_path):
     again.algorithm.load_state_dict(trainer.algorithm.state_dict())
     assert again.algorithm.anchor.epoch == 6
     assert torch.equal(again.algorithm.anchor.weights[0], trainer.algorithm.anchor.weights[0])
+
+
+def test_the_anchor_may_be_guided(tmp_path):
+    """It is s_u + w (s_c - s_u) of the pretrained network, and nothing else is guided."""
+    model = StableDiffusion(torch.device("cpu"), guidance=1.0)
+    options = {**PLAIN, "name": "nft", "kappa": 0.5, "anchor_guidance": 2.5}
+    trainer = trainer_of(tmp_path, model=model, algorithm=options, sampler={"name": "ddim", "spacing": "trailing"})
+    move(trainer, 0.02)
+    _, _, batch = an_epoch(trainer)
+    with torch.no_grad():
+        old = model.score(batch.x, batch.t, batch.condition)
+        with model.reference():
+            conditional = model.score(batch.x, batch.t, batch.condition)
+            unconditional = model.score(batch.x, batch.t, model.negative.expand(len(batch.x)))
+    torch.testing.assert_close(batch.base_score, unconditional + 2.5 * (conditional - unconditional), rtol=0, atol=1e-3)
+    torch.testing.assert_close(batch.old_score, old, rtol=0, atol=1e-3)
+    assert (conditional - old).abs().max() > 0.01
+    assert (conditional - unconditional).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"kappa": 0.5, "anchor_guidance": 0.5}, "must be at least 1, got 0.5"),
+        ({"anchor_guidance": 2.0}, "has no effect without algorithm.kappa"),
+        ({"kappa": 0.5, "stages": 2, "anchor_guidance": 2.0}, "each of several stages would be guided anew"),
+        ({"kappa": 0.5, "anchor_guidance": 2.0}, "this model has no guidance"),
+    ],
+)
+def test_a_guided_anchor_that_means_nothing_is_refused(options, problem, tmp_path):
+    with pytest.raises(UsageError, match=f"algorithm.anchor_guidance: {problem}"):
+        trainer_of(tmp_path, algorithm={"name": "nft", **options}, train={"epochs": 2})
 
 
 def test_each_of_several_stages_has_as_many_times_kappa(tmp_path):
