@@ -84,19 +84,26 @@ def markov_steps(setting: Setting) -> None:
 
 
 def affine_steps(setting: Setting) -> None:
-    """A sampler of three numbers per step, and the score at every step."""
+    """A sampler of three numbers per step."""
     if setting.sampler.affine is None:
         raise UsageError(
             f"the algorithm {setting.algorithm} needs a sampler whose steps are affine in the score, and "
             f"{setting.config.sampler['name']} is not: use ddim, exponential or euler_maruyama"
         )
-    if not setting.sampler.schedule.alpha(setting.sampler.times[0]) > 0:
-        has_table = isinstance(setting.sampler.schedule, DiscreteSchedule)
-        advice = "sampler.spacing=leading" if has_table else "nft, grpo or ddpo, as a flow starts there"
-        raise UsageError(
-            f"the algorithm {setting.algorithm} needs the score at every step, which is meaningless without a "
-            f"signal (zero terminal SNR): use {advice}"
-        )
+
+
+def scores(setting: Setting) -> None:
+    """The score at every step, also the first."""
+    if setting.sampler.schedule.alpha(setting.sampler.times[0]) > 0:
+        return
+    has_table = isinstance(setting.sampler.schedule, DiscreteSchedule)
+    advice = "sampler.spacing=leading" if has_table else "nft, grpo or ddpo, as a flow starts there"
+    if "exploration" in setting.config.algorithm:
+        advice += ", or algorithm.exploration=null"
+    raise UsageError(
+        f"the algorithm {setting.algorithm}, as configured, needs the score at every step, which is meaningless "
+        f"without a signal (zero terminal SNR): use {advice}"
+    )
 
 
 def noise(setting: Setting) -> None:

@@ -114,20 +114,31 @@ class NoisedPreferences(Algorithm):
         schedule, t = policy.model.schedule, policy.sampler.times[batch.step].repeat_interleave(2)
         clean, error = batch.states.flatten(0, 1), batch.noise.repeat_interleave(2, 0)
         x = noised(schedule, clean, t, error)
-        score = policy.model.score(x, t, batch.condition.repeat_interleave(2))
-        distance = (score + error / like(schedule.sigma(t), x)).square().flatten(1).sum(1)
+        action = policy.model.score(x, t, batch.condition.repeat_interleave(2))
+        true = (-error / like(schedule.sigma(t), x)).where(like(schedule.alpha(t), x) > 0, clean)
+        distance = (action - true).square().flatten(1).sum(1)
         weights = self.weights(policy)[batch.step].to(distance)
         return weights[:, None] * distance.view(-1, 2)
 
     def weights(self, policy: Policy) -> Tensor:
-        """What |score - true score|^2 is multiplied by at each step, (K,): B^2 / 2 S^2, 0 without noise."""
+        """What |action - true action|^2 is multiplied by at each step, (K,): B^2 / 2 S^2, 0 without noise.
+
+        Without a signal the noise is known, so no error of it counts.
+
+        Raises: UsageError where only such a step has noise.
+        """
         sampler, noisy = policy.sampler.affine, policy.sampler.stochastic
         assert sampler is not None  # needs
         path = (sampler.B.square() / (2 * sampler.S.square())).where(noisy, 0.0)
         if self.weighting == "path":
             return path
         variance = policy.model.schedule.sigma(sampler.times[:-1]).square()
-        return variance.where(noisy, 0.0) * (path / variance).sum() / noisy.sum()
+        counted = noisy & (policy.model.schedule.alpha(sampler.times[:-1]) > 0)
+        if not counted.any():
+            raise UsageError(
+                "config algorithm.weighting: epsilon needs steps with noise and a signal: raise sampler.steps"
+            )
+        return variance.where(counted, 0.0) * (path / variance)[counted].sum() / counted.sum()
 
     def margin(self, policy: Policy, batch: NoisedPairs) -> Tensor:
         """kappa n (gain of the better - gain of the worse) of each draw (B,), n the number of steps with noise."""

@@ -13,7 +13,7 @@ from condrl.algorithms.actions import Actions, action_log_prob, action_variance,
 from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
 from condrl.algorithms.credit import group_advantages, group_scale
 from condrl.algorithms.examples import Metrics, RatioExamples, per_image, per_step
-from condrl.algorithms.needs import Need, affine_steps, groups, noisy_steps, trained_steps
+from condrl.algorithms.needs import Need, affine_steps, groups, noisy_steps, scores, trained_steps
 from condrl.algorithms.policy_gradient import clipped
 from condrl.algorithms.values import Value, denoised_rewards, explained_variance, make_value
 from condrl.config import TrainConfig
@@ -72,7 +72,7 @@ class CTRL(Algorithm):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (affine_steps, groups, *((noisy_steps,) if self.exploration is None else ()))
+        return (affine_steps, noisy_steps if self.exploration is None else scores, groups)
 
     def setup(self, policy: Policy) -> None:
         self.value = make_value(policy, self.value_width)
@@ -83,10 +83,11 @@ class CTRL(Algorithm):
     # ------------------------------------------------------------------------------------------ roll-out
 
     def costs(self, policy: Policy) -> Tensor:
-        """w (K,) with KL_k = w |mu - s_pre|^2: B^2 / 2 S^2, or g^2 D / 2 where a step has no noise."""
+        """w (K,) with KL_k = w |mu - s_pre|^2: B^2 / 2 S^2, or g^2 D / 2 without noise, where there is a signal."""
         sampler = policy.sampler.affine
         assert sampler is not None  # needs
-        fiat = policy.model.schedule.g2(sampler.times[:-1]) * -sampler.times.diff() / 2
+        schedule, times = policy.model.schedule, sampler.times[:-1]
+        fiat = (schedule.g2(times) * -sampler.times.diff() / 2).where(schedule.alpha(times) > 0, 0.0)
         return fiat.where(sampler.S == 0, sampler.B.square() / (2 * sampler.S.square()))
 
     def noise_levels(self, policy: Policy) -> tuple[Tensor, Tensor]:

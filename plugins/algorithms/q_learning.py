@@ -12,7 +12,7 @@ import condrl
 from condrl.algorithms.actions import Actions, Pairs, action_variance, explore, noised_pairs, pretrained_scores
 from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
 from condrl.algorithms.examples import Examples, Metrics, per_chain, per_image
-from condrl.algorithms.needs import Need, affine_steps, no_rollouts
+from condrl.algorithms.needs import Need, affine_steps, no_rollouts, scores
 from condrl.algorithms.values import tanh_relu
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
@@ -79,7 +79,7 @@ class QLearning(Algorithm):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (affine_steps, *((no_rollouts,) if self.off_policy else ()))
+        return (affine_steps, scores, *((no_rollouts,) if self.off_policy else ()))
 
     def setup(self, policy: Policy) -> None:
         if self.score != "pretrained" and not hasattr(policy.model, "data"):

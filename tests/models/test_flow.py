@@ -31,6 +31,7 @@ from condrl.report.run import read_run
 from condrl.report.usage import diffusers_code
 from condrl.rewards.pixels import from_pil
 from condrl.training.build import make_sampler, make_trainer
+from condrl.training.trainer import Clock
 
 SIZE = {"height": 24, "width": 16}
 ODE = {"name": "ddim", "steps": 5, "spacing": None, "eta": 0.0}
@@ -267,12 +268,83 @@ def test_sd3_has_positions_for_so_many_pixels(folders):
     assert model_of("sd3", folders["sd3"], height=None, width=48).sample_shape == (3, 16, 48)
 
 
-def test_algorithms_that_need_a_score_from_pure_noise_are_refused(name, folder):
-    words = [f"model.name={name}", f"model.path={folder}", "algorithm.name=ctrl", "sampler.steps=4", "sampler.eta=1"]
+def few_words(name, folder, *more):
+    words = [f"model.name={name}", f"model.path={folder}", "sampler.steps=4", "sampler.eta=1", *more]
     words += ["model.height=24", "model.width=16", "model.t5_tokens=12", "model.lora_targets=[attn.to_q]"]
-    config = load_config([*words, "rewards.brightness.weight=1", "train.updates_per_epoch=1"])
-    with pytest.raises(UsageError, match=r"ctrl needs the score at every step.*use nft, grpo or ddpo"):
+    words += ["train.prompts_per_epoch=1", "train.images_per_prompt=4", "train.rollout_batch=4"]
+    return [*words, "rewards.brightness.weight=1", "train.updates_per_epoch=1"]
+
+
+def test_algorithms_that_need_a_score_from_pure_noise_are_refused(name, folder):
+    config = load_config(few_words(name, folder, "algorithm.name=ctrl"))
+    with pytest.raises(UsageError, match=r"ctrl, as configured, needs the score at every step.*use nft, grpo or ddpo"):
         make_trainer(config, [Row(0, "a red star")])
+
+
+def test_ctrl_explores_by_the_samplers_noise_from_the_first_step(name, folder, tmp_path):
+    """What it weighs are the likelihoods of the steps; the cost of each is its KL to the pretrained model's."""
+    options = ["algorithm.name=ctrl", "algorithm.exploration=null", "algorithm.kappa=0.1"]
+    words = few_words(name, folder, *options, f"run.dir={tmp_path}")
+    trainer = make_trainer(load_config(words), [Row(0, "a red star")])
+    policy, sampler = trainer.policy, trainer.policy.sampler
+    perturb(policy.model)
+    examples = trainer.examples(trainer.collect(0, Clock()), 0)
+    states = trainer.collect(0, Clock()).rollout.states
+    noisy = sampler.stochastic.nonzero().flatten()
+    assert noisy.tolist() == examples.k.tolist() == [0, 1, 2]
+    for k in noisy:
+        with torch.no_grad():
+            ours = policy.transition(states[k], k.expand(4), examples.condition)
+            with policy.model.reference():
+                base = policy.transition(states[k], k.expand(4), examples.condition)
+        error = (states[k + 1] - ours.mean).flatten(1).square().sum(1)
+        torch.testing.assert_close(
+            examples.old_log_prob[k].float(), -error / (2 * ours.std.flatten(1)[:, 0] ** 2), rtol=1e-3, atol=1e-3
+        )
+        batch = examples.at(torch.arange(4), k.expand(4))
+        with torch.no_grad():
+            mean = policy.action(batch.x, batch.k, batch.condition)
+        cost = trainer.algorithm.costs(policy)[k].item() * (mean - batch.base).square().flatten(1).sum(1)
+        torch.testing.assert_close(cost, ours.kl(base).float(), rtol=1e-3, atol=1e-5)
+        assert cost.min() > 1e-6
+    trainer.run_epoch(0)
+
+
+@pytest.mark.parametrize("weighting", ["path", "epsilon"])
+def test_pairs_are_learned_from_at_pure_noise_too(weighting, name, folder, tmp_path):
+    """A pair's error at a step is the KL of the true step, which knows where it ends, to the policy's."""
+    options = [
+        "algorithm.name=online_dpo",
+        "algorithm.contest=2",
+        f"algorithm.weighting={weighting}",
+        "algorithm.draws=8",
+    ]
+    trainer = make_trainer(
+        load_config(few_words(name, folder, *options, f"run.dir={tmp_path}")), [Row(0, "a red star")]
+    )
+    policy, sampler = trainer.policy, trainer.policy.sampler.affine
+    perturb(policy.model)
+    examples = trainer.examples(trainer.collect(0, Clock()), 0)
+    batch = examples.at(*examples.every_pair().unbind(1))
+    assert batch.step.unique().tolist() == [0, 1, 2]
+    found = trainer.algorithm.errors(policy, batch).detach()
+    alpha, sigma = (
+        c(sampler.times[batch.step]).float().view(-1, 1, 1, 1) for c in (sampler.schedule.alpha, sampler.schedule.sigma)
+    )
+    for side in (0, 1):
+        clean, first = batch.states[:, side], batch.step == 0
+        x = alpha * clean + sigma * batch.noise
+        true = (-batch.noise / sigma).where(~first.view(-1, 1, 1, 1), clean)
+        A, B, S = (c[batch.step].float().view(-1, 1, 1, 1) for c in (sampler.A, sampler.B, sampler.S))
+        with torch.no_grad():
+            ours = policy.transition(x, batch.step, batch.condition)
+        nats = ((A * x + B * true - ours.mean) / S).flatten(1).square().sum(1) / 2
+        if weighting == "epsilon":
+            path = (sampler.B**2 / (2 * sampler.S**2) / sampler.schedule.sigma(sampler.times[:-1]) ** 2).float()
+            nats = nats * (path[1:3].mean() / path[batch.step]).where(~first, 0.0)
+        torch.testing.assert_close(found[:, side], nats, rtol=1e-3, atol=1e-3)
+        assert nats[~first].min() > 0.1
+    trainer.run_epoch(0)
 
 
 # ---------------------------------------------------------------------------------------------- the plugins
