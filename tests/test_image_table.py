@@ -13,7 +13,7 @@ from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 
-RECIPES = sorted((ROOT / "configs" / "shapes").glob("*.yaml"))
+RECIPES, FLOW_RECIPES = (sorted((ROOT / "configs" / folder).glob("*.yaml")) for folder in ("shapes", "shapes_flow"))
 FEW = ["train.prompts_per_epoch=2", "train.images_per_prompt=2", "train.rollout_batch=4", "train.updates_per_epoch=1"]
 
 
@@ -36,13 +36,30 @@ def test_recipes_differ_from_the_quickstart_in_how_they_learn_alone(file):
     load_config([str(file)])
 
 
+@pytest.mark.parametrize("file", FLOW_RECIPES, ids=lambda file: file.stem)
+def test_recipes_of_the_flow_differ_in_how_they_learn_alone(file):
+    """All are deployed by the ODE of 10 steps."""
+    own, nft = (yaml.safe_load(path.read_text()) for path in (file, file.with_stem("nft")))
+    for section in ("model", "prompts"):
+        assert own[section] == nft[section]
+    assert own["evaluate"]["measures"] == nft["evaluate"]["measures"]
+    assert own["evaluate"].get("sampler", own["sampler"]) == nft["sampler"] == {"name": "ddim", "steps": 10, "eta": 0.0}
+    assert set(own["rewards"]) in (set(nft["rewards"]), {"clip"})
+    assert own["run"]["name"] == f"shapes_flow_{file.stem}"
+    load_config([str(file)])
+
+
 def stated(file):
     """Units of network work an image, by a recipe's second line."""
     return int(re.search(r"(\d+) units of network work an image", file.read_text())[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", [f for f in RECIPES if f.stem != "alignprop"], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [file for file in (*RECIPES, *FLOW_RECIPES) if file.stem != "alignprop"],
+    ids=lambda file: f"{file.parent.name}-{file.stem}",
+)
 def test_the_work_that_a_recipe_states_is_what_it_takes(file, tmp_path):
     table = load_script("image_table")
     pairs = ["algorithm.contest=2"] if "contest:" in file.read_text() else []

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 from full_size import REWARDS, save_sd15
-from image_table import images, signal
+from image_table import DEPLOYED, images, signal
 from tqdm import tqdm
 
 from condrl.algorithms.examples import RatioExamples, check_ratios
@@ -521,6 +521,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=1, help="seeds of `exact` and `images`")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="of `images` and `signal`; by default all")
+    parser.add_argument("--configs", choices=sorted(DEPLOYED), default="shapes", help="the folder of those recipes")
     parser.add_argument("--folder", type=Path, default=Path("runs/images"), help="where `images` keeps its runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs of `images` side by side")
     return parser.parse_intermixed_args(words)

@@ -1,4 +1,4 @@
-"""Every algorithm's recipe on the embedded pipeline, at the same budget of network work; for benchmark.py."""
+"""Every algorithm's recipe on the embedded pipelines, at the same budget of network work; for benchmark.py."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ from condrl.training.build import make_trainer
 from condrl.training.evaluate import paired_difference
 from condrl.training.trainer import Clock, Trainer
 
-RECIPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXACT, GRADED = "shapes_exact", "shapes"
 GAINS = (0.05, 0.1)  # of what is obeyed exactly, whose cost is reported
-EVALUATION = ("evaluate.images_per_prompt=2", "evaluate.sampler.steps=10", "evaluate.sampler.eta=1")
+DEPLOYED = {  # what is measured of the recipes of a folder: images by DDPM's steps, or by the ODE
+    "shapes": ("evaluate.sampler.steps=10", "evaluate.sampler.eta=1"),
+    "shapes_flow": ("evaluate.sampler.name=ddim", "evaluate.sampler.steps=10", "evaluate.sampler.eta=0"),
+}
 
 
 class Work:
@@ -60,31 +63,33 @@ def work_of_an_epoch(config: Config) -> Work:
 # ---------------------------------------------------------------------------------------------- runs
 
 
-def recipes(args: argparse.Namespace) -> list[str]:
-    return args.recipes or sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipes(args: argparse.Namespace) -> list[Path]:
+    folder = CONFIGS / args.configs
+    return [folder / f"{name}.yaml" for name in args.recipes] if args.recipes else sorted(folder.glob("*.yaml"))
 
 
 def images(_: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run what is missing of every recipe and seed, `--jobs` at a time, and summarise all that is there."""
-    runs = [(name, seed) for seed in range(args.seeds) for name in recipes(args)]
+    runs = [(recipe, seed) for seed in range(args.seeds) for recipe in recipes(args)]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda run: tune(args.folder, run[0], run[1], args.words), runs))
     rows = []
-    for name in recipes(args):
-        rows.append(summary(args.folder, name, args.seeds, args.words))
+    for recipe in recipes(args):
+        rows.append(summary(args.folder, recipe, args.seeds, args.words))
         gains = ", ".join(f"{row[EXACT]['difference']['mean']:+.3f}" for row in rows[-1]["seeds"])
-        print(f"{name:<20} {gains}; work {rows[-1]['seeds'][0]['work']:,}", flush=True)
+        print(f"{recipe.stem:<20} {gains}; work {rows[-1]['seeds'][0]['work']:,}", flush=True)
     return rows
 
 
-def tune(folder: Path, name: str, seed: int, words: Iterable[str]) -> None:
+def tune(folder: Path, recipe: Path, seed: int, words: Iterable[str]) -> None:
     """Tune by a recipe, or continue where that was interrupted, then measure; by one thread."""
-    run = folder / f"{name}_{seed}"
+    run = folder / f"{recipe.stem}_{seed}"
     own = [f"run.dir={run}", f"run.seed={seed}", "run.threads=1"]
     if not (run / "result.json").exists():
-        call("finetune", str(RECIPES / f"{name}.yaml"), *words, *own, "run.resume=auto")
+        call("finetune", str(recipe), *words, *own, "run.resume=auto")
     if not (run / "evaluation" / "evaluation.json").exists():
-        call("evaluate", str(run), *EVALUATION, "--overwrite")
+        deployed = DEPLOYED[recipe.parent.name]
+        call("evaluate", str(run), "evaluate.images_per_prompt=2", *deployed, "--overwrite")
 
 
 def call(*words: str) -> None:
@@ -96,15 +101,15 @@ def call(*words: str) -> None:
 # ---------------------------------------------------------------------------------------------- summaries
 
 
-def summary(folder: Path, name: str, seeds: int, words: list[str]) -> dict[str, Any]:
+def summary(folder: Path, recipe: Path, seeds: int, words: list[str]) -> dict[str, Any]:
     """A recipe's row: what its runs gained, and what that took."""
     with tempfile.TemporaryDirectory() as scratch:
-        config = load_config([str(RECIPES / f"{name}.yaml"), *words, f"run.dir={scratch}"])
+        config = load_config([str(recipe), *words, f"run.dir={scratch}"])
         work = work_of_an_epoch(config)
-    found = [seed_row(folder / f"{name}_{seed}", work) for seed in range(seeds)]
+    found = [seed_row(folder / f"{recipe.stem}_{seed}", work) for seed in range(seeds)]
     gains = [row[EXACT]["difference"]["mean"] for row in found]
     return {
-        "recipe": name,
+        "recipe": recipe.stem,
         "algorithm": config.algorithm["name"],
         "gain": statistics.mean(gains),
         "lowest": min(row[EXACT]["difference"]["ci95"][0] for row in found),
@@ -176,21 +181,21 @@ def cost(curve: list[dict[str, Any]], gain: float) -> dict[str, float] | None:
 def signal(_: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
     """|E g|^2 / Var g of the gradient g that one epoch gives at the base model, with its standard error."""
     rows: list[dict[str, Any]] = []
-    for name in recipes(args):
+    for recipe in recipes(args):
         with tempfile.TemporaryDirectory() as scratch:
-            rows.append({"recipe": name} | signal_to_noise(name, [*args.words, f"run.dir={scratch}"], args.repeats))
-        row = rows[-1]
+            found = signal_to_noise(recipe, [*args.words, f"run.dir={scratch}"], args.repeats)
+        rows.append(row := {"recipe": recipe.stem, **found})
         per_work = 1e5 * row["ratio"] / row["work"]
         print(
-            f"{name:<20} {row['ratio']:.4f} +- {row['error']:.4f} an epoch, {per_work:.2f} per 100,000 of work",
+            f"{recipe.stem:<20} {row['ratio']:.4f} +- {row['error']:.4f} an epoch, {per_work:.2f} per 100,000 of work",
             flush=True,
         )
     return rows
 
 
-def signal_to_noise(name: str, words: Iterable[str], epochs: int) -> dict[str, float]:
+def signal_to_noise(recipe: Path, words: Iterable[str], epochs: int) -> dict[str, float]:
     """From the inner products of the gradients of independent epochs, all at the same weights."""
-    config = load_config([str(RECIPES / f"{name}.yaml"), *words])
+    config = load_config([str(recipe), *words])
     trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
     work = Work(trainer)
     gradients = torch.stack([gradient(trainer, epoch) for epoch in range(epochs)])

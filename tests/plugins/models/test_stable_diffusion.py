@@ -271,7 +271,9 @@ def test_algorithms_that_need_a_score_there_are_refused(algorithm, zero_snr):
     ]
     words = [str(ROOT / "configs" / "quickstart.yaml"), f"model.path={zero_snr}", f"algorithm.name={algorithm}", *few]
     config = load_config([*words, "sampler.steps=4"])
-    with pytest.raises(UsageError, match=rf"{algorithm}, as configured, needs the score at every step.*sampler\.spacing=leading"):
+    with pytest.raises(
+        UsageError, match=rf"{algorithm}, as configured, needs the score at every step.*sampler\.spacing=leading"
+    ):
         make_trainer(config, [Row(0, "a red star")])
     make_trainer(load_config([*words, "sampler.spacing=leading"]), [Row(0, "a red star")])
 
