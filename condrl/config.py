@@ -21,10 +21,9 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from condrl.errors import UsageError
-from condrl.io.files import expanded, locate
+from condrl.io.files import exists, expanded, locate
 from condrl.io.overrides import (
     escaped,
-    exists,
     one_line,
 )
 from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints

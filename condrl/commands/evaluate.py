@@ -33,11 +33,11 @@ from typing import TYPE_CHECKING, Any
 from condrl.commands.console import exit_code, one_of_several
 from condrl.commands.evaluation import RECORD, SUMMARY, Writer, report, started
 from condrl.commands.finetune import check_json
-from condrl.commands.sample import HOME, check_folder, default_config, find, in_run, split_words, with_rank
+from condrl.commands.sample import HOME, default_config, find, in_run, split_words, with_rank
 from condrl.config import Config
 from condrl.errors import UsageError, print_main, visible, warn_of_address_limit
-from condrl.io.files import locate
-from condrl.io.overrides import exists, read_named, setting_keys
+from condrl.io.files import check_folder, exists, locate
+from condrl.io.overrides import read_named, setting_keys
 from condrl.loading import load_for_evaluation
 
 if TYPE_CHECKING:

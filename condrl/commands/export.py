@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from condrl.commands.console import exit_code
-from condrl.commands.sample import check_folder, in_run, read_words
+from condrl.commands.sample import in_run, read_words
 from condrl.errors import RunError, UsageError, brief, naming, print_main, visible, warn_of_address_limit
+from condrl.io.files import check_folder
 
 REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from condrl.commands.console import exit_code
 from condrl.config import config_help, to_yaml
 from condrl.errors import SIGNALS, RunError, Stopped, UsageError, naming, print_main, warn_of_address_limit
-from condrl.io.files import CONFIGS
+from condrl.io.files import CONFIGS, check_folder
 from condrl.loading import load_config
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def finetune(arguments: list[str]) -> dict[str, Any]:
     from condrl.training.checks import check_combination, transfer_warning
     from condrl.training.host import check_launcher
     from condrl.training.measure import Prompts
-    from condrl.training.resume import check_folder, find_checkpoint
+    from condrl.training.resume import check_run_folder, find_checkpoint
     from condrl.training.trackers import check_trackers
 
     check_launcher()
@@ -74,7 +74,7 @@ def finetune(arguments: list[str]) -> dict[str, Any]:
     )
     check_combination(config)
     if not dry:
-        check_folder(config)
+        check_run_folder(config)
         find_checkpoint(config)  # for its errors, before the model is loaded
     for reward in [*make_rewards(config), *make_measures(config)]:
         reward.load()
@@ -117,6 +117,7 @@ def check_json(path: Path) -> None:
         usable = False
     if not usable:
         raise UsageError(f"--json {path}: is not a file that can be written")
+    check_folder(path.parent)
 
 
 def run(config: Config, prompts: Prompts, begun: float, dry: bool) -> dict[str, Any]:
@@ -153,13 +154,13 @@ def tried_and_tuned(config: Config, prompts: Prompts, begun: float, dry: bool, p
 def measure_and_tune(trainer: Trainer, prompts: Prompts, begun: float) -> dict[str, Any]:
     """In the run's folder, which no other process may use meanwhile, begin or resume, and end with the result."""
     from condrl.training.host import provenance
-    from condrl.training.resume import check_folder, check_state, find_checkpoint
+    from condrl.training.resume import check_run_folder, check_state, find_checkpoint
 
     config, processes, folder = trainer.config, trainer.processes, trainer.folder
     origin = provenance()
     with folder.locked() if processes.is_main else nullcontext():
         if processes.is_main:
-            check_folder(config, is_locked=True)  # again: another process may have tuned in it meanwhile
+            check_run_folder(config, is_locked=True)  # again: another process may have tuned in it meanwhile
         processes.barrier()
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
@@ -180,7 +181,7 @@ def tuned_result(
     from condrl.commands.result import save_result
     from condrl.training.evaluate import compared
     from condrl.training.host import peak_memory_gb
-    from condrl.training.measure import best_result, evaluation, flat, watch
+    from condrl.training.measure import best_result, evaluation, flat, save_best, watch
 
     model, processes = trainer.policy.model, trainer.processes
     base = evaluation(trainer, prompts.heldout, "held-out, base")
@@ -189,6 +190,7 @@ def tuned_result(
     trainer.recorder.trackers.log(0, before)
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint[1])
+        save_best(trainer)
     with stopping_on_signals(trainer):
         tune(trainer)
     with trainer.learner.deploying():
@@ -221,6 +223,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.folder.clear()
     else:
         drop_later(checkpoint[0])
+        trainer.folder.drop_pictures(checkpoint[1]["epoch"])
     path = trainer.folder.file("config.yaml")
     with naming(path):
         path.write_text(text, "utf-8")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from condrl.commands.console import exit_code
 from condrl.errors import UsageError, visible
+from condrl.io.files import check_folder
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -57,3 +58,4 @@ def check_out(path: Path) -> None:
         raise UsageError(f"{path} is a folder: give the name of a file with --out")
     if path.is_file() and path.read_text("utf-8", errors="replace")[: len(OPENING)] != OPENING:
         raise UsageError(f"{path} is not a page that condrl wrote: choose another name with --out")
+    check_folder(path.parent)

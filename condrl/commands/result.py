@@ -31,8 +31,8 @@ def save_result(
             trackers.show(picture.stem, image.copy())
     save_images(trainer, heldout, base, tuned)
     trackers.log(trainer.epoch, tracked_result(result), "result")
+    print(visible(summary(result, folder.path, trainer.recorder.lowered)), flush=True)
     present(folder)
-    print(visible(summary(result, folder.path, trainer.recorder.lowered)))
 
 
 def tracked_result(result: dict[str, Any]) -> dict[str, float]:

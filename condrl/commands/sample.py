@@ -19,14 +19,15 @@ import itertools
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from condrl.commands.console import exit_code, one_of_several
 from condrl.config import Config
 from condrl.errors import UsageError, visible, warn_of_address_limit
-from condrl.io.files import CONFIGS
-from condrl.io.overrides import exists, is_setting, setting_keys
+from condrl.io.files import CONFIGS, check_folder, exists
+from condrl.io.overrides import is_setting, setting_keys
 from condrl.loading import load_for_drawing
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from condrl.diffusion.policy import Policy
+    from condrl.prompts import Row
     from condrl.training.evaluate import Draw
 
 HOME = Path("runs")  # of what is drawn without a run
@@ -112,22 +114,22 @@ class Request(NamedTuple):
     config: Config
     lora: Path | None
     home: Path
-    pairs: list[tuple[str, int]]  # prompts and seeds
+    pairs: list[tuple[Row, int]]  # what is drawn, numbered, and its seed
     device: torch.device
     draw: Draw  # with rewards, if they steer
 
 
 def read_request(args: argparse.Namespace) -> Request:
     """Raises: UsageError on what cannot be drawn."""
-    from condrl.prompts import load_prompts, usable
+    from condrl.prompts import Row, load_prompts, usable
     from condrl.training.evaluate import plain
     from condrl.training.host import find_device
     from condrl.training.steering import read_steer, steers_by_rewards
 
     config, lora, home = read_words(args.words, is_steered=args.steer is not None and steers_by_rewards(args.steer))
-    prompts = [usable(prompt, "--prompt") for prompt in args.prompt]
-    prompts += [row.prompt for row in load_prompts(args.prompts, "--prompts")] if args.prompts else []
-    if not prompts:
+    rows = [Row(0, usable(prompt, "--prompt")) for prompt in args.prompt]
+    rows += load_prompts(args.prompts, "--prompts") if args.prompts else []
+    if not rows:
         raise UsageError('nothing to draw: give --prompt "a red star" or --prompts FILE')
     if lora is None and (args.compare or args.strength != 1):
         raise UsageError("--compare and --strength need a run or LoRA folder beside the base model")
@@ -135,7 +137,8 @@ def read_request(args: argparse.Namespace) -> Request:
         raise UsageError(f"--strength must be a finite number, got {args.strength}")
     if args.batch < 1 or not all(0 <= seed < 2**63 for seed in args.seeds):
         raise UsageError("--batch must be at least 1, and --seeds at least 0 and below 2^63")
-    pairs = [(prompt, seed) for prompt in prompts for seed in args.seeds]
+    pairs = [(row, seed) for row in rows for seed in args.seeds]
+    pairs = [(replace(row, index=index), seed) for index, (row, seed) in enumerate(pairs)]
     draw = plain if args.steer is None else read_steer(args.steer, config)
     return Request(config, lora, home, pairs, find_device(args.device), draw)
 
@@ -201,19 +204,6 @@ def find(path: Path) -> tuple[Path, Path | None]:
     return lora if (lora / MODULE_FILE).is_file() else find_lora(lora), run
 
 
-def check_folder(path: Path) -> None:
-    """Raises: UsageError when files cannot be written there."""
-    existing = next(p for p in (path, *path.absolute().parents) if exists(p))
-    if not existing.is_dir():
-        raise UsageError(f"cannot write to {path}: {existing} is a file")
-    try:
-        path.exists()
-    except OSError as error:
-        raise UsageError(f"cannot write there: {error}") from error
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write to {existing}: choose another folder")
-
-
 def check_suffix(path: Path) -> None:
     """Raises: UsageError when the path's ending is not that of an image format that can be written."""
     from PIL import Image
@@ -244,16 +234,24 @@ def unused(folder: Path) -> Path:
     return next(path for i in itertools.count() if not os.path.lexists(path := folder / f"{i:04d}.png"))
 
 
+def next_number(folder: Path) -> int:
+    """One more than that of the last image 0000.png, 0001.png, ... in a folder."""
+    return max((int(path.stem) + 1 for path in folder.glob("*.png") if path.stem.isdecimal()), default=0)
+
+
 def draw(args: argparse.Namespace, request: Request) -> None:
     """Draw each prompt from each seed, and write the images."""
     from condrl.rewards.pixels import to_pil
     from condrl.training.pictures import save_comparison, save_grid, save_image
 
     base, final = images(args, request)
-    labels = [f"{prompt} (seed {seed})" for prompt, seed in request.pairs]
+    labels = [f"{row.prompt} (seed {seed})" for row, seed in request.pairs]
     written = save_comparison(args.out, base, final, labels) if args.compare else save_grid(args.out, final, labels)
-    for i, image in enumerate(final if args.folder else ()):
-        save_image(to_pil(image), args.folder / f"{i:04d}.png")
+    if args.folder:
+        first = next_number(args.folder)
+        for number, image in enumerate(final, first):
+            save_image(to_pil(image), args.folder / f"{number:04d}.png")
+        print(visible(f"wrote {len(final)} images to {args.folder}/, from {first:04d}.png on"))
     print(visible(f"wrote {args.out}" + (f" and more pages, to {written[-1]}" if len(written) > 1 else "")))
 
 
@@ -277,9 +275,8 @@ def images_of(policy: Policy, request: Request, batch: int, who: str) -> list[Te
     from tqdm import tqdm
 
     from condrl.diffusion.noise import seeded
-    from condrl.prompts import Row
 
-    rows = [Row(i, prompt) for i, (prompt, _) in enumerate(request.pairs)]
+    rows = [row for row, _ in request.pairs]
     found: list[Tensor] = []
     for start in tqdm(range(0, len(rows), batch), desc=who, disable=None):
         part = slice(start, start + batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,27 @@ def expanded(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; False for a text that is too long for a path or contains NUL."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def check_folder(path: Path) -> None:
+    """Raises: UsageError when files cannot be written there."""
+    existing = next(p for p in (path, *path.absolute().parents) if exists(p))
+    if not existing.is_dir():
+        raise UsageError(f"cannot write to {path}: {existing} is a file")
+    try:
+        path.exists()
+    except OSError as error:
+        raise UsageError(f"cannot write there: {error}") from error
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to {existing}: choose another folder")
 
 
 def why_unreadable(path: Path) -> str | None:

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from condrl.errors import UsageError
-from condrl.io.files import CONFIGS
+from condrl.io.files import CONFIGS, exists
 from condrl.registry import suggestion
 
 KINDS = ("model", "sampler", "algorithm")  # sections that hold a plugin's name and its options
@@ -263,11 +263,3 @@ def is_deep(value: Any, levels: int = DEEPEST) -> bool:
     """Whether lists and sections are nested more than `levels` deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels < 0 or any(is_deep(item, levels - 1) for item in inner)
-
-
-def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; False for a text that is too long for a path or contains NUL."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False

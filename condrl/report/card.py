@@ -10,7 +10,7 @@ from condrl.errors import naming
 from condrl.models.loading import hub_id, public_name
 from condrl.models.lora import LORA_FILE, code_span
 from condrl.report.run import Line, Run, change, recorded
-from condrl.report.usage import base_model, deployed_sampler, diffusers_code, plugin_of, readers
+from condrl.report.usage import base_model, deployed_sampler, diffusers_code, plugin_of, readers, single_file_config
 
 PICTURES = 4  # of the first held-out prompts, not of the best ones
 HERE = "path/to/this/folder"
@@ -32,7 +32,8 @@ def write_card(
 
     Raises: RunError when a file cannot be written.
     """
-    shown = [line for line in images if line.get("pictures")][:PICTURES]
+    drawn = (line for line in images if line.get("pictures"))
+    shown = [line for line in drawn if (run.folder / line["pictures"]["tuned"]).is_file()][:PICTURES]
     for number, line in enumerate(shown):
         claim(picture := folder / "images" / f"{number}.png")
         with naming(picture):
@@ -78,8 +79,8 @@ def use(run: Run, folder: Path, strength: float, place: str) -> str:
         return f"## Use it\n\n```python\n{diffusers_code(run, place, None)}\n```\n"
     parts = []
     if (folder / LORA_FILE).is_file():
-        base = hub_id(base_model(run)) or f"path/to/{public_name(base_model(run))}"
-        code = diffusers_code(run, base, place)
+        config = single_file_config(run)
+        code = diffusers_code(run, for_others(base_model(run)), place, config and for_others(config))
         parts.append(f"With diffusers:\n\n```python\n{code}\n```\n")
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != LORA_FILE:
@@ -87,6 +88,11 @@ def use(run: Run, folder: Path, strength: float, place: str) -> str:
     scaled = "" if strength == 1 else f" These weights have {strength:g} times what was tuned."
     parts.append(f"Strength 1 is what the files hold: alpha = rank.{scaled}\n")
     return "## Use it\n\n" + "\n".join(parts)
+
+
+def for_others(model: str) -> str:
+    """A model as somebody else's script has it: by its name on the hub, or without the folders of this machine."""
+    return hub_id(model) or f"path/to/{public_name(model)}"
 
 
 def measured(run: Run, heldout: Mapping[str, Any]) -> str:

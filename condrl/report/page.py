@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -14,9 +13,10 @@ import yaml
 
 from condrl.errors import naming
 from condrl.io.files import locate
+from condrl.models.loading import hub_id
 from condrl.report.charts import Chart, Mark, Series, number
 from condrl.report.run import Finding, Line, Run, change, interval, verdict
-from condrl.report.usage import base_model, diffusers_code, readers
+from condrl.report.usage import base_model, diffusers_code, readers, single_file_config
 
 OPENING = "<!doctype html>\n<!-- condrl report -->\n"
 MOST_PIXELS = 256  # of a picture's longer side
@@ -107,8 +107,8 @@ def measures(run: Run) -> str:
 def measure_row(run: Run, name: str, row: dict[str, Any]) -> str:
     difference = figure(row["difference"]["mean"], "+") + interval(row)
     tone = {1: "up", -1: "down", 0: ""}[run.gained(name, row)]
-    won = row.get("win_rate", math.nan)
-    wins = "" if math.isnan(won) else f"{won if run.sign(name) > 0 else 1 - won:.0%}"
+    won = row.get("win_rate")  # None where no pair was scored
+    wins = "" if won is None else f"{won if run.sign(name) > 0 else 1 - won:.0%}"
     rewarded = ("yes" if run.sign(name) > 0 else "yes, lower") if name in run.rewards else "no"
     base, tuned = (figure(row[who]["mean"]) for who in ("base", "tuned"))
     return (
@@ -125,7 +125,9 @@ def usage(run: Run) -> str:
     """How to load the LoRA; empty before there is one."""
     if not (run.folder / "lora" / "pytorch_lora_weights.safetensors").is_file():
         return ""
-    code = diffusers_code(run, str(locate(base_model(run))), str(run.folder.resolve() / "lora"))
+    config = single_file_config(run)
+    where = config if config is None or hub_id(config) else str(locate(config))
+    code = diffusers_code(run, str(locate(base_model(run))), str(run.folder.resolve() / "lora"), where)
     return (
         f"<p>condrl: <code>condrl sample {escape(str(run.folder))} --prompt &quot;...&quot;</code></p>"
         f"<p>diffusers:</p><pre>{escape(code)}</pre><p>{readers(run)}: copy "

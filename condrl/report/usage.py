@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from condrl.models.latent import InDiffusers
@@ -41,8 +42,16 @@ def base_model(run: Run) -> str:
     return str(model.get("path") or model.get("name"))
 
 
-def diffusers_code(run: Run, path: str, lora: str | None) -> str:
-    """A script that draws with the run's own sampler, where diffusers has it, from a model and perhaps a LoRA."""
+def single_file_config(run: Run) -> str | None:
+    """Where the configs of a model in one file are, as the run's config has it."""
+    return (run.config.get("model") or {}).get("single_file_config")
+
+
+def diffusers_code(run: Run, path: str, lora: str | None, config: str | None = None) -> str:
+    """A script that draws with the run's own sampler, where diffusers has it, from a model and perhaps a LoRA.
+
+    `config` is where the configs of a model in one file are.
+    """
     options, sampler, plugin = run.config.get("model") or {}, {"eta": 1.0, **deployed_sampler(run)}, plugin_of(run)
     flow, pipeline = is_flow(plugin), plugin.family.pipelines[0] if plugin else "DiffusionPipeline"
     told = plugin.in_diffusers(options) if plugin else InDiffusers({}, {})
@@ -53,11 +62,14 @@ def diffusers_code(run: Run, path: str, lora: str | None) -> str:
     scheduler = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{spacing})  # {note}"
     call = told.call | ({} if flow else {"eta": sampler["eta"] if has_it else 0.0})
     load = "".join(f", {name}={value!r}" for name, value in told.load.items())
+    is_single = Path(path).suffix in (".safetensors", ".ckpt")
+    load = (f', config="{config}"' if is_single and config else "") + load
+    loader = f"{pipeline}.from_single_file" if is_single else f"{pipeline}.from_pretrained"
     lines = [
         "import torch",
         f"from diffusers import {pipeline if flow else f'DDIMScheduler, {pipeline}'}",
         "",
-        f'pipe = {pipeline}.from_pretrained("{path}", torch_dtype=torch.float32{load})',
+        f'pipe = {loader}("{path}", torch_dtype=torch.float32{load})',
         *([f'pipe.load_lora_weights("{lora}", weight_name="pytorch_lora_weights.safetensors")'] if lora else []),
         f"# {note}" if flow else scheduler,
         "image = pipe(",

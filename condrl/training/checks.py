@@ -87,6 +87,7 @@ def check_combination(config: Config) -> None:
         make_sampler(config.evaluate.sampler, stand_in(config.evaluate.sampler))
     algorithm = make_algorithm(config)
     check_rewards(config, algorithm)
+    check_policy_is_trained(config, algorithm)
     if config.train.kl_budget is not None:
         check_budget(config, sampler, algorithm)
     check_needs(algorithm.needs, Setting(config, sampler))
@@ -99,6 +100,18 @@ def check_rewards(config: Config, algorithm: Algorithm) -> None:
         raise UsageError("config rewards: no reward has a weight; add one, as in rewards.shapes.weight=1")
     if not algorithm.uses_rewards:
         check_reward_free(config)
+
+
+def check_policy_is_trained(config: Config, algorithm: Algorithm) -> None:
+    """Raises: UsageError on what chooses among policies or averages them, where the policy stays as it is."""
+    train, prompts = config.train, config.prompts
+    chosen = {"train.patience": train.patience, "train.ema": train.ema, "prompts.validation": prompts.validation}
+    given = [key for key, value in chosen.items() if value]
+    if given and not algorithm.trains_policy:
+        raise UsageError(
+            f"config {given[0]}: has no effect, as configured the algorithm {config.algorithm['name']} leaves the "
+            "policy as it is: leave it out"
+        )
 
 
 def check_reward_free(config: Config) -> None:

@@ -25,6 +25,7 @@ OWN = (  # what every run writes, or many do
 )
 FOLDERS = ("images", "heldout", "film", "lora", "value", "checkpoints", "condrl")  # where a run, or its trackers, write
 PART = re.compile(r"\.\w+\.part/")  # a folder that is still being written
+PICTURE = re.compile(r"(?:film|images)/epoch_(\d+)")  # and the epoch that it is of
 LONGEST_NAME = 255  # bytes, of the usual file systems
 
 
@@ -185,6 +186,11 @@ class RunFolder:
         self._remove(self.listed)
         (self.path / MANIFEST).unlink(missing_ok=True)
         self._listed = None
+
+    def drop_pictures(self, epoch: int) -> None:
+        """Remove the pictures that were made after an epoch."""
+        numbers = {name: PICTURE.match(name) for name in self.listed}
+        self._remove([name for name, number in numbers.items() if number and int(number[1]) > epoch])
 
     def remove(self, name: str, but: Collection[str] = ()) -> None:
         """Remove what runs wrote into one of its folders."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from condrl.diffusion.policy import acting
 from condrl.errors import print_main
 from condrl.models.points import save_module
 from condrl.prompts import Row
@@ -75,13 +76,9 @@ def watch(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[s
         with trainer.learner.deploying():
             found = evaluation(trainer, prompts.validation, f"validation, {who}")
             own = own_measures(trainer, prompts.validation, "validation")
+            if found is not None:
+                rate(trainer, epoch, found)
         save_frames(trainer, epoch, found)
-        if found is None:
-            return own
-        weights = {reward.name: reward.weight for reward in trainer.rewards} or dict.fromkeys(found.measures, 1.0)
-        total = sum(weight * found.measures[name].mean for name, weight in weights.items())
-        if trainer.best.take(epoch, total) and epoch:
-            save_lora(trainer, "lora_best")
         return flat(found, "validation") | own
 
     if not prompts.validation:
@@ -90,6 +87,17 @@ def watch(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[s
         return own_measures(trainer, prompts.heldout, "heldout")
     trainer.heldout = lambda: look(trainer.epoch + 1, f"after {trainer.epoch + 1} epochs")
     return look(0, "base")
+
+
+def rate(trainer: Trainer, epoch: int, found: Evaluation) -> None:
+    """Keep what is deployed, if nothing was rated higher on validation prompts."""
+    weights = {reward.name: reward.weight for reward in trainer.rewards} or dict.fromkeys(found.measures, 1.0)
+    total = sum(weight * found.measures[name].mean for name, weight in weights.items())
+    if math.isnan(total):
+        print_main(f"warning: epoch {epoch} is not compared with others: a reward failed on all validation prompts")
+    if trainer.best.take(epoch, total) and epoch:
+        trainer.best.weights = [weight.detach().clone() for weight in trainer.learner.weights]
+        save_best(trainer)
 
 
 def own_measures(trainer: Trainer, rows: Sequence[Row], name: str) -> dict[str, float]:
@@ -112,18 +120,28 @@ def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> 
     best = trainer.best
     if best.value is None or not best.epoch:
         return {"best": {"epoch": 0}} if best.value is not None else {}
-    trainer.processes.barrier()  # lora_best/ is there
-    weights = [weight.detach().clone() for weight in trainer.learner.weights]
-    trainer.policy.model.load_adapter(trainer.config.folder / "lora_best")
-    found = evaluation(trainer, prompts.heldout, f"held-out, best (epoch {best.epoch})")
-    for weight, value in zip(trainer.learner.weights, weights, strict=True):
-        weight.data.copy_(value)
+    with acting(trainer.learner.weights, best.weights):
+        found = evaluation(trainer, prompts.heldout, f"held-out, best (epoch {best.epoch})")
     return {"best": {"epoch": best.epoch, "heldout": compared(base, found) if base and found else {}}}
 
 
-def save_lora(trainer: Trainer, name: str = "lora") -> None:
+def save_lora(trainer: Trainer) -> None:
+    with trainer.learner.deploying():
+        write_lora(trainer, "lora")
+
+
+def save_best(trainer: Trainer) -> None:
+    """Make lora_best/ the best epoch's, also in a run that goes on from a checkpoint."""
+    if trainer.best.weights:
+        with acting(trainer.learner.weights, trainer.best.weights):
+            write_lora(trainer, "lora_best")
+    elif trainer.processes.is_main:
+        trainer.folder.remove("lora_best")
+
+
+def write_lora(trainer: Trainer, name: str) -> None:
     if trainer.processes.is_main:
-        with trainer.folder.replacing(name) as folder, trainer.learner.deploying():
+        with trainer.folder.replacing(name) as folder:
             trainer.policy.model.save_adapter(folder, {"rewards": weights_in_words(trainer.config)})
 
 

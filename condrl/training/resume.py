@@ -23,7 +23,7 @@ from condrl.training.optimizer import negative_moment, state_of_a_step
 from condrl.training.trainer import Trainer
 
 
-def check_folder(config: Config, is_locked: bool = False) -> None:
+def check_run_folder(config: Config, is_locked: bool = False) -> None:
     """Raises: UsageError when a run cannot write to its folder, or would replace another without being told to."""
     folder = RunFolder(config.folder)
     folder.check(is_locked)
@@ -168,6 +168,8 @@ def difference(trainer: Trainer, state: dict[str, Any]) -> str | None:
     best = state["best"]
     if not isinstance(best, dict) or is_not_best(best):
         return "best is not the best epoch of a run"
+    if best["weights"] and (why := unlike({"weights": list(trainer.learner.weights)}, {"weights": best["weights"]})):
+        return f"best: {why}"
     if not isinstance(state["first"], dict) or not all(isinstance(v, int | float) for v in state["first"].values()):
         return "first is not what an epoch recorded"
     return None
@@ -176,5 +178,6 @@ def difference(trainer: Trainer, state: dict[str, Any]) -> str | None:
 def is_not_best(best: Mapping[str, Any]) -> bool:
     """Whether what a checkpoint has as the best epoch cannot be one."""
     counts, value = [best.get("epoch"), best.get("waited")], best.get("value")
-    whole = all(isinstance(count, int) and count >= 0 for count in counts) and len(best) == 3
-    return not whole or not (value is None or (isinstance(value, int | float) and math.isfinite(value)))
+    whole = all(isinstance(count, int) and count >= 0 for count in counts) and len(best) == 4
+    kept = isinstance(best.get("weights"), list) and bool(best["weights"]) == bool(best["epoch"])
+    return not kept or not whole or not (value is None or (isinstance(value, int | float) and math.isfinite(value)))

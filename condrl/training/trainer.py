@@ -208,8 +208,7 @@ class Trainer:
         if not self.config.train.normalise_rewards:
             return weights
         every = {name: self.processes.gather(scores.each[name], indices, images) for name in weights}
-        stds = {name: values[values.isfinite()].std(correction=0).item() for name, values in every.items()}
-        return {name: weight / (stds[name] + 1e-6) for name, weight in weights.items()}
+        return {name: weight * inverse_spread(every[name]) for name, weight in weights.items()}
 
     def check_failures(self, scores: Scores, has_score: Tensor) -> None:
         """Raises: RunError when too many of all processes' images have no score."""
@@ -366,6 +365,15 @@ class Trainer:
     def noise(self, epoch: int, phase: str, indices: range, same_start: bool = False) -> Noise:
         """Randomness of the images at some indices of an epoch."""
         return Noise(self.seed(epoch, phase), indices, self.config.train.images_per_prompt, same_start)
+
+
+def inverse_spread(values: Tensor) -> float:
+    """1 / the standard deviation of the finite values (B,); 0 where they differ by no more than by rounding."""
+    found = values[values.isfinite()]
+    if not len(found):
+        return 0.0
+    std = found.std(correction=0).item()
+    return 0.0 if std <= 1e-6 * found.abs().max().item() else 1 / std
 
 
 def progress(lines: Sequence[dict[str, Any]], images_per_second: float) -> dict[str, str]:

@@ -184,12 +184,10 @@ def signal(_: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
     for recipe in recipes(args):
         with tempfile.TemporaryDirectory() as scratch:
             found = signal_to_noise(recipe, [*args.words, f"run.dir={scratch}"], args.repeats)
-        rows.append(row := {"recipe": recipe.stem, **found})
-        per_work = 1e5 * row["ratio"] / row["work"]
-        print(
-            f"{recipe.stem:<20} {row['ratio']:.4f} +- {row['error']:.4f} an epoch, {per_work:.2f} per 100,000 of work",
-            flush=True,
-        )
+        rows.append({"recipe": recipe.stem, **found})
+        an_epoch = f"{found['ratio']:.4f} +- {found['error']:.4f} an epoch"
+        per_work = 1e5 * found["ratio"] / found["work"]
+        print(f"{recipe.stem:<20} {an_epoch}, {per_work:.2f} per 100,000 of work", flush=True)
     return rows
 
 

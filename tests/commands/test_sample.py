@@ -1,5 +1,7 @@
 """Drawing with a run's LoRA: what the run deployed, without anything that only tuning needs."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,13 @@ pathlib.Path(__file__).with_name("ran").touch()
 @condrl.reward
 def {name}(samples, prompts):
     return samples.mean((1, 2, 3))
+"""
+METADATA_REWARD = """
+import condrl, torch
+
+@condrl.reward
+def of_a_row(samples, prompts, metadata):
+    return torch.tensor([row["sign"] for row in metadata]) * samples.mean((1, 2, 3))
 """
 
 
@@ -102,6 +111,44 @@ def test_pictures_go_to_the_runs_samples_and_replace_none(run, tmp_path, monkeyp
         assert sample(str(run)) == 0
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["0000.png", "0001.png"]
     assert not (tmp_path / "samples.png").exists()
+
+
+def test_images_of_a_folder_are_not_replaced(run, tmp_path, capsys):
+    """Not even by those of a sheet that lies in it."""
+    for out in ("a.png", "pictures/0002.png"):
+        assert (
+            sample(str(run), "--seeds", "0", "1", "--folder", str(tmp_path / "pictures"), "--out", str(tmp_path / out))
+            == 0
+        )
+    assert "wrote 2 images to" in (said := capsys.readouterr().out)
+    assert "from 0003.png on" in said
+    pictures = {path.name: np.asarray(Image.open(path), float) for path in (tmp_path / "pictures").iterdir()}
+    assert sorted(pictures) == ["0000.png", "0001.png", "0002.png", "0003.png", "0004.png"]
+    assert pictures["0002.png"].shape != pictures["0000.png"].shape  # the sheet
+    assert (pictures["0000.png"] == pictures["0003.png"]).all()
+    assert (pictures["0001.png"] == pictures["0004.png"]).all()
+
+
+def test_rewards_that_steer_are_given_a_rows_metadata(run, tmp_path):
+    """The darkest or the brightest of four, as the rows say."""
+    judge, rows = tmp_path / "judge.py", tmp_path / "rows.jsonl"
+    judge.write_text(METADATA_REWARD)
+    rows.write_text("".join(json.dumps({"prompt": PROMPT, "sign": sign}) + "\n" for sign in (1, -1, 1)))
+    words = [str(run), f"plugins=[{judge}]", "rewards.of_a_row.weight=1", "--steer", "best_of_n,n=4", "sampler.eta=1"]
+    words += [
+        "--prompts",
+        str(rows),
+        "--folder",
+        str(tmp_path / "out"),
+        "--out",
+        str(tmp_path / "x.png"),
+        "--batch",
+        "2",
+    ]
+    assert exit_code(lambda: command.sample(command.parse(words))) == 0
+    bright, dark, same = (np.asarray(Image.open(tmp_path / "out" / f"000{i}.png"), float) for i in range(3))
+    assert bright.mean() > dark.mean()
+    assert (bright == same).all()
 
 
 def test_a_lora_without_a_run_gets_its_own_rank(run, pipeline, tmp_path):

@@ -3,11 +3,13 @@
 import base64
 import io
 import json
+import math
 import re
 import shutil
 import statistics
 import subprocess
 from functools import partial
+from html import unescape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -18,13 +20,14 @@ import yaml
 from PIL import Image
 
 from condrl.commands import report
+from condrl.io.records import write_json
 from condrl.prompts import Row
 from condrl.report.card import write_card
 from condrl.report.charts import Chart, Mark, Scale, Series, apart, number, padded, smoothed
 from condrl.report.page import OPENING, against_kl, embedded, gain, page
 from condrl.report.run import read_run, verdict
 from condrl.report.usage import diffusers_code
-from condrl.training.evaluate import Estimate, Evaluation
+from condrl.training.evaluate import Estimate, Evaluation, compared
 from condrl.training.folder import MANIFEST, RunFolder
 from condrl.training.heldout import most_changed, save_film, save_heldout
 
@@ -225,12 +228,12 @@ def an_image(number, base, tuned, pictures=True):
     return line | {"base": {"bright": base}, "tuned": {"bright": tuned}, "pictures": files if pictures else None}
 
 
-def a_whole_run(folder):
+def a_whole_run(folder, config=CONFIG):
     lines = [an_epoch(e, ["gradient_growth"] if e > 3 else [], base_kl=2.0 * e, diversity=1.0) for e in range(1, 6)]
     for line in lines[1::2]:
         line |= {"validation/bright": 0.5 + 0.01 * line["epoch"], "validation/bright_ci95": 0.02}
     images = [an_image(0, 0.9, 0.1), an_image(1, 0.2, 0.8), an_image(2, 0.5, 0.5), an_image(3, 0.1, 0.9, False)]
-    run = make_run(folder, {"bright": BETTER, "other": SAME}, lines, images)
+    run = make_run(folder, {"bright": BETTER, "other": SAME}, lines, images, config)
     for i in range(3):
         for who, size in (("base", (64, 64)), ("tuned", (600, 300))):
             path = run / "heldout" / f"{i:05d}_{who}.png"
@@ -273,6 +276,29 @@ def test_a_page_shows_the_worst_first(tmp_path):
     spread = statistics.pstdev([0.9, 0.2, 0.5, 0.1])
     assert gain(run, run.images[0]) == pytest.approx(-0.8 / spread)
     assert "epoch 4: the gradient" in text or "epoch 4: gradient growth" in text
+
+
+def test_a_measure_that_failed_on_every_image_is_on_the_page_and_the_card(tmp_path):
+    """As `compared` has it of scores that are all NaN, and a result file of that."""
+    failed = an_evaluation({"bright": [math.nan] * 4})
+    rows = compared(failed, failed)
+    folder = a_whole_run(tmp_path / "run")
+    write_json(folder / "result.json", {**json.loads((folder / "result.json").read_text()), "heldout": rows})
+    run = read_run(folder)
+    assert "not measured" in page([run])
+    write_card(run, folder / "lora", run.result["heldout"], run.images)
+    assert "| bright | not measured |" in (folder / "lora" / "README.md").read_text()
+
+
+def test_a_card_is_written_where_pictures_were_deleted(tmp_path):
+    folder = a_whole_run(tmp_path / "run")
+    (folder / "heldout" / "00001_tuned.png").unlink()
+    run = read_run(folder)
+    write_card(run, folder / "lora", {"m": BETTER}, run.images)
+    text = (folder / "lora" / "README.md").read_text()
+    assert "images/1.png" in text
+    assert "images/2.png" not in text
+    assert "a <b>1</b> star" not in text
 
 
 def test_a_gain_is_in_all_measures_and_a_reversed_reward_is_better_lower(tmp_path):
@@ -318,6 +344,20 @@ def test_the_code_tells_diffusers_what_the_model_was_told(model, shown, tmp_path
     code = diffusers_code(run, "a/model", "a/lora")
     assert all(part in code for part in shown), code
     compile(code, "snippet", "exec")
+
+
+def test_the_code_loads_a_model_of_one_file_as_one(tmp_path):
+    """With its configs where the run had them, and without this machine's folders in a card."""
+    model = {"name": "stable_diffusion", "path": "/models/mine.safetensors", "single_file_config": "/models/configs"}
+    run = read_run(a_whole_run(tmp_path / "run", CONFIG | {"model": model}))
+    assert (
+        'from_single_file("/models/mine.safetensors", torch_dtype=torch.float32, config="/models/configs")'
+        in unescape(page([run]))
+    )
+    write_card(run, run.folder / "lora", {}, [])
+    card = (run.folder / "lora" / "README.md").read_text()
+    assert 'from_single_file("path/to/mine.safetensors", torch_dtype=torch.float32, config="path/to/configs")' in card
+    assert ".from_pretrained(" in diffusers_code(run, "merged", None)
 
 
 def test_several_runs_are_compared(tmp_path):
@@ -391,6 +431,8 @@ def test_other_files_are_not_replaced(tmp_path, capsys):
     mine.write_text("<!doctype html> my own")
     assert report.main([str(run), "--out", str(mine)]) == 2
     assert "is not a page that condrl wrote" in capsys.readouterr().err
+    assert report.main([str(run), "--out", str(mine / "page.html")]) == 2
+    assert "mine.html is a file" in capsys.readouterr().err
     assert report.main([str(run), str(run)]) == 2
     assert "--out FILE" in capsys.readouterr().err
     assert mine.read_text() == "<!doctype html> my own"

@@ -11,6 +11,7 @@ from condrl import UsageError
 from condrl.commands import finetune
 from condrl.loading import load_config
 from condrl.training.best import Best
+from condrl.training.folder import RunFolder
 
 P1 = ROOT / "condrl" / "assets" / "toy" / "p1.jsonl"
 WATCHED = ["evaluate.every=2", "evaluate.images_per_prompt=200", f"prompts.validation={P1}"]
@@ -23,6 +24,15 @@ def test_a_tie_is_not_better_and_the_base_counts():
     ]  # fmt: skip
     assert (best.epoch, best.value, best.waited) == (6, 1.2, 1)
     assert not best.take(10, float("nan"))
+    assert best.waited == 1
+
+
+def test_a_rating_that_failed_is_not_compared():
+    best = Best()
+    assert [best.take(epoch, value) for epoch, value in ((0, float("nan")), (2, 0.3), (4, float("nan")), (6, 0.4))] == [
+        False, True, False, True,
+    ]  # fmt: skip
+    assert (best.epoch, best.waited) == (6, 0)
 
 
 def run(folder, *more):
@@ -37,7 +47,8 @@ def run(folder, *more):
         *more,
     ]
     assert finetune.main(words) == 0
-    record = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    file = folder / "metrics.jsonl"  # there is none where nothing was left to do
+    record = [json.loads(line) for line in (file.read_text() if file.exists() else "").splitlines()]
     return record, json.loads((folder / "result.json").read_text())
 
 
@@ -74,6 +85,38 @@ def test_patience_ends_the_run_also_when_it_is_resumed(tmp_path, capsys):
     assert f"ended after epoch {last}: on validation prompts epoch" in capsys.readouterr().err
     again, _ = run(tmp_path / "run", *words, "run.resume=auto")
     assert again == record
+
+
+def weights_of(folder, name):
+    return load_file(folder / name / "network.safetensors")
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_elsewhere_or_from_earlier_has_the_best_lora_of_its_own_past(tmp_path):
+    words = ["train.lr=0.1", "train.lr_decay=none", "run.checkpoint_seconds=0", "run.keep_checkpoints=99"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    record, whole = run(first, *words, "train.epochs=10")
+    values = {line["epoch"]: line["validation/quadratic"] for line in record if "validation/quadratic" in line}
+    assert whole["best"]["epoch"] == max(values, key=values.get) < 10
+    _, again = run(second, *words, "train.epochs=10", f"run.resume={first}/checkpoints/epoch_00000010")
+    assert again["best"] == whole["best"]
+    best = weights_of(first, "lora_best")
+    for name in ("film/epoch_00004_0.png", "film/epoch_00002_0.png", "images/epoch_0010_2.png"):
+        RunFolder(first).file(name).touch()  # as images would have them
+    assert all(torch.equal(value, best[key]) for key, value in weights_of(second, "lora_best").items())
+    _, back = run(first, *words, "train.epochs=2", f"run.resume={first}/checkpoints/epoch_00000002")
+    assert [path.name for path in (first / "film").iterdir()] == ["epoch_00002_0.png"]
+    assert not (first / "images" / "epoch_0010_2.png").exists()
+    assert back["best"]["epoch"] == 2
+    assert back["best"]["heldout"] == back["heldout"]
+    last = weights_of(first, "lora")
+    assert all(torch.equal(value, last[key]) for key, value in weights_of(first, "lora_best").items())
+    assert any(not torch.equal(value, last[key]) for key, value in best.items())
+    _, start = run(
+        second, *words, "train.epochs=1", f"run.resume={first}/checkpoints/epoch_00000001", "run.overwrite=true"
+    )
+    assert start["best"] == {"epoch": 0}
+    assert not (second / "lora_best").exists()
 
 
 @pytest.mark.slow

@@ -443,6 +443,15 @@ def test_normalised_rewards_have_the_spread_of_their_weights(tmp_path):
     torch.testing.assert_close(again, even.scores.total, rtol=1e-4, atol=1e-4)
 
 
+def test_a_reward_that_does_not_vary_adds_nothing_to_normalised_ones(tmp_path):
+    rewards = {"rightwards": {"weight": 2.0}, "level": {"weight": 1.0}}
+    condrl.reward(lambda samples, prompts: 0.7 + 0 * samples[:, 1], name="level")
+    trainer = make_trainer(tmp_path, rewards=rewards, train={"normalise_rewards": True})
+    scores = trainer.collect(0, clock()).scores
+    right = scores.each["rightwards"]
+    torch.testing.assert_close(scores.total, 2 * right / right.std(correction=0), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_memory_is_flat_over_the_epochs(tmp_path):
     """Neither objects nor the bytes of tensors grow with the number of epochs."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from chains import SHAPES, an_epoch, at, move, step_of, trainer_of
-from helpers import ROOT
+from helpers import ROOT, toy_words
 from torch.distributions import kl_divergence
 
 from condrl import RunError, UsageError
@@ -149,6 +149,15 @@ def test_the_lora_is_taught_the_controlled_step(shape, tmp_path):
         torch.testing.assert_close(extra[rows], kl_divergence(own, aim), rtol=1e-3, atol=1e-4)
     gradients = torch.autograd.grad(extra.sum(), list(value.parameters()), allow_unused=True)
     assert all(g is None or not g.any() for g in gradients)  # the value is not bent towards the policy
+
+
+@pytest.mark.parametrize("word", ["train.patience=2", "train.ema=0.5", "prompts.validation=asset:toy/p1.jsonl"])
+def test_nothing_is_chosen_among_policies_that_are_the_same(word, tmp_path):
+    words = [*toy_words("feynman_kac", tmp_path), "evaluate.every=1", "prompts.validation=asset:toy/p1.jsonl", word]
+    words += [] if "validation" in word or "patience" in word else ["prompts.validation=null"]
+    with pytest.raises(UsageError, match=f"{word.split('=')[0]}: has no effect.*leaves the policy as it is"):
+        check_combination(load_config([*words, "algorithm.distil=false"]))
+    check_combination(load_config(words))
 
 
 def test_without_distillation_the_policy_stays_and_is_not_called(tmp_path):
