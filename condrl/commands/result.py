@@ -69,7 +69,7 @@ def present(folder: RunFolder) -> None:
         run = read_run(folder.path)
         describe(run, folder)
         write_report([run], folder.file("report.html"))
-    except (UsageError, RunError) as error:
+    except (UsageError, RunError, OSError) as error:
         print_main(f"warning: no report: {error}")
 
 

@@ -283,13 +283,14 @@ def epoch_of(file: Path) -> str:
 
 
 def embedded(path: Path) -> str:
-    """A picture as text within the page, no larger than needed; empty where there is none."""
+    """A picture as text within the page, no larger than needed; empty where there is none that can be read."""
     from PIL import Image
 
-    if not path.is_file():
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+    except OSError:
         return ""
-    with naming(path), Image.open(path) as image:
-        small = image.convert("RGB")
     if max(small.size) <= MOST_PIXELS:
         kind = "png"
     else:

@@ -321,6 +321,7 @@ class Trainer:
         self.epoch, self.images = state["epoch"], state["images"]
         learner.updates, learner.bad_updates, learner.skipped = state["updates"], state["bad_updates"], state["skipped"]
         self.budget_exhausted, self.best = state["spent"], Best(**state["best"])
+        self.best.weights = [value.to(learner.weights[0].device) for value in self.best.weights]
         if state["kappa"] is not None:
             self.algorithm.kappa = state["kappa"]
         self.policy.model.evaluations = state["evaluations"] if self.processes.is_main else 0

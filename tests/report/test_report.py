@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 
 from condrl.commands import report
+from condrl.commands.result import present
 from condrl.io.records import write_json
 from condrl.prompts import Row
 from condrl.report.card import write_card
@@ -377,6 +378,10 @@ def test_pictures_are_no_larger_than_needed(tmp_path):
         with Image.open(io.BytesIO(base64.b64decode(content))) as image:
             assert image.size == size
             assert kind == ("jpeg" if name == "large" else "png")
+    whole = (tmp_path / "small.png").read_bytes()
+    for size in (0, 20, len(whole) // 2):  # as a process that was killed leaves it
+        (tmp_path / "cut.png").write_bytes(whole[:size])
+        assert embedded(tmp_path / "cut.png") == ""
     assert embedded(tmp_path / "none.png") == ""
 
 
@@ -391,6 +396,15 @@ def test_the_command_writes_into_the_runs_folder_and_lists_it(tmp_path, capsys):
     assert "report.html" in RunFolder(run).listed
     assert report.main([str(run), str(run), "--out", str(tmp_path / "both.html")]) == 0
     assert (tmp_path / "both.html").read_text().startswith(OPENING)
+
+
+def test_a_run_does_not_fail_for_its_page(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "report.html")
+
+    monkeypatch.setattr("condrl.report.page.write_report", full)
+    present(RunFolder(a_whole_run(tmp_path / "run")))
+    assert "warning: no report: [Errno 28] No space left on device: 'report.html'" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_has_a_page(tmp_path):
