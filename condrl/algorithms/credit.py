@@ -22,6 +22,11 @@ def group_advantages(rewards: Tensor, groups: Tensor, normalise: bool = True, le
     return centred / (std + 1e-4) if normalise else centred
 
 
+def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Rewards (..., B) minus the mean of the others in their group, in the rewards' unit (Ahmadian et al. 2024)."""
+    return group_advantages(rewards, groups, normalise=False, leave_one_out=True)
+
+
 def group_scale(rewards: Tensor, groups: Tensor) -> Tensor:
     """1 / the standard deviation of the rewards (..., B) in each image's group; 0 for a group without spread."""
     std = _by_group(rewards, groups)[2]

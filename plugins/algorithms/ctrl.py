@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 import condrl
 from condrl.algorithms.actions import Actions, action_log_prob, action_variance, explore, pretrained_scores
 from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
-from condrl.algorithms.credit import group_advantages, group_scale
+from condrl.algorithms.credit import group_scale, leave_one_out
 from condrl.algorithms.examples import Metrics, RatioExamples, per_image, per_step
 from condrl.algorithms.needs import Need, affine_steps, groups, noisy_steps, scores, trained_steps
 from condrl.algorithms.policy_gradient import clipped
@@ -126,7 +125,7 @@ class CTRL(Algorithm):
         metrics |= {"value_explains": fit.max(), **{f"value_explains/step_{k}": share for k, share in enumerate(fit)}}
         advantages = self._accumulate(policy, td)
         if self.leave_one_out:
-            advantages = experience.credit(partial(group_advantages, normalise=False, leave_one_out=True), advantages)
+            advantages = experience.credit(leave_one_out, advantages)
         advantages = advantages * scale
         if self.normalise:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)

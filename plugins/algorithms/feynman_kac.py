@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.nn.functional import softplus
 
 import condrl
 from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
-from condrl.algorithms.credit import group_advantages
+from condrl.algorithms.credit import leave_one_out
 from condrl.algorithms.examples import Examples, Metrics, per_image, per_step
 from condrl.algorithms.needs import Need, Setting, groups, markov_steps, noisy_steps, trained_steps
 from condrl.algorithms.values import StepValue
@@ -111,7 +110,7 @@ class FeynmanKac(Algorithm):
     def examples(self, policy: Policy, experience: Experience, train: TrainConfig, noise: Noise) -> Targets:
         r, rewards = experience.rollout, experience.scores.total
         assert isinstance(r, Steps)  # from our own rollout
-        centred = experience.credit(partial(group_advantages, normalise=False, leave_one_out=True), rewards)
+        centred = experience.credit(leave_one_out, rewards)
         log_weight = centred / self.kappa
         if log_weight.max() > LARGEST:
             raise condrl.RunError(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 import condrl
 from condrl.algorithms.base import Algorithm, Experience
-from condrl.algorithms.credit import group_advantages
+from condrl.algorithms.credit import leave_one_out
 from condrl.algorithms.examples import Examples, Metrics, per_chain, per_image
 from condrl.algorithms.needs import Need, Setting, groups, markov_steps, noisy_steps, trained_steps
 from condrl.config import TrainConfig
@@ -64,7 +63,7 @@ class LogVariance(Algorithm):
         log_ratios = (r.log_probs - base).where(policy.sampler.stochastic[:, None].to(base.device), 0.0)
         log_ratio = log_ratios.sum(0)
         kept = rewards - self.kappa * log_ratio
-        centred = experience.credit(partial(group_advantages, normalise=False, leave_one_out=True), kept)
+        centred = experience.credit(leave_one_out, kept)
         return Chains(
             condition=r.condition,
             k=torch.zeros(1, dtype=torch.long),

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import condrl
 from condrl.algorithms.base import Algorithm, Experience, OwnNetwork
-from condrl.algorithms.credit import group_advantages, group_scale
+from condrl.algorithms.credit import group_advantages, group_scale, leave_one_out
 from condrl.algorithms.examples import Metrics
 from condrl.algorithms.forward import Noised, noised_samples, scores_at
 from condrl.algorithms.needs import Need, epochs_for, groups
@@ -156,7 +155,7 @@ class NFT(Algorithm):
         The value is of rewards less the mean of the prompt's other images.
         """
         rewards, hints = experience.scores.total, None
-        centred = experience.credit(partial(group_advantages, normalise=False, leave_one_out=True), rewards)
+        centred = experience.credit(leave_one_out, rewards)
         if len(policy.model.state_shape) > 1:
             hints = denoised_rewards(policy, experience, draws.x, draws.old_score, draws.t, batch)
             hints = hints - (rewards - centred)
