@@ -210,7 +210,7 @@ def test_a_killed_run_ends_like_one_that_was_not(command, kills, adapter, tmp_pa
         starts += 1
         process = subprocess.Popen(command(parts), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if wait_for_line(process, "tuning:"):
-            time.sleep(rng.uniform(0, 2.5 * epochs / kills))
+            time.sleep(rng.uniform(0, min(0.9, 2.5 / kills) * epochs))
         process.kill()
         process.stderr.close()
         killed += process.wait() == -signal.SIGKILL
