@@ -359,7 +359,7 @@ def import_plugin(what: str, load: Callable[[], Any]) -> Any:
 
 
 def load_file(path: str) -> ModuleType:
-    """Import a user's plugin file, once; what it registers is then found by name.
+    """Import a user's plugin file, once, and again when it has changed; what it registers is then found by name.
 
     Raises: UsageError when the file is missing or cannot be imported.
     """
@@ -368,17 +368,17 @@ def load_file(path: str) -> ModuleType:
         why = "is a folder: give the .py files in it" if file.is_dir() else "is not a .py file"
         raise UsageError(f"plugins: {path} {why}" if file.exists() else f"plugins: there is no file {path}")
     name = f"condrl_user_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
-    if name in sys.modules:
+    content = file.read_bytes()
+    if name in sys.modules and CONTENTS.get(name) == content:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UsageError(f"plugins: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    loader = spec.loader
+    sys.modules[name], CONTENTS[name] = module, content
     try:
         with importing_beside(file.parent):
-            import_plugin(f"plugins: {path}", lambda: loader.exec_module(module))
+            import_plugin(f"plugins: {path}", lambda: exec(compile(content, file, "exec"), vars(module)))
     except UsageError:
         del sys.modules[name]
         raise
@@ -416,6 +416,7 @@ def lies_in(folder: Path, name: str, module: ModuleType) -> bool:
     return any(Path(p) == folder / f"{top}.py" or Path(p).is_relative_to(folder / top) for p in origins)
 
 
+CONTENTS: dict[str, bytes] = {}  # what plugin files held when they were imported, by the name of their module
 NEIGHBOURS: dict[Path, dict[str, ModuleType]] = {}  # modules imported from beside plugin files, by folder and name
 reward = Registry("reward", "condrl.plugins.rewards")
 sampler = Registry("sampler", "condrl.plugins.samplers")

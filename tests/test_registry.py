@@ -149,6 +149,17 @@ def {name}(samples, prompts):
 """
 
 
+def test_a_plugin_file_that_has_changed_is_imported_again(tmp_path):
+    """Also where only a digit has, in the second that it was written in."""
+    file = tmp_path / "edited.py"
+    found = []
+    for value in (1, 7, 7):
+        file.write_text(f"import condrl\n\n@condrl.reward\ndef edited(samples, prompts):\n    return {value}\n")
+        found.append(load_file(str(file)))
+        assert condrl.reward.find("edited").target(None, None) == value
+    assert found[0] is not found[1] is found[2]
+
+
 def test_a_plugin_file_imports_the_files_beside_it_and_no_others(tmp_path):
     """Two users have a helper.py each; and what is installed is not shadowed by a file beside a plugin."""
     for folder, value in (("one", 1), ("two", 2)):

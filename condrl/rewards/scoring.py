@@ -170,7 +170,8 @@ class Reward:
             if out_of_memory(error):
                 raise RunError(f"the reward {self.name!r} ran out of memory: {LESS} ({brief(error)})") from error
             where = f" for the prompt {quoted(rows[0].prompt)}" if rows else ""
-            raise RewardError(f"the reward {self.name!r} failed{where}: {brief(error)}") from error
+            cause = None if isinstance(error, StopIteration) else error  # which contextlib would let through
+            raise RewardError(f"the reward {self.name!r} failed{where}: {brief(error)}") from cause
 
     def _named(self, text: str) -> str:
         return text if self.name in text else f"the reward {self.name!r}: {text}"
@@ -231,13 +232,14 @@ def make_reward(name: str, options: Mapping[str, Any], section: str = "rewards")
     smoothing = options.pop("smoothing", 0.0)
     with usage_errors(), Reward(name, weight, target, section=section).blamed():
         call: Any = target(**options) if inspect.isclass(target) else functools.partial(target, **options)
-    cache = _cache_of(json.dumps([name, options, smoothing], sort_keys=True, default=str)) if plugin.cached else None
+    asked = json.dumps([name, options, smoothing], sort_keys=True, default=str)
+    cache = _cache_of(target, asked) if plugin.cached else None
     return Reward(name, weight, call, plugin.differentiable, cache, batch, plugin.per == "group", smoothing, section)
 
 
 @functools.cache
-def _cache_of(reward: str) -> dict[bytes, float]:
-    """One cache for all that ask for the same reward with the same options."""
+def _cache_of(target: Callable[..., Any], reward: str) -> dict[bytes, float]:
+    """One cache for all that ask for the same reward with the same options; one that is defined anew has another."""
     return {}
 
 
@@ -255,6 +257,11 @@ class Scores:
     each: dict[str, Tensor]
     total: Tensor
     failure: str | None = None  # a message on the first that failed
+
+
+def first_failure(failures: Sequence[str | None]) -> str:
+    """The first message; where no reward failed it is their sum that did."""
+    return next(filter(None, failures), "the weighted sum of the rewards is not finite: lower their weights")
 
 
 def weighted(each: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -55,7 +55,7 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any], keep: int) -
         else:
             part.rename(folder / name)
         _to_disk(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError) as error:  # the last two of what is no JSON
         _remove(part)
         raise RunError(
             f"the checkpoint {folder / name} cannot be written ({error}); earlier ones are intact"
@@ -154,13 +154,13 @@ def unlike(expected: Any, found: Any, name: str = "") -> str | None:
     return next((why for part, own, other in parts if (why := unlike(own, other, part))), None)
 
 
-def check_saveable(state: Any) -> None:
-    """Raises: UsageError when an algorithm's state holds something else than tensors and JSON values."""
+def check_saveable(state: Any, whose: str) -> None:
+    """Raises: UsageError when a state holds something else than tensors and JSON values."""
     try:
         json.dumps(_split(state, {}), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"the algorithm's state_dict cannot be saved, it may hold tensors, numbers, text, lists and dicts: {error}"
+            f"the state_dict of {whose} cannot be saved, it may hold tensors, numbers, text, lists and dicts: {error}"
         ) from error
 
 

@@ -18,7 +18,7 @@ from condrl.diffusion.rollout import Place
 from condrl.errors import RewardError, RunError, UsageError, print_main
 from condrl.processes import Processes
 from condrl.prompts import Row
-from condrl.rewards.scoring import Reward, usage_errors
+from condrl.rewards.scoring import Reward, first_failure, usage_errors
 from condrl.training.checkpoint import check_saveable
 from condrl.training.memory import Growth, LiveBytes, Needs, PeakClock, memory
 from condrl.training.trainer import Trainer
@@ -122,7 +122,9 @@ def attempt_eagerly(trainer: Trainer) -> Trial:
         check_ratios(examples, twin.policy, twin.config.train.loss_batch)
     learn, learned = differentiate(twin, examples)
     twin.algorithm.after_update(twin.policy)
-    check_saveable(twin.algorithm.state_dict())
+    check_saveable(twin.algorithm.state_dict(), "the algorithm")
+    for reward in twin.rewards:
+        check_saveable(reward.state_dict(), f"the reward {reward.name!r}")
     steps = trainer.config.train.steps_per_image or len(examples.k)
     trial = Trial(
         images=twin.config.train.images_per_prompt,
@@ -180,7 +182,7 @@ def check_scores(trainer: Trainer, experience: Experience) -> None:
     """Raises: RewardError when most of the images have no score; a few images say little about a small share."""
     failed = int((~experience.scored).sum())
     if failed > MOST_FAILED * experience.total:
-        message = next(text for text in trainer.processes.gather_objects(experience.scores.failure) if text)
+        message = first_failure(trainer.processes.gather_objects(experience.scores.failure))
         raise RewardError(f"{message} ({failed} of the {experience.total} images tried have no score)")
 
 

@@ -32,7 +32,7 @@ from condrl.diffusion.transition import windowed
 from condrl.errors import RunError, Stopped, UsageError, print_main
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
-from condrl.rewards.scoring import Reward, Scores, score, weighted
+from condrl.rewards.scoring import Reward, Scores, first_failure, score, weighted
 from condrl.training.best import Best
 from condrl.training.checkpoint import checkpoint_files, save_checkpoint
 from condrl.training.evaluate import KL_IMAGES
@@ -214,7 +214,7 @@ class Trainer:
         """Raises: RunError when too many of all processes' images have no score."""
         share = 1 - has_score.float().mean().item()
         if share > self.config.train.max_failed:
-            message = next(text for text in self.processes.gather_objects(scores.failure) if text)
+            message = first_failure(self.processes.gather_objects(scores.failure))
             most = self.config.train.max_failed
             raise RunError(f"{message} ({share:.0%} of the scores failed; at most train.max_failed={most:g} may)")
 

@@ -294,7 +294,7 @@ def test_prompts_that_were_trained_on_are_told(run, toy, tmp_path, capsys):
 
 
 def test_from_python(toy, tmp_path):
-    found = condrl.evaluate(str(toy), out=str(tmp_path / "x"))
+    found = condrl.evaluate(toy, out=tmp_path / "x")
     assert found["evaluations"][0]["heldout"].keys() == heldout(toy).keys()
     assert json.loads((tmp_path / "x" / "evaluation.json").read_text())["seed"] == found["seed"]
     with pytest.raises(UsageError, match="holds an evaluation"):

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from helpers import ROOT
 from PIL import Image
 
+import condrl
 from condrl import UsageError
 from condrl.commands import evaluate
 from condrl.commands import sample as command
@@ -111,6 +112,16 @@ def test_pictures_go_to_the_runs_samples_and_replace_none(run, tmp_path, monkeyp
         assert sample(str(run)) == 0
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["0000.png", "0001.png"]
     assert not (tmp_path / "samples.png").exists()
+
+
+def test_python_takes_paths_numpy_seeds_and_a_single_prompt(run):
+    few = condrl.sample(run, "sampler.steps=2", prompts=PROMPT, seeds=np.arange(2))
+    same = condrl.sample(str(run), "sampler.steps=2", prompts=[PROMPT], seeds=[0, 1])
+    assert [image.tobytes() for image in few] == [image.tobytes() for image in same]
+    with pytest.raises(UsageError, match=r"seeds: .*'float'.*got \[0.5\]"):
+        condrl.sample(run, prompts=PROMPT, seeds=[0.5])
+    with pytest.raises(UsageError, match=r"expected text or paths, such as 'train.lr=1e-4', got \{'lr': 1\}"):
+        condrl.finetune("toy/p1", {"lr": 1})
 
 
 def test_images_of_a_folder_are_not_replaced(run, tmp_path, capsys):

@@ -175,6 +175,7 @@ def of_body(body, name="raising", **flags):
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),
         ("raise RuntimeError", "RuntimeError"),
         ("sys.exit(3)", "SystemExit: 3"),
+        ("return [next(iter([]))]", "StopIteration"),
         ("return samples @ torch.zeros(3)", "RuntimeError: "),
         ("return {}[7]", "KeyError: 7"),
         ("return {}['colour']", "KeyError: 'colour'"),  # its own, not the metadata's
@@ -187,6 +188,14 @@ def test_whatever_a_reward_raises_is_one_line(body, message):
     assert str(error.value).startswith(f"the reward 'raising' failed for the prompt 'a red star': {message}")
     assert "\n" not in str(error.value)
     assert isinstance(error.value, RunError)
+
+
+def test_a_reward_that_is_defined_anew_has_a_cache_of_its_own():
+    found = []
+    for value in (torch.ones(2), torch.full((2,), 5.0)):  # as a notebook's cell that is run again
+        condrl.reward(lambda samples, prompts: value, name="anew", cached=True)  # noqa: B023
+        found.append(make_reward("anew", {})(images(2), ROWS[:2]).tolist())
+    assert found == [[1.0, 1.0], [5.0, 5.0]]
 
 
 def test_a_missing_metadata_key_is_said_with_its_row():

@@ -258,6 +258,28 @@ def test_the_trial_loads_rewards_and_leaves_their_state(tmp_path):
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
+class Forgetful:
+    """A reward whose state no checkpoint can hold."""
+
+    def __call__(self, samples, prompts):
+        return samples[:, 0]
+
+    def state_dict(self):
+        return {"seen": {1, 2}}
+
+
+def test_a_rewards_state_that_cannot_be_saved_is_found_in_the_trial(tmp_path):
+    condrl.reward(Forgetful, name="forgetful")
+    with pytest.raises(UsageError, match="the state_dict of the reward 'forgetful' cannot be saved"):
+        attempt(toy(tmp_path, "rewards.forgetful.weight=1"))
+
+
+def test_rewards_whose_sum_is_not_finite_are_told_so(tmp_path):
+    condrl.reward(lambda samples, prompts: 1e30 * samples[:, 0], name="huge")
+    with pytest.raises(RunError, match="the weighted sum of the rewards is not finite: lower their weights"):
+        attempt(toy(tmp_path, "rewards.huge.weight=1e10"))
+
+
 def test_which_rows_are_tried():
     rows = [Row(i, "p", {"a": 1} | ({"b": 1} if i % 2 else {}) | ({"c": 1} if i == 90 else {})) for i in range(100)]
     assert [row.index for row in typical(rows, 4)] == [0, 1, 2, 90]
