@@ -11,6 +11,7 @@ from condrl import UsageError
 from condrl.commands import finetune
 from condrl.diffusion.schedule import OU
 from condrl.loading import load_config
+from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import load_prompts
 from condrl.rewards.scoring import score
 from condrl.toys.exact import solve
@@ -18,7 +19,6 @@ from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
 from condrl.training.resume import find_checkpoint
 from condrl.training.trainer import Clock
-from plugins.models.stable_diffusion import StableDiffusion
 
 PLAIN = {"temperature": 3.0, "draws": 3, "times": (0.1, 0.97), "normalise": False, "adaptive": False}
 CASES = [
