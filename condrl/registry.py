@@ -359,7 +359,9 @@ def import_plugin(what: str, load: Callable[[], Any]) -> Any:
 
 
 def load_file(path: str) -> ModuleType:
-    """Import a user's plugin file, once, and again when it has changed; what it registers is then found by name.
+    """Import a user's plugin file, once, and again when it or a module beside it has changed.
+
+    What it registers is then found by name.
 
     Raises: UsageError when the file is missing or cannot be imported.
     """
@@ -368,21 +370,33 @@ def load_file(path: str) -> ModuleType:
         why = "is a folder: give the .py files in it" if file.is_dir() else "is not a .py file"
         raise UsageError(f"plugins: {path} {why}" if file.exists() else f"plugins: there is no file {path}")
     name = f"condrl_user_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
-    content = file.read_bytes()
-    if name in sys.modules and CONTENTS.get(name) == content:
+    if name in sys.modules and contents(SOURCES[name]) == SOURCES[name]:
         return sys.modules[name]
+    for neighbour in NEIGHBOURS.pop(file.parent, {}) if name in sys.modules else ():
+        sys.modules.pop(neighbour, None)
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UsageError(f"plugins: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name], CONTENTS[name] = module, content
+    sys.modules[name] = module
+
+    def run() -> None:  # from the text: bytecode of an edit within the same second would be taken for the newest
+        exec(compile(file.read_bytes(), file, "exec", dont_inherit=True), vars(module))
+
     try:
         with importing_beside(file.parent):
-            import_plugin(f"plugins: {path}", lambda: exec(compile(content, file, "exec"), vars(module)))
+            import_plugin(f"plugins: {path}", run)
     except UsageError:
         del sys.modules[name]
         raise
+    origins = (getattr(beside, "__file__", None) for beside in NEIGHBOURS[file.parent].values())
+    SOURCES[name] = contents([file, *(Path(origin) for origin in origins if origin)])
     return module
+
+
+def contents(files: Iterable[Path]) -> dict[Path, bytes]:
+    """What files hold that there are."""
+    return {file: file.read_bytes() for file in files if file.is_file()}
 
 
 @contextmanager
@@ -416,7 +430,7 @@ def lies_in(folder: Path, name: str, module: ModuleType) -> bool:
     return any(Path(p) == folder / f"{top}.py" or Path(p).is_relative_to(folder / top) for p in origins)
 
 
-CONTENTS: dict[str, bytes] = {}  # what plugin files held when they were imported, by the name of their module
+SOURCES: dict[str, dict[Path, bytes]] = {}  # what a plugin's module was imported from, files beside it too
 NEIGHBOURS: dict[Path, dict[str, ModuleType]] = {}  # modules imported from beside plugin files, by folder and name
 reward = Registry("reward", "condrl.plugins.rewards")
 sampler = Registry("sampler", "condrl.plugins.samplers")

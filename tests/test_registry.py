@@ -160,6 +160,20 @@ def test_a_plugin_file_that_has_changed_is_imported_again(tmp_path):
     assert found[0] is not found[1] is found[2]
 
 
+def test_a_plugin_file_is_imported_again_with_the_module_beside_it(tmp_path):
+    """As Python runs it: without what condrl's own modules import from the future."""
+    file, beside = tmp_path / "leaning.py", tmp_path / "leant_on.py"
+    file.write_text(
+        "import condrl, leant_on\n\n@condrl.reward\ndef leaning(samples, prompts, *, n: int = 1):\n"
+        "    return leant_on.VALUE\n"
+    )
+    for value in (1, 20):
+        beside.write_text(f"VALUE = {value}\n")
+        module = load_file(str(file))
+        assert condrl.reward.find("leaning").target(None, None) == value
+    assert module.leaning.__annotations__ == {"n": int}
+
+
 def test_a_plugin_file_imports_the_files_beside_it_and_no_others(tmp_path):
     """Two users have a helper.py each; and what is installed is not shadowed by a file beside a plugin."""
     for folder, value in (("one", 1), ("two", 2)):
