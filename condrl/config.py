@@ -55,7 +55,7 @@ class PromptsConfig:
 @dataclass
 class TrainConfig:
     epochs: int = 100  # roll-outs, each followed by its updates
-    prompts_per_epoch: int = 8  # distinct prompts rolled out in an epoch
+    prompts_per_epoch: int = 8  # prompts rolled out in an epoch, distinct if there are as many
     images_per_prompt: int = 8  # a group: images of one prompt row in an epoch
     rollout_batch: int = 64  # images denoised together
     rollout_dtype: Literal["auto", "bfloat16", "float16"] | None = None  # of roll-outs; null: model's; auto: the faster

@@ -120,16 +120,23 @@ def usable(prompt: str, where: str) -> str:
 
 
 def epoch_rows(rows: Sequence[Row], seed: int, epoch: int, count: int) -> list[Row]:
-    """The `count` rows of an epoch: the list is reshuffled after each pass through it.
+    """The `count` rows of an epoch, distinct if there are as many; the list is reshuffled after each pass through it.
 
     A function of its arguments alone, so a resumed run draws what an uninterrupted run would have drawn.
     """
     positions, total = range(epoch * count, (epoch + 1) * count), len(rows)
     laps = {position // total for position in positions}
-    orders = {lap: _order(seed, lap, total) for lap in laps}
+    for lap in range(0, min(laps), 100):  # so that no call has to go back further
+        _order(seed, lap, total, count)
+    orders = {lap: _order(seed, lap, total, count) for lap in laps}
     return [rows[orders[position // total][position % total]] for position in positions]
 
 
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, lap: int, total: int) -> list[int]:
-    return random.Random(f"{seed}-{lap}").sample(range(total), total)
+@functools.cache
+def _order(seed: int, lap: int, total: int, count: int) -> list[int]:
+    """The order of a pass; what its first epoch has already had of the pass before comes last."""
+    order = random.Random(f"{seed}-{lap}").sample(range(total), total)
+    had = lap * total % count
+    if not had or count > total:
+        return order
+    return sorted(order, key=set(_order(seed, lap - 1, total, count)[-had:]).__contains__)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from condrl import UsageError
-from condrl.prompts import Row, duplicate_note, epoch_rows, load_prompts
+from condrl.prompts import Row, _order, duplicate_note, epoch_rows, load_prompts
 
 
 def test_text_and_jsonl(tmp_path):
@@ -119,6 +119,19 @@ def test_epochs_go_through_the_list_before_any_row_comes_again():
     assert drawn[:10] != drawn[10:]
     assert [row.index for row in epoch_rows(rows, 0, 3, 4)] == drawn[12:16]  # a function of the epoch alone
     assert [r.index for r in epoch_rows(rows, 1, 0, 10)] != [r.index for r in epoch_rows(rows, 0, 0, 10)]
+
+
+@pytest.mark.parametrize(("total", "count"), [(5, 4), (10, 4), (7, 7), (9, 8), (1000, 37)])
+def test_no_row_is_twice_in_an_epoch(total, count):
+    rows, epochs = [Row(i, str(i)) for i in range(total)], 300
+    drawn = [[row.index for row in epoch_rows(rows, 3, epoch, count)] for epoch in range(epochs)]
+    assert all(len(set(each)) == count for each in drawn)
+    every = [index for each in drawn for index in each]
+    laps = [every[start : start + total] for start in range(0, len(every) - total + 1, total)]
+    assert all(len(set(lap)) == total for lap in laps)  # and every row is drawn before any comes again
+    assert len({tuple(lap) for lap in laps}) > 1
+    _order.cache_clear()
+    assert [row.index for row in epoch_rows(rows, 3, epochs - 1, count)] == drawn[-1]
 
 
 def test_an_epoch_larger_than_the_list():
