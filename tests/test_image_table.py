@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -142,5 +143,32 @@ def test_the_table_of_a_small_run(tmp_path, capsys, monkeypatch):
     assert seed["shapes_exact"]["difference"]["mean"] == pytest.approx(row["gain"])
     assert {"path_kl", "diversity", "seconds", "peak_memory_gb", "kinds", "cost"} < set(seed)
     first = (tmp_path / "runs" / "nft_0" / "result.json").stat().st_mtime_ns
+    (tmp_path / "t.json").unlink()
     benchmark.main()
     assert (tmp_path / "runs" / "nft_0" / "result.json").stat().st_mtime_ns == first
+    assert json.loads((tmp_path / "t.json").read_text()) == [row]
+
+
+@pytest.mark.parametrize("configs", ["shapes", "shapes_flow"])
+def test_the_tables_of_the_documentation_are_what_was_measured(configs):
+    table = load_script("image_table")
+    record = {"shapes": "images.json", "shapes_flow": "images_flow.json"}[configs]
+    rows = table.read(ROOT / "docs" / "results" / record)
+    assert len(rows) > 5
+    assert table.markdown(rows) in (ROOT / "docs" / "measured.md").read_text("utf-8")
+
+
+def test_seeds_in_the_file_are_neither_run_again_nor_lost(tmp_path, monkeypatch):
+    table, path = load_script("image_table"), ROOT / "docs" / "results" / "images_flow.json"
+    known = {row["recipe"]: row for row in table.read(path)}
+    count, asked = len(known["nft"]["seeds"]), []
+    monkeypatch.setattr(table, "tune", lambda folder, recipe, seed, words: asked.append((recipe.stem, seed)))
+    monkeypatch.setattr(table, "seed_row", lambda run, work: known["nft"]["seeds"][0])
+    args = Namespace(
+        json=path, configs="shapes_flow", recipes=["nft"], seeds=count + 1, folder=tmp_path, words=FEW, jobs=1
+    )
+    rows = {row["recipe"]: row for row in table.images(None, args)}
+    assert asked == [("nft", count)]
+    assert rows.keys() == known.keys()
+    assert rows["nft"]["seeds"][:-1] == known["nft"]["seeds"]
+    assert all(rows[name] == known[name] for name in known if name != "nft")

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,24 @@ def recipes(args: argparse.Namespace) -> list[Path]:
 
 
 def images(_: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run what is missing of every recipe and seed, `--jobs` at a time, and summarise all that is there."""
+    """Run what is missing of every recipe and seed, `--jobs` at a time, and summarise all that is there.
+
+    A seed in the file `--json` is not run again, so that the table can grow over many sessions and folders.
+    """
+    known: list[dict[str, Any]] = read(args.json) if args.json and args.json.exists() else []
+    seeds = {row["recipe"]: {seed["seed"]: seed for seed in row["seeds"]} for row in known}
     runs = [(recipe, seed) for seed in range(args.seeds) for recipe in recipes(args)]
+    missing = [(recipe, seed) for recipe, seed in runs if seed not in seeds.get(recipe.stem, {})]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: tune(args.folder, run[0], run[1], args.words), runs))
-    rows = []
+        list(pool.map(lambda run: tune(args.folder, run[0], run[1], args.words), missing))
+    rows = {row["recipe"]: row for row in known}
     for recipe in recipes(args):
-        rows.append(summary(args.folder, recipe, args.seeds, args.words))
-        gains = ", ".join(f"{row[EXACT]['difference']['mean']:+.3f}" for row in rows[-1]["seeds"])
-        print(f"{recipe.stem:<20} {gains}; work {rows[-1]['seeds'][0]['work']:,}", flush=True)
-    return rows
+        new = [seed for which, seed in missing if which == recipe]
+        if new:
+            rows[recipe.stem] = summary(args.folder, recipe, new, seeds.get(recipe.stem, {}), args.words)
+    found = sorted(rows.values(), key=lambda row: -row["gain"])
+    print(markdown(found), flush=True)
+    return found
 
 
 def tune(folder: Path, recipe: Path, seed: int, words: Iterable[str]) -> None:
@@ -101,12 +109,15 @@ def call(*words: str) -> None:
 # ---------------------------------------------------------------------------------------------- summaries
 
 
-def summary(folder: Path, recipe: Path, seeds: int, words: list[str]) -> dict[str, Any]:
-    """A recipe's row: what its runs gained, and what that took."""
+def summary(
+    folder: Path, recipe: Path, new: Iterable[int], known: dict[int, dict[str, Any]], words: list[str]
+) -> dict[str, Any]:
+    """A recipe's row: what its runs gained, new ones and those already known by their seeds, and what that took."""
     with tempfile.TemporaryDirectory() as scratch:
         config = load_config([str(recipe), *words, f"run.dir={scratch}"])
         work = work_of_an_epoch(config)
-    found = [seed_row(folder / f"{recipe.stem}_{seed}", work) for seed in range(seeds)]
+    seeds = known | {seed: seed_row(folder / f"{recipe.stem}_{seed}", work) | {"seed": seed} for seed in new}
+    found = [seeds[seed] for seed in sorted(seeds)]
     gains = [row[EXACT]["difference"]["mean"] for row in found]
     return {
         "recipe": recipe.stem,
@@ -137,6 +148,61 @@ def seed_row(run: Path, work: Work) -> dict[str, Any]:
         "cost": {f"+{gain:g}": cost(curve, gain) for gain in GAINS},
         "diagnosis": sorted({name for line in lines for name in line["diagnosis"]}),
     }
+
+
+KINDS = ("1 object", "2 objects", "3 objects", "relation")
+HEAD = (
+    "recipe | exact, mean | by seed | graded | 1 object | 2 | 3 | relation | best | to +.05 | to +.10 "
+    "| KL | diversity | images | work | s | GB | diagnosis"
+)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/measured.md: means over seeds, but for the gains by seed and costs, which are seed 0's."""
+    lines = [f"| {HEAD} |", "| --- " * (HEAD.count("|") + 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cells(row)) + " |" for row in rows)])
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    seeds = row["seeds"]
+
+    def mean(value: Callable[[dict[str, Any]], float | None]) -> float | None:
+        found = [number for seed in seeds if (number := value(seed)) is not None]
+        return statistics.mean(found) if found else None
+
+    def gain(seed: dict[str, Any]) -> str:
+        difference = seed[EXACT]["difference"]
+        low, high = difference["ci95"]
+        return f"{signed(difference['mean'])} [{signed(low)}, {signed(high)}]"
+
+    def of_kind(kind: str) -> float | None:
+        return mean(lambda seed: seed["kinds"][kind]["difference"]["mean"] if kind in seed["kinds"] else None)
+
+    kl = mean(lambda seed: seed["path_kl"])
+    return [
+        f"`{row['recipe']}`",
+        signed(row["gain"]),
+        ", ".join(map(gain, seeds)),
+        signed(mean(lambda seed: seed[GRADED]["difference"]["mean"])),
+        *(signed(of_kind(kind)) for kind in KINDS),
+        signed(mean(lambda seed: max(point["gain"] for point in seed["curve"]))),
+        *(reached(seeds[0]["cost"][f"+{gain:g}"]) for gain in GAINS),
+        "-" if kl is None else f"{kl:.0f}",
+        f"{mean(lambda seed: seed['diversity']['tuned']['mean'] / seed['diversity']['base']['mean']):.2f}",
+        f"{seeds[0]['images']:,}",
+        f"{seeds[0]['work'] / 1000:.0f}k",
+        f"{mean(lambda seed: seed['seconds']):,.0f}",
+        f"{mean(lambda seed: seed['peak_memory_gb']):.1f}",
+        ", ".join(sorted({name for seed in seeds for name in seed["diagnosis"]})) or "-",
+    ]
+
+
+def signed(number: float | None) -> str:
+    return "-" if number is None else f"{number:+.3f}".replace("0.", ".", 1)
+
+
+def reached(cost: dict[str, float] | None) -> str:
+    return f"{cost['images']:,} / {cost['work'] / 1000:.0f}k" if cost else "-"
 
 
 def read(path: Path) -> Any:
