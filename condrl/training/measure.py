@@ -131,7 +131,7 @@ def save_lora(trainer: Trainer) -> None:
 
 
 def save_best(trainer: Trainer) -> None:
-    """Make lora_best/ the best epoch's, also in a run that goes on from a checkpoint."""
+    """Make lora_best/ the best epoch's, also in a run that resumes from a checkpoint."""
     if trainer.best.weights:
         with acting(trainer.learner.weights, trainer.best.weights):
             write_lora(trainer, "lora_best")

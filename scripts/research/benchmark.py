@@ -14,7 +14,7 @@
     python scripts/research/benchmark.py q_learning  episodes per second, beside a plain loop over steps
 
 `key=value` overrides change configs/quickstart.yaml, the recipes in configs/shapes, or the toys' configs for the last
-four. `images` keeps its runs under --folder and goes on with them when it is started again; seeds that --json FILE has
+four. `images` keeps its runs under --folder and resumes them when it is started again; seeds that --json FILE has
 are kept and not run again.
 --json FILE writes what was measured.
 """
