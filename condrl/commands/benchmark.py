@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import platform
 import statistics
 import time
 from collections import Counter
@@ -122,7 +120,7 @@ def measure(config: Config, size: Published | None, repeats: int) -> dict[str, A
     import torch
 
     from condrl.models.quantised import shape_of
-    from condrl.training.host import peak_memory_gb, provenance
+    from condrl.training.host import device_name, peak_memory_gb, provenance
     from condrl.training.memory import memory
     from condrl.training.preflight import attempt
 
@@ -346,15 +344,6 @@ def compared(works: list[Work], bare: float, cost: tuple[float, float], peak: fl
         "plain_calls": works[-1].calls.plain,
         "learning_calls": works[-1].calls.learning,
     }
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is called; a CPU with how many threads are used."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads"
 
 
 def table(found: dict[str, Any]) -> list[str]:

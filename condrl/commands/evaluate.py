@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from condrl.commands.console import exit_code, one_of_several
 from condrl.commands.evaluation import RECORD, SUMMARY, Writer, report, started
 from condrl.commands.finetune import check_json
-from condrl.commands.sample import HOME, default_config, find, in_run, split_words, with_rank
+from condrl.commands.sample import HOME, default_config, find, fit, in_run, split_words, with_rank
 from condrl.config import Config
 from condrl.errors import UsageError, print_main, visible, warn_of_address_limit
 from condrl.io.files import check_folder, exists, locate
@@ -304,9 +304,11 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
     from tqdm import tqdm
 
     from condrl.io.records import write_json
+    from condrl.training.checks import base_name
     from condrl.training.host import provenance
 
     policies = make_policies(plan)
+    try_lora(plan, policies[0])
     try_measures(plan, policies[0])
     if plan.steer:
         try_steering(plan.steer, policies, plan.rows)
@@ -346,6 +348,21 @@ def make_policies(plan: Plan) -> list[Policy]:
     policy = make_policy(plan.config, plan.device)
     policy.model.encode([row.prompt for row in plan.rows])
     return [deployed(config, policy) for config in plan.configs]
+
+
+def try_lora(plan: Plan, policy: Policy) -> None:
+    """Load the LoRA and put the base back, before an earlier evaluation is replaced.
+
+    Raises: UsageError when the model cannot take it.
+    """
+    from condrl.diffusion.policy import acting
+
+    if plan.tuned is None:
+        return
+    fit(policy.model, plan.tuned, plan.source)
+    weights = [weight for weight in policy.model.module.parameters() if weight.requires_grad]
+    with acting(weights, [weight.detach().clone() for weight in weights]):
+        policy.model.load_adapter(plan.tuned)
 
 
 def try_measures(plan: Plan, policy: Policy) -> None:
@@ -457,10 +474,3 @@ def entry(plan: Plan, number: int, strength: float | None, first: Evaluation, se
     heldout = compared(first, second, plan.names)
     found = {"sampler": plan.samplers[number], "strength": strength, "heldout": heldout}
     return found | ({"diversity": compared_diversity(first, second, plan.names)} if plan.per_prompt > 1 else {})
-
-
-def base_name(config: Config) -> str:
-    """The model to compare with, and the LoRA that the run started from, if any."""
-    model = str(config.model.get("path") or config.model["name"])
-    lora = config.model.get("lora")
-    return f"{model} with the LoRA {lora}" if lora else model

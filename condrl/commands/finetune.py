@@ -178,16 +178,17 @@ def tuned_result(
     trainer: Trainer, prompts: Prompts, checkpoint: Checkpoint, begun: float, origin: dict[str, Any]
 ) -> dict[str, Any]:
     """Measure, tune, save, measure again; the first process writes and prints."""
-    from condrl.commands.result import save_result
-    from condrl.training.evaluate import compared
-    from condrl.training.host import peak_memory_gb
-    from condrl.training.measure import best_result, evaluation, flat, save_best, watch
+    from condrl.commands.result import save_base, save_result
+    from condrl.training.host import device_name, peak_memory_gb
+    from condrl.training.measure import best_result, evaluation, flat, measured_result, save_best, watch
 
     model, processes = trainer.policy.model, trainer.processes
     base = evaluation(trainer, prompts.heldout, "held-out, base")
     before = flat(base, "heldout") | watch(trainer, prompts, base)
     trainer.recorder.first = dict(before)
     trainer.recorder.trackers.log(0, before)
+    if processes.is_main:
+        save_base(trainer, before)
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint[1])
         save_best(trainer)
@@ -195,8 +196,9 @@ def tuned_result(
         tune(trainer)
     with trainer.learner.deploying():
         tuned = evaluation(trainer, prompts.heldout, "held-out, tuned")
+        measured = measured_result(trainer, prompts.heldout, base, tuned)
     result = {
-        "heldout": compared(base, tuned) if base and tuned else {},
+        **measured,
         "before": before,
         **best_result(trainer, prompts, base),
         "seconds": round(time.monotonic() - begun, 1),
@@ -205,6 +207,7 @@ def tuned_result(
         **processes.add_up({"network_calls": model.evaluations}),
         "processes": processes.count,
         "seed": trainer.config.run.seed,
+        "hardware": device_name(model.device),
         **origin,
     }
     if processes.is_main:

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from condrl.training.trainer import Trainer
 
 
+def save_base(trainer: Trainer, measures: dict[str, float]) -> None:
+    """Write what the run is compared with, so that its page can say so while it goes."""
+    from condrl.io.records import write_json
+    from condrl.training.checks import base_name
+
+    write_json(trainer.folder.file("base.json"), {"model": base_name(trainer.config), "measures": measures})
+
+
 def save_result(
     trainer: Trainer, heldout: Sequence[Row], result: dict[str, Any], base: Evaluation | None, tuned: Evaluation | None
 ) -> None:
@@ -114,6 +122,8 @@ def summary(result: dict[str, Any], folder: Path, lowered: Collection[str] = ())
     lines = [*aligned(rows), verdict(comparison, lowered), *best_lines(result.get("best"))]
     if not comparison:
         lines = ["no held-out prompts (prompts.heldout) or measures: nothing says whether the model is better"]
+    if result.get("path_kl") is not None:
+        lines.append(f"path KL to the base: {result['path_kl']:.3g} nats")
     took = f"{result['seconds']:.0f} s, {result['peak_memory_gb']:.2f} GB, {result['images']} images; see {folder}/"
     return "\n".join([*lines, took])
 

@@ -21,7 +21,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from condrl.commands.console import exit_code, one_of_several
 from condrl.config import Config
@@ -179,10 +179,23 @@ def default_config(settings: Sequence[str]) -> Path | None:
 
 
 def with_rank(lora: Path, settings: Sequence[str]) -> list[str]:
-    """The settings after the rank of a LoRA file, which nothing else gives if there is no run."""
+    """The settings after the rank of a LoRA file, which nothing else gives if there is no run.
+
+    Raises: UsageError when they say which modules it has.
+    """
     from condrl.models.lora import rank_of
 
+    if any(setting_keys(each)[:2] == ["model", "lora_targets"] for each in settings):
+        raise UsageError("model.lora_targets: has no effect on a LoRA without a run, whose file has its modules")
     return [f"model.lora_rank={rank_of(lora)}", *settings]
+
+
+def fit(model: Any, lora: Path, run: Path | None) -> None:
+    """Make a model's adapter one that the LoRA fits into, if it belongs to no run whose config says so."""
+    from condrl.models.latent import LatentModel
+
+    if run is None and isinstance(model, LatentModel) and not model.lora:
+        model.fit_adapter(lora)
 
 
 def find(path: Path) -> tuple[Path, Path | None]:
@@ -264,6 +277,7 @@ def images(args: argparse.Namespace, request: Request) -> tuple[list[Tensor], li
     base = images_of(policy, request, args.batch, "base") if args.compare or not request.lora else []
     if not request.lora:
         return base, base
+    fit(policy.model, request.lora, None if request.home == HOME else request.home)
     policy.model.load_adapter(request.lora)
     scale_lora(policy.model.module, args.strength)
     return base, images_of(policy, request, args.batch, "tuned")

@@ -21,7 +21,7 @@ from condrl.io.files import locate
 from condrl.models.compiled import check_compiler, compile_blocks
 from condrl.models.embeddings import Embeddings, Encoded, Prompt
 from condrl.models.loading import Family, load_pipeline, public_name
-from condrl.models.lora import load_lora, lora_layers, save_lora
+from condrl.models.lora import find_lora, load_lora, lora_layers, read_lora, save_lora
 from condrl.models.quantised import Quantize, check_quantize, quantize_linears
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -362,6 +362,16 @@ class LatentModel(ABC):
         Raises: UsageError as `load_lora`.
         """
         load_lora(self.module, folder, self.prefix)
+
+    def fit_adapter(self, source: Path) -> None:
+        """Give the adapter the modules that a LoRA has, a file or its folder, instead of `lora_targets`.
+
+        Raises: UsageError as `load_lora`.
+        """
+        found = read_lora(self.module, find_lora(source), self.prefix)
+        network: Any = self.module
+        network.delete_adapters(list(network.peft_config))
+        add_lora(self.module, self.lora_rank, self.lora_rank, sorted(found))
 
 
 def check_guidance(guidance: float, negative_prompt: str | None) -> None:

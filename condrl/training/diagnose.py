@@ -171,12 +171,14 @@ def drift(lines: Sequence[Line]) -> str | None:
 def heldout_fell(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str | None:
     for name in measured(lines[-1]):
         sign = direction(name, lowered)
-        best = max((line for line in lines if name in line), key=lambda line: sign * line[name])
+        base = [{**first, "epoch": 0}] if name in first else []
+        best = max((line for line in [*base, *lines] if name in line), key=lambda line: sign * line[name])
         if sign * (best[name] - lines[-1][name]) > lines[-1][f"{name}_ci95"]:
             went = "fallen" if sign > 0 else "risen"
+            when = f"after epoch {best['epoch']:.0f}" if best["epoch"] else "before tuning"
             return (
-                f"{name} has {went} from {best[name]:.3g} after epoch {best['epoch']:.0f} to {lines[-1][name]:.3g}, by "
-                "more than its interval: end there, or try a lower train.lr, or a larger algorithm.kappa"
+                f"{name} has {went} from {best[name]:.3g} {when} to {lines[-1][name]:.3g}, by more than its interval: "
+                "end there, or try a lower train.lr, or a larger algorithm.kappa"
             )
     return None
 

@@ -16,7 +16,7 @@ from condrl.errors import RunError, UsageError, naming, print_main
 MANIFEST = "condrl_files.txt"  # the list: a path per line
 LOCK = "lock"
 OWN = (  # what every run writes, or many do
-    *("config.yaml", "metrics.jsonl", "timings.jsonl", "result.json", "heldout.jsonl", "report.html"),
+    *("config.yaml", "base.json", "metrics.jsonl", "timings.jsonl", "result.json", "heldout.jsonl", "report.html"),
     *("heldout/[0-9]*_base.png", "heldout/[0-9]*_tuned.png", "film/epoch_[0-9]*.png"),
     *("images/epoch_[0-9]*.png", "images/before_after.png", "images/before_after_[0-9]*.png"),
     *("images/density.png", "images/plane.png"),

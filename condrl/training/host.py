@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,20 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
     return flat
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called; a CPU with how many threads are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads"
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it, where the system tells, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text("utf-8"), re.MULTILINE) if info.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def provenance() -> dict[str, Any]:

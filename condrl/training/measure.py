@@ -11,7 +11,14 @@ from condrl.errors import print_main
 from condrl.models.points import save_module
 from condrl.prompts import Row
 from condrl.training.build import deployed, make_measures, weights_in_words
-from condrl.training.evaluate import Evaluation, compared, evaluate, first_seed
+from condrl.training.evaluate import (
+    Evaluation,
+    compared,
+    compared_diversity,
+    evaluate,
+    first_seed,
+    path_kl_to_base,
+)
 from condrl.training.heldout import save_film
 from condrl.training.trainer import Trainer
 
@@ -113,6 +120,19 @@ def save_frames(trainer: Trainer, epoch: int, found: Evaluation | None) -> None:
     if found and trainer.processes.is_main:
         for number, frame in enumerate(save_film(trainer.folder, epoch, found)):
             trainer.recorder.trackers.show(f"film/{number}", *frame)
+
+
+def measured_result(
+    trainer: Trainer, rows: Sequence[Row], base: Evaluation | None, tuned: Evaluation | None
+) -> dict[str, Any]:
+    """What base and tuned are on held-out prompts, and how far apart, for result.json."""
+    if not base or not tuned:
+        return {"heldout": {}}
+    config = trainer.config
+    seed, batch = first_seed(config.run.seed), config.train.rollout_batch
+    kl = path_kl_to_base(deployed(config, trainer.policy), rows, seed, batch)
+    found = {"heldout": compared(base, tuned), "path_kl": kl}
+    return found | ({"diversity": compared_diversity(base, tuned)} if config.evaluate.images_per_prompt > 1 else {})
 
 
 def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, Any]:

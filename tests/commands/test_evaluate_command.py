@@ -17,7 +17,7 @@ from condrl.commands import finetune
 from condrl.commands.evaluation import cells
 from condrl.diffusion.rollout import rollout
 from condrl.loading import load_config
-from condrl.models.lora import LORA_FILE
+from condrl.models.lora import KOHYA_FILE, LORA_FILE
 from condrl.training.build import make_policy
 from condrl.training.evaluate import first_seed
 from condrl.training.folder import RunFolder
@@ -273,11 +273,12 @@ def test_measures_that_are_named_take_the_place_of_the_runs(toy, tmp_path):
     assert found == heldout(toy)["quadratic"]
 
 
-def test_a_lora_alone_is_measured_by_what_is_named(run, pipeline, tmp_path):
+@pytest.mark.parametrize("name", [LORA_FILE, KOHYA_FILE])
+def test_a_lora_alone_is_measured_by_what_is_named(name, run, pipeline, tmp_path):
     """It is what the run's own LoRA is, with the run's settings."""
     lora = tmp_path / "there" / "it" / "is" / "mine.safetensors"
     lora.parent.mkdir(parents=True)
-    shutil.copy(run / "lora" / LORA_FILE, lora)
+    shutil.copy(run / "lora" / name, lora)
     words = [f"model.path={pipeline}", "model.guidance=1", "rewards.evaluated_level.weight=1", "sampler.steps=2"]
     words += ["sampler.eta=0.5", "evaluate.images_per_prompt=2", "--batch", 2]
     code, result, _ = evaluate(lora, *words, "--prompts", run.parent / "heldout.txt", out=tmp_path / "x")
@@ -406,6 +407,13 @@ def test_a_measure_that_cannot_be_called_leaves_an_earlier_evaluation_alone(toy,
     assert len((tmp_path / "x" / "evaluation.jsonl").read_text().splitlines()) == len(lines)
 
 
+def test_a_lora_that_does_not_fit_leaves_an_earlier_evaluation_alone(run, tmp_path, capsys):
+    _, _, lines = evaluate(run, out=tmp_path / "x")
+    words = ["model.lora_rank=1", "--overwrite", "--out", tmp_path / "x"]
+    assert "set model.lora_rank=" in refused(capsys, run, *words)
+    assert len((tmp_path / "x" / "evaluation.jsonl").read_text().splitlines()) == len(lines)
+
+
 def test_a_steering_that_cannot_leaves_an_earlier_evaluation_alone(toy, tmp_path, capsys):
     """The second of two samplers has no noise."""
     evaluate(toy, out=tmp_path / "x")
@@ -483,6 +491,10 @@ def test_the_summary_is_written_where_json_says(toy, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (
+            ["ALONE", "model.lora_targets=[to_q]", "rewards.sharpness.weight=1", "--prompts", "EMPTY"],
+            "whose file has its modules",
+        ),
         ([], "nothing to evaluate"),
         (["nowhere"], "there is no run or LoRA nowhere"),
         (["TOY", "RUN"], "expected one run or LoRA"),

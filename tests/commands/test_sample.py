@@ -17,7 +17,7 @@ from condrl.commands import sample as command
 from condrl.commands.console import exit_code
 from condrl.config import to_yaml
 from condrl.loading import load_config
-from condrl.models.lora import LORA_FILE
+from condrl.models.lora import KOHYA_FILE, LORA_FILE, lora_layers
 from condrl.models.points import MODULE_FILE
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.training.folder import RunFolder
@@ -171,6 +171,23 @@ def test_a_lora_without_a_run_gets_its_own_rank(run, pipeline, tmp_path):
         sample(str(lora), f"model.path={pipeline}", *few, "--folder", str(lora), "--out", str(tmp_path / "x.png")) == 0
     )
     assert np.abs(drawn(lora) - theirs(pipeline, lora)).max() <= 1
+
+
+@pytest.mark.parametrize("name", [LORA_FILE, KOHYA_FILE])
+def test_a_lora_without_a_run_has_the_modules_of_its_file(name, pipeline, tmp_path):
+    """Also those that lora_targets leaves out by default."""
+    targets = ("to_q", "proj_in", "conv1")
+    model = StableDiffusion(torch.device("cpu"), path=str(pipeline), lora_rank=2, lora_targets=targets)
+    with torch.no_grad():
+        for layer in lora_layers(model.module).values():
+            layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_adapter(tmp_path / "lora")
+    file, out = tmp_path / "lora" / name, tmp_path / "drawn"
+    few = ["model.guidance=1", "sampler.steps=3", "sampler.eta=0"]
+    words = [str(file), f"model.path={pipeline}", *few, "--folder", str(out), "--out", str(tmp_path / "x.png")]
+    assert sample(*words) == 0
+    assert np.abs(drawn(out) - theirs(pipeline, tmp_path / "lora")).max() <= 1
+    assert np.abs(drawn(out) - theirs(pipeline, tmp_path / "lora", 0.0)).max() > 3
 
 
 @pytest.mark.parametrize(
