@@ -7,11 +7,12 @@ import pytest
 import yaml
 from helpers import ALGORITHMS, ROOT, toy_words
 
-from condrl.commands import finetune
+from condrl.commands import evaluate, finetune
 from condrl.io.files import locate
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text("utf-8")
-FILES = ("metrics.jsonl", "timings.jsonl", "heldout.jsonl", "result.json")
+FILES = ("base.json", "metrics.jsonl", "timings.jsonl", "heldout.jsonl", "result.json")
+EVALUATION = ("evaluation/evaluation.jsonl", "evaluation/evaluation.json")
 PAIRED = ["configs/paper/swiss_roll_paired.yaml", "train.epochs=1", "evaluate.images_per_prompt=2"]
 MORE = {  # options that leave little out
     "dpok": ["train.kl_budget=100", "train.over_budget=adapt"],
@@ -32,7 +33,7 @@ def documented(name):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """By file, the keys that runs of all algorithms write."""
-    folder, found = tmp_path_factory.mktemp("runs"), {name: set() for name in FILES}
+    folder, found = tmp_path_factory.mktemp("runs"), {name: set() for name in (*FILES, *EVALUATION)}
     runs = {name: [*toy_words(name, folder / name), "train.epochs=2", *MORE.get(name, [])] for name in ALGORITHMS}
     others = folder / "validation.jsonl"  # the same file is refused
     others.write_text("\n".join(locate("asset:toy/p1.jsonl").read_text().splitlines()[::-1]))
@@ -40,15 +41,22 @@ def written(tmp_path_factory):
     runs["paired"] = [str(ROOT / PAIRED[0]), *PAIRED[1:], f"run.dir={folder / 'paired'}"]
     for name, words in runs.items():
         assert finetune.main([*words, "evaluate.every=1", "evaluate.images_per_prompt=2"]) == 0
-        for file in FILES:
-            text = (folder / name / file).read_text() if (folder / name / file).exists() else ""
-            for part in [text] if file == "result.json" else text.splitlines():
-                found[file] |= set(json.loads(part))
+        keep_keys(folder / name, FILES, found)
+    for steer in ([], ["--steer", "smc"]):
+        assert evaluate.main([str(folder / "dpok"), *steer, "--overwrite"]) == 0
+        keep_keys(folder / "dpok", EVALUATION, found)
     return found
 
 
+def keep_keys(folder, files, found):
+    for file in files:
+        text = (folder / file).read_text() if (folder / file).exists() else ""
+        for part in [text] if file.endswith(".json") and text else text.splitlines():
+            found[file] |= set(json.loads(part))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *EVALUATION])
 def test_every_key_that_a_run_writes_is_on_the_page_and_no_other(name, written):
     known = documented(name)
     strange = {key for key in written[name] if not any(pattern.fullmatch(key) for pattern in known.values())}

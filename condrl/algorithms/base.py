@@ -117,8 +117,8 @@ class Algorithm:
     def check_rows(self, policy: Policy, rows: Sequence[Row]) -> None:
         """Raises: UsageError naming a prompt row without what it needs."""
 
-    def measures(self, policy: Policy, rows: Sequence[Row], name: str, train: TrainConfig) -> dict[str, float]:
-        """What it measures of the rows of prompts.<name> beside `evaluate.measures`, also before the first epoch.
+    def measures(self, policy: Policy, rows: Sequence[Row], name: str, train: TrainConfig) -> dict[str, Tensor]:
+        """What it measures of each row (P,) of prompts.<name> beside `evaluate.measures`, before tuning and after.
 
         Raises: UsageError naming a row without what it needs.
         """

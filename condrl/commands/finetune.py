@@ -183,7 +183,7 @@ def tuned_result(
     from condrl.training.measure import best_result, evaluation, flat, measured_result, save_best, watch
 
     model, processes = trainer.policy.model, trainer.processes
-    base = evaluation(trainer, prompts.heldout, "held-out, base")
+    base = evaluation(trainer, prompts.heldout, "heldout", "held-out, base")
     before = flat(base, "heldout") | watch(trainer, prompts, base)
     trainer.recorder.first = dict(before)
     trainer.recorder.trackers.log(0, before)
@@ -195,7 +195,7 @@ def tuned_result(
     with stopping_on_signals(trainer):
         tune(trainer)
     with trainer.learner.deploying():
-        tuned = evaluation(trainer, prompts.heldout, "held-out, tuned")
+        tuned = evaluation(trainer, prompts.heldout, "heldout", "held-out, tuned")
         measured = measured_result(trainer, prompts.heldout, base, tuned)
     result = {
         **measured,

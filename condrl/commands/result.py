@@ -100,7 +100,7 @@ def save_images(trainer: Trainer, rows: Sequence[Row], base: Evaluation | None, 
     from condrl.training.evaluate import first_seed
     from condrl.training.heldout import most_changed, redraw, save_heldout
 
-    if not base or not tuned:
+    if not base or not tuned or not base.each:
         return
     config, seed, folder = trainer.config, first_seed(trainer.config.run.seed), trainer.folder
     has_pictures = len(trainer.policy.model.state_shape) > 1 and not trainer.processes.sharded

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
+
+import torch
 
 from condrl.diffusion.policy import acting
 from condrl.errors import print_main
@@ -15,6 +18,7 @@ from condrl.training.evaluate import (
     Evaluation,
     compared,
     compared_diversity,
+    estimate,
     evaluate,
     first_seed,
     path_kl_to_base,
@@ -31,24 +35,34 @@ class Prompts(NamedTuple):
     validation: Sequence[Row]
 
 
-def evaluation(trainer: Trainer, rows: Sequence[Row], who: str) -> Evaluation | None:
-    """Measure the policy on some prompts; None when there are none, or nothing to measure."""
-    config = trainer.config
-    measures = make_measures(config)
-    if not rows or not measures:
+NOTHING = Evaluation({}, {}, {}, torch.zeros(0), [], [], 0.0)  # is drawn where the algorithm's own measures suffice
+
+
+def evaluation(trainer: Trainer, rows: Sequence[Row], name: str, who: str) -> Evaluation | None:
+    """Measure the policy on the rows of prompts.<name>; None when there are none, or nothing to measure.
+
+    Raises: UsageError naming a row without what the algorithm's own measures need.
+    """
+    config, measures = trainer.config, make_measures(trainer.config)
+    own = trainer.algorithm.measures(trainer.policy, rows, name, config.train) if rows else {}
+    if not rows or not (measures or own):
         return None
-    found = evaluate(
-        deployed(config, trainer.policy),
-        rows,
-        measures,
-        seed=first_seed(config.run.seed),
-        per_prompt=config.evaluate.images_per_prompt,
-        batch=config.train.rollout_batch,
-        pictures=config.evaluate.pictures,
-        processes=trainer.processes,
-    )
+    found = NOTHING
+    if measures:
+        found = evaluate(
+            deployed(config, trainer.policy),
+            rows,
+            measures,
+            seed=first_seed(config.run.seed),
+            per_prompt=config.evaluate.images_per_prompt,
+            batch=config.train.rollout_batch,
+            pictures=config.evaluate.pictures,
+            processes=trainer.processes,
+        )
+    estimates = {measure: estimate(values, 1) for measure, values in own.items()}
+    found = replace(found, measures=found.measures | estimates, scores=found.scores | own)
     if trainer.processes.is_main:
-        means = ", ".join(f"{name} {e.mean:.3f}" for name, e in found.measures.items())
+        means = ", ".join(f"{measure} {e.mean:.3f}" for measure, e in found.measures.items())
         print(f"{who}: {means}", flush=True)
     return found
 
@@ -74,45 +88,35 @@ def watch(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[s
     def look_at_heldout() -> dict[str, float]:
         epoch = trainer.epoch + 1
         with trainer.learner.deploying():
-            found = evaluation(trainer, prompts.heldout, f"held-out, after {epoch} epochs")
-            own = own_measures(trainer, prompts.heldout, "heldout")
+            found = evaluation(trainer, prompts.heldout, "heldout", f"held-out, after {epoch} epochs")
         save_frames(trainer, epoch, found)
-        return flat(found, "heldout") | own
+        return flat(found, "heldout")
 
     def look(epoch: int, who: str) -> dict[str, float]:
         with trainer.learner.deploying():
-            found = evaluation(trainer, prompts.validation, f"validation, {who}")
-            own = own_measures(trainer, prompts.validation, "validation")
-            if found is not None:
+            found = evaluation(trainer, prompts.validation, "validation", f"validation, {who}")
+            if found and found.each:
                 rate(trainer, epoch, found)
         save_frames(trainer, epoch, found)
-        return flat(found, "validation") | own
+        return flat(found, "validation")
 
     if not prompts.validation:
         save_frames(trainer, 0, base)
         trainer.heldout = look_at_heldout
-        return own_measures(trainer, prompts.heldout, "heldout")
+        return {}
     trainer.heldout = lambda: look(trainer.epoch + 1, f"after {trainer.epoch + 1} epochs")
     return look(0, "base")
 
 
 def rate(trainer: Trainer, epoch: int, found: Evaluation) -> None:
     """Keep what is deployed, if nothing was rated higher on validation prompts."""
-    weights = {reward.name: reward.weight for reward in trainer.rewards} or dict.fromkeys(found.measures, 1.0)
+    weights = {reward.name: reward.weight for reward in trainer.rewards} or dict.fromkeys(found.each, 1.0)
     total = sum(weight * found.measures[name].mean for name, weight in weights.items())
     if math.isnan(total):
         print_main(f"warning: epoch {epoch} is not compared with others: a reward failed on all validation prompts")
     if trainer.best.take(epoch, total) and epoch:
         trainer.best.weights = [weight.detach().clone() for weight in trainer.learner.weights]
         save_best(trainer)
-
-
-def own_measures(trainer: Trainer, rows: Sequence[Row], name: str) -> dict[str, float]:
-    """What the algorithm itself measures of the rows of prompts.<name>, as a line of the record has it."""
-    found = trainer.algorithm.measures(trainer.policy, rows, name, trainer.config.train)
-    if found:
-        print_main(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
-    return {f"{name}/{key}": value for key, value in found.items()}
 
 
 def save_frames(trainer: Trainer, epoch: int, found: Evaluation | None) -> None:
@@ -128,11 +132,13 @@ def measured_result(
     """What base and tuned are on held-out prompts, and how far apart, for result.json."""
     if not base or not tuned:
         return {"heldout": {}}
-    config = trainer.config
+    config, found = trainer.config, {"heldout": compared(base, tuned)}
+    if not base.each:  # no image was drawn
+        return found
     seed, batch = first_seed(config.run.seed), config.train.rollout_batch
     kl = path_kl_to_base(deployed(config, trainer.policy), rows, seed, batch)
-    found = {"heldout": compared(base, tuned), "path_kl": kl}
-    return found | ({"diversity": compared_diversity(base, tuned)} if config.evaluate.images_per_prompt > 1 else {})
+    diversity = {"diversity": compared_diversity(base, tuned)} if config.evaluate.images_per_prompt > 1 else {}
+    return found | {"path_kl": kl} | diversity
 
 
 def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, Any]:
@@ -141,7 +147,7 @@ def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> 
     if best.value is None or not best.epoch:
         return {"best": {"epoch": 0}} if best.value is not None else {}
     with acting(trainer.learner.weights, best.weights):
-        found = evaluation(trainer, prompts.heldout, f"held-out, best (epoch {best.epoch})")
+        found = evaluation(trainer, prompts.heldout, "heldout", f"held-out, best (epoch {best.epoch})")
     return {"best": {"epoch": best.epoch, "heldout": compared(base, found) if base and found else {}}}
 
 

@@ -79,15 +79,15 @@ class DiffusionDPO(NoisedPreferences):
 
     # ------------------------------------------------------------------------------------------ held-out pairs
 
-    def measures(self, policy: Policy, rows: Sequence[Row], name: str, train: TrainConfig) -> dict[str, float]:
-        """How many pairs the implicit reward orders as they were given, by the same noise each time."""
+    def measures(self, policy: Policy, rows: Sequence[Row], name: str, train: TrainConfig) -> dict[str, Tensor]:
+        """Whether the implicit reward orders each pair as it was given, by the same noise each time."""
         if not any(side in row.metadata for row in rows for side in SIDES):
             return {}
         check_pairs(policy, rows, name)
         starts = range(0, len(rows), train.loss_batch)
         margins = torch.cat([self._margins(policy, rows, slice(i, i + train.loss_batch), train) for i in starts])
         right = (margins > 0).float() + (margins == 0).float() / 2
-        return {"implicit_accuracy": right.mean().item(), "implicit_margin": margins.mean().item()}
+        return {"implicit_accuracy": right.cpu(), "implicit_margin": margins.cpu()}
 
     @torch.no_grad()
     def _margins(self, policy: Policy, rows: Sequence[Row], part: slice, train: TrainConfig) -> Tensor:

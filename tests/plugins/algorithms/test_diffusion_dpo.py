@@ -67,11 +67,34 @@ def test_held_out_pairs_are_measured_while_it_runs(tmp_path):
     words += ["train.epochs=8", "algorithm.draws=4", "evaluate.every=4", "train.lr=1e-2", "train.updates_per_epoch=8"]
     assert finetune.main(words) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    before = json.loads((tmp_path / "run" / "result.json").read_text())["before"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    before = {name: value for name, value in result["before"].items() if not name.endswith("_ci95")}
     assert before == {"heldout/implicit_accuracy": 0.5, "heldout/implicit_margin": 0.0}
+    found = result["heldout"]["implicit_accuracy"]
+    assert (found["base"]["mean"], found["tuned"]["mean"]) == (0.5, lines[7]["heldout/implicit_accuracy"])
+    assert found["difference"]["ci95"][0] > 0
     assert [line["epoch"] for line in lines if "heldout/implicit_accuracy" in line] == [4, 8]
     assert lines[7]["heldout/implicit_accuracy"] > 0.6
     assert lines[7]["heldout/implicit_margin"] > 0
+
+
+@pytest.mark.parametrize("change", [{}, {"worse": None}], ids=["good", "bad"])
+def test_held_out_pairs_are_measured_before_and_after_whatever_is_evaluated(change, tmp_path, capsys):
+    """A bad one is named before anything is learned."""
+    train, heldout = preferences(tmp_path / "pairs.jsonl", 64), tmp_path / "heldout.jsonl"
+    preferences(heldout, 40)
+    rows = [json.loads(line) for line in heldout.read_text().splitlines()]
+    rows[3] = {key: value for key, value in (rows[3] | change).items() if value is not None}
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*G1, train, f"prompts.heldout={heldout}", f"run.dir={tmp_path}/run", "train.epochs=1"]
+    assert finetune.main(words) == (2 if change else 0)
+    if change:
+        assert 'row 4 has no "worse"' in capsys.readouterr().err
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        return
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["heldout"].keys() == {"implicit_accuracy", "implicit_margin"}
+    assert "no held-out prompts" not in capsys.readouterr().out
 
 
 def test_a_held_out_pair_turned_around_counts_the_other_way(tmp_path):
@@ -88,7 +111,8 @@ def test_a_held_out_pair_turned_around_counts_the_other_way(tmp_path):
 
     def measured(some, batch):
         train = dataclasses.replace(trainer.config.train, loss_batch=batch)
-        return trainer.algorithm.measures(trainer.policy, some, "heldout", train)
+        found = trainer.algorithm.measures(trainer.policy, some, "heldout", train)
+        return {name: values.mean().item() for name, values in found.items()}
 
     found, other = measured(rows, 30), measured(turned, 1000)
     assert 0.2 < found["implicit_accuracy"] < 0.8
