@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -114,9 +114,10 @@ def memory(trainer: Trainer, needs: Needs) -> str:
     device = trainer.policy.model.device
     taken, (phase, most) = taken_gb(device), largest(trainer, needs)
     needed = max(taken + trained + stored + most, peak_memory_gb(device))
+    parts = in_parts(trainer.policy.model, weights, taken)
     text = (
-        f"memory: about {needed:.2f} GB at its peak: {taken:.2f} now (the network's weights {weights:.2f}), "
-        f"optimiser {trained:.2f}, trajectories {stored:.2f}, {phase} {most:.2f}"
+        f"memory: about {needed:.2f} GB at its peak: {taken:.2f} now ({parts}), optimiser {trained:.2f}, "
+        f"trajectories {stored:.2f}, {phase} {most:.2f}"
     )
     free = free_gb(device)
     if free is None:
@@ -126,6 +127,17 @@ def memory(trainer: Trainer, needs: Needs) -> str:
         lower = "algorithm.keep_graph=false" if trainer.algorithm.keep_graph else "lower train.rollout_batch"
     short = f"; warning: that may not be enough: {lower}"
     return f"{text}; {free:.1f} GB are free{short if needed - taken > free else ''}"
+
+
+def in_parts(model: Any, weights: float, taken: float) -> str:
+    """What is taken now: the network's weights, those beside it in the pipeline, and the rest."""
+    pipe = getattr(model, "pipe", None)
+    others = [part for part in (pipe.components.values() if pipe else ()) if isinstance(part, nn.Module)]
+    found = [p for part in others if part is not model.module for p in part.parameters()]
+    beside = sum(p.nbytes for p in found if p.device.type == model.device.type) / 1e9
+    named = f", the VAE's and text encoders' {beside:.2f}" if pipe else ""
+    rest = "Python, its libraries and the rewards" if model.device.type == "cpu" else "the rewards"
+    return f"the network's weights {weights:.2f}{named}, {rest} {taken - weights - beside:.2f}"
 
 
 def own_images(trainer: Trainer) -> int:

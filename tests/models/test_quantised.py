@@ -304,7 +304,9 @@ def test_a_run_says_what_its_network_holds(folders, tmp_path, monkeypatch):
     every = [p.requires_grad for p in trainer.policy.model.module.parameters()]
     expected = 2 * sum(every) + 0.01 * (len(every) - sum(every))
     none = Growth(0, 0)
-    assert f"(the network's weights {expected:.2f})" in memory(trainer, Needs(none, none, none, none, none, 1))
+    assert f"(the network's weights {expected:.2f}, the VAE's and text encoders' 0.0" in memory(
+        trainer, Needs(none, none, none, none, none, 1)
+    )
 
 
 def test_the_bits_of_a_weight(kind):

@@ -12,7 +12,7 @@ from condrl.loading import load_config
 from condrl.models.lora import lora_layers
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
-from condrl.training.memory import Growth, LiveBytes, Needs, PeakClock, largest
+from condrl.training.memory import Growth, LiveBytes, Needs, PeakClock, in_parts, largest
 from condrl.training.preflight import attempt
 from condrl.training.trainer import Clock
 
@@ -106,6 +106,14 @@ def make(*words):
     config = load_config(list(words))
     torch.manual_seed(0)
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+
+
+def test_what_is_taken_is_told_by_its_parts(tmp_path):
+    model = make(str(ROOT / "configs" / "shapes" / "ddpo.yaml"), f"run.dir={tmp_path}").policy.model
+    beside = sum(p.nbytes for part in (model.vae, model.pipe.text_encoder) for p in part.parameters()) / 1e9
+    assert beside > 0.005
+    rest = f"Python, its libraries and the rewards {1.7 - beside:.2f}"
+    assert in_parts(model, 0.3, 2.0) == f"the network's weights 0.30, the VAE's and text encoders' {beside:.2f}, {rest}"
 
 
 def test_a_backward_pass_of_more_pairs_is_foreseen(pipeline, tmp_path):
