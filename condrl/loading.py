@@ -238,13 +238,19 @@ def _check_texts(value: Any, where: str) -> None:
 
 
 def _default(file: Path, parts: Sequence[Part]) -> Part:
+    """The default config, without what belongs to its model or rewards where the overrides name others."""
     part = read_argument(str(file))
+    values = dict(part.values)
+    model = {key: value for other in parts for key, value in section_at(other.values, "model").items()}
+    if model.keys() & {"name", "path"}:
+        values["evaluate"] = _without(section_at(values, "evaluate"), "measures")
+    if model.get("name", values["model"]["name"]) != values["model"]["name"]:
+        values["sampler"] = _without(values["sampler"], "spacing")
     named = {name: options for other in parts for name, options in mapping(other.values.get("rewards")).items()}
-    if all(options is None for options in named.values()):
-        return part
-    own = section_at(part.values, "rewards")
-    taken_away: dict[str, Any] = {name: {} for name, options in named.items() if options is None and name in own}
-    return replace(part, values={**part.values, "rewards": taken_away})
+    if any(options is not None for options in named.values()):
+        own = section_at(values, "rewards")
+        values["rewards"] = {name: {} for name, options in named.items() if options is None and name in own}
+    return replace(part, values=values)
 
 
 def _without_replaced_plugins(parts: Sequence[Part], whole: Mapping[str, Any]) -> list[Part]:

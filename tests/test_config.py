@@ -165,6 +165,21 @@ def test_text_in_a_file_is_text(tmp_path):
     assert (config.run.name, config.model["negative_prompt"], config.model["lora"]) == ("2026_11_25", "no", None)
 
 
+def test_another_model_has_neither_the_measures_nor_the_spacing_of_the_quickstarts():
+    def found(*words):
+        config = load_config(words, default=Path(QUICKSTART))
+        return set(config.evaluate.measures), config.sampler.get("spacing")
+
+    own = found("train.lr=1e-4")
+    assert own[0] >= {"shapes", "shapes_exact"}
+    assert own[1] == "trailing"
+    assert found("model.path=somewhere") == (set(), "trailing")
+    assert found("model.path=somewhere", "evaluate.measures.brightness={}") == ({"brightness"}, "trailing")
+    flow = ["model.name=sd3", "model.path=somewhere", "rewards.brightness.weight=1"]
+    assert found(*flow)[1] is None
+    assert found(*flow, "sampler.spacing=uniform")[1] == "uniform"
+
+
 def test_rewards_on_the_command_line_replace_the_defaults():
     def names(*words, default=Path(QUICKSTART)):
         return load_config(words, default=default).rewards

@@ -246,7 +246,7 @@ class FlowSchedule(RectifiedFlow):
         """
         if spacing is not None or steps < 1:
             if spacing in DIFFUSERS_SPACINGS:
-                raise UsageError(f"config sampler.spacing: a flow's scheduler has no {spacing} times: leave it out")
+                raise UsageError(f"config sampler.spacing: a flow's scheduler has no {spacing} times: set it to null")
             return super().grid(steps, spacing)
         times = torch.linspace(1, 1 / steps if self.least is None else self.least, steps, dtype=torch.float64)
         times = shifted(times, self.shift)

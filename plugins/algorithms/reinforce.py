@@ -84,8 +84,8 @@ def one_update(setting: Setting) -> None:
     train = setting.config.train
     for wrong, key, text in (
         (train.updates_per_epoch > 1, "updates_per_epoch", "must be 1, as a graph is differentiated once"),
-        (train.steps_per_image is not None, "steps_per_image", "must be left out; train.steps chooses steps"),
-        (train.rollout_dtype is not None, "rollout_dtype", "must be left out, as the roll-out is what is learned from"),
+        (train.steps_per_image is not None, "steps_per_image", "must be null; train.steps chooses steps"),
+        (train.rollout_dtype is not None, "rollout_dtype", "must be null, as the roll-out is what is learned from"),
     ):
         if wrong:
             raise condrl.UsageError(f"config train.{key}: with algorithm.keep_graph it {text}")

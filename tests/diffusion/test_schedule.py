@@ -242,7 +242,7 @@ def test_flows_with_other_times_or_steps_are_refused(key):
 def test_a_flow_has_one_grid_beside_uniform_times():
     schedule = FlowSchedule(shift=3.0)
     torch.testing.assert_close(schedule.grid(4, "uniform"), torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64))
-    with pytest.raises(UsageError, match=r"sampler\.spacing: a flow's scheduler has no trailing times: leave it out"):
+    with pytest.raises(UsageError, match=r"sampler\.spacing: a flow's scheduler has no trailing times: set it to null"):
         schedule.grid(4, "trailing")
     with pytest.raises(UsageError, match=r"sampler\.spacing: log_snr is infinite"):
         schedule.grid(4, "log_snr")

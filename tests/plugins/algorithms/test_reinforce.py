@@ -74,8 +74,8 @@ def test_the_network_is_not_called_again(tmp_path):
     [
         (["algorithm.kappa=0.1"], "config algorithm.keep_graph: the KL needs a pass of its own"),
         (["train.updates_per_epoch=2"], "config train.updates_per_epoch: with algorithm.keep_graph it must be 1"),
-        (["train.steps_per_image=2"], "config train.steps_per_image: with algorithm.keep_graph it must be left out"),
-        (["train.rollout_dtype=bfloat16"], "config train.rollout_dtype: with algorithm.keep_graph it must be left out"),
+        (["train.steps_per_image=2"], "config train.steps_per_image: with algorithm.keep_graph it must be null"),
+        (["train.rollout_dtype=bfloat16"], "config train.rollout_dtype: with algorithm.keep_graph it must be null"),
     ],
     ids=str,
 )
