@@ -49,8 +49,11 @@ def load_for_drawing(file: Path | None, overrides: Sequence[str], is_steered: bo
         if setting_keys(override)[0] not in ("model", "sampler", "plugins", *(["rewards"] if is_steered else [])):
             which = "model.*, sampler.* and rewards.*" if is_steered else "model.* and sampler.*"
             raise UsageError(f"{override} has no effect on drawing: only settings of {which}, and plugins=, do")
-        if {"lora", "lora_alpha"} & section_at(read_argument(override).values, "model").keys():
+        changed = section_at(read_argument(override).values, "model").keys()
+        if {"lora", "lora_alpha"} & changed:
             raise UsageError(f"{override} has no effect here: give the LoRA as a folder, and its scale as --strength")
+        if "compile" in changed:
+            raise UsageError(f"{override} has no effect on drawing: images are drawn sooner than a network is compiled")
     given = [read_argument(override) for override in overrides]
     part = read_argument(str(file)) if file else Part("", {}, {})
     values, texts = (

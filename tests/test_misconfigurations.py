@@ -343,6 +343,7 @@ SAMPLES = [
     ("--prompt x model.guidence=3", "Did you mean 'guidance'?"),
     ("--prompt x train.lr=1", "train.lr=1 has no effect on drawing"),
     ("--prompt x rewards.shapes.weight=1", "has no effect on drawing"),
+    ("--prompt x model.compile=true", "model.compile=true has no effect on drawing: images are drawn sooner than"),
     ("--prompt x model.lora_alpha=4", "model.lora_alpha=4 has no effect here"),
     ("--prompt x model.lora=x", "model.lora=x has no effect here"),
 ]

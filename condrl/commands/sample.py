@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from condrl.commands.console import exit_code, one_of_several
 from condrl.config import Config
-from condrl.errors import UsageError, visible, warn_of_address_limit
+from condrl.errors import RunError, UsageError, visible, warn_of_address_limit
 from condrl.io.files import CONFIGS, check_folder, exists
 from condrl.io.overrides import is_setting, setting_keys
 from condrl.loading import load_for_drawing
@@ -297,5 +297,7 @@ def images_of(policy: Policy, request: Request, batch: int, who: str) -> list[Te
         condition = policy.model.encode([row.prompt for row in rows[part]])
         with torch.no_grad():
             states = request.draw(policy, condition, seeded([seed for _, seed in request.pairs[part]]), rows[part])
+            if not states.isfinite().all():
+                raise RunError(f"{who}: an image is not finite: the LoRA, its --strength or the sampler is not usable")
             found.extend(policy.model.decode(states).cpu())
     return found

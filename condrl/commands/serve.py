@@ -291,6 +291,11 @@ def reward_of(args: argparse.Namespace) -> Reward:
     for path in args.plugin:
         load_file(path)
     plugin = registry.find(args.reward)
+    if plugin.per == "group":
+        raise UsageError(
+            f"the reward {args.reward!r} compares the images of a prompt, and a request has some of several prompts: "
+            "it cannot be served, name it in the run's own plugins"
+        )
     if wrong := [option for option in args.options if not is_setting(option)]:
         raise UsageError(f"{wrong[0]!r} is not an option of the reward: options are written key=value")
     types = {option.name: option.type for option in plugin.options.values()}

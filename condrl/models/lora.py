@@ -82,10 +82,15 @@ def lora_layers(unet: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def scale_lora(unet: nn.Module, strength: float) -> None:
-    """Multiply a UNet's LoRA, at 1 what was tuned, by `strength`."""
+    """Multiply a UNet's LoRA, at 1 what was tuned, by `strength`.
+
+    Raises: UsageError when that is too large for its weights.
+    """
     for layer in lora_layers(unet).values():
         (adapter,) = layer.lora_B
         layer.lora_B[adapter].weight.mul_(strength)
+        if not layer.get_delta_weight(adapter).isfinite().all():
+            raise UsageError(f"the LoRA's change of weights at strength {strength:g} is too large for float32")
 
 
 # ---------------------------------------------------------------------------------------------- out

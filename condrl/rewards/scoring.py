@@ -275,7 +275,10 @@ def score(rewards: Sequence[Reward], samples: Tensor, rows: Sequence[Row]) -> Sc
     Raises: RunError when images are not in [0, 1], or when a reward fails.
     """
     if not samples.isfinite().all():
-        raise RunError("the samples are not finite: the policy or its sampler has gone wrong; try a lower train.lr")
+        raise RunError(
+            "the samples are not finite: the policy or its sampler has gone wrong; try a lower train.lr, or a lower "
+            "strength of the LoRA"
+        )
     if samples.dim() == 4 and not (samples.min() >= 0 and samples.max() <= 1):
         low, high = samples.min().item(), samples.max().item()
         raise RunError(f"rewards take images in [0, 1], but the model decoded values from {low:.3f} to {high:.3f}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from condrl.errors import UsageError
@@ -61,6 +61,8 @@ def unpack(body: bytes) -> tuple[Tensor, list[Row]]:
     message = from_json(body)
     if not isinstance(message, dict) or not {"kind", "samples", "rows"} <= message.keys():
         raise ValueError("expected an object with kind, samples and rows")
+    if not isinstance(message["rows"], list) or not isinstance(message["samples"], list):
+        raise ValueError("rows and samples should be lists")
     rows = [read_row(i, row) for i, row in enumerate(message["rows"])]
     if len(rows) != len(message["samples"]) or not rows:
         raise ValueError("expected as many rows as samples, and at least one")
@@ -92,9 +94,12 @@ def to_png(image: Tensor) -> bytes:
 def check_pixels(files: Sequence[bytes]) -> None:
     """Raises: ValueError when a file is not a PNG, or when all of them have more than `MOST_PIXELS` together."""
     pixels = 0
-    for content in files:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            pixels += image.width * image.height
+    for number, content in enumerate(files):
+        try:
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+                pixels += image.width * image.height
+        except UnidentifiedImageError as error:
+            raise ValueError(f"sample {number} is not a PNG file") from error
     if pixels > MOST_PIXELS:
         raise ValueError(f"{pixels} pixels are too many for one request: at most {MOST_PIXELS}")
 

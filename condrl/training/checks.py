@@ -32,11 +32,7 @@ def announcement(
     rewards = [name for name, options in config.rewards.items() if options["weight"] != 0]
     if heldout:
         names = ", ".join(dict.fromkeys([*config.evaluate.measures, *rewards]))
-        what = (
-            f"{base_name(config)} and tuned: {names}"
-            if names
-            else "by nothing: name measures, as in evaluate.measures.shapes={}"
-        )
+        what = f"base and tuned: {names}" if names else "by nothing: name measures, as in evaluate.measures.shapes={}"
         lines.append(f"measured on {config.prompts.heldout} ({len(heldout)}), {what}")
         lines += [f"the base is {base_name(config)}"] * bool(config.model.get("lora"))
     elif not validation and (config.evaluate.measures or config.evaluate.every or config.evaluate.sampler):

@@ -35,6 +35,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._listed: set[str] | None = None
+        self._lock: os.stat_result | None = None  # of the lock's file, while this process holds it
 
     @property
     def listed(self) -> set[str]:
@@ -92,6 +93,9 @@ class RunFolder:
         if not is_locked:
             self._check_lock()
         taken = [n for n in self.files_in("") - self.listed if any(fnmatch.fnmatch(n, known) for known in OWN)]
+        for name in FOLDERS:
+            if (self.path / name).is_file():
+                raise UsageError(f"{self.path / name} is in the way of a folder: move it elsewhere")
         if there and taken:
             raise UsageError(f"{self.path / min(taken)} is in the way, and no run wrote it: move it elsewhere")
 
@@ -115,8 +119,10 @@ class RunFolder:
     def claim(self, name: str) -> Path:
         """Where to write the file of that relative path, which is on the list from now on.
 
-        Raises: RunError where a link would lead out of the folder, or where a file is in the way that no run wrote.
+        Raises: RunError where a link would lead out of the folder, where a file is in the way that no run wrote, or
+            when the folder was moved or removed while it was locked.
         """
+        self._check_in_place()
         path = self.path
         for part in PurePosixPath(name).parts:
             path = path / part
@@ -158,6 +164,7 @@ class RunFolder:
         Raises: RunError where a file is in the way that no run wrote; the new ones are then in the folder yielded.
         """
         part = f".{name}.part"
+        self._check_in_place()
         self.adopt([f"{part}/"])
         self._remove([f"{part}/"])  # left by a process that was killed
         (self.path / part).mkdir()
@@ -230,7 +237,22 @@ class RunFolder:
                     raise self._taken() from None
                 except OSError as error:  # some network file systems have no locks
                     print_main(f"warning: {self.path} cannot be locked ({error}): make sure that no other run uses it")
-            yield
+            self._lock = os.fstat(file.fileno())
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def _check_in_place(self) -> None:
+        """Raises: RunError when the folder that is locked was moved or removed meanwhile."""
+        if self._lock is None:
+            return
+        try:
+            is_same = os.path.samestat(self._lock, (self.path / LOCK).stat())
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise RunError(f"the run's folder {self.path} was moved or removed while the run was writing to it")
 
 
 def _is_inside(name: str) -> bool:

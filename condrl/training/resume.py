@@ -115,10 +115,10 @@ def check_same_settings(config: Config, saved: Path) -> None:
     for key in sorted({*then, *now} - free):
         matters = key == "run.seed" or not key.startswith(("run.", "evaluate."))
         if key == "train.epochs" and then.get(key) != now.get(key):
+            from_lora = f": start another run from what it learned, with model.lora={saved.parent / 'lora'}"
             raise UsageError(
                 f"run.resume: that run was planned for {then.get(key)} epochs (train.lr_decay=linear, or an algorithm "
-                "in stages), so it cannot be made longer: start another run from what it learned, with "
-                f"model.lora={saved.parent / 'lora'}"
+                f"in stages), so it cannot be made longer{from_lora if 'lora' in config.model else ''}"
             )
         if matters and then.get(key) != now.get(key):
             raise UsageError(

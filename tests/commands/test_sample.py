@@ -92,6 +92,13 @@ def test_what_is_drawn_is_what_was_deployed(strength, run, pipeline, tmp_path):
         assert np.abs(drawn(out) - theirs(pipeline, run / "lora")).max() > 3
 
 
+@pytest.mark.parametrize(("strength", "said"), [("1e30", "an image is not finite"), ("1e39", "too large for float32")])
+def test_a_strength_that_is_too_large_is_one_line(strength, said, run, tmp_path, capsys):
+    assert sample(str(run), "--strength", strength, "--out", str(tmp_path / "x.png")) in (1, 2)
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_drawing_needs_neither_the_rewards_nor_the_lora_before(run, tmp_path):
     (tmp_path / "mine.py").unlink()
     for path in (tmp_path / "before").iterdir():

@@ -302,6 +302,8 @@ WRONG = (
     {"rows": ["ab"]},
     {"rows": [{"prompt": "a", "metadata": ["ab", "cd"]}]},
     {"kind": "jpg"},
+    {"samples": 3},
+    {"rows": {}},
 )
 
 

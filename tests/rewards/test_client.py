@@ -462,6 +462,24 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, monkeypatch):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_reward_of_whole_groups_is_not_served(tmp_path, capsys):
+    """A request has some images of several prompts."""
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "import condrl\n\n\n@condrl.reward(per='group')\ndef served_by_group(samples, prompts):\n"
+        "    return samples.mean((1, 2, 3)) - samples.mean()\n"
+    )
+    assert serve.main(["served_by_group", "--plugin", str(plugin), "--port", "0"]) == 2
+    assert "the reward 'served_by_group' compares the images of a prompt" in capsys.readouterr().err
+
+
+def test_what_is_no_png_is_named():
+    content = base64.b64encode(b"no picture").decode()
+    whole = json.dumps({"kind": "png", "samples": [content], "rows": [{"prompt": "a"}]}).encode()
+    with pytest.raises(ValueError, match="sample 0 is not a PNG file"):
+        unpack(whole)
+
+
 def test_a_host_that_nobody_knows(capsys, monkeypatch):
     monkeypatch.setenv("CONDRL_REWARD_TOKEN", "x")
     monkeypatch.setattr(sys, "argv", [SERVER, "brightness", "--host", "nowhere.invalid"])

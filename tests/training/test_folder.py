@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 
@@ -148,6 +149,32 @@ def test_one_process_at_a_time(tmp_path):
         RunFolder(tmp_path).check()  # before any work
     with RunFolder(tmp_path).locked():
         pass
+
+
+@pytest.mark.parametrize("change", ["moved", "removed", "another"])
+def test_a_folder_that_is_moved_while_it_is_locked_is_not_made_anew(change, tmp_path):
+    made = RunFolder(tmp_path / "run")
+    with made.locked():
+        write(made, "metrics.jsonl")
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        if change == "removed":
+            shutil.rmtree(tmp_path / "elsewhere")
+        if change == "another":
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / LOCK).touch()
+        for writing in (lambda: made.file("metrics.jsonl"), lambda: made.replacing("lora").__enter__()):
+            with pytest.raises(RunError, match="was moved or removed while the run was writing to it"):
+                writing()
+    assert names(tmp_path / "run") == ({LOCK} if change == "another" else set())
+
+
+@pytest.mark.parametrize("name", ["condrl", "images", "checkpoints"])
+def test_a_file_in_the_place_of_a_folder_is_refused(name, tmp_path):
+    made = RunFolder(tmp_path)
+    write(made, "config.yaml")
+    (tmp_path / name).write_text("the user's")
+    with pytest.raises(UsageError, match=f"{name} is in the way of a folder"):
+        made.check()
 
 
 def test_a_file_of_the_users_under_a_name_of_ours_is_not_replaced(folder, tmp_path):

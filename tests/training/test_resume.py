@@ -388,6 +388,14 @@ def test_a_finished_run_is_resumed_elsewhere_without_a_record(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_of_points_that_cannot_be_made_longer_is_told_of_no_lora(tmp_path, capsys):
+    words = [*toy_words("dpok", tmp_path / "run"), "train.lr_decay=linear", "evaluate.images_per_prompt=20"]
+    assert command.main([*words, "train.epochs=1"]) == 0
+    assert command.main([*words, "train.epochs=2", "run.resume=auto"]) == 2
+    assert "so it cannot be made longer\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_made_longer(tmp_path, capsys):
     """It ends like a run that was as long from the start, to the last bit."""
     run = command.main
