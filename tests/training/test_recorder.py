@@ -59,7 +59,7 @@ def test_the_start_says_what_counts(tmp_path, capsys):
     assert "rewards: sharpness (weight 2), shapes (weight -1)" in said
     assert f"prompts: {tmp_path / 'mine.txt'} (3)" in said
     assert "prompts.train: 1 row repeats an earlier one" in said
-    assert "measured on asset:shapes/heldout.txt (512), base and tuned: shapes_exact, shapes, sharpness" in said
+    assert "measured on asset:shapes/heldout.txt (512), base and tuned: shapes_exact, shapes, clip, sharpness" in said
     assert not (tmp_path / "run").exists()
 
 
