@@ -12,6 +12,7 @@ from condrl.io.files import locate
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text("utf-8")
 FILES = ("base.json", "metrics.jsonl", "timings.jsonl", "heldout.jsonl", "result.json")
+WATCHED = "evaluations/epoch_<k>.jsonl"
 EVALUATION = ("evaluation/evaluation.jsonl", "evaluation/evaluation.json")
 PAIRED = ["configs/paper/swiss_roll_paired.yaml", "train.epochs=1", "evaluate.images_per_prompt=2"]
 MORE = {  # options that leave little out
@@ -33,7 +34,7 @@ def documented(name):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """By file, the keys that runs of all algorithms write."""
-    folder, found = tmp_path_factory.mktemp("runs"), {name: set() for name in (*FILES, *EVALUATION)}
+    folder, found = tmp_path_factory.mktemp("runs"), {name: set() for name in (*FILES, WATCHED, *EVALUATION)}
     runs = {name: [*toy_words(name, folder / name), "train.epochs=2", *MORE.get(name, [])] for name in ALGORITHMS}
     others = folder / "validation.jsonl"  # the same file is refused
     others.write_text("\n".join(locate("asset:toy/p1.jsonl").read_text().splitlines()[::-1]))
@@ -42,6 +43,8 @@ def written(tmp_path_factory):
     for name, words in runs.items():
         assert finetune.main([*words, "evaluate.every=1", "evaluate.images_per_prompt=2"]) == 0
         keep_keys(folder / name, FILES, found)
+        for file in (folder / name).glob("evaluations/*"):
+            found[WATCHED] |= set(json.loads(file.read_text().splitlines()[0]))
     for steer in ([], ["--steer", "smc"]):
         assert evaluate.main([str(folder / "dpok"), *steer, "--overwrite"]) == 0
         keep_keys(folder / "dpok", EVALUATION, found)
@@ -56,7 +59,7 @@ def keep_keys(folder, files, found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*FILES, *EVALUATION])
+@pytest.mark.parametrize("name", [*FILES, WATCHED, *EVALUATION])
 def test_every_key_that_a_run_writes_is_on_the_page_and_no_other(name, written):
     known = documented(name)
     strange = {key for key in written[name] if not any(pattern.fullmatch(key) for pattern in known.values())}

@@ -226,7 +226,7 @@ def prepare(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.folder.clear()
     else:
         drop_later(checkpoint[0])
-        trainer.folder.drop_pictures(checkpoint[1]["epoch"])
+        trainer.folder.drop_after(checkpoint[1]["epoch"])
     path = trainer.folder.file("config.yaml")
     with naming(path):
         path.write_text(text, "utf-8")

@@ -18,14 +18,24 @@ LOCK = "lock"
 OWN = (  # what every run writes, or many do
     *("config.yaml", "base.json", "metrics.jsonl", "timings.jsonl", "result.json", "heldout.jsonl", "report.html"),
     *("heldout/[0-9]*_base.png", "heldout/[0-9]*_tuned.png", "film/epoch_[0-9]*.png"),
+    "evaluations/epoch_[0-9]*.jsonl",
     *("images/epoch_[0-9]*.png", "images/before_after.png", "images/before_after_[0-9]*.png"),
     *("images/density.png", "images/plane.png"),
     *("images/objective.png", "lora/pytorch_lora_weights.safetensors", "lora/comfyui_lora.safetensors"),
     *("lora/network.safetensors", "lora/README.md", "value/network.safetensors"),
 )
-FOLDERS = ("images", "heldout", "film", "lora", "value", "checkpoints", "condrl")  # where a run, or its trackers, write
+FOLDERS = (
+    "images",
+    "heldout",
+    "film",
+    "evaluations",
+    "lora",
+    "value",
+    "checkpoints",
+    "condrl",
+)  # where a run, or its trackers, write
 PART = re.compile(r"\.\w+\.part/")  # a folder that is still being written
-PICTURE = re.compile(r"(?:film|images)/epoch_(\d+)")  # and the epoch that it is of
+OF_EPOCH = re.compile(r"(?:film|images|evaluations)/epoch_(\d+)")
 LONGEST_NAME = 255  # bytes, of the usual file systems
 
 
@@ -194,9 +204,9 @@ class RunFolder:
         (self.path / MANIFEST).unlink(missing_ok=True)
         self._listed = None
 
-    def drop_pictures(self, epoch: int) -> None:
-        """Remove the pictures that were made after an epoch."""
-        numbers = {name: PICTURE.match(name) for name in self.listed}
+    def drop_after(self, epoch: int) -> None:
+        """Remove the pictures and evaluations that were made after an epoch."""
+        numbers = {name: OF_EPOCH.match(name) for name in self.listed}
         self._remove([name for name, number in numbers.items() if number and int(number[1]) > epoch])
 
     def remove(self, name: str, but: Collection[str] = ()) -> None:

@@ -44,6 +44,18 @@ def save_heldout(
             record.write(to_json(line) + "\n")
 
 
+def save_evaluation(folder: RunFolder, epoch: int, rows: Sequence[Row], seed: int, found: Evaluation) -> None:
+    """Write what was measured of each image after an epoch; image i is of row i // images_per_prompt, from seed + i."""
+    path = folder.file(f"evaluations/epoch_{epoch:05d}.jsonl")
+    count = len(next(iter(found.each.values())))
+    with naming(path), path.open("w", encoding="utf-8") as record:
+        for i in range(count):
+            row = rows[i * len(rows) // count]
+            measures = {name: values[i].item() for name, values in found.each.items()}
+            line = {"prompt": row.prompt, "row": row.index, "seed": seed + i, "measures": measures}
+            record.write(to_json(line) + "\n")
+
+
 def most_changed(base: Evaluation, tuned: Evaluation) -> list[int]:
     """The images that gained most and lost most in all measures, in units of the base's spread, and the first ones."""
     gains = torch.stack([(tuned.each[name] - each) / spread(each) for name, each in base.each.items()]).sum(0)

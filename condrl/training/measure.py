@@ -21,9 +21,10 @@ from condrl.training.evaluate import (
     estimate,
     evaluate,
     first_seed,
+    paired_difference,
     path_kl_to_base,
 )
-from condrl.training.heldout import save_film
+from condrl.training.heldout import save_evaluation, save_film
 from condrl.training.trainer import Trainer
 
 
@@ -77,35 +78,49 @@ def flat(found: Evaluation | None, prompts: str) -> dict[str, float]:
     return line
 
 
-def watch(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, float]:
+def gains(base: Evaluation | None, found: Evaluation | None) -> dict[str, float]:
+    """Each measure's paired difference to the base and the half-width of its interval, as a line of the record."""
+    line: dict[str, float] = {}
+    if not base or not found:
+        return line
+    for name in found.measures:
+        difference = paired_difference(base.scores[name], found.scores[name])
+        if difference.ci95 and math.isfinite(difference.mean):
+            line |= {f"gain/{name}": difference.mean, f"gain/{name}_ci95": difference.half_width}
+    return line
+
+
+def watch(trainer: Trainer, prompts: Prompts, heldout: Evaluation | None) -> dict[str, float]:
     """Have the policy measured every `evaluate.every` epochs, and the best LoRA kept; returns what the base is.
 
-    On validation prompts, or, where there are none, on the held-out ones, by which nothing is chosen.
+    On validation prompts, or, where there are none, on the held-out ones, by which nothing is chosen; `heldout` is what
+    the base is on those.
     """
     if not trainer.config.evaluate.every:
         return {}
+    name, who = ("validation", "validation") if prompts.validation else ("heldout", "held-out")
+    rows = prompts.validation or prompts.heldout
 
-    def look_at_heldout() -> dict[str, float]:
-        epoch = trainer.epoch + 1
+    def look(epoch: int, when: str) -> Evaluation | None:
         with trainer.learner.deploying():
-            found = evaluation(trainer, prompts.heldout, "heldout", f"held-out, after {epoch} epochs")
-        save_frames(trainer, epoch, found)
-        return flat(found, "heldout")
-
-    def look(epoch: int, who: str) -> dict[str, float]:
-        with trainer.learner.deploying():
-            found = evaluation(trainer, prompts.validation, "validation", f"validation, {who}")
-            if found and found.each:
+            found = evaluation(trainer, rows, name, f"{who}, {when}")
+            if found and found.each and prompts.validation:
                 rate(trainer, epoch, found)
-        save_frames(trainer, epoch, found)
-        return flat(found, "validation")
+        keep(trainer, epoch, rows, found)
+        return found
 
+    def look_again() -> dict[str, float]:
+        epoch = trainer.epoch + 1
+        found = look(epoch, f"after {epoch} epochs")
+        return flat(found, name) | gains(base, found)
+
+    trainer.heldout = look_again
     if not prompts.validation:
-        save_frames(trainer, 0, base)
-        trainer.heldout = look_at_heldout
+        base = heldout
+        keep(trainer, 0, rows, base)
         return {}
-    trainer.heldout = lambda: look(trainer.epoch + 1, f"after {trainer.epoch + 1} epochs")
-    return look(0, "base")
+    base = look(0, "base")
+    return flat(base, name)
 
 
 def rate(trainer: Trainer, epoch: int, found: Evaluation) -> None:
@@ -119,9 +134,10 @@ def rate(trainer: Trainer, epoch: int, found: Evaluation) -> None:
         save_best(trainer)
 
 
-def save_frames(trainer: Trainer, epoch: int, found: Evaluation | None) -> None:
-    """Write the first images of an evaluation, from the same prompts and seeds each time."""
-    if found and trainer.processes.is_main:
+def keep(trainer: Trainer, epoch: int, rows: Sequence[Row], found: Evaluation | None) -> None:
+    """Write what an evaluation measured of each image, and the first images; prompts and seeds are always the same."""
+    if found and found.each and trainer.processes.is_main:
+        save_evaluation(trainer.folder, epoch, rows, first_seed(trainer.config.run.seed), found)
         for number, frame in enumerate(save_film(trainer.folder, epoch, found)):
             trainer.recorder.trackers.show(f"film/{number}", *frame)
 

@@ -106,6 +106,7 @@ def test_a_run_that_goes_on_elsewhere_or_from_earlier_has_the_best_lora_of_its_o
     assert all(torch.equal(value, best[key]) for key, value in weights_of(second, "lora_best").items())
     _, back = run(first, *words, "train.epochs=2", f"run.resume={first}/checkpoints/epoch_00000002")
     assert [path.name for path in (first / "film").iterdir()] == ["epoch_00002_0.png"]
+    assert [path.name for path in sorted((first / "evaluations").iterdir())][-1] == "epoch_00002.jsonl"
     assert not (first / "images" / "epoch_0010_2.png").exists()
     assert back["best"]["epoch"] == 2
     assert back["best"]["heldout"] == back["heldout"]
