@@ -25,7 +25,9 @@ from condrl.io.records import write_json
 from condrl.prompts import Row
 from condrl.report.card import write_card
 from condrl.report.charts import Chart, Mark, Scale, Series, apart, number, padded, smoothed
-from condrl.report.page import OPENING, against_kl, embedded, gain, page
+from condrl.report.comparison import against_kl
+from condrl.report.page import OPENING, page
+from condrl.report.pictures import embedded, gain
 from condrl.report.run import read_run, verdict
 from condrl.report.usage import diffusers_code
 from condrl.training.evaluate import Estimate, Evaluation, compared
@@ -129,9 +131,9 @@ def test_a_diagnosis_that_passed_is_told_and_does_not_decide(tmp_path):
 
 
 def test_labels_of_marks_are_not_written_over_each_other():
-    assert apart([(100.0, "3"), (10.0, "1"), (20.0, "2"), (35.0, "4, 5"), (51.5, "6")]) == [
+    assert apart([(100.0, "3"), (10.0, "1"), (20.0, "2"), (35.0, "4, 5"), (55.5, "6")]) == [
         (35.0, ["1", "2", "4, 5"]),
-        (51.5, ["6"]),
+        (55.5, ["6"]),
         (100.0, ["3"]),
     ]
 
@@ -182,7 +184,7 @@ def test_a_runs_kl_belongs_to_the_evaluation_before(tmp_path):
     """It was measured before that epoch's updates."""
     lines = [an_epoch(1, base_kl=0.0, **{"heldout/bright": 0.6}), an_epoch(2, base_kl=5.0, **{"heldout/bright": 0.7})]
     run = read_run(make_run(tmp_path / "run", {"bright": BETTER}, lines))
-    assert against_kl(run, "heldout/bright") == [(0.0, 0.5), (5.0, 0.6)]
+    assert against_kl(run, "heldout/bright") == [(0, 0.0, 0.5), (1, 5.0, 0.6)]
 
 
 def test_where_few_epochs_are_measured_a_kl_belongs_to_its_own_epoch(tmp_path):
@@ -191,7 +193,7 @@ def test_where_few_epochs_are_measured_a_kl_belongs_to_its_own_epoch(tmp_path):
     for epoch, kl, value in ((5, 18.4, 0.6), (10, 27.7, 0.7)):
         lines[epoch - 1] |= {"base_kl": kl, "heldout/bright": value}
     run = read_run(make_run(tmp_path / "run", {"bright": BETTER}, lines))
-    assert against_kl(run, "heldout/bright") == [(0.0, 0.5), (18.4, 0.6), (27.7, 0.7)]
+    assert against_kl(run, "heldout/bright") == [(0, 0.0, 0.5), (5, 18.4, 0.6), (10, 27.7, 0.7)]
 
 
 # ---------------------------------------------------------------------------------------------- pages
@@ -221,6 +223,44 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+SECTIONS = [
+    "What went wrong",
+    "Held-out prompts, base and tuned from the same noise",
+    "Its course",
+    "Base | tuned",
+    "One seed over the run",
+    "Use it",
+    "What it took",
+]
+
+
+def plain(html):
+    return unescape(re.sub("<[^>]*>", "", html))
+
+
+def tables(html):
+    """The texts of each table's cells, row by row."""
+    return [
+        [
+            [plain(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+            for row in re.findall("<tr>.*?</tr>", table)
+        ]
+        for table in re.findall("<table>.*?</table>", html)
+    ]
+
+
+def headings(html):
+    found = {
+        f"h{level}": [plain(text) for text in re.findall(f"<h{level}>(.*?)</h{level}>", html)] for level in range(1, 5)
+    }
+    return {level: texts for level, texts in found.items() if texts}
+
+
+def captions(html):
+    """The texts beside each pair of pictures."""
+    return [plain(text) for text in re.findall('<div class="pair">.*?</div>(.*?)</div>', html)]
 
 
 def an_image(number, base, tuned, pictures=True):
@@ -348,16 +388,13 @@ def test_the_code_tells_diffusers_what_the_model_was_told(model, shown, tmp_path
 
 
 def test_the_code_loads_a_model_of_one_file_as_one(tmp_path):
-    """With its configs where the run had them, and without this machine's folders in a card."""
+    """With its configs where the run had them, and without this machine's folders, on the page and in the card."""
     model = {"name": "stable_diffusion", "path": "/models/mine.safetensors", "single_file_config": "/models/configs"}
     run = read_run(a_whole_run(tmp_path / "run", CONFIG | {"model": model}))
-    assert (
-        'from_single_file("/models/mine.safetensors", torch_dtype=torch.float32, config="/models/configs")'
-        in unescape(page([run]))
-    )
     write_card(run, run.folder / "lora", {}, [])
-    card = (run.folder / "lora" / "README.md").read_text()
-    assert 'from_single_file("path/to/mine.safetensors", torch_dtype=torch.float32, config="path/to/configs")' in card
+    for text in (unescape(page([run])), (run.folder / "lora" / "README.md").read_text()):
+        code = 'from_single_file("path/to/mine.safetensors", torch_dtype=torch.float32, config="path/to/configs")'
+        assert code in text
     assert ".from_pretrained(" in diffusers_code(run, "merged", None)
 
 
@@ -367,7 +404,21 @@ def test_several_runs_are_compared(tmp_path):
     assert Reader(html).open == []
     assert "2 runs" in html
     assert "path KL to the base model, nats" in html
-    assert html.count("0.500 to 0.700, +0.200") >= 4
+    table = tables(html)[0]
+    assert table[0] == ["run", "algorithm", "verdict", "bright, difference", "other, difference",
+                        "network calls", "seconds", "images"]  # fmt: skip
+    expected = ["nft", "better", "+0.200 [+0.100,\xa0+0.300]", "+0.020 [-0.100,\xa0+0.140]", "", "12", "64"]
+    assert table[1:] == [["one", *expected], ["two", *expected]]
+    assert headings(html) == {
+        "h1": ["2 runs"],
+        "h2": ["Comparison", "The same prompts", "Measures by path KL", "one", "two"],
+        "h3": [*SECTIONS, *SECTIONS],
+        "h4": ["Worst regressions", "Best gains", "Others, in the prompts' order"] * 2,
+    }
+    assert headings(page(runs[:1]))["h2"] == SECTIONS
+    for i, name in ((1, "one"), (2, "two")):
+        assert f'<a href="#run-{i}">{name}</a>' in html
+        assert re.search(rf'id="run-{i}"><h2>{name}</h2>', html)
 
 
 def test_pictures_are_no_larger_than_needed(tmp_path):
@@ -394,8 +445,24 @@ def test_the_command_writes_into_the_runs_folder_and_lists_it(tmp_path, capsys):
         assert report.main([str(run)]) == 0
     assert f"wrote {run / 'report.html'}" in capsys.readouterr().out
     assert "report.html" in RunFolder(run).listed
-    assert report.main([str(run), str(run), "--out", str(tmp_path / "both.html")]) == 0
-    assert (tmp_path / "both.html").read_text().startswith(OPENING)
+    assert report.main([str(run), "--out", str(tmp_path / "elsewhere.html")]) == 0
+    assert (tmp_path / "elsewhere.html").read_text().startswith(OPENING)
+
+
+def test_the_page_of_several_runs_is_written_here(tmp_path, monkeypatch, capsys):
+    """Unless something else is there; a run that is named twice is one run."""
+    runs = [str(a_whole_run(tmp_path / name)) for name in ("one", "two")]
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert report.main(runs) == 0
+    assert "wrote comparison.html" in capsys.readouterr().out
+    assert "2 runs" in (tmp_path / "comparison.html").read_text()
+    (tmp_path / "comparison.html").write_text("mine")
+    assert report.main(runs) == 2
+    assert "is not a page that condrl wrote" in capsys.readouterr().err
+    assert (tmp_path / "comparison.html").read_text() == "mine"
+    assert report.main([runs[0], runs[0]]) == 0
+    assert (tmp_path / "one" / "report.html").is_file()
 
 
 def test_a_run_does_not_fail_for_its_page(tmp_path, monkeypatch, capsys):
@@ -427,6 +494,8 @@ def test_a_run_that_goes_on_has_a_page(tmp_path):
         (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl, line 1: not a record"),
         (lambda run: (run / "result.json").write_text("{}"), "result.json is not a run's result"),
         (lambda run: (run / "result.json").write_text("NaN"), "cannot read .*result.json"),
+        (lambda run: (run / "result.json").write_text("[]"), "result.json is not a run's result"),
+        (lambda run: (run / "base.json").write_text("{}"), "base.json is not a record of a base model"),
         (lambda run: (run / "report.html").mkdir(), "report.html"),
         (lambda run: (run / "report.html").write_text("mine"), "report.html is in the way, and no run wrote it"),
     ],
@@ -447,8 +516,6 @@ def test_other_files_are_not_replaced(tmp_path, capsys):
     assert "is not a page that condrl wrote" in capsys.readouterr().err
     assert report.main([str(run), "--out", str(mine / "page.html")]) == 2
     assert "mine.html is a file" in capsys.readouterr().err
-    assert report.main([str(run), str(run)]) == 2
-    assert "--out FILE" in capsys.readouterr().err
     assert mine.read_text() == "<!doctype html> my own"
 
 
@@ -516,7 +583,7 @@ def test_a_card_is_written_anew_with_what_was_measured(tmp_path):
     assert text.count("## Measured") == 1
     assert "| m | 0.500 to 0.700, +0.200 [+0.100, +0.300] |" in text
     assert "On 4 held-out prompts" in text
-    assert "`ddim`\n(eta 1.0, spacing trailing, steps 20)" in text  # as the config file has them
+    assert "`ddim` (eta 1.0, spacing trailing, steps 20)" in text  # as the config file has them
     assert "num_inference_steps=20," in text
     names = ["images/0.png", "images/1.png", "images/2.png", "README.md"]  # the fourth image was not drawn
     assert claimed == [run.folder / "lora" / name for name in names]
