@@ -79,7 +79,7 @@ def front_matter(run: Run, shown: Sequence[Line], is_whole: bool) -> str:
 def summary(run: Run) -> str:
     algorithm = (run.config.get("algorithm") or {}).get("name")
     rewards = ", ".join(f"{name} (weight {weight:g})" for name, weight in run.rewards.items()) or "none"
-    base = code_span(public_base(run))
+    base = code_span(public_base(run.base))
     ended = "" if run.result else f"\nThe run has not ended: {recorded(run)}, and nothing is measured.\n"
     return f"# {run.name}\n\n{base}, tuned with condrl by {algorithm}. Rewards: {rewards}.\n{ended}"
 
@@ -105,7 +105,7 @@ def measured(run: Run, heldout: Mapping[str, Any]) -> str:
     """A table of base, tuned and their paired difference; empty where nothing was measured."""
     if not heldout:
         return ""
-    sampler = deployed_sampler(run)
+    sampler, base = deployed_sampler(run), code_span(public_base(run.base))
     is_last = heldout == run.measured("lora")[0]  # of which alone the result has more
     measures = {**heldout, DIVERSITY: run.diversity} if is_last and run.diversity else heldout
     rows = "".join(f"| {name} | {change(dict(row))} |\n" for name, row in measures.items())
@@ -113,7 +113,7 @@ def measured(run: Run, heldout: Mapping[str, Any]) -> str:
     spent = f"\nThe path KL to the base is {number(run.path_kl)} nats.\n" if is_last and run.path_kl is not None else ""
     return f"""## Measured
 
-On {prompts} held-out prompts, against {code_span(public_base(run))}, both drawn from the same noise at strength 1 by
+On {prompts} held-out prompts, against {base}, both drawn from the same noise at strength 1 by
 `{sampler.get("name")}` ({sampler_text(sampler)}). In brackets, the 95 % interval of the paired difference over prompts.
 
 | measure | base to tuned, difference |

@@ -31,7 +31,7 @@ def comparison(runs: Sequence[Run], room: Room) -> str:
 def warnings(runs: Sequence[Run]) -> str:
     """Why the runs' numbers do not compare, if so; a run without held-out images says nothing of its prompts."""
     ended = [run for run in runs if run.images]
-    bases = {run.base: public_base(run) for run in runs}
+    bases = {run.base: public_base(run.base) for run in runs}
     reasons = []
     if len(bases) > 1:
         reasons.append(f"base models ({'; '.join(bases.values())})")

@@ -100,7 +100,7 @@ def run_part(run: Run, room: Room, level: int) -> str:
 def told(run: Run) -> str:
     """What was tuned, on what, and against what it is measured."""
     tuned_on = ", ".join(f"{name} (weight {weight:g})" for name, weight in run.rewards.items()) or "no reward"
-    return f"{(run.config.get('algorithm') or {}).get('name')}, tuned on {tuned_on}, against {public_base(run)}"
+    return f"{(run.config.get('algorithm') or {}).get('name')}, tuned on {tuned_on}, against {public_base(run.base)}"
 
 
 def is_wrong(run: Run, findings: Sequence[Finding]) -> bool:
@@ -156,7 +156,8 @@ def evaluations(run: Run) -> str:
     rows = [evaluation_row(run, entry, names, more) for entry in found]
     compared = f"steered by {steered_by(steer)}, beside plain" if steer else "tuned beside base"
     images = run.evaluation["images_per_prompt"]
-    note = f"{run.evaluation['prompts']} prompts, {images} {'image' if images == 1 else 'images'} each; {compared}."
+    drawn = f"{run.evaluation['prompts']} prompts, {images} {'image' if images == 1 else 'images'} each"
+    note = f"{drawn}; {compared}; the base is {public_base(run.evaluation['base'])}."
     columns = ("sampler", "steps", "strength", *(f"{name}, difference" for name in names), *more)
     return f"<p>{escape(note)}</p>" + table(columns, rows, "Evaluations")
 

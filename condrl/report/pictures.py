@@ -96,7 +96,8 @@ def cost(run: Run, line: Line) -> str:
     lost = [name for name in line["base"] if name not in run.rewards and moved(run, line, name)[0] == "down"]
     if not lost or gain(run, line) <= 0:
         return ""
-    return f'<p class="down">Not a plain gain: {escape(", ".join(lost))} got worse and was not rewarded.</p>'
+    names, verb = escape(" and ".join(lost)), "was" if len(lost) == 1 else "were"
+    return f'<p class="down">Not a plain gain: it came at the cost of {names}, which {verb} not rewarded.</p>'
 
 
 # ---------------------------------------------------------------------------------------------- films

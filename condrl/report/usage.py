@@ -49,14 +49,14 @@ def for_others(model: str) -> str:
     return hub_id(model) or f"path/to/{public_name(model)}"
 
 
-def public_base(run: Run) -> str:
-    """The base's name without the folders of this machine; of a LoRA in a run, the run's name is kept."""
-    model, _, lora = run.base.partition(WITH_LORA)
+def public_base(base: str) -> str:
+    """A base's name without the folders of this machine; of a LoRA in a run, the run's name is kept."""
+    model, _, lora = base.partition(WITH_LORA)
     model = model if model.startswith("asset:") else public_name(model)
     if not lora:
         return model
     parent = Path(lora).parent.name if not hub_id(lora) and Path(lora).name in ("lora", "lora_best") else ""
-    return f"{model}{WITH_LORA}{f'{parent}/' if parent else ''}{public_name(lora)}"
+    return f"{model}{WITH_LORA}{f'{parent}/' if parent else ''}{Path(lora).name if parent else public_name(lora)}"
 
 
 def sampler_text(sampler: dict[str, Any]) -> str:
