@@ -24,7 +24,7 @@ from condrl.commands.result import present
 from condrl.io.records import write_json
 from condrl.prompts import Row
 from condrl.report.card import write_card
-from condrl.report.charts import Chart, Mark, Scale, Series, apart, number, padded, smoothed
+from condrl.report.charts import WIDTH, Chart, Mark, Scale, Series, apart, number, padded, smoothed
 from condrl.report.comparison import against_kl
 from condrl.report.page import OPENING, page
 from condrl.report.pictures import embedded, gain
@@ -127,6 +127,104 @@ def test_a_diagnosis_that_passed_is_told_and_does_not_decide(tmp_path):
     assert "epoch 2, no longer at the end: the images of a prompt" in page([run])
 
 
+def test_a_collapsed_run_tells_losses_and_gains(tmp_path):
+    for name, diagnosis in (("a", "collapse"), ("b", "heldout_fell")):
+        heldout = {"bright": WORSE, "other": BETTER, "third": SAME}
+        run = read_run(make_run(tmp_path / name, heldout, [an_epoch(1, [diagnosis])]))
+        found = verdict(run, run.findings())
+        assert found.word == "collapsed"
+        assert found.sentence.endswith("bright: 0.500 to 0.400, -0.100 [-0.200, -0.050]. " + OTHER_BETTER)
+
+
+OTHER_BETTER = "other: 0.500 to 0.700, +0.200 [+0.100, +0.300]."
+
+
+def record_base(folder, measures=(("heldout/bright", 0.5), ("heldout/bright_ci95", 0.01)), model="asset:shapes"):
+    write_json(folder / "base.json", {"model": model, "measures": dict(measures)})
+    return folder
+
+
+def add_to_result(folder, **more):
+    write_json(folder / "result.json", json.loads((folder / "result.json").read_text()) | more)
+    return folder
+
+
+def test_an_unfinished_run_says_what_is_wrong_so_far(tmp_path):
+    """With the sentences that need the base's measures, and without what has passed."""
+    lines = [
+        an_epoch(1, ["collapse"], **{"reward/total_std": 0.01}),
+        an_epoch(2, ["reward_hacking"], **{"heldout/bright": 0.3, "heldout/bright_ci95": 0.01}),
+    ]
+    run = read_run(record_base(make_run(tmp_path / "run", None, lines)))
+    assert run.before == {"heldout/bright": 0.5, "heldout/bright_ci95": 0.01}
+    sentence = verdict(run, run.findings()).sentence
+    assert "Wrong so far: reward hacking (first in epoch 2)." in sentence
+    assert "collapse" not in sentence
+    assert "held-out measures got worse (heldout/bright from 0.5 to 0.3)" in page([run])
+    assert '<div class="verdict bad"' in page([run])
+
+
+def test_a_measure_that_failed_in_an_epoch_is_not_drawn_there(tmp_path):
+    """A number that was not finite is null in the records."""
+    lines = [an_epoch(1, **{"heldout/bright": 0.6, "heldout/bright_ci95": 0.1}), an_epoch(2, ["reward_hacking"])]
+    lines[1] |= {"heldout/bright": None, "heldout/bright_ci95": None, "reward/total_std": 0.1}
+    run = read_run(record_base(make_run(tmp_path / "run", None, lines), {"heldout/bright": None}))
+    assert run.before == {}
+    assert "Held-out bright: tuned from 0.6 at epoch 1 to 0.6 at 1" in page([run])
+
+
+def test_the_path_kl_and_the_diversity_are_told_where_they_were_measured(tmp_path):
+    folder = a_whole_run(tmp_path / "run")
+    run = read_run(folder)
+    write_card(run, folder / "lora", run.result["heldout"], run.images)
+    for text in (page([run]), (folder / "lora" / "README.md").read_text()):
+        assert "diversity within a prompt" not in text
+        assert "The path KL" not in text
+    run = read_run(add_to_result(folder, path_kl=6.0625, diversity=row(0.3, 0.2, -0.15, -0.05)))
+    write_card(run, folder / "lora", run.result["heldout"], run.images)
+    assert verdict(run, []).sentence.endswith(" The path KL to the base is 6.062 nats.")
+    assert tables(page([run]))[0][-1][:4] == [
+        "diversity within a prompt",
+        "0.300",
+        "0.200",
+        "-0.100 [-0.150,\xa0-0.050]",
+    ]
+    card = (folder / "lora" / "README.md").read_text()
+    assert "| diversity within a prompt | 0.300 to 0.200, -0.100 [-0.150, -0.050] |" in card
+    assert "The path KL to the base is 6.062 nats." in card
+    write_card(run, folder / "lora", {"bright": WORSE})  # of another LoRA than the last, of which only this is known
+    card = (folder / "lora" / "README.md").read_text()
+    assert "path KL" not in card
+    assert "diversity" not in card
+    assert verdict(read_run(add_to_result(folder, path_kl=None)), []).sentence.endswith("[+0.100, +0.300].")
+
+
+@pytest.mark.parametrize(
+    ("model", "recorded", "told"),
+    [
+        ({"name": "sd3", "path": None}, None, "sd3"),
+        (
+            {"name": "sd3", "path": "asset:shapes", "lora": "/a/runs/q1/lora"},
+            None,
+            "asset:shapes with the LoRA q1/lora",
+        ),
+        ({"name": "sd3", "path": "x/y", "lora": "/a/style.safetensors"}, None, "x/y with the LoRA style.safetensors"),
+        ({"name": "sd3", "path": "x/y"}, "/models/mine with the LoRA a/b", "mine with the LoRA a/b"),
+    ],
+)
+def test_the_base_is_named_without_this_machines_folders(model, recorded, told, tmp_path):
+    """By base.json, or else by the config; on the page and in the card."""
+    folder = a_whole_run(tmp_path / "run", CONFIG | {"model": model})
+    if recorded:
+        record_base(folder, model=recorded)
+    run = read_run(folder)
+    assert f"<p>nft, tuned on bright (weight 2), against {told}</p>" in page([run])
+    write_card(run, folder / "lora", {"m": BETTER})
+    text = (folder / "lora" / "README.md").read_text()
+    assert f"`{told}`, tuned with condrl by nft." in text
+    assert f"against `{told}`, both drawn" in text
+
+
 # ---------------------------------------------------------------------------------------------- charts
 
 
@@ -178,6 +276,71 @@ def test_many_points_have_a_line_of_their_mean():
     assert max(abs(y - z) for (_, y), (_, z) in zip(smoothed(noisy), line[3:-3], strict=True)) < 0.2
     assert Chart("Reward", [Series("a", noisy)]).html().count("<polyline") == 2
     assert Chart("Reward", [Series("a", noisy[:30])]).html().count("<polyline") == 1
+
+
+def texts(html, kind):
+    """The place, the anchor and the text of each text of a class."""
+    pattern = rf'<text class="{kind}[^"]*" x="([^"]*)" y="[^"]*" text-anchor="([^"]*)">(.*?)</text>'
+    return [(float(x), anchor, text) for x, anchor, text in re.findall(pattern, html)]
+
+
+def test_labels_of_marks_are_not_cut_at_the_right_edge():
+    html = Chart("Reward", [Series("a", [(1, 0.5), (9, 0.75)])], marks=[Mark(2, "1"), Mark(9, "2, 3")]).html()
+    (left, start, _), (right, end, _) = texts(html, "marked")
+    assert (start, end) == ("start", "end")
+    assert left < right < WIDTH
+
+
+def test_a_measures_chart_has_the_bases_line_and_a_title_to_read(tmp_path):
+    folder = record_base(a_whole_run(tmp_path / "run"), {"heldout/bright": 0.25, "validation/bright": 0.5})
+    html = page([read_run(folder)])
+    assert 'aria-label="Validation bright: tuned from 0.5 at epoch 0 to 0.54 at 4; base 0.5"' in html
+    assert html.count('<polyline class="line base"') == html.count("</svg>base: 0.5</li>") == 1
+    assert "validation/bright" not in html
+    record_base(folder, {})
+    add_to_result(folder, before={})
+    assert 'class="line base"' not in (html := page([read_run(folder)]))
+    assert 'aria-label="Validation bright: tuned from 0.52 at epoch 2 to 0.54 at 4"' in html
+
+
+def test_a_share_s_band_stays_within_0_and_1():
+    """Where the base does, too; other measures have bands as wide as they are."""
+    band = Series("a", [(1, 0.05), (2, 0.9)], [0.2, 0.2])
+    assert [low_high[1:] for low_high in band.band((0, 1))] == [(0, 0.25), (pytest.approx(0.7), 1)]
+    places = {}
+    for base in (0.5, 1.5):
+        html = Chart("Share", [band], base=base).html()
+        ys = [float(pair.split(",")[1]) for pair in re.search('<polygon[^>]*points="([^"]*)"', html)[1].split()]
+        ticks = {
+            float(text): float(y) for y, text in re.findall(r'y="([^"]*)" text-anchor="end">([^<]*)</text>', html)[:-1]
+        }
+        zero = ticks[0] - 5 if 0 in ticks else None
+        places[base] = max(ys) - zero
+    assert places[0.5] == pytest.approx(0, abs=0.2)
+    assert places[1.5] > 5
+
+
+def test_all_charts_of_a_run_have_the_same_epochs(tmp_path):
+    """From 0 to the last, wherever their points are."""
+    html = page([read_run(a_whole_run(tmp_path / "run"))])
+    across = [
+        re.findall(r'text-anchor="middle">([^<]*)<', chart) for chart in re.findall("<svg viewBox.*?</svg>", html)
+    ]
+    assert len([ticks for ticks in across if ticks]) > 3
+    assert all(ticks == ["0", "1", "2", "3", "4", "5"] for ticks in across if ticks)
+
+
+def test_more_series_than_colours_are_told_apart():
+    html = Chart("Reward", [Series(str(i), [(1, 0.5), (9, 0.75)]) for i in range(8)]).html()
+    kinds = re.findall('<polyline class="(line [^"]*)"', html)
+    assert len(set(kinds)) == 8
+    assert [f'<line class="{kind}"' in html for kind in kinds] == [True] * 8  # in the legend
+
+
+def test_a_series_keeps_its_colour_where_another_has_no_points():
+    html = Chart("Reward", [Series("a", []), Series("b", [(1, 0.5)])]).html()
+    assert 'class="line c1"' in html
+    assert 'class="line c0"' not in html
 
 
 def test_a_runs_kl_belongs_to_the_evaluation_before(tmp_path):
