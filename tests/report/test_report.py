@@ -25,10 +25,10 @@ from condrl.io.records import write_json
 from condrl.prompts import Row
 from condrl.report.card import write_card
 from condrl.report.charts import WIDTH, Chart, Mark, Scale, Series, apart, number, padded, smoothed
-from condrl.report.comparison import against_kl
+from condrl.report.comparison import against_kl, frontier
 from condrl.report.page import OPENING, page
-from condrl.report.pictures import embedded, gain
-from condrl.report.run import read_run, verdict
+from condrl.report.pictures import embedded, gain, pair_kinds
+from condrl.report.run import read_run, told_apart, verdict
 from condrl.report.usage import diffusers_code
 from condrl.training.evaluate import Estimate, Evaluation, compared
 from condrl.training.folder import MANIFEST, RunFolder
@@ -582,6 +582,253 @@ def test_several_runs_are_compared(tmp_path):
     for i, name in ((1, "one"), (2, "two")):
         assert f'<a href="#run-{i}">{name}</a>' in html
         assert re.search(rf'id="run-{i}"><h2>{name}</h2>', html)
+
+
+def test_runs_on_one_page_have_different_names(tmp_path):
+    """With as many of the folders above as they need."""
+    places = [tmp_path / place for place in ("a/x/run", "b/x/run", "b/y/run", "other")]
+    runs = [read_run(make_run(place)) for place in places]
+    assert [run.name for run in told_apart(runs)] == ["a/x/run", "b/x/run", "y/run", "other"]
+    assert [run.name for run in told_apart(runs[:1])] == ["run"]
+    assert ">y/run</a>" in page(runs)
+
+
+def test_runs_that_do_not_compare_are_warned_of(tmp_path):
+    same = {"lines": [an_epoch(1)], "images": [an_image(0, 0.1, 0.2)], "heldout": {"bright": SAME}}
+    one, two = (read_run(make_run(tmp_path / name, **same)) for name in ("one", "two"))
+    going = read_run(make_run(tmp_path / "going", None, [an_epoch(1)]))
+    other_prompts = read_run(make_run(tmp_path / "prompts", **(same | {"images": [an_image(1, 0.1, 0.2)]})))
+    other_base = read_run(
+        record_base(make_run(tmp_path / "base", **same), model="asset:shapes with the LoRA /x/q1/lora")
+    )
+    config = CONFIG | {"evaluate": {"sampler": {"steps": 30}}}
+    other_sampler = read_run(make_run(tmp_path / "sampler", **same, config=config))
+    assert "do not compare" not in page([one, two, going])
+    for run, reason in (
+        (other_prompts, "held-out prompts"),
+        (other_base, "base models (asset:shapes; asset:shapes with the LoRA q1/lora)"),
+        (other_sampler, "samplers of held-out prompts"),
+    ):
+        assert f"The runs have different {reason}: their numbers do not compare." in page([one, run, going])
+
+
+def test_the_same_prompts_are_side_by_side(tmp_path):
+    """The base once for runs of one base, then each run; only what all drew, from the same noise."""
+    runs = [a_whole_run(tmp_path / name) for name in ("one", "two")]
+    (lines := json.loads(f"[{(runs[1] / 'heldout.jsonl').read_text().strip().replace(chr(10), ',')}]"))[1]["seed"] = 99
+    (runs[1] / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    going = read_run(make_run(tmp_path / "going", None, [an_epoch(1)]))
+    shown = sides(page([*map(read_run, runs), going]))
+    assert shown == [
+        (f"a <b>{i}</b> star, seed {i}", [f"{who}: a <b>{i}</b> star" for who in ("base", "one", "two")])
+        for i in (0, 2)
+    ]
+    record_base(runs[1], model="another")
+    assert sides(page([*map(read_run, runs)]))[0][1] == [
+        f"{who}: a <b>0</b> star" for who in ("base of one", "base of two", "one", "two")
+    ]
+
+
+def sides(html):
+    """What is above each row of pictures, and their texts."""
+    found = re.findall(r'<p>([^<]*)</p><div class="side">(.*?)</div>', html)
+    return [
+        (unescape(above), [unescape(alt) for alt in re.findall('alt="([^"]*)"', images)]) for above, images in found
+    ]
+
+
+def test_measures_by_path_kl_say_their_epochs(tmp_path):
+    """In the epochs' order, whatever the KL; a run without any KL is named below."""
+    lines = [an_epoch(e, base_kl=kl, **{"heldout/bright": 0.1 * e}) for e, kl in ((1, 0.0), (2, 30.0), (3, 10.0))]
+    lines.append(an_epoch(4, base_kl=20.0))
+    zigzag = read_run(make_run(tmp_path / "zigzag", {"bright": BETTER}, lines))
+    without = read_run(make_run(tmp_path / "without", {"bright": BETTER}, [an_epoch(1, **{"heldout/bright": 0.6})]))
+    html = frontier([zigzag, without])
+    places = texts(html, "at c0")
+    assert [text for _, _, text in places] == ["0", "1", "2", "3"]
+    assert places[2][0] < places[3][0] < places[1][0]
+    assert "Not in the charts, for want of a path KL: without." in html
+    assert ">without" not in html
+    assert "for want of" not in frontier([zigzag])
+
+
+def test_few_points_have_labels():
+    points = [(float(i), i % 2) for i in range(40)]
+    html = Chart("Frontier", [Series("a", points, labels=[str(i) for i in range(40)])]).html()
+    named = [text for _, _, text in texts(html, "at c0")]
+    assert len(named) == 6
+    assert (named[0], named[-1]) == ("0", "39")
+    assert html.count("<circle") == 40  # joined as they are: a mean over epochs would say nothing
+    again = Chart("Frontier", [Series("a", [(1, 1), (9, 2)], labels="12"), Series("b", [(1, 1), (5, 1)], labels="34")])
+    assert [text for _, _, text in texts(again.html(), "at c")] == ["1", "2", "4"]  # "3" would be over "1"
+
+
+def test_a_page_of_several_runs_is_small_enough_to_be_mailed(tmp_path):
+    """Also of large pictures, with as much detail as photographs have."""
+    photograph = Image.effect_noise((32, 32), 60).resize((512, 512)).convert("RGB")
+    photograph = Image.blend(photograph, Image.effect_noise((512, 512), 40).convert("RGB"), 0.2)
+    runs = []
+    for name in "abcd":
+        lines = [an_image(i, 0.5, 0.5 + 0.1 * (i % 3 - 1)) for i in range(24)]
+        runs.append(make_run(tmp_path / name, {"bright": BETTER}, [an_epoch(1)], lines))
+        (runs[-1] / "heldout").mkdir()
+        (runs[-1] / "film").mkdir()
+        photograph.save(first := runs[-1] / "heldout" / "00000_base.png")
+        for line in lines:
+            for file in line["pictures"].values():
+                if not (runs[-1] / file).exists():
+                    (runs[-1] / file).hardlink_to(first)
+        for epoch in range(12):
+            for i in range(4):
+                (runs[-1] / "film" / f"epoch_{epoch:05d}_{i}.png").hardlink_to(first)
+    for count in (1, 2, 4):
+        assert len(page([read_run(run) for run in runs[:count]])) < 3e6
+
+
+def test_what_it_took_has_the_hardware_and_the_command(tmp_path):
+    """The command as others can use it, the revision as git shortens it."""
+    words = ["/home/me/condrl/__main__.py", "finetune", "a b", "model.path=/home/me/models/mine", "run.name=x"]
+    folder = add_to_result(
+        a_whole_run(tmp_path / "run"), hardware="one H100", command=words, revision="0123456789abcdef"
+    )
+    html = page([read_run(folder)])
+    assert dict(row for row in tables(html)[-1])["hardware"] == "one H100"
+    assert dict(row for row in tables(html)[-1])["revision"] == "0123456789"
+    assert "condrl finetune 'a b' model.path=path/to/mine run.name=x</pre>" in unescape(html)
+    assert "/home/me" not in html
+
+
+@pytest.mark.parametrize(
+    ("heldout", "has_best", "said", "used"),
+    [
+        ({"bright": BETTER}, True, None, "lora"),
+        ({"bright": SAME}, False, None, "lora"),
+        (
+            {"bright": WORSE},
+            False,
+            "It is worse than its base. Look at the pictures above before you use lora/.",
+            "lora",
+        ),
+        ({"bright": WORSE}, True, "It is worse than its base. Rather use lora_best/", "lora_best"),
+        ({"bright": BETTER, "other": WORSE}, True, "at the cost of other measures. Rather use lora_best/", "lora_best"),
+    ],
+)
+def test_a_lora_that_is_not_better_is_not_recommended(heldout, has_best, said, used, tmp_path):
+    """The best one is, if there is one; nothing to copy has a folder of this machine."""
+    folder = add_to_result(a_whole_run(tmp_path / "run"), heldout=heldout)
+    if has_best:
+        shutil.copytree(folder / "lora", folder / "lora_best")
+    html = page([read_run(folder)])
+    text = plain(re.search("<h2>Use it</h2>(.*?)</section>", html, re.DOTALL)[1])
+    assert text.startswith("condrl:") if said is None else said in text
+    assert f"condrl sample path/to/run{'' if used == 'lora' else '/lora_best'} --prompt" in text
+    assert f'load_lora_weights("path/to/run/{used}"' in text
+    assert f"copy {used}/comfyui_lora.safetensors" in text
+    assert 'from_pretrained("path/to/shapes"' in text
+    assert "asset:shapes comes with condrl: it is condrl/assets/shapes." in text
+    assert str(tmp_path) not in html
+
+
+def test_pictures_say_what_draws_them_again(tmp_path):
+    """Pairs their seeds; strips of film the prompt of the held-out image and the epoch."""
+    folder = a_whole_run(tmp_path / "run")
+    html = page([read_run(folder)])
+    assert 'condrl sample path/to/run --prompt "..." --seeds SEED --compare' in unescape(html)
+    assert [re.search(r"seed (\d)$", caption)[1] for caption in captions(html)] == ["0", "1", "2"]
+    alts = [alt for alt in Reader(html).alts if "epoch" in alt]
+    assert alts == [f"a <b>0</b> star, epoch {epoch}" for epoch in (0, 2, 4)]
+    assert '<p>a &lt;b&gt;0&lt;/b&gt; star</p><div class="film"' in html
+    config = CONFIG | {"prompts": {"validation": "asset:shapes/validation.txt"}}  # then the film is of these
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "validation image 1, epoch 2" in Reader(page([read_run(folder)])).alts
+
+
+def test_what_scrolls_is_reached_by_keys_and_has_a_name(tmp_path):
+    folder = a_whole_run(tmp_path / "run")
+    html = page([read_run(add_to_result(folder, command=["condrl", "finetune"]))])
+    boxes = re.findall(r'<(?:div class="(?:scroll|film)"|pre)([^>]*)>', html)
+    assert len(boxes) == 2 + 1 + 3
+    assert all(re.fullmatch(r' tabindex="0" role="region" aria-label="[^"]+"', box) for box in boxes)
+    assert re.findall("<th(?! scope=)(?!ead)[^>]*>", html) == []
+
+
+def test_a_gain_at_the_cost_of_what_was_not_rewarded_says_so(tmp_path):
+    images = [an_image(0, 0.1, 0.9), an_image(1, 0.2, 0.9), an_image(2, 0.5, 0.5)]
+    for line, (base, tuned) in zip(images, ((1.0, 0.9), (0.5, 0.5), (0.2, None)), strict=True):
+        line["base"]["other"], line["tuned"]["other"] = base, tuned
+    folder = make_run(tmp_path / "run", {"bright": BETTER}, [an_epoch(1)], images)
+    html = page([read_run(folder)])
+    costly, gained, same = captions(html)
+    assert costly.startswith("a <b>0</b> star" + "bright rose from 0.100 to 0.900; other fell from 1.000 to 0.900")
+    assert "Not a plain gain: it came at the cost of other, which was not rewarded." in costly
+    assert "bright rose from 0.200 to 0.900; other 0.500, unchanged" in gained
+    assert "Not a plain gain" not in gained
+    assert "bright 0.500, unchanged; other not measured" in same
+    assert '<span class="up">bright rose' in html
+    assert '<span class="down">other fell' in html
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"rewards": {"other": {"weight": -1.0}}}))
+    assert '<span class="up">other fell' in page([read_run(folder)])
+
+
+def test_the_losses_of_a_hacked_run_are_those_of_what_was_not_rewarded(tmp_path):
+    """However much was gained by what was."""
+    images = [an_image(0, 0.5, 0.1), an_image(1, 0.2, 0.9), an_image(2, 0.4, 0.4)]
+    for line, tuned in zip(images, (1.0, 0.7, 0.4), strict=True):
+        line["base"]["other"], line["tuned"]["other"] = 1.0 - 0.1 * line["row"], tuned
+    run = read_run(make_run(tmp_path / "run", {"bright": BETTER, "other": WORSE}, [an_epoch(1)], images))
+    assert gain(run, images[1]) > 0 > gain(run, images[0])
+    found = {hacked: pair_kinds(run, 8, hacked) for hacked in (False, True)}
+    rows = {hacked: [[line["row"] for line in lines] for lines in kinds.values()] for hacked, kinds in found.items()}
+    assert rows == {False: [[2, 0], [1], []], True: [[2, 1, 0], [], []]}
+    assert headings(page([run]))["h3"] == ["Worst regressions"]
+
+
+def an_evaluations_entry(steps, strength, **more):
+    sampler = {"name": "ddim", "steps": steps, "spacing": None, "eta": 1.0}
+    return {"sampler": sampler, "strength": strength, "heldout": {"bright": BETTER}} | more
+
+
+def record_evaluation(folder, steer, *entries):
+    (folder / "evaluation").mkdir()
+    result = {"base": "asset:shapes", "steer": steer, "prompts": 9, "images_per_prompt": 2, "evaluations": entries}
+    write_json(folder / "evaluation" / "evaluation.json", result)
+    return read_run(folder)
+
+
+def test_later_evaluations_are_on_the_page(tmp_path):
+    entries = [
+        an_evaluations_entry(10, 1.0, path_kl=5.5, diversity=WORSE),
+        an_evaluations_entry(20, 0.5, path_kl=None, diversity=SAME),
+    ]
+    html = page([record_evaluation(a_whole_run(tmp_path / "run"), None, *entries)])
+    assert "9 prompts, 2 images each; tuned beside base; the base is asset:shapes." in html
+    assert tables(html)[1] == [
+        ["sampler", "steps", "strength", "bright, difference", "diversity, difference", "path KL, nats"],
+        ["ddim (eta 1.0)", "10", "1", "+0.200 [+0.100,\xa0+0.300]", "-0.100 [-0.200,\xa0-0.050]", "5.5"],
+        ["ddim (eta 1.0)", "20", "0.5", "+0.200 [+0.100,\xa0+0.300]", "+0.020 [-0.100,\xa0+0.140]", ""],
+    ]
+
+
+def test_later_steering_is_on_the_page_with_its_calls(tmp_path):
+    steer = {"name": "smc", "particles": 4, "rewards": {"bright": {"weight": 1.0}}}
+    entry = an_evaluations_entry(10, None, network_calls={"plain": 10.0, "steered": 42.5})
+    html = page([record_evaluation(a_whole_run(tmp_path / "run"), steer, entry)])
+    assert "steered by smc, particles=4 (rewards: bright), beside plain" in html
+    assert tables(html)[1] == [
+        ["sampler", "steps", "strength", "bright, difference", "network calls"],
+        ["ddim (eta 1.0)", "10", "base", "+0.200 [+0.100,\xa0+0.300]", "10 plain, 42.5 steered"],
+    ]
+
+
+def test_a_card_has_its_limits_also_where_nothing_was_measured(tmp_path):
+    run = read_run(a_whole_run(tmp_path / "run"))
+    for heldout, images in (({"m": BETTER}, run.images), ({}, ())):
+        write_card(run, run.folder / "lora", heldout, images)
+        text = (run.folder / "lora" / "README.md").read_text()
+        limits = text[text.index("## Limits") :]
+        assert "It was tuned on its rewards alone" in limits
+        assert ("Nothing was measured of it" in limits) == (not heldout)
+        assert ("The pictures are of the first held-out prompts" in limits) == bool(images)
 
 
 def test_pictures_are_no_larger_than_needed(tmp_path):
