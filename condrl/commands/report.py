@@ -1,7 +1,8 @@
 """Write a page of a run, or of several beside each other: one HTML file to open, to keep and to mail.
 
-    condrl report runs/quickstart                       writes runs/quickstart/report.html
-    condrl report runs/a runs/b --out comparison.html   several, with their measures against the path KL
+    condrl report runs/quickstart               writes runs/quickstart/report.html
+    condrl report runs/a runs/b                 writes comparison.html: their numbers and pictures beside each other
+    condrl report runs/a runs/b --out ab.html   the same, elsewhere
 
 A run's page can be written while it goes. The file needs nothing else, and nothing is fetched when it is opened.
 """
@@ -15,13 +16,16 @@ from condrl.commands.console import exit_code
 from condrl.errors import UsageError, visible
 from condrl.io.files import check_folder
 
+SEVERAL = "comparison.html"
+
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "condrl report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="by default report.html in the run's folder")
+    where = f"by default report.html in the run's folder; of several runs {SEVERAL} in this one"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=where)
     return parser.parse_args(words)
 
 
@@ -34,10 +38,8 @@ def report(args: argparse.Namespace) -> None:
     from condrl.report.page import write_report
     from condrl.report.run import read_run
 
-    if len(args.runs) > 1 and not args.out:
-        raise UsageError("several runs go on one page: say where it is written, with --out FILE")
-    runs = [read_run(folder) for folder in args.runs]
-    path = args.out or own_page(args.runs[0])
+    runs = [read_run(folder) for folder in {folder.resolve(): folder for folder in args.runs}.values()]
+    path = args.out or (own_page(args.runs[0]) if len(runs) == 1 else Path(SEVERAL))
     check_out(path)
     write_report(runs, path)
     print(visible(f"wrote {path}"))

@@ -7,10 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from condrl.errors import naming
-from condrl.models.loading import hub_id, public_name
+from condrl.models.loading import hub_id
 from condrl.models.lora import LORA_FILE, code_span
-from condrl.report.run import Line, Run, change, recorded
-from condrl.report.usage import base_model, deployed_sampler, diffusers_code, plugin_of, readers, single_file_config
+from condrl.report.charts import number
+from condrl.report.run import DIVERSITY, Line, Run, change, recorded
+from condrl.report.usage import (
+    base_model,
+    deployed_sampler,
+    diffusers_code,
+    for_others,
+    plugin_of,
+    public_base,
+    readers,
+    sampler_text,
+    single_file_config,
+)
 
 PICTURES = 4  # of the first held-out prompts, not of the best ones
 HERE = "path/to/this/folder"
@@ -34,12 +45,12 @@ def write_card(
     """
     drawn = (line for line in images if line.get("pictures"))
     shown = [line for line in drawn if (run.folder / line["pictures"]["tuned"]).is_file()][:PICTURES]
-    for number, line in enumerate(shown):
-        claim(picture := folder / "images" / f"{number}.png")
+    for i, line in enumerate(shown):
+        claim(picture := folder / "images" / f"{i}.png")
         with naming(picture):
             picture.parent.mkdir(exist_ok=True)
             picture.write_bytes((run.folder / line["pictures"]["tuned"]).read_bytes())
-    parts = [summary(run), use(run, folder, strength, place), measured(run, heldout)]
+    parts = [summary(run), use(run, folder, strength, place), measured(run, heldout), limits(heldout, shown)]
     text = front_matter(run, shown, (folder / "model_index.json").is_file()) + "\n".join(filter(None, parts))
     claim(path := folder / "README.md")
     with naming(path):
@@ -51,7 +62,7 @@ def front_matter(run: Run, shown: Sequence[Line], is_whole: bool) -> str:
     from huggingface_hub import ModelCardData
 
     base, plugin = hub_id(base_model(run)), plugin_of(run)
-    widgets = [{"text": line["prompt"], "output": {"url": f"images/{number}.png"}} for number, line in enumerate(shown)]
+    widgets = [{"text": line["prompt"], "output": {"url": f"images/{i}.png"}} for i, line in enumerate(shown)]
     facts: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
@@ -68,7 +79,7 @@ def front_matter(run: Run, shown: Sequence[Line], is_whole: bool) -> str:
 def summary(run: Run) -> str:
     algorithm = (run.config.get("algorithm") or {}).get("name")
     rewards = ", ".join(f"{name} (weight {weight:g})" for name, weight in run.rewards.items()) or "none"
-    base = code_span(public_name(base_model(run)))
+    base = code_span(public_base(run.base))
     ended = "" if run.result else f"\nThe run has not ended: {recorded(run)}, and nothing is measured.\n"
     return f"# {run.name}\n\n{base}, tuned with condrl by {algorithm}. Rewards: {rewards}.\n{ended}"
 
@@ -90,27 +101,32 @@ def use(run: Run, folder: Path, strength: float, place: str) -> str:
     return "## Use it\n\n" + "\n".join(parts)
 
 
-def for_others(model: str) -> str:
-    """A model as somebody else's script has it: by its name on the hub, or without the folders of this machine."""
-    return hub_id(model) or f"path/to/{public_name(model)}"
-
-
 def measured(run: Run, heldout: Mapping[str, Any]) -> str:
     """A table of base, tuned and their paired difference; empty where nothing was measured."""
     if not heldout:
         return ""
-    sampler = deployed_sampler(run)
-    options = ", ".join(f"{key} {value}" for key, value in sampler.items() if key != "name" and value is not None)
-    rows = "".join(f"| {name} | {change(dict(row))} |\n" for name, row in heldout.items())
+    sampler, base = deployed_sampler(run), code_span(public_base(run.base))
+    is_last = heldout == run.measured("lora")[0]  # of which alone the result has more
+    measures = {**heldout, DIVERSITY: run.diversity} if is_last and run.diversity else heldout
+    rows = "".join(f"| {name} | {change(dict(row))} |\n" for name, row in measures.items())
     prompts = len({line["row"] for line in run.images}) or "the run's"
+    spent = f"\nThe path KL to the base is {number(run.path_kl)} nats.\n" if is_last and run.path_kl is not None else ""
     return f"""## Measured
 
-On {prompts} held-out prompts, base and tuned drawn from the same noise at strength 1 by `{sampler.get("name")}`
-({options}). In brackets, the 95 % interval of the paired difference over prompts.
+On {prompts} held-out prompts, against {base}, both drawn from the same noise at strength 1 by
+`{sampler.get("name")}` ({sampler_text(sampler)}). In brackets, the 95 % interval of the paired difference over prompts.
 
 | measure | base to tuned, difference |
 | --- | --- |
-{rows}
-The pictures are of the first held-out prompts, not the best ones. It was tuned on its rewards alone: what they do not
-measure may have become worse, and so may prompts of other kinds than those that it was tuned on.
+{rows}{spent}"""
+
+
+def limits(heldout: Mapping[str, Any], shown: Sequence[Line]) -> str:
+    """What nobody may conclude from the card."""
+    unmeasured = "" if heldout else "Nothing was measured of it: whether it is better than its base is not known.\n"
+    pictures = "The pictures are of the first held-out prompts, not the best ones.\n" if shown else ""
+    return f"""## Limits
+
+{unmeasured}{pictures}It was tuned on its rewards alone: what they do not measure may have become worse, and so may
+prompts of other kinds than those that it was tuned on.
 """

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-WIDTH, HEIGHT = 440, 200  # little more than a phone shows, so that the numbers can be read there
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 14, 34  # margins of the plot
-NEAR = 16  # between marks whose labels would overlap
+WIDTH, HEIGHT = 440, 216  # little more than a phone shows, so that the numbers can be read there
+LEFT, RIGHT, TOP, BOTTOM = 76, 12, 22, 40  # margins of the plot
+LETTER = 9  # the width of a letter, at most
+NEAR = 20  # between marks whose labels would overlap
 COLOURS = 6  # in the page's style
+DASHES = 4  # patterns there, for more series than colours
 FEW = 30  # points that are each shown; of more, a line of their mean is
+NAMED = 6  # points of a series that have their labels written beside them
+UNIT = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,12 @@ class Series:
     name: str
     points: Sequence[tuple[float, float]]
     errors: Sequence[float] = ()  # half the height of a band around each point, if there is one
+    labels: Sequence[str] = ()  # of the points, which are then joined in their order, whatever their places
+
+    def band(self, bounds: tuple[float, float]) -> list[tuple[float, float, float]]:
+        """(x, low, high) around each point."""
+        ends = zip(self.points, self.errors, strict=bool(self.errors))
+        return [(x, max(y - error, bounds[0]), min(y + error, bounds[1])) for (x, y), error in ends]
 
 
 @dataclass(frozen=True)
@@ -39,34 +49,37 @@ class Chart:
     series: Sequence[Series]
     x_label: str = "epoch"
     marks: Sequence[Mark] = field(default=())
+    base: float | None = None  # what the base model has, for a line across
+    span: tuple[float, float] | None = None  # of the horizontal axis; by default the points'
 
     def html(self) -> str:
         """A figure with its legend; empty where there is nothing to draw."""
-        drawn = [series for series in self.series if series.points]
+        drawn = {colour(i): series for i, series in enumerate(self.series) if series.points}
         if not drawn:
             return ""
-        keys = "".join(
-            f'<li><span class="key c{i % COLOURS}"></span>{escape(s.name)}: {number(s.points[-1][1])}</li>'
-            for i, s in enumerate(drawn)
-        )
+        keys = [key(kind, f"{s.name}: {number(s.points[-1][1])}") for kind, s in drawn.items()]
+        if self.base is not None:
+            keys.append(key("base", f"base: {number(self.base)}"))
         return (
-            f'<figure><figcaption>{escape(self.title)}</figcaption>{self._svg(drawn)}<ul class="legend">{keys}</ul>'
-            "</figure>"
+            f'<figure><figcaption>{escape(self.title)}</figcaption>{self._svg(drawn)}<ul class="legend">'
+            f"{''.join(keys)}</ul></figure>"
         )
 
-    def _svg(self, drawn: Sequence[Series]) -> str:
-        xs, ys = self._ranges(drawn)
+    def _svg(self, drawn: Mapping[str, Series]) -> str:
+        every = list(drawn.values())
+        (xs, ys), bounds = self._ranges(every), self._bounds(every)
         across, up = Scale(*xs, LEFT, WIDTH - RIGHT), Scale(*ys, HEIGHT - BOTTOM, TOP)
-        whole = all(x == int(x) for series in drawn for x, _ in series.points)
+        whole = all(x == int(x) for series in every for x, _ in series.points)
         parts = [*axis(across, up, 1.0 if whole else 0.0), *self._marks(across)]
-        for i, series in enumerate(drawn):
-            parts += shape(series, across, up, f"c{i % COLOURS}")
-        label = (
-            f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(self.x_label)}</text>'
-        )
+        if self.base is not None:
+            parts.append(f'<polyline class="line base" points="{path([(x, self.base) for x in xs], across, up)}"/>')
+        for kind, series in drawn.items():
+            parts += shape(series, across, up, kind, bounds)
+        parts += labels(drawn, across, up)
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{escape(self.x_label)}</text>')
         return (
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.in_words(drawn), quote=True)}">'
-            f"{''.join(parts)}{label}</svg>"
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.in_words(every), quote=True)}">'
+            f"{''.join(parts)}</svg>"
         )
 
     def in_words(self, drawn: Sequence[Series]) -> str:
@@ -76,23 +89,44 @@ class Chart:
             f"to {number(s.points[-1][1])} at {number(s.points[-1][0])}"
             for s in drawn
         ]
-        return f"{self.title}: {'; '.join(lines)}"
+        base = [] if self.base is None else [f"base {number(self.base)}"]
+        return f"{self.title}: {'; '.join([*lines, *base])}"
+
+    def _values(self, drawn: Sequence[Series]) -> list[float]:
+        return [y for s in drawn for _, y in s.points] + ([] if self.base is None else [self.base])
+
+    def _bounds(self, drawn: Sequence[Series]) -> tuple[float, float]:
+        """What bands stay within: [0, 1] where all values do, as shares."""
+        return UNIT if all(0 <= y <= 1 for y in self._values(drawn)) else (-math.inf, math.inf)
 
     def _ranges(self, drawn: Sequence[Series]) -> tuple[tuple[float, float], tuple[float, float]]:
-        xs = [x for s in drawn for x, _ in s.points]
-        ys = [y for s in drawn for _, y in s.points]
-        for s in drawn:
-            for (_, y), error in zip(s.points, s.errors, strict=False):
-                ys += [y - error, y + error]
+        xs = self.span or [x for s in drawn for x, _ in s.points]
+        bands = [y for s in drawn for _, *ends in s.band(self._bounds(drawn)) for y in ends]
+        ys = self._values(drawn) + bands
         return padded(min(xs), max(xs), 0.0), padded(min(ys), max(ys), 0.06)
 
     def _marks(self, across: Scale) -> list[str]:
         places = [(across(mark.x), mark.label) for mark in self.marks]
         lines = [f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>' for x, _ in places]
-        return lines + [
-            f'<text class="marked" x="{x + 3:.1f}" y="{TOP + 9}">{escape(", ".join(labels))}</text>'
-            for x, labels in apart(places)
-        ]
+        return lines + [beside(x, TOP - 8, ", ".join(labels), "marked") for x, labels in apart(places)]
+
+
+def colour(i: int) -> str:
+    """The classes of the i-th series: a colour and, when they begin again, a pattern of dashes."""
+    return f"c{i % COLOURS}" + (f" d{i // COLOURS % DASHES}" if i >= COLOURS else "")
+
+
+def key(kind: str, text: str) -> str:
+    """An entry of a legend, with a piece of its line."""
+    line = f'<line class="line {kind}" x1="0" x2="28" y1="5" y2="5"/>'
+    return f'<li><svg class="key" viewBox="0 0 28 10" aria-hidden="true">{line}</svg>{escape(text)}</li>'
+
+
+def beside(x: float, y: float, text: str, kind: str) -> str:
+    """A text to the right of a place, or to its left where it would be cut."""
+    is_cut = x + 4 + LETTER * len(text) > WIDTH
+    place, anchor = (x - 4, "end") if is_cut else (x + 4, "start")
+    return f'<text class="{kind}" x="{place:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def apart(places: Iterable[tuple[float, str]]) -> list[tuple[float, list[str]]]:
@@ -137,31 +171,44 @@ def axis(across: Scale, up: Scale, least: float) -> list[str]:
     for y in up.ticks():
         place = up(y)
         found.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
-        found.append(f'<text class="tick" x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{number(y)}</text>')
+        found.append(f'<text class="tick" x="{LEFT - 6}" y="{place + 5:.1f}" text-anchor="end">{number(y)}</text>')
     for x in across.ticks(least):
         found.append(
-            f'<text class="tick" x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{number(x)}</text>'
+            f'<text class="tick" x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{number(x)}</text>'
         )
     return found
 
 
-def shape(series: Series, across: Scale, up: Scale, colour: str) -> list[str]:
-    """A band, a line and, where they are few, its points."""
-    found = []
-    if series.errors:
-        ends = list(zip(series.points, series.errors, strict=True))
-        upper = [(x, y + error) for (x, y), error in ends]
-        lower = [(x, y - error) for (x, y), error in reversed(ends)]
-        found.append(f'<polygon class="band {colour}" points="{path([*upper, *lower], across, up)}"/>')
-    is_long = len(series.points) > FEW
-    found.append(f'<polyline class="line {colour}{" faint" * is_long}" points="{path(series.points, across, up)}"/>')
+def shape(series: Series, across: Scale, up: Scale, kind: str, bounds: tuple[float, float]) -> list[str]:
+    """A band, a line and, where they are few or have labels, its points."""
+    found, points = [], series.points
+    if band := series.band(bounds):
+        outline = [*((x, high) for x, _, high in band), *((x, low) for x, low, _ in reversed(band))]
+        found.append(f'<polygon class="band {kind}" points="{path(outline, across, up)}"/>')
+    is_long = len(points) > FEW and not series.labels
+    found.append(f'<polyline class="line {kind}{" faint" * is_long}" points="{path(points, across, up)}"/>')
     if is_long:
-        found.append(f'<polyline class="line {colour}" points="{path(smoothed(series.points), across, up)}"/>')
+        found.append(f'<polyline class="line {kind}" points="{path(smoothed(points), across, up)}"/>')
     else:
-        found += [
-            f'<circle class="dot {colour}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>' for x, y in series.points
-        ]
+        found += [f'<circle class="dot {kind}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>' for x, y in points]
     return found
+
+
+def labels(drawn: Mapping[str, Series], across: Scale, up: Scale) -> list[str]:
+    """The labels of some points of each series, but for those that would be written over others."""
+    found, taken = [], list[tuple[float, float]]()
+    for kind, series in drawn.items():
+        for i in spaced(len(series.labels), NAMED):
+            x, y = across(series.points[i][0]), up(series.points[i][1])
+            if all(abs(x - other) > NEAR or abs(y - height) > NEAR for other, height in taken):
+                taken.append((x, y))
+                found.append(beside(x, y - 5, series.labels[i], f"at {kind}"))
+    return found
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """At most so many of the indices below `count`, the first and the last among them."""
+    return list(range(count)) if count <= most else [i * (count - 1) // (most - 1) for i in range(most)]
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,37 @@ from typing import Any
 import yaml
 
 from condrl.errors import naming
-from condrl.io.files import locate
-from condrl.models.loading import hub_id
+from condrl.models.lora import LORA_FILE
 from condrl.report.charts import Chart, Mark, Series, number
-from condrl.report.run import Finding, Line, Run, change, interval, verdict
-from condrl.report.usage import base_model, diffusers_code, readers, single_file_config
+from condrl.report.comparison import comparison, difference
+from condrl.report.html import cells, code, fact, figure, section, table
+from condrl.report.pictures import Room, film, pictures, room_for
+from condrl.report.run import DIVERSITY, Finding, Run, change, measure_title, spent, told_apart, verdict
+from condrl.report.usage import (
+    base_model,
+    command,
+    diffusers_code,
+    for_others,
+    public_base,
+    readers,
+    sampler_text,
+    single_file_config,
+)
 
 OPENING = "<!doctype html>\n<!-- condrl report -->\n"
-MOST_PIXELS = 256  # of a picture's longer side
-SHOWN = 8  # pairs of pictures of each kind
-FILM = 12  # pictures of a film strip
+BAD = {
+    "hacked": "What it was tuned on got better at the cost of other measures",
+    "collapsed": "The run collapsed",
+    "worse": "It is worse than its base",
+}
+COURSE = {
+    "Path KL to the base model, nats": "base_kl",
+    "Path KL in the objective, nats": "path_kl",
+    "How a prompt's images differ": "diversity",
+    "Norm of the gradient": "grad_norm",
+    "What the value network explains": "value_explains",
+}
+MORE = {"diversity, difference": "diversity", "path KL, nats": "path_kl", "network calls": "network_calls"}
 
 STYLE = Path(__file__).with_name("style.css")
 
@@ -39,10 +59,13 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
 
 def page(runs: Sequence[Run]) -> str:
     """The HTML of the page."""
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    body = "".join(run_part(run, "h1" if len(runs) == 1 else "h2") for run in runs)
-    if len(runs) > 1:
-        body = f"<h1>{len(runs)} runs</h1>{table_of(runs)}{section('Reward and KL', frontier(runs))}{body}"
+    runs, room = told_apart(runs), room_for(len(runs))
+    if len(runs) == 1:
+        title, body = runs[0].name, run_part(runs[0], room, 1)
+    else:
+        title = f"{len(runs)} runs"
+        parts = (f'<div id="run-{i}">{run_part(run, room, 2)}</div>' for i, run in enumerate(runs, 1))
+        body = f"<h1>{title}</h1>{comparison(runs, room)}{''.join(parts)}"
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)} · condrl</title><style>{STYLE.read_text('utf-8')}</style>"
@@ -50,32 +73,39 @@ def page(runs: Sequence[Run]) -> str:
     return f'{OPENING}<html lang="en"><head>{head}</head><body><main>{body}</main></body></html>\n'
 
 
-def run_part(run: Run, heading: str) -> str:
+def run_part(run: Run, room: Room, level: int) -> str:
+    """All of a run, below a heading of that level."""
     findings = run.findings()
     found = verdict(run, findings)
-    tone = {"better": "good", "worse": "bad", "hacked": "bad", "collapsed": "bad"}.get(found.word, "")
+    parts = {
+        "What went wrong": diagnoses(findings),
+        "Held-out prompts, base and tuned from the same noise": measures(run),
+        "Its course": f'<div class="charts">{charts(run, findings)}</div>',
+        "Base | tuned": pictures(run, room, found.word == "hacked", level + 2),
+        "One seed over the run": film(run, room),
+        "Evaluations": evaluations(run),
+        "Use it": usage(run, found.word),
+        "What it took": costs(run),
+    }
+    config = code(yaml.safe_dump(run.config, sort_keys=False), "The resolved config")
+    tone = "good" if found.word == "better" else "bad" if found.word in BAD or is_wrong(run, findings) else ""
+    return (
+        f"<h{level}>{escape(run.name)}</h{level}><p>{escape(told(run))}</p>"
+        f'<div class="verdict {tone}" role="status"><strong>{found.word}</strong>. {escape(found.sentence)}</div>'
+        + "".join(section(title, content, level + 1) for title, content in parts.items())
+        + f"<details><summary>The resolved config</summary>{config}</details>"
+    )
+
+
+def told(run: Run) -> str:
+    """What was tuned, on what, and against what it is measured."""
     tuned_on = ", ".join(f"{name} (weight {weight:g})" for name, weight in run.rewards.items()) or "no reward"
-    algorithm, model = (run.config.get(kind) or {} for kind in ("algorithm", "model"))
-    config = escape(yaml.safe_dump(run.config, sort_keys=False))
-    told = f"{algorithm.get('name')} on {model.get('path') or model.get('name')}, tuned on {tuned_on}"
-    parts = [
-        f"<{heading}>{escape(run.name)}</{heading}><p>{escape(told)}</p>",
-        f'<div class="verdict {tone}" role="status"><strong>{found.word}</strong>. {escape(found.sentence)}</div>',
-        section("What went wrong", diagnoses(findings)),
-        section("Held-out prompts, base and tuned from the same noise", measures(run)),
-        section("Its course", f'<div class="charts">{charts(run, findings)}</div>'),
-        section("Base | tuned", pictures(run)),
-        section("One seed over the run", film(run)),
-        section("Use it", usage(run)),
-        section("What it took", costs(run)),
-        f"<details><summary>The resolved config</summary><pre>{config}</pre></details>",
-    ]
-    return "".join(parts)
+    return f"{(run.config.get('algorithm') or {}).get('name')}, tuned on {tuned_on}, against {public_base(run.base)}"
 
 
-def section(title: str, content: str) -> str:
-    """Empty where there is nothing to show."""
-    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content.strip() else ""
+def is_wrong(run: Run, findings: Sequence[Finding]) -> bool:
+    """Whether a run that goes on has something wrong."""
+    return run.result is None and any(finding.lasting for finding in findings)
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -92,69 +122,120 @@ def measures(run: Run) -> str:
     rows = (run.result or {}).get("heldout") or {}
     if not rows:
         return ""
-    body = "".join(measure_row(run, name, row) for name, row in rows.items())
+    body = [measure_row(run, name, row) for name, row in rows.items()]
+    body += [measure_row(run, DIVERSITY, run.diversity)] if run.diversity else []
     best = (run.result or {}).get("best") or {}
-    note = ""
+    note = "" if run.path_kl is None else f"<p>Path KL to the base: {number(run.path_kl)} nats.</p>"
     if best.get("heldout"):
         of = "; ".join(f"{name} {change(row)}" for name, row in best["heldout"].items())
-        note = (
+        note += (
             f"<p>Best on validation prompts: epoch {best['epoch']}, in lora_best/. On held-out ones {escape(of)}.</p>"
         )
-    head = "<tr><th>measure</th><th>base</th><th>tuned</th><th>difference, 95 %</th><th>wins</th><th>rewarded</th></tr>"
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{note}'
+    columns = ("measure", "base", "tuned", "difference, 95 %", "wins", "rewarded")
+    return table(columns, body, "Held-out measures") + note
 
 
 def measure_row(run: Run, name: str, row: dict[str, Any]) -> str:
-    difference = figure(row["difference"]["mean"], "+") + interval(row)
-    tone = {1: "up", -1: "down", 0: ""}[run.gained(name, row)]
     won = row.get("win_rate")  # None where no pair was scored
     wins = "" if won is None else f"{won if run.sign(name) > 0 else 1 - won:.0%}"
     rewarded = ("yes" if run.sign(name) > 0 else "yes, lower") if name in run.rewards else "no"
     base, tuned = (figure(row[who]["mean"]) for who in ("base", "tuned"))
     return (
-        f'<tr><td>{escape(name)}</td><td>{base}</td><td>{tuned}</td><td class="{tone}">{difference}</td>'
-        f"<td>{wins}</td><td>{rewarded}</td></tr>"
+        f'<th scope="row">{escape(name)}</th><td>{base}</td><td>{tuned}</td>{difference(run, name, row)}'
+        f"<td>{wins}</td><td>{rewarded}</td>"
     )
 
 
-def figure(value: float | None, sign: str = "") -> str:
-    return "not measured" if value is None else f"{value:{sign}z.3f}"
-
-
-def usage(run: Run) -> str:
-    """How to load the LoRA; empty before there is one."""
-    if not (run.folder / "lora" / "pytorch_lora_weights.safetensors").is_file():
+def evaluations(run: Run) -> str:
+    """What `condrl evaluate` measured afterwards."""
+    if not run.evaluation:
         return ""
+    found, steer = run.evaluation["evaluations"], run.evaluation.get("steer")
+    names = list(dict.fromkeys(name for entry in found for name in entry["heldout"]))
+    more = [title for title, key in MORE.items() if any(entry.get(key) is not None for entry in found)]
+    rows = [evaluation_row(run, entry, names, more) for entry in found]
+    compared = f"steered by {steered_by(steer)}, beside plain" if steer else "tuned beside base"
+    images = run.evaluation["images_per_prompt"]
+    drawn = f"{run.evaluation['prompts']} prompts, {images} {'image' if images == 1 else 'images'} each"
+    note = f"{drawn}; {compared}; the base is {public_base(run.evaluation['base'])}."
+    columns = ("sampler", "steps", "strength", *(f"{name}, difference" for name in names), *more)
+    return f"<p>{escape(note)}</p>" + table(columns, rows, "Evaluations")
+
+
+def evaluation_row(run: Run, entry: dict[str, Any], names: Sequence[str], more: Sequence[str]) -> str:
+    sampler, strength = dict(entry["sampler"]), entry["strength"]
+    steps = sampler.pop("steps")
+    name = f"{sampler['name']} ({sampler_text(sampler)})" if sampler_text(sampler) else sampler["name"]
+    values = [difference(run, name, entry["heldout"].get(name)) for name in names]
+    values += [extra(run, entry.get(MORE[title])) for title in more]
+    return cells(name, str(steps), "base" if strength is None else f"{strength:g}") + "".join(values)
+
+
+def extra(run: Run, value: Any) -> str:
+    """A cell with a path KL, a diversity's difference, or the calls of plain and steered."""
+    if isinstance(value, dict) and "difference" in value:
+        return difference(run, DIVERSITY, value)
+    if isinstance(value, dict):
+        return f"<td>{number(value['plain'])} plain, {number(value['steered'])} steered</td>"
+    return f"<td>{'' if value is None else number(value)}</td>"
+
+
+def steered_by(section: dict[str, Any]) -> str:
+    """The plugin with its options, and the rewards."""
+    options = [f"{key}={value}" for key, value in section.items() if key not in ("name", "rewards")]
+    rewards = ", ".join(section.get("rewards") or {})
+    return ", ".join([section["name"], *options]) + (f" (rewards: {rewards})" if rewards else "")
+
+
+def usage(run: Run, word: str) -> str:
+    """How to load the LoRA, the best one where the last is not to be recommended; empty before there is one."""
+    there = [name for name in ("lora", "lora_best") if (run.folder / name / LORA_FILE).is_file()]
+    if not there:
+        return ""
+    name, folder = there[-1] if word in BAD else there[0], f"path/to/{run.folder.resolve().name}"
     config = single_file_config(run)
-    where = config if config is None or hub_id(config) else str(locate(config))
-    code = diffusers_code(run, str(locate(base_model(run))), str(run.folder.resolve() / "lora"), where)
+    lines = diffusers_code(run, for_others(base_model(run)), f"{folder}/{name}", config and for_others(config))
+    sample = f'condrl sample {folder}{"" if name == "lora" else f"/{name}"} --prompt "..."'
     return (
-        f"<p>condrl: <code>condrl sample {escape(str(run.folder))} --prompt &quot;...&quot;</code></p>"
-        f"<p>diffusers:</p><pre>{escape(code)}</pre><p>{readers(run)}: copy "
-        "<code>lora/comfyui_lora.safetensors</code> to their folder of LoRAs; strength 1 is what was tuned.</p>"
+        f"{warning(word, name)}<p>condrl: <code>{escape(sample)}</code></p><p>diffusers:</p>"
+        f"{code(lines, 'Code for diffusers')}<p>{readers(run)}: copy <code>{name}/comfyui_lora.safetensors</code> to "
+        f"their folder of LoRAs; strength 1 is what was tuned.</p>{asset_note(run)}"
     )
+
+
+def warning(word: str, name: str) -> str:
+    """What to know before a LoRA is used that is not better."""
+    if word not in BAD:
+        return ""
+    advice = "Look at the pictures above before you use lora/."
+    if name == "lora_best":
+        advice = "Rather use lora_best/, of the epoch that was best on validation prompts, as the lines below do."
+    return f'<p class="down">{BAD[word]}. {advice}</p>'
+
+
+def asset_note(run: Run) -> str:
+    """Where a base is that comes with condrl."""
+    base = base_model(run)
+    if not base.startswith("asset:"):
+        return ""
+    return f"<p>{escape(base)} comes with condrl: it is condrl/assets/{escape(base.removeprefix('asset:'))}.</p>"
 
 
 def costs(run: Run) -> str:
-    result, last = run.result or {}, run.lines[-1] if run.lines else {}
-    seconds = sum(v for line in run.timings for k, v in line.items() if k.startswith("seconds/"))
+    result, took = run.result or {}, spent(run)
     facts = {
         "epochs": len(run.lines),
-        "images": result.get("images", last.get("images")),
-        "network calls": result.get("network_calls", last.get("network_calls")),
-        "seconds": result.get("seconds", round(seconds, 1)),
+        **took,
         "peak memory, GB": result.get("peak_memory_gb"),
+        "hardware": result.get("hardware"),
         "processes": result.get("processes"),
         "seed": result.get("seed"),
-        "revision": result.get("revision"),
+        "revision": (result.get("revision") or "")[:10],
         "versions": ", ".join(f"{name} {version}" for name, version in (result.get("versions") or {}).items()),
     }
-    rows = "".join(f"<tr><th>{k}</th><td>{escape(fact(v))}</td></tr>" for k, v in facts.items() if v not in (None, ""))
-    return f'<div class="scroll"><table>{rows}</table></div>'
-
-
-def fact(value: Any) -> str:
-    return f"{value:,.0f}" if isinstance(value, float) and value == int(value) else str(value)
+    rows = [cells(name, fact(value)) for name, value in facts.items() if value not in (None, "")]
+    line = f"<p>The command:</p>{code(command(result['command']), 'The command')}" if result.get("command") else ""
+    return table((), rows, "What it took") + line
 
 
 # ---------------------------------------------------------------------------------------------- charts
@@ -165,21 +246,15 @@ def charts(run: Run, findings: Sequence[Finding]) -> str:
         Mark(epoch, ", ".join(str(i) for i, f in enumerate(findings, 1) if f.epoch == epoch))
         for epoch in dict.fromkeys(f.epoch for f in findings)
     ]
+    span = (0.0, float(run.lines[-1]["epoch"])) if run.lines else None
+    chart = partial(Chart, marks=marks, span=span)
     rewards = [name for name in run.rewards if run.series(f"reward/{name}")]
-    drawn = [Chart("Reward of the images it learned from", [Series("total", run.series("reward/total"))], marks=marks)]
+    drawn = [chart("Reward of the images it learned from", [Series("total", run.series("reward/total"))])]
     if len(rewards) > 1:
-        each = [Series(name, run.series(f"reward/{name}")) for name in rewards]
-        drawn.append(Chart("Each reward", each, marks=marks))
-    drawn += [Chart(name, [measured(run, name)], marks=marks) for name in run.measures]
-    for title, name in (
-        ("Path KL to the base model, nats", "base_kl"),
-        ("Path KL in the objective, nats", "path_kl"),
-        ("How a prompt's images differ", "diversity"),
-        ("Norm of the gradient", "grad_norm"),
-        ("What the value network explains", "value_explains"),
-    ):
-        drawn.append(Chart(title, [Series(name, run.series(name))], marks=marks))
-    return "".join(chart.html() for chart in drawn)
+        drawn.append(chart("Each reward", [Series(name, run.series(f"reward/{name}")) for name in rewards]))
+    drawn += [chart(measure_title(name), [measured(run, name)], base=run.before.get(name)) for name in run.measures]
+    drawn += [chart(title, [Series(name, run.series(name))]) for title, name in COURSE.items()]
+    return "".join(each.html() for each in drawn)
 
 
 def measured(run: Run, name: str) -> Series:
@@ -188,114 +263,4 @@ def measured(run: Run, name: str) -> Series:
     if name in run.before:
         points = [(0.0, run.before[name]), *points]
         errors = [run.before.get(f"{name}_ci95", 0.0), *errors]
-    return Series(name, points, errors if len(errors) == len(points) else ())
-
-
-def frontier(runs: Sequence[Run]) -> str:
-    """What each run measured against the path KL that it had spent by then."""
-    names = dict.fromkeys(name for run in runs for name in run.measures)
-    drawn = []
-    for name in names:
-        every = [Series(run.name, against_kl(run, name)) for run in runs]
-        drawn.append(Chart(name, every, x_label="path KL to the base model, nats"))
-    html = "".join(chart.html() for chart in drawn)
-    return f'<div class="charts">{html}</div>' if html else ""
-
-
-def against_kl(run: Run, name: str) -> list[tuple[float, float]]:
-    """A measure by the path KL at which it was taken, from the base model's, which has none.
-
-    A line's KL is that before its updates: it belongs to the measures of the epoch before, if there are any.
-    """
-    by_epoch = {line["epoch"]: line for line in run.lines} | {0: run.before}
-    found = [(0.0, float(run.before[name]))] if name in run.before else []
-    for line in run.lines:
-        value = by_epoch.get(line["epoch"] - 1, {}).get(name, line.get(name))
-        if "base_kl" in line and value is not None:
-            found.append((float(line["base_kl"]), float(value)))
-    return list(dict.fromkeys(found))
-
-
-def table_of(runs: Sequence[Run]) -> str:
-    names = dict.fromkeys(name for run in runs for name in (run.result or {}).get("heldout", {}))
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    rows = ""
-    for run in runs:
-        found = (run.result or {}).get("heldout", {})
-        cells = "".join(f"<td>{escape(change(found[n])) if n in found else ''}</td>" for n in names)
-        word = verdict(run, run.findings()).word
-        rows += f"<tr><td>{escape(run.name)}</td><td>{word}</td>{cells}</tr>"
-    return (
-        f'<div class="scroll"><table><thead><tr><th>run</th><th>verdict</th>{head}</tr></thead><tbody>{rows}</tbody>'
-        "</table></div>"
-    )
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-
-def pictures(run: Run) -> str:
-    """The worst regressions and the best gains of those that were drawn, then the first prompts."""
-    drawn = [line for line in run.images if line.get("pictures")]
-    rest = sorted(drawn, key=lambda line: gain(run, line))
-    worse = [line for line in rest if gain(run, line) < 0][:SHOWN]
-    better = [line for line in reversed(rest) if gain(run, line) > 0][:SHOWN]
-    others = [line for line in drawn if line not in worse and line not in better][:SHOWN]
-    kinds = (("Worst regressions", worse), ("Best gains", better), ("Others, in the prompts' order", others))
-    return "".join(
-        f'<h3>{title}</h3><div class="pairs">{"".join(pair(run, line) for line in lines)}</div>'
-        for title, lines in kinds
-        if lines
-    )
-
-
-def gain(run: Run, line: Line) -> float:
-    """What an image gained in all measures, each in units of its spread; one with a negative weight is better lower."""
-    values = [(name, b, line["tuned"].get(name)) for name, b in line["base"].items()]
-    return sum(run.sign(name) * (t - b) / run.spread(name) for name, b, t in values if b is not None and t is not None)
-
-
-def pair(run: Run, line: Line) -> str:
-    images = "".join(
-        f'<img src="{embedded(run.folder / line["pictures"][who])}" alt="{who}: {escape(line["prompt"], quote=True)}">'
-        for who in ("base", "tuned")
-    )
-    scores = ", ".join(f"{name} {figure(b)} to {figure(line['tuned'].get(name))}" for name, b in line["base"].items())
-    return f'<div class="pair"><div>{images}</div><p>{escape(line["prompt"])}</p><p>{escape(scores)}</p></div>'
-
-
-def film(run: Run) -> str:
-    """The same prompts and seeds at each evaluation."""
-    rows = []
-    for number_ in range(SHOWN):
-        files = sorted((run.folder / "film").glob(f"epoch_[0-9]*_{number_}.png"))
-        files = [files[i * (len(files) - 1) // max(1, FILM - 1)] for i in range(FILM)] if len(files) > FILM else files
-        frames = "".join(
-            f'<figure><img src="{embedded(f)}" alt="epoch {epoch_of(f)}"><span>epoch {epoch_of(f)}</span></figure>'
-            for f in files
-        )
-        rows.append(f'<div class="film" tabindex="0">{frames}</div>' if frames else "")
-    return "".join(rows)
-
-
-def epoch_of(file: Path) -> str:
-    return number(int(file.stem.split("_")[1]))
-
-
-def embedded(path: Path) -> str:
-    """A picture as text within the page, no larger than needed; empty where there is none that can be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except OSError:
-        return ""
-    if max(small.size) <= MOST_PIXELS:
-        kind = "png"
-    else:
-        small.thumbnail((MOST_PIXELS, MOST_PIXELS))
-        kind = "jpeg"
-    content = io.BytesIO()
-    small.save(content, kind, quality=85)  # a png is exact
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+    return Series("tuned", points, errors if len(errors) == len(points) else ())

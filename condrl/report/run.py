@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import yaml
 
 from condrl.errors import UsageError
 from condrl.io.records import from_json
+from condrl.report.charts import number
 
 Line = dict[str, Any]
 MEASURED = ("heldout/", "validation/")
+DIVERSITY = "diversity within a prompt"  # its name among the measures
+WITH_LORA = " with the LoRA "
 FALLS = ("reward_fell", "heldout_fell")  # diagnoses of a run that was better before
 
 
@@ -33,21 +36,39 @@ class Finding:
 class Run:
     """A run, finished or not."""
 
+    name: str  # on a page
     folder: Path
     config: dict[str, Any]
     lines: list[Line]  # of metrics.jsonl
     timings: list[Line]
     result: dict[str, Any] | None  # None until the run has ended
     images: list[Line]  # of heldout.jsonl: an image drawn by base and tuned from the same noise
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
+    base_record: dict[str, Any] = field(default_factory=dict)  # base.json, written before the first epoch
+    evaluation: dict[str, Any] | None = None  # what `condrl evaluate` left in the run's folder
 
     @property
     def before(self) -> dict[str, float]:
         """What was measured of the base model."""
-        return dict((self.result or {}).get("before", {}))
+        return without_none(self.base_record.get("measures") or (self.result or {}).get("before", {}))
+
+    @property
+    def base(self) -> str:
+        """The model that was tuned, and the LoRA that the run started from, if any."""
+        if name := self.base_record.get("model"):
+            return str(name)
+        model = self.config.get("model") or {}
+        lora = model.get("lora")
+        return str(model.get("path") or model.get("name")) + (f"{WITH_LORA}{lora}" if lora else "")
+
+    @property
+    def path_kl(self) -> float | None:
+        """The path KL of the tuned chain to the base, nats, where it was measured at the end."""
+        return (self.result or {}).get("path_kl")
+
+    @property
+    def diversity(self) -> dict[str, Any] | None:
+        """How the images of a prompt differ, as a measure's row, where prompts have several."""
+        return (self.result or {}).get("diversity")
 
     def measured(self, lora: str) -> tuple[dict[str, Any], list[Line]]:
         """What the result has of lora/ or lora_best/ on held-out prompts, and the lines of images that it drew."""
@@ -113,11 +134,54 @@ def read_run(folder: Path) -> Run:
     config = read(folder / "config.yaml", yaml.safe_load)
     if not isinstance(config, dict):
         raise UsageError(f"{folder / 'config.yaml'} is not a run's config")
-    lines = [line for line in records(folder / "metrics.jsonl") if isinstance(line.get("epoch"), int)]
-    result = read(folder / "result.json", from_json) if (folder / "result.json").is_file() else None
-    if result is not None and not isinstance(result.get("heldout"), dict):
-        raise UsageError(f"{folder / 'result.json'} is not a run's result")
-    return Run(folder, config, lines, records(folder / "timings.jsonl"), result, records(folder / "heldout.jsonl"))
+    lines = [without_none(x) for x in records(folder / "metrics.jsonl") if isinstance(x.get("epoch"), int)]
+    return Run(
+        folder.resolve().name,
+        folder,
+        config,
+        lines,
+        records(folder / "timings.jsonl"),
+        read_with(folder / "result.json", "heldout", dict, "a run's result"),
+        records(folder / "heldout.jsonl"),
+        read_with(folder / "base.json", "measures", dict, "a record of a base model") or {},
+        read_with(folder / "evaluation" / "evaluation.json", "evaluations", list, "an evaluation's summary"),
+    )
+
+
+def spent(run: Run) -> dict[str, Any]:
+    """The images, network calls and seconds of a run, so far if it goes on."""
+    counts = run.result or (run.lines[-1] if run.lines else {})
+    seconds = sum(v for line in run.timings for k, v in line.items() if k.startswith("seconds/"))
+    found = {"images": counts.get("images"), "network calls": counts.get("network_calls")}
+    return found | {"seconds": counts.get("seconds", round(seconds, 1))}
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs with names that are all different: with the folders above them where they need them."""
+    parts = [run.folder.resolve().parts for run in runs]
+
+    def name(own: tuple[str, ...]) -> str:
+        others = [other for other in parts if other != own]
+        counts = range(1, len(own))
+        needed = next((n for n in counts if all(other[-n:] != own[-n:] for other in others)), len(own))
+        return "/".join(own[-needed:])
+
+    return [replace(run, name=name(own)) for run, own in zip(runs, parts, strict=True)]
+
+
+def without_none(line: Line) -> Line:
+    """A record without the numbers that were not finite."""
+    return {name: value for name, value in line.items() if value is not None}
+
+
+def read_with(path: Path, key: str, kind: type, what: str) -> dict[str, Any] | None:
+    """A JSON file with a value of that kind under a key; None where there is no file."""
+    if not path.is_file():
+        return None
+    found = read(path, from_json)
+    if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+        raise UsageError(f"{path} is not {what}")
+    return found
 
 
 def records(path: Path) -> list[Line]:
@@ -130,13 +194,13 @@ def records(path: Path) -> list[Line]:
 
 def read_lines(path: Path, lines: Iterable[str]) -> list[Line]:
     found = []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             found.append(from_json(line))
         except ValueError as error:
-            raise UsageError(f"{path}, line {number}: {error}") from error
+            raise UsageError(f"{path}, line {place}: {error}") from error
         if not isinstance(found[-1], dict):
-            raise UsageError(f"{path}, line {number}: not a record")
+            raise UsageError(f"{path}, line {place}: not a record")
     return found
 
 
@@ -160,19 +224,30 @@ class Verdict:
 
 
 def verdict(run: Run, findings: Iterable[Finding]) -> Verdict:
-    lasting = {finding.name: finding.epoch for finding in findings if finding.lasting}
+    """What a run has shown, with the path KL that it took, if known."""
+    found = judged(run, {finding.name: finding.epoch for finding in findings if finding.lasting})
+    spent = "" if run.path_kl is None else f" The path KL to the base is {number(run.path_kl)} nats."
+    return replace(found, sentence=found.sentence + spent)
+
+
+def judged(run: Run, lasting: dict[str, int]) -> Verdict:
     if run.result is None:
-        return Verdict("unfinished", f"{recorded(run)}; the result is measured when the run ends.")
+        names = {name: name.replace("heldout", "held-out measure").replace("_", " ") for name in lasting}
+        wrong = ", ".join(f"{names[name]} (first in epoch {epoch})" for name, epoch in lasting.items())
+        so_far = f" Wrong so far: {wrong}." if wrong else ""
+        return Verdict("unfinished", f"{recorded(run)}; the result is measured when the run ends.{so_far}")
     rows = run.result["heldout"]
     if not rows:
         return Verdict("not shown", "There were no held-out prompts or no measures: nothing says whether it is better.")
     better, worse = ({name: row for name, row in rows.items() if run.gained(name, row) == sign} for sign in (1, -1))
-    told = sentences(better or worse or rows)
+    told, changed = sentences(better or worse or rows), sentences({**worse, **better} or rows)
     if "collapse" in lasting:
-        return Verdict("collapsed", f"Since epoch {lasting['collapse']} the images of a prompt hardly differ. {told}")
+        return Verdict(
+            "collapsed", f"Since epoch {lasting['collapse']} the images of a prompt hardly differ. {changed}"
+        )
     fell = [lasting[name] for name in FALLS if name in lasting]
     if fell and not any(name in run.rewards for name in better):
-        return Verdict("collapsed", f"What it had learned was lost again, as seen from epoch {min(fell)} on. {told}")
+        return Verdict("collapsed", f"What it had learned was lost again, as seen from epoch {min(fell)} on. {changed}")
     unrewarded = [name for name in worse if name not in run.rewards]
     if "reward_hacking" in lasting or (unrewarded and any(name in run.rewards for name in better)):
         return Verdict(
@@ -184,6 +259,12 @@ def verdict(run: Run, findings: Iterable[Finding]) -> Verdict:
     if better or worse:
         return Verdict("better" if better else "worse", told)
     return Verdict("not shown", f"No difference is shown: every interval has 0 in it. {told}")
+
+
+def measure_title(name: str) -> str:
+    """A measure's name as people read it: Held-out x for heldout/x."""
+    kind, _, measure = name.partition("/")
+    return f"{'Held-out' if kind == 'heldout' else kind.capitalize()} {measure}"
 
 
 def recorded(run: Run) -> str:

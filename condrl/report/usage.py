@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from condrl.models.latent import InDiffusers
+from condrl.models.loading import hub_id, public_name
 from condrl.registry import model as models
-from condrl.report.run import Run
+from condrl.report.run import WITH_LORA, Run
 
 
 def plugin_of(run: Run) -> Any:
@@ -40,6 +42,38 @@ def base_model(run: Run) -> str:
     """The model that was tuned, as its config has it."""
     model = run.config.get("model") or {}
     return str(model.get("path") or model.get("name"))
+
+
+def for_others(model: str) -> str:
+    """A model as somebody else's script has it: by its name on the hub, or without the folders of this machine."""
+    return hub_id(model) or f"path/to/{public_name(model)}"
+
+
+def public_base(base: str) -> str:
+    """A base's name without the folders of this machine; of a LoRA in a run, the run's name is kept."""
+    model, _, lora = base.partition(WITH_LORA)
+    model = model if model.startswith("asset:") else public_name(model)
+    if not lora:
+        return model
+    parent = Path(lora).parent.name if not hub_id(lora) and Path(lora).name in ("lora", "lora_best") else ""
+    return f"{model}{WITH_LORA}{f'{parent}/' if parent else ''}{Path(lora).name if parent else public_name(lora)}"
+
+
+def sampler_text(sampler: dict[str, Any]) -> str:
+    """The options of a sampler that are set, without its name."""
+    return ", ".join(f"{key} {value}" for key, value in sampler.items() if key != "name" and value is not None)
+
+
+def command(words: list[str]) -> str:
+    """A command line, without the folders of this machine."""
+    program = "condrl" if Path(words[0]).name in ("__main__.py", "condrl") else Path(words[0]).name
+    return shlex.join([program, *map(without_folders, words[1:])])
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line, which may be key=value."""
+    name, equals, value = word.rpartition("=")
+    return f"{name}{equals}{for_others(value) if Path(value).is_absolute() else value}"
 
 
 def single_file_config(run: Run) -> str | None:

@@ -24,9 +24,11 @@ from condrl.commands.result import present
 from condrl.io.records import write_json
 from condrl.prompts import Row
 from condrl.report.card import write_card
-from condrl.report.charts import Chart, Mark, Scale, Series, apart, number, padded, smoothed
-from condrl.report.page import OPENING, against_kl, embedded, gain, page
-from condrl.report.run import read_run, verdict
+from condrl.report.charts import WIDTH, Chart, Mark, Scale, Series, apart, number, padded, smoothed
+from condrl.report.comparison import against_kl, frontier
+from condrl.report.page import OPENING, page
+from condrl.report.pictures import embedded, gain, pair_kinds
+from condrl.report.run import read_run, told_apart, verdict
 from condrl.report.usage import diffusers_code
 from condrl.training.evaluate import Estimate, Evaluation, compared
 from condrl.training.folder import MANIFEST, RunFolder
@@ -125,13 +127,111 @@ def test_a_diagnosis_that_passed_is_told_and_does_not_decide(tmp_path):
     assert "epoch 2, no longer at the end: the images of a prompt" in page([run])
 
 
+def test_a_collapsed_run_tells_losses_and_gains(tmp_path):
+    for name, diagnosis in (("a", "collapse"), ("b", "heldout_fell")):
+        heldout = {"bright": WORSE, "other": BETTER, "third": SAME}
+        run = read_run(make_run(tmp_path / name, heldout, [an_epoch(1, [diagnosis])]))
+        found = verdict(run, run.findings())
+        assert found.word == "collapsed"
+        assert found.sentence.endswith("bright: 0.500 to 0.400, -0.100 [-0.200, -0.050]. " + OTHER_BETTER)
+
+
+OTHER_BETTER = "other: 0.500 to 0.700, +0.200 [+0.100, +0.300]."
+
+
+def record_base(folder, measures=(("heldout/bright", 0.5), ("heldout/bright_ci95", 0.01)), model="asset:shapes"):
+    write_json(folder / "base.json", {"model": model, "measures": dict(measures)})
+    return folder
+
+
+def add_to_result(folder, **more):
+    write_json(folder / "result.json", json.loads((folder / "result.json").read_text()) | more)
+    return folder
+
+
+def test_an_unfinished_run_says_what_is_wrong_so_far(tmp_path):
+    """With the sentences that need the base's measures, and without what has passed."""
+    lines = [
+        an_epoch(1, ["collapse"], **{"reward/total_std": 0.01}),
+        an_epoch(2, ["reward_hacking"], **{"heldout/bright": 0.3, "heldout/bright_ci95": 0.01}),
+    ]
+    run = read_run(record_base(make_run(tmp_path / "run", None, lines)))
+    assert run.before == {"heldout/bright": 0.5, "heldout/bright_ci95": 0.01}
+    sentence = verdict(run, run.findings()).sentence
+    assert "Wrong so far: reward hacking (first in epoch 2)." in sentence
+    assert "collapse" not in sentence
+    assert "held-out measures got worse (heldout/bright from 0.5 to 0.3)" in page([run])
+    assert '<div class="verdict bad"' in page([run])
+
+
+def test_a_measure_that_failed_in_an_epoch_is_not_drawn_there(tmp_path):
+    """A number that was not finite is null in the records."""
+    lines = [an_epoch(1, **{"heldout/bright": 0.6, "heldout/bright_ci95": 0.1}), an_epoch(2, ["reward_hacking"])]
+    lines[1] |= {"heldout/bright": None, "heldout/bright_ci95": None, "reward/total_std": 0.1}
+    run = read_run(record_base(make_run(tmp_path / "run", None, lines), {"heldout/bright": None}))
+    assert run.before == {}
+    assert "Held-out bright: tuned from 0.6 at epoch 1 to 0.6 at 1" in page([run])
+
+
+def test_the_path_kl_and_the_diversity_are_told_where_they_were_measured(tmp_path):
+    folder = a_whole_run(tmp_path / "run")
+    run = read_run(folder)
+    write_card(run, folder / "lora", run.result["heldout"], run.images)
+    for text in (page([run]), (folder / "lora" / "README.md").read_text()):
+        assert "diversity within a prompt" not in text
+        assert "The path KL" not in text
+    run = read_run(add_to_result(folder, path_kl=6.0625, diversity=row(0.3, 0.2, -0.15, -0.05)))
+    write_card(run, folder / "lora", run.result["heldout"], run.images)
+    assert verdict(run, []).sentence.endswith(" The path KL to the base is 6.062 nats.")
+    assert tables(page([run]))[0][-1][:4] == [
+        "diversity within a prompt",
+        "0.300",
+        "0.200",
+        "-0.100 [-0.150,\xa0-0.050]",
+    ]
+    card = (folder / "lora" / "README.md").read_text()
+    assert "| diversity within a prompt | 0.300 to 0.200, -0.100 [-0.150, -0.050] |" in card
+    assert "The path KL to the base is 6.062 nats." in card
+    write_card(run, folder / "lora", {"bright": WORSE})  # of another LoRA than the last, of which only this is known
+    card = (folder / "lora" / "README.md").read_text()
+    assert "path KL" not in card
+    assert "diversity" not in card
+    assert verdict(read_run(add_to_result(folder, path_kl=None)), []).sentence.endswith("[+0.100, +0.300].")
+
+
+@pytest.mark.parametrize(
+    ("model", "recorded", "told"),
+    [
+        ({"name": "sd3", "path": None}, None, "sd3"),
+        (
+            {"name": "sd3", "path": "asset:shapes", "lora": "/a/runs/q1/lora"},
+            None,
+            "asset:shapes with the LoRA q1/lora",
+        ),
+        ({"name": "sd3", "path": "x/y", "lora": "/a/style.safetensors"}, None, "x/y with the LoRA style.safetensors"),
+        ({"name": "sd3", "path": "x/y"}, "/models/mine with the LoRA a/b", "mine with the LoRA a/b"),
+    ],
+)
+def test_the_base_is_named_without_this_machines_folders(model, recorded, told, tmp_path):
+    """By base.json, or else by the config; on the page and in the card."""
+    folder = a_whole_run(tmp_path / "run", CONFIG | {"model": model})
+    if recorded:
+        record_base(folder, model=recorded)
+    run = read_run(folder)
+    assert f"<p>nft, tuned on bright (weight 2), against {told}</p>" in page([run])
+    write_card(run, folder / "lora", {"m": BETTER})
+    text = (folder / "lora" / "README.md").read_text()
+    assert f"`{told}`, tuned with condrl by nft." in text
+    assert f"against `{told}`, both drawn" in text
+
+
 # ---------------------------------------------------------------------------------------------- charts
 
 
 def test_labels_of_marks_are_not_written_over_each_other():
-    assert apart([(100.0, "3"), (10.0, "1"), (20.0, "2"), (35.0, "4, 5"), (51.5, "6")]) == [
+    assert apart([(100.0, "3"), (10.0, "1"), (20.0, "2"), (35.0, "4, 5"), (55.5, "6")]) == [
         (35.0, ["1", "2", "4, 5"]),
-        (51.5, ["6"]),
+        (55.5, ["6"]),
         (100.0, ["3"]),
     ]
 
@@ -178,11 +278,76 @@ def test_many_points_have_a_line_of_their_mean():
     assert Chart("Reward", [Series("a", noisy[:30])]).html().count("<polyline") == 1
 
 
+def texts(html, kind):
+    """The place, the anchor and the text of each text of a class."""
+    pattern = rf'<text class="{kind}[^"]*" x="([^"]*)" y="[^"]*" text-anchor="([^"]*)">(.*?)</text>'
+    return [(float(x), anchor, text) for x, anchor, text in re.findall(pattern, html)]
+
+
+def test_labels_of_marks_are_not_cut_at_the_right_edge():
+    html = Chart("Reward", [Series("a", [(1, 0.5), (9, 0.75)])], marks=[Mark(2, "1"), Mark(9, "2, 3")]).html()
+    (left, start, _), (right, end, _) = texts(html, "marked")
+    assert (start, end) == ("start", "end")
+    assert left < right < WIDTH
+
+
+def test_a_measures_chart_has_the_bases_line_and_a_title_to_read(tmp_path):
+    folder = record_base(a_whole_run(tmp_path / "run"), {"heldout/bright": 0.25, "validation/bright": 0.5})
+    html = page([read_run(folder)])
+    assert 'aria-label="Validation bright: tuned from 0.5 at epoch 0 to 0.54 at 4; base 0.5"' in html
+    assert html.count('<polyline class="line base"') == html.count("</svg>base: 0.5</li>") == 1
+    assert "validation/bright" not in html
+    record_base(folder, {})
+    add_to_result(folder, before={})
+    assert 'class="line base"' not in (html := page([read_run(folder)]))
+    assert 'aria-label="Validation bright: tuned from 0.52 at epoch 2 to 0.54 at 4"' in html
+
+
+def test_a_share_s_band_stays_within_0_and_1():
+    """Where the base does, too; other measures have bands as wide as they are."""
+    band = Series("a", [(1, 0.05), (2, 0.9)], [0.2, 0.2])
+    assert [low_high[1:] for low_high in band.band((0, 1))] == [(0, 0.25), (pytest.approx(0.7), 1)]
+    places = {}
+    for base in (0.5, 1.5):
+        html = Chart("Share", [band], base=base).html()
+        ys = [float(pair.split(",")[1]) for pair in re.search('<polygon[^>]*points="([^"]*)"', html)[1].split()]
+        ticks = {
+            float(text): float(y) for y, text in re.findall(r'y="([^"]*)" text-anchor="end">([^<]*)</text>', html)[:-1]
+        }
+        zero = ticks[0] - 5 if 0 in ticks else None
+        places[base] = max(ys) - zero
+    assert places[0.5] == pytest.approx(0, abs=0.2)
+    assert places[1.5] > 5
+
+
+def test_all_charts_of_a_run_have_the_same_epochs(tmp_path):
+    """From 0 to the last, wherever their points are."""
+    html = page([read_run(a_whole_run(tmp_path / "run"))])
+    across = [
+        re.findall(r'text-anchor="middle">([^<]*)<', chart) for chart in re.findall("<svg viewBox.*?</svg>", html)
+    ]
+    assert len([ticks for ticks in across if ticks]) > 3
+    assert all(ticks == ["0", "1", "2", "3", "4", "5"] for ticks in across if ticks)
+
+
+def test_more_series_than_colours_are_told_apart():
+    html = Chart("Reward", [Series(str(i), [(1, 0.5), (9, 0.75)]) for i in range(8)]).html()
+    kinds = re.findall('<polyline class="(line [^"]*)"', html)
+    assert len(set(kinds)) == 8
+    assert [f'<line class="{kind}"' in html for kind in kinds] == [True] * 8  # in the legend
+
+
+def test_a_series_keeps_its_colour_where_another_has_no_points():
+    html = Chart("Reward", [Series("a", []), Series("b", [(1, 0.5)])]).html()
+    assert 'class="line c1"' in html
+    assert 'class="line c0"' not in html
+
+
 def test_a_runs_kl_belongs_to_the_evaluation_before(tmp_path):
     """It was measured before that epoch's updates."""
     lines = [an_epoch(1, base_kl=0.0, **{"heldout/bright": 0.6}), an_epoch(2, base_kl=5.0, **{"heldout/bright": 0.7})]
     run = read_run(make_run(tmp_path / "run", {"bright": BETTER}, lines))
-    assert against_kl(run, "heldout/bright") == [(0.0, 0.5), (5.0, 0.6)]
+    assert against_kl(run, "heldout/bright") == [(0, 0.0, 0.5), (1, 5.0, 0.6)]
 
 
 def test_where_few_epochs_are_measured_a_kl_belongs_to_its_own_epoch(tmp_path):
@@ -191,7 +356,7 @@ def test_where_few_epochs_are_measured_a_kl_belongs_to_its_own_epoch(tmp_path):
     for epoch, kl, value in ((5, 18.4, 0.6), (10, 27.7, 0.7)):
         lines[epoch - 1] |= {"base_kl": kl, "heldout/bright": value}
     run = read_run(make_run(tmp_path / "run", {"bright": BETTER}, lines))
-    assert against_kl(run, "heldout/bright") == [(0.0, 0.5), (18.4, 0.6), (27.7, 0.7)]
+    assert against_kl(run, "heldout/bright") == [(0, 0.0, 0.5), (5, 18.4, 0.6), (10, 27.7, 0.7)]
 
 
 # ---------------------------------------------------------------------------------------------- pages
@@ -221,6 +386,44 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+SECTIONS = [
+    "What went wrong",
+    "Held-out prompts, base and tuned from the same noise",
+    "Its course",
+    "Base | tuned",
+    "One seed over the run",
+    "Use it",
+    "What it took",
+]
+
+
+def plain(html):
+    return unescape(re.sub("<[^>]*>", "", html))
+
+
+def tables(html):
+    """The texts of each table's cells, row by row."""
+    return [
+        [
+            [plain(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+            for row in re.findall("<tr>.*?</tr>", table)
+        ]
+        for table in re.findall("<table>.*?</table>", html)
+    ]
+
+
+def headings(html):
+    found = {
+        f"h{level}": [plain(text) for text in re.findall(f"<h{level}>(.*?)</h{level}>", html)] for level in range(1, 5)
+    }
+    return {level: texts for level, texts in found.items() if texts}
+
+
+def captions(html):
+    """The texts beside each pair of pictures."""
+    return [plain(text) for text in re.findall('<div class="pair">.*?</div>(.*?)</div>', html)]
 
 
 def an_image(number, base, tuned, pictures=True):
@@ -348,16 +551,13 @@ def test_the_code_tells_diffusers_what_the_model_was_told(model, shown, tmp_path
 
 
 def test_the_code_loads_a_model_of_one_file_as_one(tmp_path):
-    """With its configs where the run had them, and without this machine's folders in a card."""
+    """With its configs where the run had them, and without this machine's folders, on the page and in the card."""
     model = {"name": "stable_diffusion", "path": "/models/mine.safetensors", "single_file_config": "/models/configs"}
     run = read_run(a_whole_run(tmp_path / "run", CONFIG | {"model": model}))
-    assert (
-        'from_single_file("/models/mine.safetensors", torch_dtype=torch.float32, config="/models/configs")'
-        in unescape(page([run]))
-    )
     write_card(run, run.folder / "lora", {}, [])
-    card = (run.folder / "lora" / "README.md").read_text()
-    assert 'from_single_file("path/to/mine.safetensors", torch_dtype=torch.float32, config="path/to/configs")' in card
+    for text in (unescape(page([run])), (run.folder / "lora" / "README.md").read_text()):
+        code = 'from_single_file("path/to/mine.safetensors", torch_dtype=torch.float32, config="path/to/configs")'
+        assert code in text
     assert ".from_pretrained(" in diffusers_code(run, "merged", None)
 
 
@@ -367,7 +567,268 @@ def test_several_runs_are_compared(tmp_path):
     assert Reader(html).open == []
     assert "2 runs" in html
     assert "path KL to the base model, nats" in html
-    assert html.count("0.500 to 0.700, +0.200") >= 4
+    table = tables(html)[0]
+    assert table[0] == ["run", "algorithm", "verdict", "bright, difference", "other, difference",
+                        "network calls", "seconds", "images"]  # fmt: skip
+    expected = ["nft", "better", "+0.200 [+0.100,\xa0+0.300]", "+0.020 [-0.100,\xa0+0.140]", "", "12", "64"]
+    assert table[1:] == [["one", *expected], ["two", *expected]]
+    assert headings(html) == {
+        "h1": ["2 runs"],
+        "h2": ["Comparison", "The same prompts", "Measures by path KL", "one", "two"],
+        "h3": [*SECTIONS, *SECTIONS],
+        "h4": ["Worst regressions", "Best gains", "Others, in the prompts' order"] * 2,
+    }
+    assert headings(page(runs[:1]))["h2"] == SECTIONS
+    for i, name in ((1, "one"), (2, "two")):
+        assert f'<a href="#run-{i}">{name}</a>' in html
+        assert re.search(rf'id="run-{i}"><h2>{name}</h2>', html)
+
+
+def test_runs_on_one_page_have_different_names(tmp_path):
+    """With as many of the folders above as they need."""
+    places = [tmp_path / place for place in ("a/x/run", "b/x/run", "b/y/run", "other")]
+    runs = [read_run(make_run(place)) for place in places]
+    assert [run.name for run in told_apart(runs)] == ["a/x/run", "b/x/run", "y/run", "other"]
+    assert [run.name for run in told_apart(runs[:1])] == ["run"]
+    assert ">y/run</a>" in page(runs)
+
+
+def test_runs_that_do_not_compare_are_warned_of(tmp_path):
+    same = {"lines": [an_epoch(1)], "images": [an_image(0, 0.1, 0.2)], "heldout": {"bright": SAME}}
+    one, two = (read_run(make_run(tmp_path / name, **same)) for name in ("one", "two"))
+    going = read_run(make_run(tmp_path / "going", None, [an_epoch(1)]))
+    other_prompts = read_run(make_run(tmp_path / "prompts", **(same | {"images": [an_image(1, 0.1, 0.2)]})))
+    other_base = read_run(
+        record_base(make_run(tmp_path / "base", **same), model="asset:shapes with the LoRA /x/q1/lora")
+    )
+    config = CONFIG | {"evaluate": {"sampler": {"steps": 30}}}
+    other_sampler = read_run(make_run(tmp_path / "sampler", **same, config=config))
+    assert "do not compare" not in page([one, two, going])
+    for run, reason in (
+        (other_prompts, "held-out prompts"),
+        (other_base, "base models (asset:shapes; asset:shapes with the LoRA q1/lora)"),
+        (other_sampler, "samplers of held-out prompts"),
+    ):
+        assert f"The runs have different {reason}: their numbers do not compare." in page([one, run, going])
+
+
+def test_the_same_prompts_are_side_by_side(tmp_path):
+    """The base once for runs of one base, then each run; only what all drew, from the same noise."""
+    runs = [a_whole_run(tmp_path / name) for name in ("one", "two")]
+    (lines := json.loads(f"[{(runs[1] / 'heldout.jsonl').read_text().strip().replace(chr(10), ',')}]"))[1]["seed"] = 99
+    (runs[1] / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    going = read_run(make_run(tmp_path / "going", None, [an_epoch(1)]))
+    shown = sides(page([*map(read_run, runs), going]))
+    assert shown == [
+        (f"a <b>{i}</b> star, seed {i}", [f"{who}: a <b>{i}</b> star" for who in ("base", "one", "two")])
+        for i in (0, 2)
+    ]
+    record_base(runs[1], model="another")
+    assert sides(page([*map(read_run, runs)]))[0][1] == [
+        f"{who}: a <b>0</b> star" for who in ("base of one", "base of two", "one", "two")
+    ]
+
+
+def sides(html):
+    """What is above each row of pictures, and their texts."""
+    found = re.findall(r'<p>([^<]*)</p><div class="side">(.*?)</div>', html)
+    return [
+        (unescape(above), [unescape(alt) for alt in re.findall('alt="([^"]*)"', images)]) for above, images in found
+    ]
+
+
+def test_measures_by_path_kl_say_their_epochs(tmp_path):
+    """In the epochs' order, whatever the KL; a run without any KL is named below."""
+    lines = [an_epoch(e, base_kl=kl, **{"heldout/bright": 0.1 * e}) for e, kl in ((1, 0.0), (2, 30.0), (3, 10.0))]
+    lines.append(an_epoch(4, base_kl=20.0))
+    zigzag = read_run(make_run(tmp_path / "zigzag", {"bright": BETTER}, lines))
+    without = read_run(make_run(tmp_path / "without", {"bright": BETTER}, [an_epoch(1, **{"heldout/bright": 0.6})]))
+    html = frontier([zigzag, without])
+    places = texts(html, "at c0")
+    assert [text for _, _, text in places] == ["0", "1", "2", "3"]
+    assert places[2][0] < places[3][0] < places[1][0]
+    assert "Not in the charts, for want of a path KL: without." in html
+    assert ">without" not in html
+    assert "for want of" not in frontier([zigzag])
+
+
+def test_few_points_have_labels():
+    points = [(float(i), i % 2) for i in range(40)]
+    html = Chart("Frontier", [Series("a", points, labels=[str(i) for i in range(40)])]).html()
+    named = [text for _, _, text in texts(html, "at c0")]
+    assert len(named) == 6
+    assert (named[0], named[-1]) == ("0", "39")
+    assert html.count("<circle") == 40  # joined as they are: a mean over epochs would say nothing
+    again = Chart("Frontier", [Series("a", [(1, 1), (9, 2)], labels="12"), Series("b", [(1, 1), (5, 1)], labels="34")])
+    assert [text for _, _, text in texts(again.html(), "at c")] == ["1", "2", "4"]  # "3" would be over "1"
+
+
+def test_a_page_of_several_runs_is_small_enough_to_be_mailed(tmp_path):
+    """Also of large pictures, with as much detail as photographs have."""
+    photograph = Image.effect_noise((32, 32), 60).resize((512, 512)).convert("RGB")
+    photograph = Image.blend(photograph, Image.effect_noise((512, 512), 40).convert("RGB"), 0.2)
+    runs = []
+    for name in "abcd":
+        lines = [an_image(i, 0.5, 0.5 + 0.1 * (i % 3 - 1)) for i in range(24)]
+        runs.append(make_run(tmp_path / name, {"bright": BETTER}, [an_epoch(1)], lines))
+        (runs[-1] / "heldout").mkdir()
+        (runs[-1] / "film").mkdir()
+        photograph.save(first := runs[-1] / "heldout" / "00000_base.png")
+        for line in lines:
+            for file in line["pictures"].values():
+                if not (runs[-1] / file).exists():
+                    (runs[-1] / file).hardlink_to(first)
+        for epoch in range(12):
+            for i in range(4):
+                (runs[-1] / "film" / f"epoch_{epoch:05d}_{i}.png").hardlink_to(first)
+    for count in (1, 2, 4):
+        assert len(page([read_run(run) for run in runs[:count]])) < 3e6
+
+
+def test_what_it_took_has_the_hardware_and_the_command(tmp_path):
+    """The command as others can use it, the revision as git shortens it."""
+    words = ["/home/me/condrl/__main__.py", "finetune", "a b", "model.path=/home/me/models/mine", "run.name=x"]
+    folder = add_to_result(
+        a_whole_run(tmp_path / "run"), hardware="one H100", command=words, revision="0123456789abcdef"
+    )
+    html = page([read_run(folder)])
+    assert dict(row for row in tables(html)[-1])["hardware"] == "one H100"
+    assert dict(row for row in tables(html)[-1])["revision"] == "0123456789"
+    assert "condrl finetune 'a b' model.path=path/to/mine run.name=x</pre>" in unescape(html)
+    assert "/home/me" not in html
+
+
+@pytest.mark.parametrize(
+    ("heldout", "has_best", "said", "used"),
+    [
+        ({"bright": BETTER}, True, None, "lora"),
+        ({"bright": SAME}, False, None, "lora"),
+        (
+            {"bright": WORSE},
+            False,
+            "It is worse than its base. Look at the pictures above before you use lora/.",
+            "lora",
+        ),
+        ({"bright": WORSE}, True, "It is worse than its base. Rather use lora_best/", "lora_best"),
+        ({"bright": BETTER, "other": WORSE}, True, "at the cost of other measures. Rather use lora_best/", "lora_best"),
+    ],
+)
+def test_a_lora_that_is_not_better_is_not_recommended(heldout, has_best, said, used, tmp_path):
+    """The best one is, if there is one; nothing to copy has a folder of this machine."""
+    folder = add_to_result(a_whole_run(tmp_path / "run"), heldout=heldout)
+    if has_best:
+        shutil.copytree(folder / "lora", folder / "lora_best")
+    html = page([read_run(folder)])
+    text = plain(re.search("<h2>Use it</h2>(.*?)</section>", html, re.DOTALL)[1])
+    assert text.startswith("condrl:") if said is None else said in text
+    assert f"condrl sample path/to/run{'' if used == 'lora' else '/lora_best'} --prompt" in text
+    assert f'load_lora_weights("path/to/run/{used}"' in text
+    assert f"copy {used}/comfyui_lora.safetensors" in text
+    assert 'from_pretrained("path/to/shapes"' in text
+    assert "asset:shapes comes with condrl: it is condrl/assets/shapes." in text
+    assert str(tmp_path) not in html
+
+
+def test_pictures_say_what_draws_them_again(tmp_path):
+    """Pairs their seeds; strips of film the prompt of the held-out image and the epoch."""
+    folder = a_whole_run(tmp_path / "run")
+    html = page([read_run(folder)])
+    assert 'condrl sample path/to/run --prompt "..." --seeds SEED --compare' in unescape(html)
+    assert [re.search(r"seed (\d)$", caption)[1] for caption in captions(html)] == ["0", "1", "2"]
+    alts = [alt for alt in Reader(html).alts if "epoch" in alt]
+    assert alts == [f"a <b>0</b> star, epoch {epoch}" for epoch in (0, 2, 4)]
+    assert '<p>a &lt;b&gt;0&lt;/b&gt; star</p><div class="film"' in html
+    config = CONFIG | {"prompts": {"validation": "asset:shapes/validation.txt"}}  # then the film is of these
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "validation image 1, epoch 2" in Reader(page([read_run(folder)])).alts
+
+
+def test_what_scrolls_is_reached_by_keys_and_has_a_name(tmp_path):
+    folder = a_whole_run(tmp_path / "run")
+    html = page([read_run(add_to_result(folder, command=["condrl", "finetune"]))])
+    boxes = re.findall(r'<(?:div class="(?:scroll|film)"|pre)([^>]*)>', html)
+    assert len(boxes) == 2 + 1 + 3
+    assert all(re.fullmatch(r' tabindex="0" role="region" aria-label="[^"]+"', box) for box in boxes)
+    assert re.findall("<th(?! scope=)(?!ead)[^>]*>", html) == []
+
+
+def test_a_gain_at_the_cost_of_what_was_not_rewarded_says_so(tmp_path):
+    images = [an_image(0, 0.1, 0.9), an_image(1, 0.2, 0.9), an_image(2, 0.5, 0.5)]
+    for line, (base, tuned) in zip(images, ((1.0, 0.9), (0.5, 0.5), (0.2, None)), strict=True):
+        line["base"]["other"], line["tuned"]["other"] = base, tuned
+    folder = make_run(tmp_path / "run", {"bright": BETTER}, [an_epoch(1)], images)
+    html = page([read_run(folder)])
+    costly, gained, same = captions(html)
+    assert costly.startswith("a <b>0</b> star" + "bright rose from 0.100 to 0.900; other fell from 1.000 to 0.900")
+    assert "Not a plain gain: it came at the cost of other, which was not rewarded." in costly
+    assert "bright rose from 0.200 to 0.900; other 0.500, unchanged" in gained
+    assert "Not a plain gain" not in gained
+    assert "bright 0.500, unchanged; other not measured" in same
+    assert '<span class="up">bright rose' in html
+    assert '<span class="down">other fell' in html
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"rewards": {"other": {"weight": -1.0}}}))
+    assert '<span class="up">other fell' in page([read_run(folder)])
+
+
+def test_the_losses_of_a_hacked_run_are_those_of_what_was_not_rewarded(tmp_path):
+    """However much was gained by what was."""
+    images = [an_image(0, 0.5, 0.1), an_image(1, 0.2, 0.9), an_image(2, 0.4, 0.4)]
+    for line, tuned in zip(images, (1.0, 0.7, 0.4), strict=True):
+        line["base"]["other"], line["tuned"]["other"] = 1.0 - 0.1 * line["row"], tuned
+    run = read_run(make_run(tmp_path / "run", {"bright": BETTER, "other": WORSE}, [an_epoch(1)], images))
+    assert gain(run, images[1]) > 0 > gain(run, images[0])
+    found = {hacked: pair_kinds(run, 8, hacked) for hacked in (False, True)}
+    rows = {hacked: [[line["row"] for line in lines] for lines in kinds.values()] for hacked, kinds in found.items()}
+    assert rows == {False: [[2, 0], [1], []], True: [[2, 1, 0], [], []]}
+    assert headings(page([run]))["h3"] == ["Worst regressions"]
+
+
+def an_evaluations_entry(steps, strength, **more):
+    sampler = {"name": "ddim", "steps": steps, "spacing": None, "eta": 1.0}
+    return {"sampler": sampler, "strength": strength, "heldout": {"bright": BETTER}} | more
+
+
+def record_evaluation(folder, steer, *entries):
+    (folder / "evaluation").mkdir()
+    result = {"base": "asset:shapes", "steer": steer, "prompts": 9, "images_per_prompt": 2, "evaluations": entries}
+    write_json(folder / "evaluation" / "evaluation.json", result)
+    return read_run(folder)
+
+
+def test_later_evaluations_are_on_the_page(tmp_path):
+    entries = [
+        an_evaluations_entry(10, 1.0, path_kl=5.5, diversity=WORSE),
+        an_evaluations_entry(20, 0.5, path_kl=None, diversity=SAME),
+    ]
+    html = page([record_evaluation(a_whole_run(tmp_path / "run"), None, *entries)])
+    assert "9 prompts, 2 images each; tuned beside base; the base is asset:shapes." in html
+    assert tables(html)[1] == [
+        ["sampler", "steps", "strength", "bright, difference", "diversity, difference", "path KL, nats"],
+        ["ddim (eta 1.0)", "10", "1", "+0.200 [+0.100,\xa0+0.300]", "-0.100 [-0.200,\xa0-0.050]", "5.5"],
+        ["ddim (eta 1.0)", "20", "0.5", "+0.200 [+0.100,\xa0+0.300]", "+0.020 [-0.100,\xa0+0.140]", ""],
+    ]
+
+
+def test_later_steering_is_on_the_page_with_its_calls(tmp_path):
+    steer = {"name": "smc", "particles": 4, "rewards": {"bright": {"weight": 1.0}}}
+    entry = an_evaluations_entry(10, None, network_calls={"plain": 10.0, "steered": 42.5})
+    html = page([record_evaluation(a_whole_run(tmp_path / "run"), steer, entry)])
+    assert "steered by smc, particles=4 (rewards: bright), beside plain" in html
+    assert tables(html)[1] == [
+        ["sampler", "steps", "strength", "bright, difference", "network calls"],
+        ["ddim (eta 1.0)", "10", "base", "+0.200 [+0.100,\xa0+0.300]", "10 plain, 42.5 steered"],
+    ]
+
+
+def test_a_card_has_its_limits_also_where_nothing_was_measured(tmp_path):
+    run = read_run(a_whole_run(tmp_path / "run"))
+    for heldout, images in (({"m": BETTER}, run.images), ({}, ())):
+        write_card(run, run.folder / "lora", heldout, images)
+        text = (run.folder / "lora" / "README.md").read_text()
+        limits = text[text.index("## Limits") :]
+        assert "It was tuned on its rewards alone" in limits
+        assert ("Nothing was measured of it" in limits) == (not heldout)
+        assert ("The pictures are of the first held-out prompts" in limits) == bool(images)
 
 
 def test_pictures_are_no_larger_than_needed(tmp_path):
@@ -394,8 +855,24 @@ def test_the_command_writes_into_the_runs_folder_and_lists_it(tmp_path, capsys):
         assert report.main([str(run)]) == 0
     assert f"wrote {run / 'report.html'}" in capsys.readouterr().out
     assert "report.html" in RunFolder(run).listed
-    assert report.main([str(run), str(run), "--out", str(tmp_path / "both.html")]) == 0
-    assert (tmp_path / "both.html").read_text().startswith(OPENING)
+    assert report.main([str(run), "--out", str(tmp_path / "elsewhere.html")]) == 0
+    assert (tmp_path / "elsewhere.html").read_text().startswith(OPENING)
+
+
+def test_the_page_of_several_runs_is_written_here(tmp_path, monkeypatch, capsys):
+    """Unless something else is there; a run that is named twice is one run."""
+    runs = [str(a_whole_run(tmp_path / name)) for name in ("one", "two")]
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert report.main(runs) == 0
+    assert "wrote comparison.html" in capsys.readouterr().out
+    assert "2 runs" in (tmp_path / "comparison.html").read_text()
+    (tmp_path / "comparison.html").write_text("mine")
+    assert report.main(runs) == 2
+    assert "is not a page that condrl wrote" in capsys.readouterr().err
+    assert (tmp_path / "comparison.html").read_text() == "mine"
+    assert report.main([runs[0], runs[0]]) == 0
+    assert (tmp_path / "one" / "report.html").is_file()
 
 
 def test_a_run_does_not_fail_for_its_page(tmp_path, monkeypatch, capsys):
@@ -427,6 +904,8 @@ def test_a_run_that_goes_on_has_a_page(tmp_path):
         (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl, line 1: not a record"),
         (lambda run: (run / "result.json").write_text("{}"), "result.json is not a run's result"),
         (lambda run: (run / "result.json").write_text("NaN"), "cannot read .*result.json"),
+        (lambda run: (run / "result.json").write_text("[]"), "result.json is not a run's result"),
+        (lambda run: (run / "base.json").write_text("{}"), "base.json is not a record of a base model"),
         (lambda run: (run / "report.html").mkdir(), "report.html"),
         (lambda run: (run / "report.html").write_text("mine"), "report.html is in the way, and no run wrote it"),
     ],
@@ -447,8 +926,6 @@ def test_other_files_are_not_replaced(tmp_path, capsys):
     assert "is not a page that condrl wrote" in capsys.readouterr().err
     assert report.main([str(run), "--out", str(mine / "page.html")]) == 2
     assert "mine.html is a file" in capsys.readouterr().err
-    assert report.main([str(run), str(run)]) == 2
-    assert "--out FILE" in capsys.readouterr().err
     assert mine.read_text() == "<!doctype html> my own"
 
 
@@ -516,7 +993,7 @@ def test_a_card_is_written_anew_with_what_was_measured(tmp_path):
     assert text.count("## Measured") == 1
     assert "| m | 0.500 to 0.700, +0.200 [+0.100, +0.300] |" in text
     assert "On 4 held-out prompts" in text
-    assert "`ddim`\n(eta 1.0, spacing trailing, steps 20)" in text  # as the config file has them
+    assert "`ddim` (eta 1.0, spacing trailing, steps 20)" in text  # as the config file has them
     assert "num_inference_steps=20," in text
     names = ["images/0.png", "images/1.png", "images/2.png", "README.md"]  # the fourth image was not drawn
     assert claimed == [run.folder / "lora" / name for name in names]
