@@ -104,11 +104,11 @@ def check_dtype(args: argparse.Namespace) -> None:
 
 
 def loaded(config: Any, lora: Path, strength: float, device: Any, dtype: str | None) -> Any:
-    """The model with a LoRA at some strength, in its own precision or another one, and never quantised."""
+    """The model with a LoRA at some strength, in its own precision or another one, all of its weights as they are."""
     from condrl.models.lora import scale_lora
     from condrl.training.build import make
 
-    section = {name: value for name, value in config.model.items() if name != "quantize"}
+    section = {name: value for name, value in config.model.items() if name not in ("quantize", "offload_vae")}
     section |= {"dtype": dtype} if dtype else {}
     model = make("model", section, device)
     model.load_adapter(lora)
