@@ -2,12 +2,14 @@
 
     condrl export runs/quickstart --to diffusers    the LoRA: runs/quickstart/export/diffusers/
     condrl export runs/quickstart --to kohya        the same for ComfyUI and A1111, in kohya's names
-    condrl export runs/quickstart --to merged       the whole pipeline, with the LoRA in its weights
+    condrl export runs/quickstart --to merged       the whole pipeline in float32, with the LoRA in its weights
+    condrl export runs/quickstart --to merged --dtype bfloat16      half the size; says how much of the LoRA is left
     condrl export runs/quickstart --to diffusers --push OWNER/NAME
 
 Each with its card, README.md, and pictures. The first argument is a run's folder, or a LoRA's folder or file in any
-format; `key=value` overrides change the model that it is for, such as model.path= or model.dtype=float16. --push
-creates a private repository unless it exists, and needs `hf auth login` or HF_TOKEN.
+format; `key=value` overrides change the model that it is for, such as model.path=. A LoRA is merged in float32,
+whatever the run's model.dtype, and half precision rounds some of it away. --push creates a private repository unless
+it exists, and needs `hf auth login` or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from condrl.commands.console import exit_code
 from condrl.commands.sample import in_run, read_words
 from condrl.errors import RunError, UsageError, brief, naming, print_main, visible, warn_of_address_limit
 from condrl.io.files import check_folder
+from condrl.io.overrides import is_setting, setting_keys
 
+MERGED = "merged"
+DTYPES = ("float32", "bfloat16", "float16")
 REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
@@ -36,9 +41,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--to", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder; by default export/ of the run")
     parser.add_argument("--strength", type=float, default=1.0, help="of the LoRA in what is written; 1 is as tuned")
+    parser.add_argument("--dtype", choices=DTYPES, help="of a merged pipeline's weights, by default float32")
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload the folder to the hub")
     parser.add_argument("--public", action="store_true", help="create that repository public, not private")
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--device", default="cpu", help="where the LoRA is merged, by default the cpu")
     return parser.parse_intermixed_args(words)
 
 
@@ -57,6 +63,7 @@ def export(args: argparse.Namespace) -> None:
         raise UsageError("nothing to export: name a run's folder, or a LoRA")
     if not math.isfinite(args.strength):
         raise UsageError(f"--strength must be a finite number, got {args.strength}")
+    check_dtype(args)
     if (home / "config.yaml").is_file() and not (home / "result.json").is_file():
         print_main(f"warning: the run {home} has not ended: this is its last state, and nothing was measured of it")
     out = args.out or in_run(in_run(home / "export") / args.to)
@@ -65,11 +72,13 @@ def export(args: argparse.Namespace) -> None:
         check_hub(args.push)
     elif args.public:
         raise UsageError("--public has no effect without --push OWNER/NAME")
-    model = loaded(config, lora, args.strength, find_device(args.device))
+    dtype = args.dtype or "float32"
+    model = loaded(config, lora, args.strength, find_device(args.device), "float32" if args.to == MERGED else None)
     with naming(out):
         out.mkdir(parents=True, exist_ok=True)
-        FORMATS[args.to](model, lora, out, name_of(home, lora))
-    describe(home, lora, out, args)
+        note = FORMATS[args.to](model, lora, out, name_of(home, lora), dtype)
+    describe(home, lora, out, args, dtype, note)
+    print("".join(f"{line}\n" for line in [note] if line), end="")
     print(visible(f"wrote {out}"))
     if args.push:
         print(visible(f"pushed to {push(out, args.push, args.public)}"))
@@ -82,15 +91,25 @@ def check_new(folder: Path) -> None:
         raise UsageError(f"{folder} is not empty: remove it, or name another folder with --out")
 
 
+def check_dtype(args: argparse.Namespace) -> None:
+    """Raises: UsageError on a precision that would have no effect on what is written."""
+    given = [word for word in args.words if is_setting(word) and setting_keys(word) == ["model", "dtype"]]
+    if given and args.to == MERGED:
+        raise UsageError(f"{given[0]} has no effect, a LoRA is merged in float32: give --dtype for smaller files")
+    if args.dtype and args.to != MERGED:
+        raise UsageError(f"--dtype has no effect on a LoRA, which is float32: it goes with --to {MERGED}")
+
+
 # ---------------------------------------------------------------------------------------------- formats
 
 
-def loaded(config: Any, lora: Path, strength: float, device: Any) -> Any:
-    """The model with a LoRA at some strength; its weights are not quantised, so that a LoRA can be merged into them."""
+def loaded(config: Any, lora: Path, strength: float, device: Any, dtype: str | None) -> Any:
+    """The model with a LoRA at some strength, in its own precision or another one, all of its weights as they are."""
     from condrl.models.lora import scale_lora
     from condrl.training.build import make
 
-    section = {name: value for name, value in config.model.items() if name != "quantize"}
+    section = {name: value for name, value in config.model.items() if name not in ("quantize", "offload_vae")}
+    section |= {"dtype": dtype} if dtype else {}
     model = make("model", section, device)
     model.load_adapter(lora)
     scale_lora(model.module, strength)
@@ -102,13 +121,13 @@ def name_of(home: Path, lora: Path) -> str:
     return home.resolve().name if (home / "config.yaml").is_file() else lora.stem
 
 
-def to_diffusers(model: Any, lora: Path, out: Path, name: str) -> None:
+def to_diffusers(model: Any, lora: Path, out: Path, name: str, dtype: str) -> None:
     from condrl.models.lora import LORA_FILE
 
     save_one(model, lora, LORA_FILE, out / LORA_FILE)
 
 
-def to_kohya(model: Any, lora: Path, out: Path, name: str) -> None:
+def to_kohya(model: Any, lora: Path, out: Path, name: str, dtype: str) -> None:
     from condrl.models.lora import KOHYA_FILE
 
     save_one(model, lora, KOHYA_FILE, out / f"{name}.safetensors")
@@ -124,21 +143,27 @@ def save_one(model: Any, lora: Path, name: str, path: Path) -> None:
         path.write_bytes((Path(scratch) / name).read_bytes())
 
 
-def to_merged(model: Any, lora: Path, out: Path, name: str) -> None:
-    from condrl.models.saving import merge_lora, save_pipeline
+def to_merged(model: Any, lora: Path, out: Path, name: str, dtype: str) -> str | None:
+    """Write the whole pipeline; returns what rounding leaves of the LoRA, in words."""
+    import torch
 
-    merge_lora(model.module)
+    from condrl.models.saving import merge_lora, round_pipeline, save_pipeline
+
+    wanted = getattr(torch, dtype)
+    survival = merge_lora(model.module, wanted)
+    round_pipeline(model.pipe, model.family, wanted)
     save_pipeline(model.pipe, out)
+    return None if wanted == torch.float32 else str(survival)
 
 
-FORMATS: dict[str, Callable[[Any, Path, Path, str], None]] = {
+FORMATS: dict[str, Callable[[Any, Path, Path, str, str], str | None]] = {
     "diffusers": to_diffusers,
     "kohya": to_kohya,
-    "merged": to_merged,
+    MERGED: to_merged,
 }
 
 
-def describe(home: Path, lora: Path, out: Path, args: argparse.Namespace) -> None:
+def describe(home: Path, lora: Path, out: Path, args: argparse.Namespace, dtype: str, note: str | None) -> None:
     """Write the card of what is there; a LoRA without a run has none."""
     from condrl.report.card import HERE, write_card
     from condrl.report.run import read_run
@@ -146,7 +171,7 @@ def describe(home: Path, lora: Path, out: Path, args: argparse.Namespace) -> Non
     if not (home / "config.yaml").is_file():
         return
     run = read_run(home)
-    write_card(run, out, *run.measured(lora.parent.name), args.strength, args.push or HERE)
+    write_card(run, out, *run.measured(lora.parent.name), args.strength, args.push or HERE, dtype=dtype, note=note)
 
 
 # ---------------------------------------------------------------------------------------------- the hub

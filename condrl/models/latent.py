@@ -61,6 +61,8 @@ class LatentModel(ABC):
     lora: str | None = None  # start from this LoRA folder
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     decode_batch: int = 16  # images that the VAE decodes at a time
+    offload_vae: bool = False  # keep the VAE on the host: a layer is on the device only while it computes
+    embeddings_gb: float = 1.0  # of encoded prompts that the host keeps; those beyond it are encoded again
     compile: bool = False  # torch.compile of the network's blocks: minutes at the start, then faster
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class LatentModel(ABC):
             check_quantize(self.quantize, self.torch_dtype, self.device)
         self.evaluations, self.sharded = 0, False
         self.pipe = self.load()
-        self.vae = self.pipe.vae.requires_grad_(False).to(self.device)
+        self.vae = self.place_vae(self.pipe.vae.requires_grad_(False))
         network = getattr(self.pipe, self.prefix).requires_grad_(False)
         if self.quantize:
             quantize_linears(network, self.quantize, self.device)
@@ -80,7 +82,7 @@ class LatentModel(ABC):
         self.schedule: Schedule = self.make_schedule()
         self._numbers: dict[Prompt, int] = {}  # of each prompt
         self._prompts: list[Prompt] = []  # by their numbers
-        self._host_embeddings = Embeddings(self._encoded)
+        self._host_embeddings = Embeddings(self._encoded, round(1e9 * self.embeddings_gb))
         self._table: Encoded = ()  # on the device, of the prompts that were asked for last
         self._places: dict[int, int] = {}  # of prompts, by their numbers, in that table
         self.negative = self.encode([self.negative_prompt])
@@ -122,6 +124,14 @@ class LatentModel(ABC):
         """
         config = self.single_file_config
         return load_pipeline(self.wanted, self.path, self.revision, config, self.torch_dtype, self.variant)
+
+    def place_vae(self, vae: Any) -> Any:
+        """The VAE on the device; with `offload_vae` each of its layers, while it or its gradient is computed."""
+        if not self.offload_vae:
+            return vae.to(self.device)
+        from accelerate import cpu_offload
+
+        return cpu_offload(vae, self.device)
 
     def make_schedule(self) -> Schedule:
         """The forward process that the network was trained on."""
@@ -182,6 +192,8 @@ class LatentModel(ABC):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"config model.{name}: must be at least 1, got {value}")
+        if self.embeddings_gb < 0:
+            raise UsageError(f"config model.embeddings_gb: must be at least 0, got {self.embeddings_gb:g}")
         check_guidance(self.guidance, self.negative_prompt)
         if self.compile and self.quantize == "int8":
             raise UsageError(

@@ -35,11 +35,14 @@ def write_card(
     strength: float = 1.0,
     place: str = HERE,
     claim: Callable[[Path], object] = lambda path: None,
+    dtype: str = "float32",
+    note: str | None = None,
 ) -> None:
     """Write README.md into a folder with what a run tuned, a LoRA or a pipeline, and the pictures that it shows.
 
     `heldout` is what was measured of it, `images` the lines of heldout.jsonl that are of it, `place` where it will be;
-    `claim` is told each file before it is written.
+    `claim` is told each file before it is written. `dtype` is the precision of a pipeline's weights, `note` a remark on
+    it.
 
     Raises: RunError when a file cannot be written.
     """
@@ -50,7 +53,12 @@ def write_card(
         with naming(picture):
             picture.parent.mkdir(exist_ok=True)
             picture.write_bytes((run.folder / line["pictures"]["tuned"]).read_bytes())
-    parts = [summary(run), use(run, folder, strength, place), measured(run, heldout), limits(heldout, shown)]
+    parts = [
+        summary(run),
+        use(run, folder, strength, place, dtype, note),
+        measured(run, heldout),
+        limits(heldout, shown),
+    ]
     text = front_matter(run, shown, (folder / "model_index.json").is_file()) + "\n".join(filter(None, parts))
     claim(path := folder / "README.md")
     with naming(path):
@@ -84,10 +92,11 @@ def summary(run: Run) -> str:
     return f"# {run.name}\n\n{base}, tuned with condrl by {algorithm}. Rewards: {rewards}.\n{ended}"
 
 
-def use(run: Run, folder: Path, strength: float, place: str) -> str:
+def use(run: Run, folder: Path, strength: float, place: str, dtype: str, note: str | None) -> str:
     """How what is in the folder is loaded."""
     if (folder / "model_index.json").is_file():
-        return f"## Use it\n\n```python\n{diffusers_code(run, place, None)}\n```\n"
+        held = f"The weights are {dtype}" + (f": {note}." if note else ".")
+        return f"## Use it\n\n```python\n{diffusers_code(run, place, None, dtype=dtype)}\n```\n\n{held}\n"
     parts = []
     if (folder / LORA_FILE).is_file():
         config = single_file_config(run)

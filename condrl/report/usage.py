@@ -81,10 +81,10 @@ def single_file_config(run: Run) -> str | None:
     return (run.config.get("model") or {}).get("single_file_config")
 
 
-def diffusers_code(run: Run, path: str, lora: str | None, config: str | None = None) -> str:
+def diffusers_code(run: Run, path: str, lora: str | None, config: str | None = None, dtype: str = "float32") -> str:
     """A script that draws with the run's own sampler, where diffusers has it, from a model and perhaps a LoRA.
 
-    `config` is where the configs of a model in one file are.
+    `config` is where the configs of a model in one file are, `dtype` the precision to draw in.
     """
     options, sampler, plugin = run.config.get("model") or {}, {"eta": 1.0, **deployed_sampler(run)}, plugin_of(run)
     flow, pipeline = is_flow(plugin), plugin.family.pipelines[0] if plugin else "DiffusionPipeline"
@@ -103,7 +103,7 @@ def diffusers_code(run: Run, path: str, lora: str | None, config: str | None = N
         "import torch",
         f"from diffusers import {pipeline if flow else f'DDIMScheduler, {pipeline}'}",
         "",
-        f'pipe = {loader}("{path}", torch_dtype=torch.float32{load})',
+        f'pipe = {loader}("{path}", torch_dtype=torch.{dtype}{load})',
         *([f'pipe.load_lora_weights("{lora}", weight_name="pytorch_lora_weights.safetensors")'] if lora else []),
         f"# {note}" if flow else scheduler,
         "image = pipe(",

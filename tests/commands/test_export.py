@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from helpers import ROOT, run_python
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from condrl.__main__ import COMMANDS
 from condrl.commands import export as command
@@ -25,6 +25,7 @@ from condrl.models.lora import KOHYA_FILE, LORA_FILE
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.training.folder import RunFolder
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 ROW = {
     "base": {"mean": 0.5, "ci95": [0.4, 0.6]},
     "tuned": {"mean": 0.7, "ci95": [0.6, 0.8]},
@@ -119,11 +120,61 @@ def test_a_merged_pipeline_has_the_names_of_every_release(run):
     assert lines[1:] == [" ".join(merge) for merge in words["merges"]]
 
 
+def weights_of(lora):
+    """What a LoRA adds to each weight of the UNet."""
+    file, (up, down) = load_file(lora / LORA_FILE), (".lora.up.weight", ".lora.down.weight")
+    names = [key.removesuffix(up) for key in file if key.endswith(up)]
+    assert names
+    return {f"{name.removeprefix('unet.')}.weight": file[name + up] @ file[name + down] for name in names}
+
+
+@pytest.fixture
+def half_run(run):
+    """The run, tuned in bfloat16 with a small LoRA, as such runs have it."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] |= {"dtype": "bfloat16", "offload_vae": True}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    lora = load_file(run / "lora" / LORA_FILE)
+    save_file({key: value / 10 for key, value in lora.items()}, run / "lora" / LORA_FILE, {"format": "pt"})
+    return run
+
+
+def test_a_run_in_half_precision_is_merged_without_rounding(half_run, pipeline, capsys):
+    assert export(half_run, "--to", "merged") == 0
+    assert "survives" not in capsys.readouterr().out
+    out, base = half_run / "export" / "merged", load_file(pipeline / "unet" / WEIGHTS)
+    merged = load_file(out / "unet" / WEIGHTS)
+    for name, change in weights_of(half_run / "lora").items():
+        torch.testing.assert_close(merged[name], base[name] + change)
+    expected = with_lora(pipeline, half_run / "lora", LORA_FILE)
+    assert np.abs(drawn(StableDiffusionPipeline.from_pretrained(out)) - expected).max() <= 1
+    card = (out / "README.md").read_text()
+    assert "torch_dtype=torch.float32" in card
+    assert "The weights are float32." in card
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_rounding_leaves_of_a_lora_is_told(dtype, half_run, pipeline, capsys):
+    """Beside the base model, rounded likewise."""
+    assert export(half_run, "--to", "merged", "--dtype", dtype) == 0
+    out, base = half_run / "export" / "merged", load_file(pipeline / "unet" / WEIGHTS)
+    merged, half = load_file(out / "unet" / WEIGHTS), getattr(torch, dtype)
+    assert {weight.dtype for weight in merged.values()} == {half}
+    changes = weights_of(half_run / "lora")
+    wanted = torch.cat([change.flatten() for change in changes.values()]).double()
+    left = torch.cat([(merged[name].float() - base[name].to(half).float()).flatten() for name in changes]).double()
+    share, stay = 1 - (left - wanted).norm() / wanted.norm(), (left == 0).double().mean()
+    assert 0.3 < share < 0.999
+    line = f"{share:.0%} of the LoRA's change survives rounding to {dtype}; {stay:.0%} of the weights that it changes "
+    assert line + "stay as they were\n" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    assert f"The weights are {dtype}: {line}stay as they were." in card
+    assert f"torch_dtype=torch.{dtype}" in card
+
+
 def test_half_precision_loads_without_a_dtype(run, tmp_path):
-    assert export(run, "--to", "merged", "--out", tmp_path / "half", "model.dtype=float16") == 0
-    assert load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == (
-        torch.float16
-    )
+    assert export(run, "--to", "merged", "--out", tmp_path / "half", "--dtype", "float16") == 0
+    assert load_file(tmp_path / "half" / "unet" / WEIGHTS)["conv_in.weight"].dtype == torch.float16
     assert drawn(StableDiffusionPipeline.from_pretrained(tmp_path / "half")).std() > 0  # all parts of one type
 
 
@@ -192,6 +243,8 @@ def test_a_file_of_another_program_is_converted(run, pipeline, tmp_path):
         (["--to", "kohya", "--out", "full"], "full is not empty: remove it, or name another folder with --out"),
         (["--to", "kohya", "--out", "full/file"], "full/file is a file"),
         (["train.lr=1", "--to", "kohya"], "train.lr=1 has no effect"),
+        (["model.dtype=float16", "--to", "merged"], "model.dtype=float16 has no effect, a LoRA is merged in float32: "),
+        (["--dtype", "float16", "--to", "kohya"], "--dtype has no effect on a LoRA, which is float32"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(words, message, run, tmp_path, capsys, monkeypatch):

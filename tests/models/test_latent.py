@@ -1,0 +1,69 @@
+"""Where a latent model's parts are, and what is kept of its prompts."""
+
+import pytest
+import torch
+from drawing import CPU, PROMPTS, SEEDS, pictures
+
+from condrl import UsageError
+from condrl.plugins.models.stable_diffusion import StableDiffusion
+
+META = torch.device("meta")  # stands in for a GPU: weights there are not on the host
+
+
+def places(network):
+    return {p.device.type for p in network.parameters()}
+
+
+def images_and_gradient(model):
+    """Drawn, encoded again, and the gradient of their squares by the latents."""
+    drawn = pictures(model, PROMPTS, SEEDS)
+    x = model.encode_images(drawn).requires_grad_()
+    (gradient,) = torch.autograd.grad(model.decode(x).square().sum(), x)
+    return drawn, x.detach(), gradient
+
+
+def test_a_vae_off_the_device_draws_the_same(pipeline):
+    """It is whole on no device, before and after, also where its gradient is taken later."""
+    found = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        model = StableDiffusion(CPU, path=str(pipeline), offload_vae=offload, decode_batch=2)
+        with torch.no_grad():
+            before = places(model.vae)
+        found.append(images_and_gradient(model))
+        assert before == places(model.vae) == {"meta" if offload else "cpu"}
+    for plain, offloaded in zip(*found, strict=True):
+        assert torch.equal(plain, offloaded)
+
+
+def test_a_vae_is_kept_on_the_host(pipeline):
+    """Its weights are not lost in between; what it decodes is on the device."""
+    model = StableDiffusion(META, path=str(pipeline), offload_vae=True)
+    layer = model.vae.decoder.conv_in
+    host = layer._hf_hook.weights_map["weight"]
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(layer.weight.device.type))
+    assert model.decode(torch.zeros(1, *model.state_shape, device=META)).device == META
+    assert seen == ["meta"]
+    assert host.device == CPU
+    assert torch.equal(host, StableDiffusion(CPU, path=str(pipeline)).vae.decoder.conv_in.weight)
+
+
+def test_the_host_keeps_as_many_prompts_as_it_is_told_to(pipeline):
+    """The others are encoded again, alike."""
+    found, counts = [], []
+    for gb in (1.0, 0.0):
+        model = StableDiffusion(CPU, path=str(pipeline), embeddings_gb=gb)
+        model.encode_prompts, calls = counting(model.encode_prompts)
+        for prompt in (*PROMPTS, *PROMPTS):
+            found.append(model.embeddings(model.encode([prompt]))[0])
+        counts.append(calls)
+    assert counts == [[1] * 3, [1] * 6]
+    assert all(torch.equal(x, y) for x, y in zip(found[:6], found[6:], strict=True))
+    with pytest.raises(UsageError, match=r"model\.embeddings_gb: must be at least 0, got -1"):
+        StableDiffusion(CPU, path="nowhere", embeddings_gb=-1.0)
+
+
+def counting(encode):
+    calls = []
+    return lambda prompts: calls.append(len(prompts)) or encode(prompts), calls
