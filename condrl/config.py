@@ -47,7 +47,7 @@ class RunConfig:
 
 @dataclass
 class PromptsConfig:
-    train: str = ""  # a .txt file (a prompt per line) or .jsonl (rows with "prompt" and metadata)
+    train: str = ""  # .txt (a prompt per line), .jsonl (rows with "prompt" and metadata), or a folder of pairs
     heldout: str | None = None  # prompts never trained on, for evaluation
     validation: str | None = None  # others, by which the best epoch is chosen (with evaluate.every); null: none is
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from condrl.errors import UsageError, brief
-from condrl.io.files import locate
+from condrl.io.files import exists, locate
 from condrl.io.overrides import TOO_DEEP, is_deep
 from condrl.io.records import from_json
 
 LONGEST = 100_000  # characters of a prompt
+SIDES = ("better", "worse")  # of a pair: the keys of a row, and the folders of a folder of pairs
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,30 @@ class Row:
 
 
 def load_prompts(path: str, key: str) -> list[Row]:
-    """Read a .txt file (a prompt per line) or a .jsonl file (objects with "prompt" and any metadata).
+    """Read a .txt file (a prompt per line), a .jsonl file (objects with "prompt" and any metadata), or pairs.
 
-    A line ends at a newline, or at a carriage return and a newline; nothing else ends one.
+    A line ends at a newline, or at a carriage return and a newline; nothing else ends one. A folder of pairs has
+    better/NAME.png and worse/NAME.png, and the prompt of both in better/NAME.txt or in a line of metadata.jsonl.
 
-    Raises: UsageError naming the config key when the file is missing, empty, or a line of it cannot be read.
+    Raises: UsageError naming the config key when the file is missing, empty, or a line of it cannot be read, and the
+    first image of a folder that has no partner or no prompt.
     """
-    where = f"config {key}: {path}"
+    if path and any(exists(locate(path) / side) for side in SIDES):
+        return _pairs(path, key)
+    return [row for row, _ in _file_rows(path, key)]
+
+
+def _file_rows(path: str, key: str) -> list[tuple[Row, str]]:
+    """The rows of a file, and where each is."""
     lines = [(number, line) for number, line in enumerate(_lines(path, key), 1) if line.strip()]
     if not lines:
         raise UsageError(f"config {key}: the prompt file {path} is empty")
     read = _json_row if path.lower().endswith(".jsonl") else _text_row
+    places = [f"config {key}: {path}, line {number}" for number, _ in lines]
     folder = locate(path).parent
-    return [read(i, line, f"{where}, line {number}", folder) for i, (number, line) in enumerate(lines)]
+    return [
+        (read(i, line, place, folder), place) for i, ((_, line), place) in enumerate(zip(lines, places, strict=True))
+    ]
 
 
 def duplicate_note(rows: Sequence[Row]) -> str | None:
@@ -69,7 +82,9 @@ def _lines(path: str, key: str) -> list[str]:
     try:
         content = file.read_bytes()
     except IsADirectoryError as error:
-        raise UsageError(f"config {key}: {path} is a folder: give a prompt file in it, .txt or .jsonl") from error
+        raise UsageError(
+            f"config {key}: {path} is a folder without better/ and worse/: give a prompt file, .txt or .jsonl"
+        ) from error
     except FileNotFoundError as error:
         raise UsageError(f"config {key}: there is no prompt file {path!r}") from error
     except (OSError, ValueError) as error:  # no permission, or a name that no file can have
@@ -104,6 +119,81 @@ def _json_row(index: int, line: str, where: str, folder: Path) -> Row:
     if is_deep(row):
         raise UsageError(f"{where}: {TOO_DEEP}")
     return Row(index, usable(row.pop("prompt"), where), row, folder)
+
+
+# ---------------------------------------------------------------------------------------------- folders of pairs
+
+
+def _pairs(path: str, key: str) -> list[Row]:
+    """The rows of a folder of pairs, in the order of metadata.jsonl or of their names."""
+    folder, where = locate(path), f"config {key}: {path}"
+    names, listed = _paired(folder, where), folder / "metadata.jsonl"
+    _check_files(folder, set(names), listed.exists(), where)
+    prompts = _listed(str(listed), names, key) if listed.exists() else _captions(folder, names, key)
+    if missing := [name for name in names if name not in prompts]:
+        text = f"better/{Path(missing[0]).with_suffix('.txt')}"
+        raise UsageError(
+            f"{where}: better/{missing[0]} has no prompt ({len(missing)} such): write it into {text}, or into a line "
+            f'of metadata.jsonl with the "file_name" {missing[0]}'
+        )
+    images = {name: {side: f"{side}/{name}" for side in SIDES} for name in prompts}
+    rows = enumerate(prompts.items())
+    return [Row(i, row.prompt, row.metadata | images[name], folder) for i, (name, row) in rows]
+
+
+def _paired(folder: Path, where: str) -> list[str]:
+    """The names of the images that both sides have."""
+    better, worse = ({name for name in _files(folder / side) if _is_image(name)} for side in SIDES)
+    for side, other, alone in (("better", "worse", better - worse), ("worse", "better", worse - better)):
+        if alone:
+            name = min(alone)
+            raise UsageError(f"{where}: {side}/{name} has no partner {other}/{name} ({len(alone)} such)")
+    if not better:
+        raise UsageError(f"{where}: there are no images ({', '.join(IMAGES)}) in better/ and worse/")
+    return sorted(better)
+
+
+def _check_files(folder: Path, names: set[str], is_listed: bool, where: str) -> None:
+    """Raises: UsageError naming a file that is neither an image of a pair nor, without metadata.jsonl, its prompt."""
+    captions = set() if is_listed else {str(Path(name).with_suffix(".txt")) for name in names}
+    for side, known in (("better", names | captions), ("worse", names)):
+        if stray := sorted(_files(folder / side) - known):
+            expected = "images, prompts being in metadata.jsonl" if is_listed else "images and better/NAME.txt alone"
+            raise UsageError(f"{where}: {side}/{stray[0]} has no use: a folder of pairs has {expected}; remove it")
+
+
+def _files(folder: Path) -> set[str]:
+    """The names of what is in a folder, if there is one, but for hidden files."""
+    return {file.name for file in folder.iterdir() if file.name[0] != "."} if folder.is_dir() else set()
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGES
+
+
+def _captions(folder: Path, names: Sequence[str], key: str) -> dict[str, Row]:
+    """The prompt of each better image that has a text beside it."""
+    files = {name: (folder / "better" / name).with_suffix(".txt") for name in names}
+    rows = {name: _file_rows(str(file), key) for name, file in files.items() if file.exists()}
+    for found in rows.values():
+        if len(found) > 1:
+            raise UsageError(f"{found[1][1]}: a pair has one prompt, in one line")
+    return {name: found[0][0] for name, found in rows.items()}
+
+
+def _listed(path: str, names: Sequence[str], key: str) -> dict[str, Row]:
+    """The prompt and other metadata of each image that a line of metadata.jsonl names."""
+    found: dict[str, Row] = {}
+    for row, where in _file_rows(path, key):
+        name = row.metadata.pop("file_name", None)
+        if not isinstance(name, str) or row.metadata.keys() & SIDES:
+            raise UsageError(f'{where}: expected "file_name", which both images have, and neither "better" nor "worse"')
+        if name not in names:
+            raise UsageError(f"{where}: there are no images better/{name} and worse/{name}")
+        if name in found:
+            raise UsageError(f"{where}: {name} has a prompt already, in an earlier line")
+        found[name] = row
+    return found
 
 
 def usable(prompt: str, where: str) -> str:

@@ -97,10 +97,91 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
 
 def test_what_is_no_file(tmp_path):
     assert refused("").startswith("config prompts.train: give a prompt file, .txt")
-    assert "is a folder: give a prompt file in it" in refused(tmp_path)
+    assert "is a folder without better/ and worse/: give a prompt file" in refused(tmp_path)
     assert "there is no prompt file" in refused(tmp_path / "nowhere.txt")
     assert "cannot be read: OSError" in refused("a red star and " * 300)  # a prompt where its file should be
     assert "cannot be read: ValueError" in refused("a\0b")
+
+
+# ---------------------------------------------------------------------------------------------- folders of pairs
+
+
+def pair_folder(folder, texts=(), lines=(), better=("b.png", "a.JPG"), worse=("b.png", "a.JPG")):
+    """Empty images by their names, prompts beside the better ones by theirs, and lines of metadata.jsonl."""
+    for side, names in (("better", better), ("worse", worse)):
+        (folder / side).mkdir(parents=True)
+        for name in names:
+            (folder / side / name).touch()
+    for name, text in dict(texts).items():
+        (folder / "better" / f"{name}.txt").write_text(text)
+    if lines:
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def test_a_folder_of_pairs_has_prompts_beside_its_better_images(tmp_path):
+    folder = pair_folder(tmp_path / "pairs", {"a": "a red star\n", "b": " two blue circles"})
+    (folder / "better" / ".DS_Store").touch()
+    rows = load_prompts(str(folder), "prompts.train")
+    assert rows == [
+        Row(0, "a red star", {"better": "better/a.JPG", "worse": "worse/a.JPG"}),
+        Row(1, "two blue circles", {"better": "better/b.png", "worse": "worse/b.png"}),
+    ]
+    assert all((row.folder / row.metadata[side]).is_file() for row in rows for side in ("better", "worse"))
+
+
+def test_a_folder_of_pairs_has_prompts_and_metadata_in_lines_in_their_order(tmp_path):
+    lines = [
+        {"file_name": "b.png", "prompt": "b", "version": 1, "fault": "size"},
+        {"prompt": "a", "file_name": "a.JPG"},
+    ]
+    rows = load_prompts(str(pair_folder(tmp_path / "pairs", lines=lines)), "prompts.train")
+    first = {"better": "better/b.png", "worse": "worse/b.png", "version": 1, "fault": "size"}
+    assert rows == [Row(0, "b", first), Row(1, "a", {"better": "better/a.JPG", "worse": "worse/a.JPG"})]
+
+
+TEXTS, LINES = {"a": "a", "b": "b"}, [{"prompt": name[0], "file_name": name} for name in ("a.JPG", "b.png")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"worse": ["b.png"]}, r"better/a.JPG has no partner worse/a.JPG (1 such)"),
+        ({"better": []}, r"worse/a.JPG has no partner better/a.JPG (2 such)"),
+        ({"better": [], "worse": []}, "there are no images (.png, .jpg, .jpeg, .webp) in better/ and worse/"),
+        ({"texts": {"b": "b"}}, "better/a.JPG has no prompt (1 such): write it into better/a.txt, or into a line"),
+        ({"lines": LINES[1:]}, "better/a.JPG has no prompt (1 such)"),
+        ({"texts": {"a": "a", "b": "\n"}}, "better/b.txt is empty"),
+        ({"texts": {"a": "a", "b": "b\nc"}}, "better/b.txt, line 2: a pair has one prompt, in one line"),
+        (
+            {"texts": TEXTS | {"c": "c"}},
+            "better/c.txt has no use: a folder of pairs has images and better/NAME.txt alone",
+        ),
+        ({"texts": TEXTS, "worse": ["a.JPG", "b.png", "b.gif"]}, "worse/b.gif has no use"),
+        (
+            {"texts": TEXTS, "lines": LINES},
+            "better/a.txt has no use: a folder of pairs has images, prompts being in meta",
+        ),
+        ({"lines": [*LINES, {"prompt": "c"}]}, 'metadata.jsonl, line 3: expected "file_name"'),
+        ({"lines": [{**LINES[0], "worse": "x.png"}]}, 'neither "better" nor "worse"'),
+        (
+            {"lines": [{"prompt": "c", "file_name": "c.png"}]},
+            "line 1: there are no images better/c.png and worse/c.png",
+        ),
+        ({"lines": [*LINES, LINES[0]]}, "line 3: a.JPG has a prompt already, in an earlier line"),
+        ({"lines": [{"file_name": "a.JPG"}]}, 'line 1: expected an object with a "prompt" that is text'),
+    ],
+)
+def test_a_pair_that_is_none_is_named(given, message, tmp_path):
+    assert message in refused(pair_folder(tmp_path / "pairs", **given))
+
+
+def test_one_side_alone_has_no_partners(tmp_path):
+    folder = pair_folder(tmp_path / "pairs", TEXTS)
+    for file in (folder / "worse").iterdir():
+        file.unlink()
+    (folder / "worse").rmdir()
+    assert "better/a.JPG has no partner worse/a.JPG (2 such)" in refused(folder)
 
 
 def test_duplicates_are_told_once():

@@ -40,6 +40,7 @@ def graded(folder, line, side):
 
 def test_one_obeys_and_the_other_does_not(folder):
     found = lines(folder)
+    assert {line["version"] for line in found} == {1}
     assert [line["prompt"] for line in found] == [prompt for prompt in PROMPTS for _ in range(10)]
     assert len({path for line in found for path in (line["better"], line["worse"])}) == 80
     for line in found:

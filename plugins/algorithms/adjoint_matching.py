@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +16,22 @@ from condrl.algorithms.needs import Need, markov_steps, noisy_steps, reward_grad
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
+from condrl.diffusion.transition import Transition
+
+
+def lean(policy: Policy, x: Tensor, k: Tensor, condition: Tensor, base: Transition, later: Tensor) -> Tensor:
+    """The adjoint (B, ...) at x (B, ...) of that at the next state, through the pretrained step alone."""
+    return torch.autograd.grad(base.mean, x, later)[0]
+
+
+def continuous(policy: Policy, x: Tensor, k: Tensor, condition: Tensor, base: Transition, later: Tensor) -> Tensor:
+    """The same through the policy's step, and with the gradient of the step's own KL."""
+    own = policy.transition(x, k, condition)
+    cost = own.kl(base).sum() if policy.sampler.stochastic[k[0]] else 0.0  # a step without noise has none
+    return torch.autograd.grad((own.mean * later).sum() + cost, x)[0]
+
+
+ADJOINTS: dict[str, Callable[..., Tensor]] = {"lean": lean, "continuous": continuous}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +49,12 @@ class AdjointMatching(Algorithm):
 
     The adjoint is -grad r / kappa at the sample, carried back through the pretrained chain; a step should then move its
     mean by -S^2 times the adjoint of the next state. The optimum is a fixed point at every number of steps, and the
-    only one where kappa / S^2 exceeds the curvature of what is expected later, as in short steps.
+    only one where kappa / S^2 exceeds the curvature of what is expected later, as in short steps. The continuous
+    adjoint is the paper's baseline: the gradient is that of draft with the same kappa.
     """
 
     kappa: float = 1.0  # reward per nat of path KL to the pretrained model
+    adjoint: Literal["lean", "continuous"] = "lean"  # back through the pretrained chain; or the policy's and its KL
 
     def __post_init__(self) -> None:
         self.require_positive("kappa")
@@ -60,11 +80,11 @@ class AdjointMatching(Algorithm):
         reward = experience.score(policy.model.decode(x), images).sum()
         adjoint = -torch.autograd.grad(reward, x)[0] / self.kappa
         for k in reversed(range(policy.steps)):
-            x = states[k].requires_grad_()
+            x, steps = states[k].requires_grad_(), torch.full((len(condition),), k)
             with policy.model.reference():
-                base = policy.transition(x, torch.full((len(x),), k), condition)
+                base = policy.transition(x, steps, condition)
             found.append((k, base.mean.detach() - base.std.square() * adjoint))
-            (adjoint,) = torch.autograd.grad(base.mean, x, adjoint)
+            adjoint = ADJOINTS[self.adjoint](policy, x, steps, condition, base, adjoint)
         return found
 
     def loss(self, policy: Policy, batch: Targets) -> tuple[Tensor, Metrics]:

@@ -16,10 +16,10 @@ from condrl.algorithms.preferences import NoisedPairs, NoisedPreferences
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.policy import Policy
-from condrl.prompts import Row
+from condrl.prompts import SIDES, Row
 from condrl.rewards.pixels import read_image
 
-SIDES = ("better", "worse")
+VERSION = 1  # of a pair's record
 HELDOUT_DRAWS = 10  # times at which a held-out pair is noised
 
 
@@ -45,9 +45,10 @@ def one_image_a_row(setting: Setting) -> None:
 class DiffusionDPO(NoisedPreferences):
     """Raises the better image's likelihood over the worse one's, from pairs in prompts.train (Wallace et al. 2024).
 
-    A row has "prompt", "better" and "worse": image files, or points of a toy. -log sigmoid(kappa (ratio of the better -
-    ratio of the worse)) is minimised, ratios being the evidence bounds of log p_theta / p_pre under the sampler's own
-    chain, so kappa is the weight of the path KL for rewards by which a pair is preferred with odds exp(r - r').
+    A row has "prompt", "better" and "worse", image files or a toy's points; docs/running.md has the format, and that of
+    folders. -log sigmoid(kappa (ratio of the better - ratio of the worse)) is minimised, ratios being the evidence
+    bounds of log p_theta / p_pre under the sampler's own chain, so kappa is the weight of the path KL for rewards by
+    which a pair is preferred with odds exp(r - r').
     """
 
     uses_rewards = False
@@ -109,8 +110,13 @@ def encoded(policy: Policy, rows: Sequence[Row]) -> Tensor:
 
 
 def check_pairs(policy: Policy, rows: Sequence[Row], name: str) -> None:
-    """Raises: UsageError naming a row of prompts.<name> that has no pair."""
+    """Raises: UsageError naming a row of prompts.<name> that has no pair, or one of another version."""
     for row in rows:
+        if row.metadata.get("version", VERSION) != VERSION:
+            raise condrl.UsageError(
+                f'config prompts.{name}: row {row.index + 1} has "version" {row.metadata["version"]!r}: diffusion_dpo '
+                f"reads pairs of version {VERSION} (docs/running.md)"
+            )
         for side in SIDES:
             check_side(row, side, policy.model.sample_shape, name)
 

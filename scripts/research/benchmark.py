@@ -15,7 +15,7 @@
 
 `key=value` overrides change configs/quickstart.yaml, the recipes in configs/shapes, or the toys' configs for the last
 four. `images` keeps its runs under --folder and resumes them when it is started again; seeds that --json FILE has
-are kept and not run again.
+are kept and not run again, as are its rows by `exact`.
 --json FILE writes what was measured.
 """
 
@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from full_size import REWARDS, save_sd15
-from image_table import DEPLOYED, images, signal
+from image_table import DEPLOYED, images, read, signal
 from tqdm import tqdm
 
 from condrl.algorithms.examples import RatioExamples, check_ratios
@@ -298,8 +298,29 @@ def reward_cost(name: str, repeats: int, threads: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- toys
 
 TOYS = Path(__file__).resolve().parents[2] / "configs" / "toy"
-ALGORITHMS = ("reinforce", "ddpo", "dpok", "grpo", "ctrl", "draft", "adjoint_matching", "rwr", "log_variance", "d3po")
+ANCHORED = "temperature=0 normalise=false adaptive=false draws=8 times=[0.008,0.99]"  # nft with kappa alone
+ALGORITHMS = {  # that have a kappa and learn from rewards, with the options by which one runs on a toy
+    "reinforce": "",
+    "ddpo": "",
+    "dpok": "",
+    "grpo": "clip_range=0.2",  # its own is for tens of thousands of dimensions
+    "ctrl": "",
+    "draft": "",
+    "alignprop": "",
+    "adjoint_matching": "",
+    "log_variance": "",
+    "feynman_kac": "",
+    "nft": f"{ANCHORED} stages=2",
+    "rwr": "",
+    "d3po": "",
+    "online_dpo": "",
+}
 Row = dict[str, Any]
+
+
+def options_of(algorithm: str) -> list[str]:
+    """The overrides by which an algorithm runs on a toy."""
+    return [f"algorithm.{option}" for option in ALGORITHMS.get(algorithm, "").split()]
 
 
 def toy_trainer(problem: str, overrides: list[str]) -> Trainer:
@@ -311,14 +332,53 @@ def toy_trainer(problem: str, overrides: list[str]) -> Trainer:
 
 
 def exact(config: Config, args: argparse.Namespace) -> list[Row]:
-    """Rows of algorithm x problem x seed: how much of the gap to the best possible objective was closed."""
-    rows: list[Row] = []
+    """Rows of algorithm x problem x seed: how much of the gap to the best possible objective was closed.
+
+    Rows of the file `--json` stay, and are not run again unless by other options.
+    """
+    rows: list[Row] = read(args.json) if args.json and args.json.exists() else []
+    known = {key_of(row) for row in rows}
     for problem, algorithm, seed in itertools.product(args.problems, args.algorithms, range(args.seeds)):
-        overrides = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", f"run.seed={seed}", *args.words]
-        row = {"algorithm": algorithm, "problem": problem, "seed": seed, **gap(problem, overrides)}
-        row |= {"words": args.words, "revision": provenance()["revision"]}
+        words = [*options_of(algorithm), *args.words]
+        row = {"algorithm": algorithm, "problem": problem, "seed": seed, "words": words}
+        if key_of(row) in known:
+            continue
+        overrides = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", f"run.seed={seed}", *words]
+        row |= {**gap(problem, overrides), "revision": provenance()["revision"]}
         keep(rows, row, f"{algorithm:<16} {problem} seed {seed}", args)
+    print(markdown(rows), flush=True)
     return rows
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What tells two rows of `exact` apart."""
+    return (row["algorithm"], row["problem"], row["seed"], *row["words"])
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table of docs/measured.md: the range of the gap closed over seeds, and the mean KL to p*, by problem."""
+    problems = ("g1", "m1", "p1")
+    heads = [f"{problem.upper()}: gap closed | KL to p*" for problem in problems]
+    lines = [f"| algorithm | seeds | {' | '.join(heads)} |", "| --- " * 8 + "|"]
+    for algorithm in ALGORITHMS:
+        own = [row for row in rows if row["algorithm"] == algorithm and row["words"] == options_of(algorithm)]
+        cells = [cell for problem in problems for cell in cells_of([row for row in own if row["problem"] == problem])]
+        lines.append(f"| `{algorithm}` | {len({row['seed'] for row in own})} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cells_of(rows: list[Row]) -> tuple[str, str]:
+    """The range of what rows closed, and their mean KL to the optimum; dashes without rows."""
+    if not rows:
+        return "-", "-"
+    closed = [row["gap_closed"] for row in rows]
+    low, high = thousandths(min(closed)), thousandths(max(closed))
+    kl = thousandths(statistics.fmean(row["kl_to_optimum"] for row in rows))
+    return low if low == high else f"{low} to {high}", kl
+
+
+def thousandths(number: float) -> str:
+    return f"{number:.3f}".replace("0.", ".", 1) if abs(number) < 0.9995 else f"{number:.3f}"
 
 
 def keep(rows: list[Row], row: Row, label: str, args: argparse.Namespace) -> None:
@@ -331,9 +391,6 @@ def keep(rows: list[Row], row: Row, label: str, args: argparse.Namespace) -> Non
     )
     if args.json:
         write_json(args.json, rows)
-
-
-ANCHORED = "temperature=0 normalise=false adaptive=false draws=8 times=[0.008,0.99]"  # nft with kappa alone
 
 
 def anchors(config: Config, args: argparse.Namespace) -> list[Row]:
@@ -417,7 +474,7 @@ def steps(config: Config, args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for algorithm, seed in itertools.product(args.algorithms, range(args.seeds)):
         overrides = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", "sampler.steps=20", f"run.seed={seed}"]
-        trainer = toy_trainer("m1", [*overrides, *args.words])
+        trainer = toy_trainer("m1", [*overrides, *options_of(algorithm), *args.words])
         trainer.fit()
         for count in (8, 20, 80):
             section = {**trainer.config.sampler, "steps": count}

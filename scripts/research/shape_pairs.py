@@ -150,7 +150,7 @@ def write(out: Path, name: str, prompts: list[str], each: int, seed: int) -> Non
             paths = {"better": f"{name}/{i:05d}_better.png", "worse": f"{name}/{i:05d}_worse.png"}
             for path, scene in zip(paths.values(), (better, worse), strict=True):
                 Image.fromarray(scenes.draw(scene)).save(out / path)
-            file.write(to_json({"prompt": prompt, **paths, "fault": fault}) + "\n")
+            file.write(to_json({"version": 1, "prompt": prompt, **paths, "fault": fault}) + "\n")
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """Diffusion-DPO, which rolls nothing out and asks no reward, against its definition and on a toy."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -213,6 +215,36 @@ def test_images_are_read_encoded_and_learned_from(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "there" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["diagnosis"] for line in lines] == [[], []]
     assert any(weight.any() for name, weight in trainer.policy.model.module.named_parameters() if "lora_B" in name)
+
+
+def test_a_folder_of_pairs_is_the_file_of_pairs(tmp_path):
+    """The same states and prompts, whether a line of a file names the images or their folders do."""
+    rows = picture_pairs(tmp_path / "file")
+    for i, side in itertools.product(range(2), ("better", "worse")):
+        target = tmp_path / "folder" / side / f"{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "file" / "pictures" / f"{i}_{side}.png", target)
+    for i in range(2):
+        (tmp_path / "folder" / "better" / f"{i}.txt").write_text("a red star")
+    words = image_words(tmp_path / "file", rows)
+    first = trainer_of(words).collect(0, Clock())
+    words = [*words, f"prompts.train={tmp_path}/folder", f"run.dir={tmp_path}/run"]
+    second = trainer_of(words).collect(0, Clock())
+    assert torch.equal(first.states, second.states)
+    assert [row.prompt for row in second.rows] == ["a red star"] * 2
+    (tmp_path / "folder" / "worse" / "1.png").write_bytes(b"not an image")
+    with pytest.raises(UsageError, match=r"row 2: .*worse/1\.png cannot be read as an image"):
+        trainer_of(words)
+
+
+@pytest.mark.parametrize("version", [2, "1", None])
+def test_a_record_of_another_version_is_refused(version, tmp_path):
+    rows = picture_pairs(tmp_path)
+    trainer_of(image_words(tmp_path, [{"version": 1, **rows[0]}, rows[1]]))
+    with pytest.raises(
+        UsageError, match=rf"train: row 2 has \"version\" {version!r}: diffusion_dpo reads pairs of ver"
+    ):
+        trainer_of(image_words(tmp_path, [rows[0], {"version": version, **rows[1]}]))
 
 
 def test_encoding_undoes_decoding(tmp_path):

@@ -76,7 +76,7 @@ OPTIONS = {
     "draft_lv": {"draws": 3},
     "refl": {"last": 4},
     "flowbp": {"active": 2},
-    "adjoint_matching": {"kappa": 0.5},
+    "adjoint_matching": {"kappa": 0.5, "adjoint": "continuous"},
     "q_learning": {
         "beta": (3.0, SAMPLES),
         "temperature": (1.0, SAMPLES),

@@ -3,23 +3,35 @@
 import pytest
 import torch
 from chains import SCHEDULE, SHAPES, an_epoch, at, bowl, move, step_of, trainer_of
+from helpers import toy_trainer
 from torch.distributions import kl_divergence
 
 from condrl.diffusion.schedule import RectifiedFlow
 from condrl.diffusion.transition import euler_maruyama
+from condrl.loading import load_config
 from condrl.plugins.algorithms.flowbp import remaining_gain
+from condrl.prompts import load_prompts
+from condrl.training.build import make_trainer
 
 
 def continued(trainer, r, first, x, score):
-    """The sample from x before step `first` on, with the noise of the roll-out held."""
+    """The sample from x before step `first` on, with the noise of the roll-out held, and the KL of the steps to it."""
+    kl, base = torch.zeros(len(x)), trainer.policy.model.base
     for k in range(first, 5):
-        before = r.states[k]
+        before, t = r.states[k], at(trainer, k, len(x))
         with torch.no_grad():
-            noise = (
-                r.states[k + 1] - step_of(trainer, k, before, score(before, at(trainer, k, len(x)), r.condition)).mean
-            )
-        x = step_of(trainer, k, x, score(x, at(trainer, k, len(x)), r.condition)).mean + noise
-    return x
+            noise = r.states[k + 1] - mean_of(trainer, k, before, score(before, t, r.condition))
+        scores = score(x, t, r.condition), base(x, t, r.condition)
+        if trainer.policy.sampler.stochastic[k]:
+            kl = kl + kl_divergence(*(step_of(trainer, k, x, each) for each in scores))
+        x = mean_of(trainer, k, x, scores[0]) + noise
+    return x, kl
+
+
+def mean_of(trainer, k, x, score):
+    """The mean of the state after step k, which may have no noise."""
+    sampler = trainer.policy.sampler
+    return sampler.A[k].to(x) * x + sampler.B[k].to(x) * score
 
 
 def reward_of(trainer, experience, x):
@@ -28,11 +40,17 @@ def reward_of(trainer, experience, x):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kappa", [0.5, 2.0])
-@pytest.mark.parametrize("steps", [None, [1, 4]])
-def test_adjoint_matching_regresses_on_the_lean_adjoint(kappa, steps, shape, tmp_path):
-    """|mean - (base mean - S^2 a)|^2 / 2 S^2, a the gradient of -r / kappa through the pretrained chain (docs/theory.md 15)."""
-    options = {"name": "adjoint_matching", "kappa": kappa}
-    trainer = trainer_of(tmp_path, shape, algorithm=options, train={"steps": steps})
+@pytest.mark.parametrize("chosen", [None, ("train", "steps"), ("sampler", "noise_steps")], ids=str)
+@pytest.mark.parametrize("adjoint", ["lean", "continuous"])
+def test_adjoint_matching_regresses_on_its_adjoint(adjoint, kappa, chosen, shape, tmp_path):
+    """|mean - (base mean - S^2 a)|^2 / 2 S^2, a the gradient of -r / kappa + KL at the next state (docs/theory.md 15).
+
+    Through the pretrained chain, whose KL is 0, or through the policy's. A step without noise counts in both.
+    """
+    options = {"name": "adjoint_matching", "kappa": kappa, "adjoint": adjoint}
+    section, option = chosen or ("train", "steps")
+    steps = [1, 4] if chosen else None
+    trainer = trainer_of(tmp_path, shape, algorithm=options, **{section: {option: steps}})
     move(trainer)
     experience, examples, batch = an_epoch(trainer)
     assert examples.k.tolist() == (steps or list(range(5)))
@@ -41,13 +59,67 @@ def test_adjoint_matching_regresses_on_the_lean_adjoint(kappa, steps, shape, tmp
     for k in steps or range(5):
         x, t = r.states[k], at(trainer, k, 16)
         ahead = r.states[k + 1].clone().requires_grad_()
-        cost = -reward_of(trainer, experience, continued(trainer, r, k + 1, ahead, model.base)) / kappa
-        (adjoint,) = torch.autograd.grad(cost.sum(), ahead)
+        sample, kl = continued(trainer, r, k + 1, ahead, {"lean": model.base, "continuous": model.score}[adjoint])
+        cost = kl - reward_of(trainer, experience, sample) / kappa
+        (gradient,) = torch.autograd.grad(cost.sum(), ahead)
         S = sampler.S[k].float()
-        target = step_of(trainer, k, x, model.base(x, t, r.condition)).mean - S**2 * adjoint
+        target = step_of(trainer, k, x, model.base(x, t, r.condition)).mean - S**2 * gradient
         mean = step_of(trainer, k, x, model.score(x, t, r.condition)).mean
         rows.append(((mean - target) ** 2 / (2 * S**2)).flatten(1).sum(1))
     torch.testing.assert_close(loss.view(-1, 16), torch.stack(rows), rtol=1e-3, atol=1e-4)
+
+
+def of_drafts(trainer, draft, images):
+    """Cosine and ratio of adjoint matching's gradient to that of DRaFT with the same kappa, over kappa, on one chain.
+
+    The epochs are alike: the same images, from the same noise.
+    """
+    found = []
+    for each in (trainer, draft):
+        move(each, 0.05)
+        experience, _, batch = an_epoch(each)
+        weights = each.learner.weights
+        gradients = torch.autograd.grad(each.algorithm.loss(each.policy, batch)[0].sum(), weights)
+        found.append((experience.rollout.states, torch.cat([g.flatten() for g in gradients]).double()))
+    (states, ours), (others, theirs) = found
+    assert torch.equal(states, others)
+    assert states.shape[1] == images
+    expected = theirs / draft.algorithm.kappa
+    return torch.cosine_similarity(ours, expected, 0).item(), (ours.norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("adjoint", ["lean", "continuous"])
+def test_the_continuous_adjoint_has_drafts_gradient_on_a_toy(adjoint, tmp_path):
+    """On P1, its own network and quadratic rewards, kappa = .5."""
+    trainer = toy_trainer("adjoint_matching", tmp_path / "a", f"algorithm.adjoint={adjoint}")
+    cosine, ratio = of_drafts(trainer, toy_trainer("draft", tmp_path / "b", "algorithm.kappa=0.5"), 16)
+    exact = pytest.approx(1, abs=1e-4)
+    assert (cosine == exact and ratio == exact) is (adjoint == "continuous")
+
+
+@pytest.mark.parametrize("adjoint", ["lean", "continuous"])
+def test_the_continuous_adjoint_has_drafts_gradient_on_images(adjoint, pipeline, tmp_path):
+    """In a LoRA's weights, of the brightness of what a U-Net denoises with guidance and a VAE decodes."""
+    few = [
+        "prompts.train=asset:shapes/train.txt",
+        "train.prompts_per_epoch=2",
+        "train.images_per_prompt=2",
+        "train.rollout_batch=4",
+        "train.steps=null",
+    ]
+    words = [f"model.path={pipeline}", "model.lora_rank=2", "model.guidance=2", "sampler.steps=3", *few]
+    words += ["rewards.brightness.weight=1", "algorithm.kappa=0.01", "train.updates_per_epoch=1"]
+
+    def made(name, *more):
+        config = load_config([*words, f"algorithm.name={name}", f"run.dir={tmp_path}/{name}", *more])
+        config.folder.mkdir()
+        torch.manual_seed(0)  # of the LoRA
+        return make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
+
+    trainer = made("adjoint_matching", f"algorithm.adjoint={adjoint}")
+    cosine, ratio = of_drafts(trainer, made("draft"), 4)
+    exact = pytest.approx(1, abs=1e-3)
+    assert (cosine == exact and ratio == exact) is (adjoint == "continuous")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

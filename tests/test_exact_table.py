@@ -1,0 +1,55 @@
+"""The toys' table of docs/measured.md: which algorithms it has, and how it grows."""
+
+import pytest
+from helpers import ROOT, load_script
+
+from condrl import registry
+from condrl.io.records import from_json
+
+RECORD = ROOT / "docs" / "results" / "exact.json"
+FOUND = {"gap_closed": 0.98765, "kl_to_optimum": 0.0312, "reward_queries": 7, "seconds": 1.0}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
+    return load_script("benchmark")
+
+
+def test_every_algorithm_with_a_kappa_is_asked(benchmark):
+    """That learns from rewards: pairs are others' answers."""
+    plugins = [plugin for plugin in registry.algorithm.all() if "condrl" in plugin.target.__module__]
+    kappas = {plugin.name for plugin in plugins if "kappa" in plugin.options and plugin.target.uses_rewards}
+    assert set(benchmark.ALGORITHMS) == kappas
+
+
+def test_rows_in_the_file_are_neither_run_again_nor_lost(benchmark, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(benchmark, "gap", lambda problem, words: asked.append((problem, *words)) or FOUND)
+
+    def run(*words):
+        asked.clear()
+        args = benchmark.parse(["exact", "--json", str(tmp_path / "t.json"), "--algorithms", "grpo", *words])
+        return benchmark.exact(None, args)
+
+    clip, kappa = "algorithm.clip_range=0.2", "algorithm.kappa=0.5"
+    first = run("--problems", "g1,m1", "--seeds", "1")
+    assert asked == [(p, "algorithm.name=grpo", kappa, "run.seed=0", clip) for p in ("g1", "m1")]
+    whole = run("--problems", "m1,p1", "--seeds", "2")
+    assert [(words[0], words[3]) for words in asked] == [
+        ("m1", "run.seed=1"),
+        ("p1", "run.seed=0"),
+        ("p1", "run.seed=1"),
+    ]
+    assert whole[:2] == first
+    assert from_json((tmp_path / "t.json").read_text()) == whole
+    other = run("--problems", "g1", "--seeds", "1", "train.lr=0.1")
+    assert asked == [("g1", "algorithm.name=grpo", kappa, "run.seed=0", clip, "train.lr=0.1")]
+    assert other[:-1] == whole
+    assert "| `grpo` | 2 | .988 | .031 | .988 | .031 | .988 | .031 |" in capsys.readouterr().out
+
+
+def test_a_cell_is_the_range_over_seeds(benchmark):
+    rows = [{"gap_closed": g, "kl_to_optimum": k} for g, k in ((0.9821, 0.2), (0.9996, 0.3), (0.99, 0.1))]
+    assert benchmark.cells_of(rows) == (".982 to 1.000", ".200")
+    assert benchmark.cells_of([]) == ("-", "-")
