@@ -1008,19 +1008,21 @@ def test_a_card_is_written_anew_with_what_was_measured(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_draws_the_page_and_fetches_nothing(width, tmp_path):
+@pytest.mark.parametrize(("width", "count"), [(1280, 1), (390, 1), (390, 3)])
+def test_a_browser_draws_the_page_and_fetches_nothing(width, count, tmp_path):
     """In a frame of that width, by a server that sees what else is asked for; the console stays empty.
 
-    Beside the frame it is red if the page is wider than that, and else green.
+    Beside the frame it is red if the page is wider than that or a chart's text too small to read, and else green.
     """
-    run, asked = a_whole_run(tmp_path / "run"), []
+    (run, *others), asked = [a_whole_run(tmp_path / ("run" + "_with_a_long_name" * i)) for i in range(count)], []
     (run / "frame.html").write_text(
         f'<body style="margin: 0"><iframe style="width: {width}px; height: 2000px; border: 0" src="report.html"></iframe>'
-        "<script>onload = () => { document.body.style.background = frames[0].document.documentElement.scrollWidth "
-        f"> {width} ? 'red' : 'lime' }}</script>"
+        "<script>onload = () => { const page = frames[0].document; const small = [...page.querySelectorAll('svg text')]"
+        ".some(text => parseFloat(frames[0].getComputedStyle(text).fontSize) * text.getScreenCTM().a < 11);"
+        f"const wide = page.documentElement.scrollWidth > {width};"
+        "document.body.style.background = wide || small ? 'red' : 'lime' }</script>"
     )
-    assert report.main([str(run)]) == 0
+    assert report.main([*map(str, [run, *others]), "--out", str(run / "report.html")]) == 0
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self):
