@@ -21,6 +21,7 @@ from condrl.report.usage import (
     base_model,
     command,
     diffusers_code,
+    drawing,
     for_others,
     public_base,
     readers,
@@ -42,6 +43,7 @@ COURSE = {
     "What the value network explains": "value_explains",
 }
 MORE = {"diversity, difference": "diversity", "path KL, nats": "path_kl", "network calls": "network_calls"}
+SAID = ("name", "rewards")  # otherwise, of what steers
 
 STYLE = Path(__file__).with_name("style.css")
 
@@ -182,7 +184,7 @@ def extra(run: Run, value: Any) -> str:
 
 def steered_by(section: dict[str, Any]) -> str:
     """The plugin with its options, and the rewards."""
-    options = [f"{key}={value}" for key, value in section.items() if key not in ("name", "rewards")]
+    options = [f"{key}={value}" for key, value in section.items() if key not in SAID and value is not None]
     rewards = ", ".join(section.get("rewards") or {})
     return ", ".join([section["name"], *options]) + (f" (rewards: {rewards})" if rewards else "")
 
@@ -195,9 +197,8 @@ def usage(run: Run, word: str) -> str:
     name, folder = there[-1] if word in BAD else there[0], f"path/to/{run.folder.resolve().name}"
     config = single_file_config(run)
     lines = diffusers_code(run, for_others(base_model(run)), f"{folder}/{name}", config and for_others(config))
-    sample = f'condrl sample {folder}{"" if name == "lora" else f"/{name}"} --prompt "..."'
     return (
-        f"{warning(word, name)}<p>condrl: <code>{escape(sample)}</code></p><p>diffusers:</p>"
+        f"{warning(word, name)}<p>condrl: <code>{escape(drawing(run, name))}</code></p><p>diffusers:</p>"
         f"{code(lines, 'Code for diffusers')}<p>{readers(run)}: copy <code>{name}/comfyui_lora.safetensors</code> to "
         f"their folder of LoRAs; strength 1 is what was tuned.</p>{asset_note(run)}"
     )

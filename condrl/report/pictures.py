@@ -13,6 +13,7 @@ from pathlib import Path
 from condrl.report.charts import spaced
 from condrl.report.html import figure, region
 from condrl.report.run import Line, Run
+from condrl.report.usage import drawing
 
 WHOS = ("base", "tuned")
 EXACT_PIXELS = 96  # of the longer side of pictures that are kept exactly
@@ -44,9 +45,8 @@ def pictures(run: Run, room: Room, is_hacked: bool, level: int) -> str:
         for title, lines in kinds.items()
         if lines
     )
-    name = escape(run.folder.resolve().name)
-    again = f"condrl sample path/to/{name} --prompt &quot;...&quot; --seeds SEED --compare"
-    return f"<p>To draw a pair again: <code>{again}</code></p>{parts}" if parts else ""
+    again = f"<p>To draw a pair again: <code>{escape(drawing(run))} --seeds SEED --compare</code></p>"
+    return again + parts if parts else ""
 
 
 def pair_kinds(run: Run, most: int, is_hacked: bool) -> dict[str, list[Line]]:

@@ -49,6 +49,12 @@ def for_others(model: str) -> str:
     return hub_id(model) or f"path/to/{public_name(model)}"
 
 
+def drawing(run: Run, lora: str = "lora") -> str:
+    """The command line that draws with a LoRA of a run, as somebody else's machine may have it."""
+    folder = f"path/to/{run.folder.resolve().name}{'' if lora == 'lora' else f'/{lora}'}"
+    return f'condrl sample {shlex.quote(folder)} --prompt "..."'
+
+
 def public_base(base: str) -> str:
     """A base's name without the folders of this machine; of a LoRA in a run, the run's name is kept."""
     model, _, lora = base.partition(WITH_LORA)

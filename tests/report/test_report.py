@@ -623,6 +623,9 @@ def test_the_same_prompts_are_side_by_side(tmp_path):
         (f"a <b>{i}</b> star, seed {i}", [f"{who}: a <b>{i}</b> star" for who in ("base", "one", "two")])
         for i in (0, 2)
     ]
+    many = [an_image(i, 0.1, 0.2) for i in range(12)]
+    more = [read_run(make_run(tmp_path / name, {}, [an_epoch(1)], many)) for name in ("c", "d")]
+    assert [above for above, _ in sides(page(more))] == [f"a <b>{i}</b> star, seed {i}" for i in range(8)]
     record_base(runs[1], model="another")
     assert sides(page([*map(read_run, runs)]))[0][1] == [
         f"{who}: a <b>0</b> star" for who in ("base of one", "base of two", "one", "two")
@@ -731,9 +734,9 @@ def test_a_lora_that_is_not_better_is_not_recommended(heldout, has_best, said, u
 
 def test_pictures_say_what_draws_them_again(tmp_path):
     """Pairs their seeds; strips of film the prompt of the held-out image and the epoch."""
-    folder = a_whole_run(tmp_path / "run")
+    folder = a_whole_run(tmp_path / "my run")
     html = page([read_run(folder)])
-    assert 'condrl sample path/to/run --prompt "..." --seeds SEED --compare' in unescape(html)
+    assert "condrl sample 'path/to/my run' --prompt \"...\" --seeds SEED --compare" in unescape(html)
     assert [re.search(r"seed (\d)$", caption)[1] for caption in captions(html)] == ["0", "1", "2"]
     alts = [alt for alt in Reader(html).alts if "epoch" in alt]
     assert alts == [f"a <b>0</b> star, epoch {epoch}" for epoch in (0, 2, 4)]
@@ -810,7 +813,7 @@ def test_later_evaluations_are_on_the_page(tmp_path):
 
 
 def test_later_steering_is_on_the_page_with_its_calls(tmp_path):
-    steer = {"name": "smc", "particles": 4, "rewards": {"bright": {"weight": 1.0}}}
+    steer = {"name": "smc", "particles": 4, "steps": None, "rewards": {"bright": {"weight": 1.0}}}
     entry = an_evaluations_entry(10, None, network_calls={"plain": 10.0, "steered": 42.5})
     html = page([record_evaluation(a_whole_run(tmp_path / "run"), steer, entry)])
     assert "steered by smc, particles=4 (rewards: bright), beside plain" in html
@@ -1005,19 +1008,21 @@ def test_a_card_is_written_anew_with_what_was_measured(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_draws_the_page_and_fetches_nothing(width, tmp_path):
+@pytest.mark.parametrize(("width", "count"), [(1280, 1), (390, 1), (390, 3)])
+def test_a_browser_draws_the_page_and_fetches_nothing(width, count, tmp_path):
     """In a frame of that width, by a server that sees what else is asked for; the console stays empty.
 
-    Beside the frame it is red if the page is wider than that, and else green.
+    Beside the frame it is red if the page is wider than that or a chart's text too small to read, and else green.
     """
-    run, asked = a_whole_run(tmp_path / "run"), []
+    (run, *others), asked = [a_whole_run(tmp_path / ("run" + "_with_a_long_name" * i)) for i in range(count)], []
     (run / "frame.html").write_text(
         f'<body style="margin: 0"><iframe style="width: {width}px; height: 2000px; border: 0" src="report.html"></iframe>'
-        "<script>onload = () => { document.body.style.background = frames[0].document.documentElement.scrollWidth "
-        f"> {width} ? 'red' : 'lime' }}</script>"
+        "<script>onload = () => { const page = frames[0].document; const small = [...page.querySelectorAll('svg text')]"
+        ".some(text => parseFloat(frames[0].getComputedStyle(text).fontSize) * text.getScreenCTM().a < 11);"
+        f"const wide = page.documentElement.scrollWidth > {width};"
+        "document.body.style.background = wide || small ? 'red' : 'lime' }</script>"
     )
-    assert report.main([str(run)]) == 0
+    assert report.main([*map(str, [run, *others]), "--out", str(run / "report.html")]) == 0
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self):
