@@ -82,7 +82,7 @@ def _pointing_to_plugins(found: Part) -> Iterator[None]:
 
 def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A config's model, without the LoRA that it starts from, and the sampler that it deploys."""
-    left = ("lora", "lora_alpha", "compile")  # a few images are drawn sooner than a network is compiled
+    left = ("lora", "lora_alpha", "compile", "attention")  # what makes a run faster on its machine is not worth a wait
     model = {key: value for key, value in section_at(tree, "model").items() if key not in left}
     sampler, changes = section_at(tree, "sampler"), section_at(tree, "evaluate.sampler")
     if changes.get("name", sampler.get("name")) != sampler.get("name"):

@@ -18,6 +18,7 @@ from condrl.diffusion.policy import acting
 from condrl.diffusion.schedule import DiscreteSchedule, Schedule, schedule_from_diffusers
 from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
+from condrl.models.attention import check_attention, set_attention
 from condrl.models.compiled import check_compiler, compile_blocks
 from condrl.models.embeddings import Embeddings, Encoded, Prompt
 from condrl.models.loading import Family, load_pipeline, public_name
@@ -63,18 +64,25 @@ class LatentModel(ABC):
     decode_batch: int = 16  # images that the VAE decodes at a time
     offload_vae: bool = False  # keep the VAE on the host: a layer is on the device only while it computes
     embeddings_gb: float = 1.0  # of encoded prompts that the host keeps; those beyond it are encoded again
+    attention: str | None = (
+        None  # back-end by diffusers' name, as native, _native_flash, xformers; null: torch's choice
+    )
     compile: bool = False  # torch.compile of the network's blocks: minutes at the start, then faster
 
     def __post_init__(self) -> None:
         self.check_options()
         if self.compile:
             check_compiler(self.device)
+        if self.attention:
+            check_attention(self.attention, self.torch_dtype, self.device)
         if self.quantize:
             check_quantize(self.quantize, self.torch_dtype, self.device)
         self.evaluations, self.sharded = 0, False
         self.pipe = self.load()
         self.vae = self.place_vae(self.pipe.vae.requires_grad_(False))
         network = getattr(self.pipe, self.prefix).requires_grad_(False)
+        if self.attention:
+            set_attention(network, self.attention)
         if self.quantize:
             quantize_linears(network, self.quantize, self.device)
         self.module: nn.Module = network.to(self.device, memory_format=self.memory_format)
