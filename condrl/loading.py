@@ -62,7 +62,7 @@ def load_for_drawing(file: Path | None, overrides: Sequence[str], is_steered: bo
         named = "name the rewards to steer by"
         _check_measures(own, given, f"load it with plugins=[FILE] if you trust it, or {named}", named)
     with _pointing_to_plugins(part):
-        return _config([own, *given])
+        return _untimed(_config([own, *given]))
 
 
 @contextmanager
@@ -78,6 +78,15 @@ def _pointing_to_plugins(found: Part) -> Iterator[None]:
             f"{error}; {found.argument} was found, not named, so its plugin files are not imported: if you trust them, "
             f"give plugins=[{files}]"
         ) from error
+
+
+def _untimed(config: Config) -> Config:
+    """Raises: UsageError on a choice that only a run makes, by a trial before it."""
+    if config.model.get("memory_format") == "auto":
+        raise UsageError(
+            "config model.memory_format: auto is timed before a run alone: give contiguous or channels_last, or null"
+        )
+    return config
 
 
 def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +119,7 @@ def load_for_evaluation(file: Path | None, overrides: Sequence[str], is_trusted:
         trusted = "pass --trust if you trust it, or name other measures"
         _check_measures(own, given, trusted, trusted)
     with _pointing_to_plugins(part):
-        return _config([own, *given])
+        return _untimed(_config([own, *given]))
 
 
 def _evaluating(tree: Mapping[str, Any], overrides: Sequence[Part], is_trusted: bool) -> dict[str, Any]:

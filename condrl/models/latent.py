@@ -26,6 +26,7 @@ from condrl.models.lora import find_lora, load_lora, lora_layers, read_lora, sav
 from condrl.models.quantised import Quantize, check_quantize, quantize_linears
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -64,9 +65,8 @@ class LatentModel(ABC):
     decode_batch: int = 16  # images that the VAE decodes at a time
     offload_vae: bool = False  # keep the VAE on the host: a layer is on the device only while it computes
     embeddings_gb: float = 1.0  # of encoded prompts that the host keeps; those beyond it are encoded again
-    attention: str | None = (
-        None  # back-end by diffusers' name, as native, _native_flash, xformers; null: torch's choice
-    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] | None = None  # of convolutions; auto: the faster
+    attention: str | None = None  # back-end by diffusers' name, such as _native_flash; null: torch's choice
     compile: bool = False  # torch.compile of the network's blocks: minutes at the start, then faster
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class LatentModel(ABC):
             set_attention(network, self.attention)
         if self.quantize:
             quantize_linears(network, self.quantize, self.device)
-        self.module: nn.Module = network.to(self.device, memory_format=self.memory_format)
+        self.module: nn.Module = network.to(self.device, memory_format=self.layout)
         self.check_size()
         self.schedule: Schedule = self.make_schedule()
         self._numbers: dict[Prompt, int] = {}  # of each prompt
@@ -147,9 +147,15 @@ class LatentModel(ABC):
         return schedule_from_diffusers({**scheduler.config, "_class_name": type(scheduler).__name__})
 
     @property
-    def memory_format(self) -> torch.memory_format:
-        """Of the network and its input: what convolutions are fastest with, on CPUs and elsewhere."""
-        return torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
+    def layout(self) -> torch.memory_format:
+        """Of the network and its input: as asked for, or what convolutions are usually fastest with."""
+        usual = "contiguous" if self.device.type == "cpu" else "channels_last"
+        return LAYOUTS[self.memory_format if self.memory_format in LAYOUTS else usual]
+
+    def lay_out(self, name: Literal["contiguous", "channels_last"]) -> None:
+        """Change the memory layout of the network and its input."""
+        self.memory_format = name
+        self.module.to(memory_format=self.layout)
 
     @property
     def wanted(self) -> Family:
@@ -296,7 +302,7 @@ class LatentModel(ABC):
 
     def network_input(self, x: Tensor) -> Tensor:
         """Latents as the network takes them: in its precision and memory layout."""
-        return x.to(self.torch_dtype, memory_format=self.memory_format)
+        return x.to(self.torch_dtype, memory_format=self.layout)
 
     def network_time(self, t: Tensor) -> Tensor:
         """Times as the network was trained with them, on the device."""
@@ -321,9 +327,9 @@ class LatentModel(ABC):
 
         Every process keeps the whole LoRA. From now on all of them have to make the same calls.
 
-        Raises: UsageError when the network is compiled or quantised.
+        Raises: UsageError when the network is compiled or quantised, or is to have a memory layout.
         """
-        for name in ("compile", "quantize"):
+        for name in ("compile", "quantize", "memory_format"):
             if getattr(self, name):
                 raise UsageError(f"config model.{name}: does not work with FSDP: leave it out, or start without FSDP")
         from torch.distributed.fsdp import fully_shard
