@@ -65,7 +65,7 @@ def load_for_drawing(file: Path | None, overrides: Sequence[str], is_steered: bo
         named = "name the rewards to steer by"
         _check_measures(own, given, f"load it with plugins=[FILE] if you trust it, or {named}", named)
     with _pointing_to_plugins(part):
-        return _config([own, *given])
+        return _untimed(_config([own, *given]))
 
 
 @contextmanager
@@ -83,9 +83,18 @@ def _pointing_to_plugins(found: Part) -> Iterator[None]:
         ) from error
 
 
+def _untimed(config: Config) -> Config:
+    """Raises: UsageError on a choice that only a run makes, by a trial before it."""
+    if config.model.get("memory_format") == "auto":
+        raise UsageError(
+            "config model.memory_format: auto is timed before a run alone: give contiguous or channels_last, or null"
+        )
+    return config
+
+
 def _drawing(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A config's model, without the LoRA that it starts from, and the sampler that it deploys."""
-    left = ("lora", "lora_alpha", "compile")  # a few images are drawn sooner than a network is compiled
+    left = ("lora", "lora_alpha", "compile", "attention")  # what makes a run faster on its machine is not worth a wait
     model = {key: value for key, value in section_at(tree, "model").items() if key not in left}
     sampler, changes = section_at(tree, "sampler"), section_at(tree, "evaluate.sampler")
     if changes.get("name", sampler.get("name")) != sampler.get("name"):
@@ -113,7 +122,7 @@ def load_for_evaluation(file: Path | None, overrides: Sequence[str], is_trusted:
         trusted = "pass --trust if you trust it, or name other measures"
         _check_measures(own, given, trusted, trusted)
     with _pointing_to_plugins(part):
-        return _config([own, *given])
+        return _untimed(_config([own, *given]))
 
 
 def _evaluating(tree: Mapping[str, Any], overrides: Sequence[Part], is_trusted: bool) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class FlowModel(LatentModel):
     def check_options(self) -> None:
         """Raises: UsageError on an option that could not be used whatever the pipeline."""
         super().check_options()
+        if self.memory_format:
+            raise UsageError(
+                "config model.memory_format: has no effect on a transformer, which has no convolutions: leave it out"
+            )
         if not 1 <= self.t5_tokens <= self.most_t5_tokens:
             raise UsageError(f"config model.t5_tokens: must be from 1 to {self.most_t5_tokens}, got {self.t5_tokens}")
 

@@ -18,6 +18,7 @@ from condrl.diffusion.policy import acting
 from condrl.diffusion.schedule import DiscreteSchedule, Schedule, schedule_from_diffusers
 from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
+from condrl.models.attention import check_attention, set_attention
 from condrl.models.compiled import check_compiler, compile_blocks
 from condrl.models.embeddings import Embeddings, Encoded, Prompt
 from condrl.models.loading import Family, load_pipeline, public_name
@@ -25,6 +26,7 @@ from condrl.models.lora import find_lora, load_lora, lora_layers, read_lora, sav
 from condrl.models.quantised import Quantize, check_quantize, quantize_linears
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -63,21 +65,27 @@ class LatentModel(ABC):
     decode_batch: int = 16  # images that the VAE decodes at a time
     offload_vae: bool = False  # keep the VAE on the host: a layer is on the device only while it computes
     embeddings_gb: float = 1.0  # of encoded prompts that the host keeps; those beyond it are encoded again
+    memory_format: Literal["auto", "contiguous", "channels_last"] | None = None  # of convolutions; auto: the faster
+    attention: str | None = None  # back-end by diffusers' name, such as _native_flash; null: torch's choice
     compile: bool = False  # torch.compile of the network's blocks: minutes at the start, then faster
 
     def __post_init__(self) -> None:
         self.check_options()
         if self.compile:
             check_compiler(self.device)
+        if self.attention:
+            check_attention(self.attention, self.torch_dtype, self.device)
         if self.quantize:
             check_quantize(self.quantize, self.torch_dtype, self.device)
         self.evaluations, self.sharded = 0, False
         self.pipe = self.load()
         self.vae = self.place_vae(self.pipe.vae.requires_grad_(False))
         network = getattr(self.pipe, self.prefix).requires_grad_(False)
+        if self.attention:
+            set_attention(network, self.attention)
         if self.quantize:
             quantize_linears(network, self.quantize, self.device)
-        self.module: nn.Module = network.to(self.device, memory_format=self.memory_format)
+        self.module: nn.Module = network.to(self.device, memory_format=self.layout)
         self.check_size()
         self.schedule: Schedule = self.make_schedule()
         self._numbers: dict[Prompt, int] = {}  # of each prompt
@@ -139,9 +147,15 @@ class LatentModel(ABC):
         return schedule_from_diffusers({**scheduler.config, "_class_name": type(scheduler).__name__})
 
     @property
-    def memory_format(self) -> torch.memory_format:
-        """Of the network and its input: what convolutions are fastest with, on CPUs and elsewhere."""
-        return torch.contiguous_format if self.device.type == "cpu" else torch.channels_last
+    def layout(self) -> torch.memory_format:
+        """Of the network and its input: as asked for, or what convolutions are usually fastest with."""
+        usual = "contiguous" if self.device.type == "cpu" else "channels_last"
+        return LAYOUTS[self.memory_format if self.memory_format in LAYOUTS else usual]
+
+    def lay_out(self, name: Literal["contiguous", "channels_last"]) -> None:
+        """Change the memory layout of the network and its input."""
+        self.memory_format = name
+        self.module.to(memory_format=self.layout)
 
     @property
     def wanted(self) -> Family:
@@ -288,7 +302,7 @@ class LatentModel(ABC):
 
     def network_input(self, x: Tensor) -> Tensor:
         """Latents as the network takes them: in its precision and memory layout."""
-        return x.to(self.torch_dtype, memory_format=self.memory_format)
+        return x.to(self.torch_dtype, memory_format=self.layout)
 
     def network_time(self, t: Tensor) -> Tensor:
         """Times as the network was trained with them, on the device."""
@@ -313,9 +327,9 @@ class LatentModel(ABC):
 
         Every process keeps the whole LoRA. From now on all of them have to make the same calls.
 
-        Raises: UsageError when the network is compiled or quantised.
+        Raises: UsageError when the network is compiled or quantised, or is to have a memory layout.
         """
-        for name in ("compile", "quantize"):
+        for name in ("compile", "quantize", "memory_format"):
             if getattr(self, name):
                 raise UsageError(f"config model.{name}: does not work with FSDP: leave it out, or start without FSDP")
         from torch.distributed.fsdp import fully_shard

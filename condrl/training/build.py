@@ -23,7 +23,7 @@ from condrl.registry import REGISTRIES
 from condrl.rewards.scoring import Reward, make_reward
 from condrl.training.host import make_accelerator
 from condrl.training.optimizer import check_runs
-from condrl.training.precision import set_rollout_dtype
+from condrl.training.precision import set_memory_format, set_rollout_dtype
 from condrl.training.trainer import Trainer
 
 
@@ -190,6 +190,7 @@ def make_trainer(
     condition = policy.model.encode([row.prompt for row in [*train, *heldout]])
     if processes.sharded:
         policy.model.shard()
+    set_memory_format(config, policy, condition, processes)
     set_rollout_dtype(config, policy, condition, processes)
     algorithm = make_algorithm(config)
     check_needs(algorithm.needs, Setting(config, policy.sampler))  # now with the model's own schedule

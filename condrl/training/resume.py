@@ -15,6 +15,7 @@ from condrl.errors import UsageError, brief
 from condrl.io.files import expanded
 from condrl.io.overrides import read_argument, section_at
 from condrl.io.records import from_json
+from condrl.models.latent import LAYOUTS
 from condrl.training.build import make_algorithm
 from condrl.training.checkpoint import newest_checkpoint, read_checkpoint, unlike
 from condrl.training.folder import RunFolder
@@ -97,11 +98,15 @@ def check_record(record: Path, checkpoint: Path, state: Mapping[str, Any]) -> No
 
 
 def keep_choices(config: Config, saved: Path) -> None:
-    """Replace `train.rollout_dtype=auto` by what the run with that config had chosen on the machine it started on."""
-    if config.train.rollout_dtype == "auto" and saved.exists():
-        chosen = section_at(read_argument(str(saved)).values, "train").get("rollout_dtype")
-        if chosen in (None, "bfloat16", "float16"):
-            config.train.rollout_dtype = chosen
+    """Replace what is `auto` by what the run with that config had chosen on the machine it started on."""
+    if not saved.exists():
+        return
+    values = read_argument(str(saved)).values
+    dtype, layout = section_at(values, "train").get("rollout_dtype"), section_at(values, "model").get("memory_format")
+    if config.train.rollout_dtype == "auto" and dtype in (None, "bfloat16", "float16"):
+        config.train.rollout_dtype = dtype
+    if config.model.get("memory_format") == "auto" and layout in LAYOUTS:
+        config.model["memory_format"] = layout
 
 
 def check_same_settings(config: Config, saved: Path) -> None:

@@ -127,7 +127,7 @@ def bare(trainer: Trainer, count: int, batch: int, train: bool, dtype: torch.dty
     """`count` UNet evaluations in batches, and their backward passes when training; in half precision by `dtype`."""
     model: Any = trainer.policy.model
     x = torch.randn(batch, *model.state_shape, device=model.device).to(model.torch_dtype)
-    x = x.contiguous(memory_format=model.memory_format)
+    x = x.contiguous(memory_format=model.layout)
     t = torch.randint(0, 1000, (batch,), device=model.device)
     embedded = model.embeddings(torch.zeros(batch, dtype=torch.long))
     rounded = torch.autocast(model.device.type, dtype, enabled=dtype is not None)

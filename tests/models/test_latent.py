@@ -49,6 +49,11 @@ def test_a_vae_is_kept_on_the_host(pipeline):
     assert torch.equal(host, StableDiffusion(CPU, path=str(pipeline)).vae.decoder.conv_in.weight)
 
 
+def test_a_layout_is_refused_where_weights_are_spread(pipeline):
+    with pytest.raises(UsageError, match=r"model\.memory_format: does not work with FSDP: leave it out"):
+        StableDiffusion(CPU, path=str(pipeline), memory_format="channels_last").shard()
+
+
 def test_the_host_keeps_as_many_prompts_as_it_is_told_to(pipeline):
     """The others are encoded again, alike."""
     found, counts = [], []
