@@ -51,6 +51,7 @@ class Chart:
     marks: Sequence[Mark] = field(default=())
     base: float | None = None  # what the base model has, for a line across
     span: tuple[float, float] | None = None  # of the horizontal axis; by default the points'
+    of_differences: bool = False  # which may have either sign
 
     def html(self) -> str:
         """A figure with its legend; empty where there is nothing to draw."""
@@ -97,7 +98,8 @@ class Chart:
 
     def _bounds(self, drawn: Sequence[Series]) -> tuple[float, float]:
         """What bands stay within: [0, 1] where all values do, as shares."""
-        return UNIT if all(0 <= y <= 1 for y in self._values(drawn)) else (-math.inf, math.inf)
+        are_shares = not self.of_differences and all(0 <= y <= 1 for y in self._values(drawn))
+        return UNIT if are_shares else (-math.inf, math.inf)
 
     def _ranges(self, drawn: Sequence[Series]) -> tuple[tuple[float, float], tuple[float, float]]:
         xs = self.span or [x for s in drawn for x, _ in s.points]

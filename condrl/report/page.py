@@ -254,8 +254,20 @@ def charts(run: Run, findings: Sequence[Finding]) -> str:
     if len(rewards) > 1:
         drawn.append(chart("Each reward", [Series(name, run.series(f"reward/{name}")) for name in rewards]))
     drawn += [chart(measure_title(name), [measured(run, name)], base=run.before.get(name)) for name in run.measures]
+    drawn.append(chart("Gain over the base, from the same noise", gains(run), base=0.0, of_differences=True))
     drawn += [chart(title, [Series(name, run.series(name))]) for title, name in COURSE.items()]
     return "".join(each.html() for each in drawn)
+
+
+def gains(run: Run) -> list[Series]:
+    """The paired differences to the base over the run, with their intervals."""
+    names = dict.fromkeys(name.partition("/")[2] for name in run.measures)
+    found = {name: (run.series(f"gain/{name}"), run.series(f"gain/{name}_ci95")) for name in names}
+    return [
+        Series(name, [(0.0, 0.0), *points], [0.0, *(error for _, error in errors)])
+        for name, (points, errors) in found.items()
+        if points
+    ]
 
 
 def measured(run: Run, name: str) -> Series:

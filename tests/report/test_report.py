@@ -320,6 +320,23 @@ def test_a_share_s_band_stays_within_0_and_1():
     assert places[1.5] > 5
 
 
+def test_the_gain_over_the_base_is_drawn_with_its_paired_interval(tmp_path):
+    """From 0 at epoch 0; the interval may lie below 0."""
+    folder = a_whole_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1::2]:
+        line |= {"gain/bright": 0.01 * line["epoch"], "gain/bright_ci95": 0.05}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html = page([read_run(folder)])
+    label = "Gain over the base, from the same noise: bright from 0 at epoch 0 to 0.04 at 4; base 0"
+    chart = next(svg for svg in re.findall("<svg viewBox.*?</svg>", html) if label in svg)
+    lower = [float(pair.split(",")[1]) for pair in re.search('<polygon[^>]*points="([^"]*)"', chart)[1].split()][3:]
+    zero = float(re.search('<polyline class="line base" points="[^,]*,([^ ]*) ', chart)[1])
+    assert lower[-1] == pytest.approx(zero, abs=0.2)  # of the base itself
+    assert min(lower[:2]) > zero + 2
+    assert label not in page([read_run(a_whole_run(tmp_path / "other"))])
+
+
 def test_all_charts_of_a_run_have_the_same_epochs(tmp_path):
     """From 0 to the last, wherever their points are."""
     html = page([read_run(a_whole_run(tmp_path / "run"))])
