@@ -12,7 +12,7 @@ from pathlib import Path
 
 from condrl.report.charts import spaced
 from condrl.report.html import figure, region
-from condrl.report.run import Line, Run
+from condrl.report.run import Line, Run, records
 from condrl.report.usage import drawing
 
 WHOS = ("base", "tuned")
@@ -112,20 +112,25 @@ def film(run: Run, room: Room) -> str:
 
 
 def strip(run: Run, number: int, files: Sequence[Path], room: Room) -> str:
-    shown = [files[i] for i in spaced(len(files), room.frames)]
-    what = film_prompt(run, number)
+    shown = {epoch_of(files[i]): files[i] for i in spaced(len(files), room.frames)}
+    lines = {epoch: evaluated(run, epoch, number) for epoch in shown}
+    what = next((str(line["prompt"]) for line in lines.values() if line), f"evaluated image {number + 1}")
     frames = "".join(
-        f"<figure>{picture(file, f'{what}, epoch {epoch_of(file)}', room)}<span>epoch {epoch_of(file)}</span></figure>"
-        for file in shown
+        f"<figure>{picture(file, f'{what}, epoch {epoch}', room)}<span>epoch {epoch}{scores(lines[epoch])}</span>"
+        "</figure>"
+        for epoch, file in shown.items()
     )
     return f'<p>{escape(what)}</p><div class="film"{region(what)}>{frames}</div>'
 
 
-def film_prompt(run: Run, number: int) -> str:
-    """The prompt of a strip, which is of the first held-out images unless there are validation prompts."""
-    if (run.config.get("prompts") or {}).get("validation"):
-        return f"validation image {number + 1}"
-    return str(run.images[number]["prompt"]) if number < len(run.images) else f"held-out image {number + 1}"
+def evaluated(run: Run, epoch: int, number: int) -> Line:
+    """What was measured of an image after an epoch; empty where the run kept nothing of it."""
+    return next(iter(records(run.folder / "evaluations" / f"epoch_{epoch:05d}.jsonl")[number : number + 1]), {})
+
+
+def scores(line: Line) -> str:
+    found = [f"{name} {figure(value)}" for name, value in line.get("measures", {}).items()]
+    return escape(": " + ", ".join(found) if found else "")
 
 
 def epoch_of(file: Path) -> int:

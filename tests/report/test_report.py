@@ -460,8 +460,11 @@ def a_whole_run(folder, config=CONFIG):
             path = run / "heldout" / f"{i:05d}_{who}.png"
             path.parent.mkdir(exist_ok=True)
             Image.new("RGB", size, (10 * i, 0, 0)).save(path)
-    (run / "film").mkdir()
+    for name in ("film", "evaluations"):
+        (run / name).mkdir()
     for epoch in (0, 2, 4):
+        line = {"prompt": "a <b>0</b> star", "row": 0, "seed": 0, "measures": {"bright": 0.1 * epoch}}
+        (run / "evaluations" / f"epoch_{epoch:05d}.jsonl").write_text(json.dumps(line) + "\n")
         Image.new("RGB", (64, 64)).save(run / "film" / f"epoch_{epoch:05d}_0.png")
     (run / "lora").mkdir()
     (run / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
@@ -750,7 +753,7 @@ def test_a_lora_that_is_not_better_is_not_recommended(heldout, has_best, said, u
 
 
 def test_pictures_say_what_draws_them_again(tmp_path):
-    """Pairs their seeds; strips of film the prompt of the held-out image and the epoch."""
+    """Pairs their seeds; strips of film the prompt, the epoch and the measures."""
     folder = a_whole_run(tmp_path / "my run")
     html = page([read_run(folder)])
     assert "condrl sample 'path/to/my run' --prompt \"...\" --seeds SEED --compare" in unescape(html)
@@ -758,9 +761,9 @@ def test_pictures_say_what_draws_them_again(tmp_path):
     alts = [alt for alt in Reader(html).alts if "epoch" in alt]
     assert alts == [f"a <b>0</b> star, epoch {epoch}" for epoch in (0, 2, 4)]
     assert '<p>a &lt;b&gt;0&lt;/b&gt; star</p><div class="film"' in html
-    config = CONFIG | {"prompts": {"validation": "asset:shapes/validation.txt"}}  # then the film is of these
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert "validation image 1, epoch 2" in Reader(page([read_run(folder)])).alts
+    assert "<span>epoch 2: bright 0.200</span>" in html
+    shutil.rmtree(folder / "evaluations")
+    assert "evaluated image 1, epoch 2" in Reader(page([read_run(folder)])).alts
 
 
 def test_what_scrolls_is_reached_by_keys_and_has_a_name(tmp_path):
