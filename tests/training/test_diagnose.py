@@ -289,7 +289,8 @@ def test_trends_name_the_epoch_from_which_it_went_wrong():
     assert "around epoch 60 to" in diagnose(TRENDS["reward_fell"][0], TRENDS["reward_fell"])["reward_fell"]
     assert "from 0.5 after epoch 20 to 0.46" in diagnose({}, TRENDS["heldout_fell"])["heldout_fell"]
     base = {"heldout/x": 0.52, "heldout/x_ci95": 0.03}
-    assert "from 0.52 before tuning to 0.46" in diagnose(base, TRENDS["heldout_fell"])["heldout_fell"]
+    fallen = TRENDS["heldout_fell"]
+    assert "from 0.52 before tuning to 0.46" in diagnose(fallen[0] | base, fallen)["heldout_fell"]
     assert "since epoch" in diagnose({}, TRENDS["drift"])["drift"]
 
 
