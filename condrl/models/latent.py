@@ -346,7 +346,8 @@ class LatentModel(ABC):
         for name in ("compile", "quantize", "memory_format"):
             if getattr(self, name):
                 raise UsageError(f"config model.{name}: does not work with FSDP: leave it out, or start without FSDP")
-        from torch.distributed import get_world_size, init_device_mesh
+        from torch.distributed import get_world_size
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         network = self.module.to(memory_format=torch.contiguous_format)
