@@ -177,6 +177,53 @@ def test_each_process_holds_half_of_the_frozen_weights(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+BLOCKS = """
+import sys
+import torch
+import torch.distributed.fsdp._fully_shard._fully_shard as torchs
+from torch.distributed.tensor import DTensor
+from condrl.loading import load_config
+from condrl.models.latent import STAYS_ON_HOST, LatentModel
+from condrl.plugins.models.stable_diffusion import StableDiffusion
+from condrl.prompts import Row
+from condrl.training.build import make_trainer
+
+networks, held, kept = [], [], []
+take, load, shard = torchs._get_modules_and_states, StableDiffusion.load, LatentModel.shard
+
+def taking(*given):
+    found = take(*given)  # moves parameters and buffers to the device
+    parts = sum(p.to_local().nbytes for p in networks[0].parameters() if isinstance(p, DTensor))
+    held.append(parts + sum(x.nbytes for x in (*found[-2], *found[-1])))
+    return found
+
+def loading(self):
+    kept.append(STAYS_ON_HOST.get())
+    return load(self)
+
+def sharding(self):
+    networks.append(self.module)
+    shard(self)
+
+torchs._get_modules_and_states, StableDiffusion.load, LatentModel.shard = taking, loading, sharding
+torch.manual_seed(0)
+trainer = make_trainer(load_config(sys.argv[1:]), [Row(0, "a red star"), Row(1, "a blue circle")])
+frozen = sum(p.nbytes for p in StableDiffusion(trainer.policy.model.device).module.parameters() if not p.requires_grad)
+assert kept == [True, False], kept
+assert len(held) > 10, held
+assert max(held) < 0.7 * frozen, (max(held), frozen)
+trainer.processes.end()
+"""
+
+
+def test_no_process_has_the_whole_network_on_its_device(tmp_path):
+    """It is on the host until it is split; a device is given a block beside the parts of those before it."""
+    (tmp_path / "blocks.py").write_text(BLOCKS)
+    words = [*IMAGES, f"run.dir={tmp_path / 'run'}"]
+    done = run_python(*TORCHRUN, str(tmp_path / "blocks.py"), *words, cwd=tmp_path, **CPU, **SHARDED)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_sharded_weights_tune_like_whole_ones(tmp_path):
     """Three held-out prompts for two processes, a KL to the base model, ratios, minibatches and pictures."""
     results, loras = [], []

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -27,7 +28,18 @@ from condrl.models.quantised import Quantize, check_quantize, quantize_linears
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+STAYS_ON_HOST = ContextVar("STAYS_ON_HOST", default=False)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@contextmanager
+def kept_on_host(stays: bool = True) -> Iterator[None]:
+    """Within it, networks that are loaded stay on the host, where they are whole, until they are sharded."""
+    before = STAYS_ON_HOST.set(stays)
+    try:
+        yield
+    finally:
+        STAYS_ON_HOST.reset(before)
 
 
 class InDiffusers(NamedTuple):
@@ -85,7 +97,8 @@ class LatentModel(ABC):
             set_attention(network, self.attention)
         if self.quantize:
             quantize_linears(network, self.quantize, self.device)
-        self.module: nn.Module = network.to(self.device, memory_format=self.layout)
+        place = torch.device("cpu") if STAYS_ON_HOST.get() else self.device
+        self.module: nn.Module = network.to(place, memory_format=self.layout)
         self.check_size()
         self.schedule: Schedule = self.make_schedule()
         self._numbers: dict[Prompt, int] = {}  # of each prompt
@@ -325,6 +338,7 @@ class LatentModel(ABC):
     def shard(self) -> None:
         """Spread the network's frozen weights over the processes, which gather a block's when they come to it.
 
+        A network that was kept on the host goes to the device block by block, each split before the next one follows.
         Every process keeps the whole LoRA. From now on all of them have to make the same calls.
 
         Raises: UsageError when the network is compiled or quantised, or is to have a memory layout.
@@ -332,13 +346,19 @@ class LatentModel(ABC):
         for name in ("compile", "quantize", "memory_format"):
             if getattr(self, name):
                 raise UsageError(f"config model.{name}: does not work with FSDP: leave it out, or start without FSDP")
+        from torch.distributed import get_world_size
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         network = self.module.to(memory_format=torch.contiguous_format)
         own = {p for p in network.parameters() if p.requires_grad}
+        mesh = init_device_mesh(self.device.type, (get_world_size(),))
         for block in self.blocks():
-            fully_shard(block, ignored_params=own)
-        fully_shard(network, ignored_params=own, reshard_after_forward=True)
+            fully_shard(block, mesh=mesh, ignored_params=own)
+        fully_shard(network, mesh=mesh, ignored_params=own, reshard_after_forward=True)
+        for weight in own:
+            weight.data = weight.data.to(self.device)
+        self._start = [weight.to(self.device) for weight in self._start]
         self.sharded = True
 
     # ------------------------------------------------------------------------------------------ adapter

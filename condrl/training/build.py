@@ -17,6 +17,7 @@ from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
 from condrl.diffusion.transition import Coefficients, Sampler, Transition
 from condrl.errors import UsageError, brief
+from condrl.models.latent import kept_on_host
 from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.registry import REGISTRIES
@@ -186,7 +187,8 @@ def make_trainer(
     """
     processes = processes or Processes(make_accelerator(config))
     check_runs(config.train, processes.accelerator.device)
-    policy = make_policy(config, processes.accelerator.device, model)
+    with kept_on_host(processes.sharded):
+        policy = make_policy(config, processes.accelerator.device, model)
     condition = policy.model.encode([row.prompt for row in [*train, *heldout]])
     if processes.sharded:
         policy.model.shard()

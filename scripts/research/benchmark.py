@@ -1,6 +1,7 @@
 """Measure condrl itself.
 
     python scripts/research/benchmark.py overhead    an epoch against the bare UNet calls it needs
+    python scripts/research/benchmark.py options     each option for speed or memory, on and off in turn
     python scripts/research/benchmark.py safety      what checkpoints and diagnosis take of an epoch
     python scripts/research/benchmark.py memory      peak memory with 10 and with 40 denoising steps
     python scripts/research/benchmark.py sd15        Stable Diffusion 1.5's full size with random weights
@@ -33,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from image_table import DEPLOYED, images, read, signal
 from tqdm import tqdm
 
 from condrl.algorithms.examples import RatioExamples, check_ratios
+from condrl.commands import benchmark as command
 from condrl.commands.console import exit_code
 from condrl.config import Config
 from condrl.diffusion.policy import Policy
@@ -58,6 +61,7 @@ from condrl.toys.oracle import Line
 from condrl.training.build import make_sampler, make_trainer
 from condrl.training.checks import transfer as transfer_factor
 from condrl.training.host import peak_memory_gb, provenance
+from condrl.training.preflight import attempt
 from condrl.training.trainer import Clock, Trainer
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -121,6 +125,41 @@ def overhead(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         "unet_evaluations": counts,
         "threads": torch.get_num_threads(),
     }
+
+
+OPTIONS = (
+    "train.rollout_dtype=bfloat16",
+    "model.dtype=bfloat16",
+    "model.memory_format=channels_last",
+    "model.memory_format=channels_last train.rollout_dtype=bfloat16",
+    "model.attention=_native_flash",
+    "model.attention=_native_math",
+    "model.gradient_checkpointing=true",
+    "model.compile=true",
+    "",  # and a LoRA that is not merged into the weights for roll-outs
+)
+
+
+def options(config: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The speed of the roll-outs and updates of `condrl benchmark shapes` with each option, over that without it.
+
+    Epochs are in turn, in one process; of the ratios, the median, the least and the most. Beside them the bytes that a
+    trial's backward pass holds of a pair of image and step, without and with the option.
+    """
+    run, rows = command.settings(command.parse(["shapes", "--batch", "16"]), None), []
+    for option in OPTIONS:
+        pair = [command.make(load_config([*run, *given, *args.words]), None) for given in ([], option.split())]
+        if not option:
+            setattr(pair[1].policy.model, "merged", nullcontext)  # noqa: B010
+        epochs = [[command.epoch(trainer, number) for trainer in pair] for number in range(args.repeats + 1)][1:]
+        row: dict[str, Any] = {"option": option or "a LoRA that is not merged"}
+        for phase in ("rollout", "update"):
+            ratios = [off[phase].seconds / on[phase].seconds for off, on in epochs]
+            row[phase] = [round(f(ratios), 3) for f in (statistics.median, min, max)]
+        row["pair_mb"] = [round(attempt(trainer).needs.learn.each / 1e6, 2) for trainer in pair]
+        print(row, flush=True)
+        rows.append(row)
+    return rows
 
 
 def bare(trainer: Trainer, count: int, batch: int, train: bool, dtype: torch.dtype | None = None) -> None:
@@ -558,7 +597,7 @@ class PlainLoop:
         self.optimizer.step()
 
 
-OWN_CONFIGS = (images, signal, exact, anchors, transfer, steps, q_learning)  # not the quickstart's
+OWN_CONFIGS = (options, images, signal, exact, anchors, transfer, steps, q_learning)  # not the quickstart's
 
 
 MEASURES: dict[str, Any] = {f.__name__: f for f in (overhead, safety, memory, epoch, sd15, rewards, *OWN_CONFIGS)}

@@ -1,10 +1,13 @@
 """Where a latent model's parts are, and what is kept of its prompts."""
 
+import contextlib
+
 import pytest
 import torch
 from drawing import CPU, PROMPTS, SEEDS, pictures
 
 from condrl import UsageError
+from condrl.models.latent import kept_on_host
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 
 META = torch.device("meta")  # stands in for a GPU: weights there are not on the host
@@ -47,6 +50,17 @@ def test_a_vae_is_kept_on_the_host(pipeline):
     assert seen == ["meta"]
     assert host.device == CPU
     assert torch.equal(host, StableDiffusion(CPU, path=str(pipeline)).vae.decoder.conv_in.weight)
+
+
+def test_a_network_that_will_be_sharded_stays_on_the_host(pipeline):
+    """With its LoRA; the VAE does not, and the next network does not."""
+    with kept_on_host():
+        model = StableDiffusion(META, path=str(pipeline))
+    assert places(model.module) == {"cpu"}
+    assert places(model.vae) == {"meta"}
+    for left in (contextlib.nullcontext(), kept_on_host(False)):
+        with left:
+            assert places(StableDiffusion(META, path=str(pipeline)).module) == {"meta"}
 
 
 def test_a_layout_is_refused_where_weights_are_spread(pipeline):
