@@ -230,12 +230,14 @@ class Registry:
         @condrl.reward(per="group")
         def unlike_the_others(samples, prompts): ...
 
-    Raises: UsageError on a name that another file has or that cannot be used, and on a target that no config can call.
+    Raises: UsageError on a name that another file has, that its own file has given already or that cannot be used, and
+    on a target that no config can call.
     """
 
     def __init__(self, kind: str, home: str) -> None:
         self.kind, self.home = kind, home
         self.plugins: dict[str, Plugin] = {}
+        self.imports: dict[str, Any] = {}  # by name, the import of the module in which it was defined
 
     @overload
     def __call__(self, target: T, *, name: str | None = None) -> T: ...
@@ -264,7 +266,10 @@ class Registry:
         is_run_again = existing is not None and existing.target.__module__ == target.__module__ == "__main__"  # a cell
         if not is_run_again and Path(taken).resolve() != Path(plugin.source).resolve():
             raise UsageError(f"two files define the {self.kind} {plugin.name!r}: {taken} and {plugin.source}")
-        self.plugins[plugin.name] = plugin
+        now = importing(target)
+        if existing and existing.target is not target and now is not None and self.imports.get(plugin.name) is now:
+            raise UsageError(f"{plugin.source} defines the {self.kind} {plugin.name!r} twice: give one another name")
+        self.plugins[plugin.name], self.imports[plugin.name] = plugin, now
         return target
 
     def find(self, name: str) -> Plugin:
@@ -330,6 +335,16 @@ class Registry:
     def _belongs_elsewhere(self, target: Any) -> bool:
         others = (registry for registry in REGISTRIES.values() if registry is not self)
         return any(plugin.target is target for registry in others for plugin in registry.plugins.values())
+
+
+def importing(target: Any) -> Any:
+    """What is another object each time that the module of a plugin is imported or reloaded.
+
+    None where a name may be defined again: in a notebook's cells, and within a function that is called again.
+    """
+    if target.__module__ == "__main__" or "<locals>" in getattr(target, "__qualname__", ""):
+        return None
+    return getattr(sys.modules.get(target.__module__), "__spec__", None)
 
 
 def snake_case(name: str) -> str:

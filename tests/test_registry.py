@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -547,3 +548,58 @@ def test_a_changed_cell_of_a_notebook_replaces_its_plugin(tmp_path):
     with pytest.raises(UsageError, match="two files define the reward 'of_a_cell'"):
         exec(compile(cells[0].read_text(), str(cells[0]), "exec"), {"__name__": "a_module"})
     del condrl.reward.plugins["of_a_cell"]
+
+
+TWICE = """import condrl
+
+
+@condrl.reward(name="given_twice")
+def one(samples, prompts):
+    return samples[:, 0]
+
+
+@condrl.reward(name="{}")
+def two(samples, prompts):
+    return samples[:, 1]
+"""
+
+
+def test_a_file_that_gives_a_name_twice_is_refused(tmp_path):
+    """The second would win in silence. A file may be edited, and a module reloaded."""
+    file = write(tmp_path / "own_rewards.py", TWICE.format("given_once"))
+    load_file(str(file))
+    write(file, TWICE.format("given_twice"))
+    with pytest.raises(UsageError, match=r"own_rewards\.py defines the reward 'given_twice' twice: give one another"):
+        load_file(str(file))
+    write(file, TWICE.format("given_once") + "# edited")
+    assert load_file(str(file)).two is condrl.reward.find("given_once").target
+
+
+def test_a_class_whose_name_is_given_twice_is_refused(tmp_path):
+    code = "import condrl\n\n\n@condrl.reward\nclass Doubled:\n    def __call__(self, samples, prompts): ...\n"
+    with pytest.raises(UsageError, match="defines the reward 'doubled' twice"):
+        load_file(str(write(tmp_path / "own_class.py", code + code)))
+
+
+def test_a_module_may_be_reloaded_and_a_function_called_again(tmp_path, monkeypatch):
+    code = """import condrl
+
+
+@condrl.reward
+def of_a_module(samples, prompts):
+    return samples[:, 0]
+
+
+def register(factor):
+    @condrl.reward
+    def of_a_call(samples, prompts):
+        return factor * samples[:, 0]
+"""
+    write(tmp_path / "reloaded_rewards.py", code)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("reloaded_rewards")
+    importlib.reload(module)
+    assert condrl.reward.find("of_a_module").target is module.of_a_module
+    for factor in (1, 3):
+        module.register(factor)
+    assert condrl.reward.find("of_a_call").target(torch.ones(1, 1), ["x"]).item() == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +138,14 @@ def check_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
 
     Raises: UsageError saying what differs.
     """
-    why = difference(trainer, state)
-    before = copy.deepcopy(trainer.state_dict())
-    try:
-        if not why:
+    before, why = copy.deepcopy(trainer.state_dict()), difference(trainer, state)
+    if not why:
+        try:
             trainer.load_memories(state)
-    except Exception as error:  # the algorithm, a reward or a generator cannot load its part
-        why = f"its algorithm, rewards or rng: {brief(error)}"
-    finally:
-        trainer.load_memories(before)
+        except Exception as error:  # the algorithm, a reward or a generator cannot load its part
+            why = f"its algorithm, rewards or rng: {brief(error)}"
+        with suppress(Exception) if why else nullcontext():  # what cannot load says so once
+            trainer.load_memories(before)
     if why:
         raise UsageError(f"the checkpoint {path} is not one of this run: {why}")
 

@@ -1,6 +1,7 @@
 """A run that was killed, stopped or copied goes on as if nothing had happened."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -42,7 +43,7 @@ from condrl.training.checkpoint import (
 )
 from condrl.training.folder import RunFolder
 from condrl.training.learner import Learner
-from condrl.training.resume import find_checkpoint
+from condrl.training.resume import check_state, find_checkpoint
 from condrl.training.trainer import Trainer
 
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -604,3 +605,19 @@ def test_the_end_of_accelerate_launch_stops_the_run(tmp_path):
         time.sleep(0.05)
     (path,) = checkpoints(tmp_path / "run" / "checkpoints")
     assert read_checkpoint(path)["epoch"] > 0
+
+
+def test_why_a_state_cannot_be_loaded_is_not_hidden(tmp_path, monkeypatch):
+    """Not even where the one from before cannot be loaded either."""
+    trainer = toy_trainer("nft", tmp_path)
+    state, path = trainer.state_dict(), tmp_path / "epoch_00000001"
+    check_state(trainer, state, path)
+
+    def forget(state):
+        raise KeyError(f"failure {next(failures)}")
+
+    failures = itertools.count(1)
+    monkeypatch.setattr(trainer.algorithm, "load_state_dict", forget)
+    with pytest.raises(UsageError, match="its algorithm, rewards or rng: KeyError: 'failure 1'"):
+        check_state(trainer, state, path)
+    assert next(failures) == 3
