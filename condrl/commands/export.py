@@ -88,10 +88,10 @@ def check_new(folder: Path) -> None:
 def loaded(config: Any, lora: Path, strength: float, device: Any) -> Any:
     """The model with a LoRA at some strength; its weights are not quantised, so that a LoRA can be merged into them."""
     from condrl.models.lora import scale_lora
-    from condrl.training.build import make
+    from condrl.training.build import make_model
 
     section = {name: value for name, value in config.model.items() if name != "quantize"}
-    model = make("model", section, device)
+    model: Any = make_model(section, device)
     model.load_adapter(lora)
     scale_lora(model.module, strength)
     return model
