@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ NO_MEMORY = (  # in the messages of torch, CUDA, the system, C++, the dynamic lo
     "can't start new thread",
 )
 LESS = "lower train.loss_batch, train.rollout_batch or model.decode_batch, or --batch of sample.py"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
 LENGTH = 300  # characters quoted from the error of another program or of a plugin
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask a run to stop
 
@@ -66,6 +68,27 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is not enough memory, on the host or on a GPU."""
     kinds = (RuntimeError, OSError, ImportError)
     return isinstance(error, MemoryError) or (isinstance(error, kinds) and any(t in str(error) for t in NO_MEMORY))
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error says that memory is short, or that a disk is full, read-only or broken."""
+    return out_of_memory(error) or (isinstance(error, OSError) and error.errno in DISK)
+
+
+@contextmanager
+def blaming(kind: str, name: str, when: str = "") -> Iterator[None]:
+    """Within it, whatever a plugin raises becomes one line that names it; what it is not to blame for passes through.
+
+    Raises: UsageError.
+    """
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except (Exception, SystemExit) as error:  # a plugin is the user's code
+        if is_of_the_machine(error):
+            raise
+        raise UsageError(f"the {kind} {name!r} failed{when}: {brief(error)}") from error
 
 
 def warn_of_address_limit() -> None:

@@ -153,7 +153,7 @@ class Algorithm:
         raise NotImplementedError
 
     def loss(self, policy: Policy, batch: Any) -> tuple[Tensor, Metrics]:
-        """The loss of each of B pairs (B,), and means to log; `batch` is from `Examples.at`."""
+        """The loss of each of B pairs (B,), and what to log: numbers, or values (B,); `batch` is from `Examples.at`."""
         raise NotImplementedError
 
     def own_loss(self, name: str, policy: Policy, batch: Any) -> Tensor:

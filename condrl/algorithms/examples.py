@@ -19,21 +19,24 @@ RATIO_TOLERANCE = {"full": 1e-3, "half": 2e-2}  # by the precision of the frozen
 
 def per_image(**options: Any) -> Any:
     """A field (B, ...) of `Examples`; of n pairs it is (n, ...)."""
-    return _tagged(lambda values, images, k: values[images], options)
+    return _tagged(lambda values, images, k: values[images], options, axis=0)
 
 
 def per_step(**options: Any) -> Any:
     """A field (K, B, ...) of `Examples`; of n pairs it is (n, ...)."""
-    return _tagged(lambda values, images, k: values[k, images], options)
+    return _tagged(lambda values, images, k: values[k, images], options, axis=1, by_step=True)
 
 
 def per_chain(**options: Any) -> Any:
     """A field (K, B, ...) of `Examples` that is never split by steps; of n pairs it is (K, n, ...)."""
-    return _tagged(lambda values, images, k: values[:, images], options)
+    return _tagged(lambda values, images, k: values[:, images], options, axis=1)
 
 
-def _tagged(take: Callable[[Tensor, Tensor, Tensor], Tensor], options: dict[str, Any]) -> Any:
-    return field(metadata={"take": take}, **options)
+def _tagged(
+    take: Callable[[Tensor, Tensor, Tensor], Tensor], options: dict[str, Any], axis: int, by_step: bool = False
+) -> Any:
+    """A field with images along an axis, from which `take` takes those of pairs, by their steps if it is `by_step`."""
+    return field(metadata={"take": take, "axis": axis, "by_step": by_step}, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class Examples:
 
     condition: Tensor = per_image()  # (B,) the prompts' numbers
     k: Tensor  # (n,) the steps that are trained; of pairs, the step of each
-    metrics: Metrics = field(default_factory=dict)  # means to log
+    metrics: Metrics = field(default_factory=dict)  # to log: numbers, or values (B,) whose mean is logged
 
     @property
     def count(self) -> int:

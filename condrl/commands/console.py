@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import io
 import os
@@ -15,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from condrl.errors import LESS, RunError, Stopped, UsageError, brief, out_of_memory, print_main
+from condrl.errors import DISK, LESS, RunError, Stopped, UsageError, brief, out_of_memory, print_main
 from condrl.io.overrides import is_setting
 
 T = TypeVar("T")
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
 HEAD_START = 2.0  # seconds that the process which prints an error gets before the others leave
 
 

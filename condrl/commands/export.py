@@ -106,11 +106,11 @@ def check_dtype(args: argparse.Namespace) -> None:
 def loaded(config: Any, lora: Path, strength: float, device: Any, dtype: str | None) -> Any:
     """The model with a LoRA at some strength, in its own precision or another one, all of its weights as they are."""
     from condrl.models.lora import scale_lora
-    from condrl.training.build import make
+    from condrl.training.build import make_model
 
     section = {name: value for name, value in config.model.items() if name not in ("quantize", "offload_vae")}
     section |= {"dtype": dtype} if dtype else {}
-    model = make("model", section, device)
+    model: Any = make_model(section, device)
     model.load_adapter(lora)
     scale_lora(model.module, strength)
     return model

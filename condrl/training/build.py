@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from condrl.config import Config, GridConfig
 from condrl.diffusion.model import Model
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
-from condrl.diffusion.transition import Coefficients, Sampler, Transition
-from condrl.errors import UsageError, brief
+from condrl.diffusion.transition import Sampler
+from condrl.errors import UsageError, blaming
 from condrl.models.latent import kept_on_host
 from condrl.processes import Processes
 from condrl.prompts import Row
@@ -25,7 +24,10 @@ from condrl.rewards.scoring import Reward, make_reward
 from condrl.training.host import make_accelerator
 from condrl.training.optimizer import check_runs
 from condrl.training.precision import set_memory_format, set_rollout_dtype
+from condrl.training.returned import check_numbers, check_parts, check_steps, check_times
 from condrl.training.trainer import Trainer
+
+MADE = " when it was made"
 
 
 def make(kind: str, section: Mapping[str, Any], *arguments: Any) -> Any:
@@ -34,41 +36,24 @@ def make(kind: str, section: Mapping[str, Any], *arguments: Any) -> Any:
     return REGISTRIES[kind].find(section["name"]).target(*arguments, **options)
 
 
-@contextmanager
-def blaming(kind: str, name: str) -> Iterator[None]:
-    """Within it, whatever a plugin raises becomes one line that names it.
-
-    Raises: UsageError.
-    """
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:  # a plugin is the user's code
-        raise UsageError(f"the {kind} {name!r} failed when it was made: {brief(error)}") from error
-
-
 def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
-    """The config's sampler on the time grid it asks for."""
-    grid = {field.name for field in dataclasses.fields(GridConfig)}
+    """The config's sampler on the time grid it asks for.
+
+    Raises: UsageError when the plugin fails, or returns something else.
+    """
+    grid, name = {field.name for field in dataclasses.fields(GridConfig)}, section["name"]
     options = {key: value for key, value in section.items() if key not in grid}
     times, chosen = schedule.grid(section["steps"], section["spacing"]), section.get("noise_steps")
-    with blaming("sampler", section["name"]):
+    with blaming("sampler", name, MADE):
         sampler: Sampler = make("sampler", options, schedule, times)
-    if not isinstance(sampler, Sampler):
-        got = type(sampler).__name__
-        raise UsageError(
-            f"the sampler {section['name']} returned a {got}: it should return Coefficients.at(...), or another "
-            "condrl.diffusion.transition.Sampler"
-        )
-    if not schedule.alpha(times[0]) > 0:
-        check_start(sampler, schedule, section["name"])
-    with blaming("sampler", section["name"]):
+        check_times(sampler, times, name)
+        if not schedule.alpha(times[0]) > 0:
+            check_start(sampler, schedule, name)
         if sampler.affine is not None:
-            check_numbers(sampler.affine, section["name"])
+            check_numbers(sampler.affine, name)
         else:
-            check_step(sampler, section["name"])
-    return sampler if chosen is None else with_noise_at(sampler, chosen)
+            check_steps(sampler, name)
+        return sampler if chosen is None else with_noise_at(sampler, chosen)
 
 
 def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
@@ -86,29 +71,6 @@ def check_start(sampler: Sampler, schedule: Schedule, name: str) -> None:
     if not (first.mean.isfinite().all() and first.std.isfinite().all()):
         advice = "sampler.name=ddim" + ", or sampler.spacing=leading" * isinstance(schedule, DiscreteSchedule)
         raise UsageError(f"the sampler {name} cannot start where there is no signal (zero terminal SNR): use {advice}")
-
-
-def check_numbers(numbers: Coefficients, name: str) -> None:
-    """Raises: UsageError when a sampler's coefficients are not one finite number for each step."""
-    count = len(numbers.times) - 1
-    for letter, values in (("A", numbers.A), ("B", numbers.B), ("S", numbers.S)):
-        if values.shape != (count,) or not values.isfinite().all():
-            got = f"shape {tuple(values.shape)}" if values.shape != (count,) else f"values {values.tolist()}"
-            raise UsageError(f"the sampler {name} has {letter} of {got}: each of {count} steps needs a finite number")
-    if (numbers.S < 0).any():
-        raise UsageError(f"the sampler {name} has a negative S, which is a standard deviation: {numbers.S.tolist()}")
-
-
-def check_step(sampler: Sampler, name: str) -> None:
-    """Raises: UsageError when the last step of a sampler that is not affine does not return what it should."""
-    x, count = torch.ones(2, 1), len(sampler.times) - 1
-    returned: Any = sampler.step(torch.full((2,), count - 1), x, lambda x, t: -x, sampler.init(x))
-    if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[0], Transition):
-        raise UsageError(f"the sampler {name}: step should return a Transition and the next solver state")
-    if sampler.stochastic.shape != (count,):
-        raise UsageError(f"the sampler {name}: stochastic should have {count} values, a bool for each step")
-    if not (returned[0].mean.isfinite().all() and returned[0].std.isfinite().all() and (returned[0].std >= 0).all()):
-        raise UsageError(f"the sampler {name}: its last step has a mean or a std that is not finite, or a negative std")
 
 
 def with_noise_at(sampler: Sampler, chosen: Sequence[int]) -> Sampler:
@@ -130,7 +92,7 @@ def make_algorithm(config: Config) -> Algorithm:
     Raises: UsageError when the plugin is not one.
     """
     name = config.algorithm["name"]
-    with blaming("algorithm", name):
+    with blaming("algorithm", name, MADE):
         algorithm: Any = make("algorithm", config.algorithm)
     if not isinstance(algorithm, Algorithm):
         raise UsageError(f"the algorithm {name} should be a class derived from condrl.algorithms.base.Algorithm")
@@ -164,8 +126,19 @@ def weights_in_words(config: Config) -> str:
     return ", ".join(f"{name} (weight {options['weight']:g})" for name, options in config.rewards.items())
 
 
+def make_model(section: Mapping[str, Any], device: torch.device) -> Model:
+    """A config section's model.
+
+    Raises: UsageError when the plugin fails, or returns something else.
+    """
+    with blaming("model", section["name"], MADE):
+        model: Model = make("model", section, device)
+        check_parts(model, section["name"])
+    return model
+
+
 def make_policy(config: Config, device: torch.device, model: Model | None = None) -> Policy:
-    model = model or make("model", config.model, device)
+    model = model or make_model(config.model, device)
     return Policy(model, make_sampler(config.sampler, model.schedule))
 
 
@@ -189,14 +162,16 @@ def make_trainer(
     check_runs(config.train, processes.accelerator.device)
     with kept_on_host(processes.sharded):
         policy = make_policy(config, processes.accelerator.device, model)
-    condition = policy.model.encode([row.prompt for row in [*train, *heldout]])
-    if processes.sharded:
-        policy.model.shard()
-    set_memory_format(config, policy, condition, processes)
-    set_rollout_dtype(config, policy, condition, processes)
+    with blaming("model", config.model["name"]):
+        condition = policy.model.encode([row.prompt for row in [*train, *heldout]])
+        if processes.sharded:
+            policy.model.shard()
+        set_memory_format(config, policy, condition, processes)
+        set_rollout_dtype(config, policy, condition, processes)
     algorithm = make_algorithm(config)
-    check_needs(algorithm.needs, Setting(config, policy.sampler))  # now with the model's own schedule
-    return Trainer(config, policy, algorithm, make_rewards(config), train, processes)
+    with blaming("algorithm", config.algorithm["name"]):
+        check_needs(algorithm.needs, Setting(config, policy.sampler))  # now with the model's own schedule
+        return Trainer(config, policy, algorithm, make_rewards(config), train, processes)
 
 
 def stand_in(sampler: Mapping[str, Any]) -> Schedule:

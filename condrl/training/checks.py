@@ -8,7 +8,7 @@ from condrl.algorithms.base import Algorithm
 from condrl.algorithms.needs import Setting, affine_steps, check_needs, noisy_steps
 from condrl.config import Config, TrainConfig
 from condrl.diffusion.transition import Sampler
-from condrl.errors import UsageError
+from condrl.errors import UsageError, blaming
 from condrl.prompts import Row, duplicate_note
 from condrl.training.build import make_algorithm, make_sampler, stand_in, weights_in_words
 from condrl.training.optimizer import check_optimizer
@@ -98,7 +98,8 @@ def check_combination(config: Config) -> None:
     check_policy_is_trained(config, algorithm)
     if config.train.kl_budget is not None:
         check_budget(config, sampler, algorithm)
-    check_needs(algorithm.needs, Setting(config, sampler))
+    with blaming("algorithm", config.algorithm["name"]):
+        check_needs(algorithm.needs, Setting(config, sampler))
 
 
 def check_rewards(config: Config, algorithm: Algorithm) -> None:

@@ -53,7 +53,7 @@ class Learner:
         means = {name: torch.stack(values).sum().item() / len(norms) for name, values in totals.items()}
         found = self.processes.add_up(means)
         own = experience.scored[experience.indices.start : experience.indices.stop]
-        measured = {name: value.item() for name, value in examples.metrics.items()}
+        measured = {name: value.double().mean().item() for name, value in examples.metrics.items()}
         found |= self.processes.average(measured, own.sum().item())
         is_known = norms and self.algorithm.trains_policy
         return found | ({"grad_norm": torch.stack(norms).mean().item()} if is_known else {})
@@ -84,7 +84,7 @@ class Learner:
             (loss.sum() * weight).backward()
             metrics["loss"] = loss.detach().mean()
             for name, value in metrics.items():
-                totals[name].append(value.detach() * (len(some) / steps.numel()))
+                totals[name].append((value.detach() * (len(some) / steps.numel())).mean())
         self.processes.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, train.max_grad_norm)
         own_networks = [p for group in self.optimizer.param_groups[1:] for p in group["params"]]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +14,14 @@ from condrl.algorithms.base import Collected, Experience
 from condrl.algorithms.examples import Examples, RatioExamples, check_ratios, is_compiled
 from condrl.diffusion.noise import rng_state, set_rng_state
 from condrl.diffusion.rollout import Place
-from condrl.errors import RewardError, RunError, UsageError, print_main
+from condrl.errors import RewardError, RunError, UsageError, blaming, print_main
 from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import Reward, first_failure, usage_errors
 from condrl.training.checkpoint import check_saveable
+from condrl.training.learner import has_finite_gradients
 from condrl.training.memory import Growth, LiveBytes, Needs, PeakClock, memory
+from condrl.training.returned import check_each, check_loss, check_metrics, check_own_measures, check_score
 from condrl.training.trainer import Trainer
 
 PROMPTS, IMAGES = 2, 4  # of the trial, for each process
@@ -45,7 +46,8 @@ class Trial:
 def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[Reward] = ()) -> list[str]:
     """Try the run with a few images, and the rewards and `measures` with many prompt rows; lines to print.
 
-    Raises: UsageError when a reward fails; RunError when a ratio is not 1, or a KL that is asked for has no gradient.
+    Raises: UsageError when a reward, the model or the algorithm fails; RunError when a ratio is not 1, or a KL that is
+    asked for has no gradient.
     """
     with usage_errors(), untouched([*trainer.rewards, *measures]):
         trial = attempt(trainer)
@@ -53,6 +55,7 @@ def preflight(trainer: Trainer, heldout: Sequence[Row] = (), measures: Sequence[
         group, per_prompt = trainer.config.train.images_per_prompt, trainer.config.evaluate.images_per_prompt
         warnings = try_rows(trainer.rewards, image, trainer.rows, group, trainer.processes)
         warnings += try_rows(measures, image, heldout, per_prompt, trainer.processes)
+        try_own_measures(trainer, heldout[:PROMPTS], [measure.name for measure in measures])
     if trial.kl_gradient == 0:
         raise RunError("algorithm.kappa asks for a KL to the base model, but it has no gradient in what is trained")
     seen = reward_lines(trial.collected, trial.images) if isinstance(trial.collected, Experience) else []
@@ -97,9 +100,26 @@ def arithmetic(trainer: Trainer, trial: Trial) -> str:
 
 
 def attempt(trainer: Trainer) -> Trial:
-    """Roll out, score and differentiate a few images, without compiling; the trainer is left as it was."""
+    """Roll out, score and differentiate a few images, without compiling; the trainer is left as it was.
+
+    Raises: UsageError naming the model or the algorithm, whichever fails.
+    """
     with torch.compiler.set_stance("force_eager") if is_compiled(trainer.policy) else nullcontext():
-        return attempt_eagerly(trainer)
+        try_model(trainer)
+        with blaming("algorithm", trainer.config.algorithm["name"]):
+            return attempt_eagerly(trainer)
+
+
+def try_model(trainer: Trainer) -> None:
+    """Ask the model for a score and an image, apart from the algorithm, which is then not blamed for its failures.
+
+    Raises: UsageError naming the model.
+    """
+    model, name = trainer.policy.model, trainer.config.model["name"]
+    before, count = model.evaluations, min(2, trainer.config.train.rollout_batch)
+    with blaming("model", name):
+        check_score(trainer.policy, model.encode([trainer.rows[0].prompt] * count), name)
+    model.evaluations = before
 
 
 def attempt_eagerly(trainer: Trainer) -> Trial:
@@ -120,9 +140,13 @@ def attempt_eagerly(trainer: Trainer) -> Trial:
     gathered = model.evaluations - before
     if isinstance(examples, RatioExamples) and trainer.config.run.check_ratios:
         check_ratios(examples, twin.policy, twin.config.train.loss_batch)
-    learn, learned = differentiate(twin, examples)
+    check_metrics(examples.metrics, images)
+    scored = collected.scored[collected.indices.start : collected.indices.stop].cpu()
+    learn, learned = differentiate(twin, examples, scored)
+    try_own_losses(twin, examples)
     twin.algorithm.after_update(twin.policy)
-    check_saveable(twin.algorithm.state_dict(), "the algorithm")
+    check_saveable(state := twin.algorithm.state_dict(), "the algorithm")
+    twin.algorithm.load_state_dict(copy.deepcopy(state))  # so that it can be resumed
     for reward in twin.rewards:
         check_saveable(reward.state_dict(), f"the reward {reward.name!r}")
     steps = trainer.config.train.steps_per_image or len(examples.k)
@@ -246,49 +270,65 @@ def smaller(trainer: Trainer) -> Trainer:
     return twin
 
 
-def differentiate(twin: Trainer, examples: Examples) -> tuple[Growth, float]:
-    """Do the backward passes of some pairs, of early and late steps; returns what they hold, and the calls of all."""
+def differentiate(twin: Trainer, examples: Examples, scored: Tensor) -> tuple[Growth, float]:
+    """Do the backward passes of some pairs, of early and late steps; returns what they hold, and the calls of all.
+
+    `scored` (B,) says which images can be learned from.
+    """
     model, pairs = twin.policy.model, examples.every_pair()
     size = min(twin.config.train.loss_batch, examples.count + 1)  # across steps, and not as many as there are images
     before = model.evaluations
-    peaks = {1: backward(twin, examples, pairs[:1])}
+    peaks = {1: backward(twin, examples, pairs[:1], scored)}
     model.evaluations = before  # of one pair more
     parts = pairs.split(size)
     tried = parts[:: -(-len(parts) // BATCHES)]
     for some in tried:
-        peaks[len(some)] = max(peaks.get(len(some), 0), backward(twin, examples, some))
+        peaks[len(some)] = max(peaks.get(len(some), 0), backward(twin, examples, some, scored))
     return Growth.through(peaks), (model.evaluations - before) * len(pairs) / sum(map(len, tried))
 
 
-def backward(twin: Trainer, examples: Examples, pairs: Tensor) -> int:
-    """The bytes that a loss of some pairs and its backward pass hold at most."""
+def backward(twin: Trainer, examples: Examples, pairs: Tensor, scored: Tensor) -> int:
+    """The bytes that a loss of some pairs and its backward pass hold at most.
+
+    Raises: UsageError when the loss of pairs with a score, or its gradient, is not finite.
+    """
     with LiveBytes() as live:
-        returned = twin.algorithm.loss(twin.policy, examples.at(*pairs.unbind(1)))
-        checked(returned, len(pairs)).sum().backward()
+        loss = check_loss(twin.algorithm.loss(twin.policy, examples.at(*pairs.unbind(1))), len(pairs))
+        loss.sum().backward()
+    counts = scored[pairs[:, 0]]  # others may be without a value
+    finite = loss.detach().isfinite().cpu()[counts]
+    if not finite.all():
+        raise UsageError(
+            f"the algorithm's loss is not finite at the base model, before any update: of {len(finite)} pairs tried, "
+            f"{int((~finite).sum())}"
+        )
+    if counts.all() and not has_finite_gradients(twin.learner.parameters):
+        raise UsageError("the algorithm's loss has a gradient that is not finite at the base model, before any update")
     for parameter in twin.learner.parameters:
         parameter.grad = None
     return live.peak
 
 
-def checked(returned: Any, pairs: int) -> Tensor:
-    """The loss that an algorithm returned for some pairs.
+def try_own_losses(twin: Trainer, examples: Examples) -> None:
+    """Ask for the losses by which the algorithm's networks take steps of their own, for two pairs."""
+    pairs = examples.every_pair()[:2]
+    for name, network in twin.algorithm.networks().items():
+        if network.extra_steps:
+            loss = twin.algorithm.own_loss(name, twin.policy, examples.at(*pairs.unbind(1)))
+            check_each(loss, len(pairs), f"own_loss({name!r})")
 
-    Raises: UsageError when it is not a loss of each with a gradient, and tensors to log.
+
+def try_own_measures(trainer: Trainer, rows: Sequence[Row], others: Collection[str]) -> None:
+    """Ask the algorithm what it measures itself of a few held-out rows, beside other measures.
+
+    Raises: UsageError naming the algorithm.
     """
-    if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[0], Tensor):
-        raise UsageError("the algorithm's loss should return two things: a tensor, and a dict of metrics")
-    loss, metrics = returned
-    if loss.shape != (pairs,):
-        raise UsageError(
-            f"the algorithm's loss has shape {tuple(loss.shape)} for {pairs} pairs: it should be the loss of each, "
-            f"({pairs},), not their mean"
-        )
-    if not loss.requires_grad:
-        raise UsageError("the algorithm's loss has no gradient in what is trained: is it detached, or under no_grad?")
-    for name, value in metrics.items():
-        if not isinstance(value, Tensor):
-            raise UsageError(f"the algorithm's metric {name!r} is a {type(value).__name__}: it should be a tensor")
-    return loss
+    model, algorithm = trainer.policy.model, trainer.algorithm
+    before, prompts = model.evaluations, "heldout" if trainer.config.prompts.heldout else "validation"
+    with blaming("algorithm", trainer.config.algorithm["name"]):
+        found = algorithm.measures(trainer.policy, rows, prompts, trainer.config.train) if rows else {}
+        check_own_measures(found, len(rows), others)
+    model.evaluations = before
 
 
 def kl_gradient(twin: Trainer, start: Place, condition: Tensor) -> float | None:

@@ -14,12 +14,13 @@ from torch import Tensor
 from condrl.config import Config, typed_options
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.steering import Draws
-from condrl.errors import RewardError, UsageError
+from condrl.errors import RewardError, UsageError, blaming
 from condrl.io.overrides import merged, read_argument, read_named, retyped
 from condrl.prompts import Row
 from condrl.registry import REGISTRIES, Plugin
 from condrl.rewards.scoring import Reward, score
 from condrl.training.build import make_rewards
+from condrl.training.returned import described
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,54 @@ class Steer:
     ) -> Tensor:
         """The final states (B, ...) of images with conditions (B,), each for its row and from its generator.
 
-        Raises: RewardError when a score fails; UsageError when the plugin refuses, or returns something else.
+        Raises: RewardError when a score fails; UsageError when the plugin refuses or fails, or returns something else.
         """
+        name = self.section["name"]
 
         def total(states: Tensor, images: Tensor) -> Tensor:
+            check_asked(states, images, len(condition), name)
             found = score(self.rewards, policy.model.decode(states), [rows[i] for i in images.tolist()])
             if found.failure:
                 raise RewardError(f"{found.failure}: without every score nothing can be steered")
             return found.total
 
-        with policy.model.reference() if self.learned else nullcontext(), policy.model.merged():
+        steered = policy.model.reference() if self.learned else nullcontext()
+        with steered, policy.model.merged(), blaming("steering", name):
             states = self.plugin(Draws(policy, condition, generators, total))
-        check_states(states, (len(condition), *policy.model.state_shape))
+        check_states(states, (len(condition), *policy.model.state_shape), name)
         return states
 
 
-def check_states(states: Any, shape: tuple[int, ...]) -> None:
-    """Raises: UsageError when a plugin returned something else than finite states of a shape."""
-    if not isinstance(states, Tensor) or states.shape != shape or not states.isfinite().all():
-        got = f"a tensor of shape {tuple(states.shape)}" if isinstance(states, Tensor) else type(states).__name__
-        raise UsageError(f"--steer: the plugin should return a finite tensor of shape {shape}, the final states: {got}")
+def check_asked(states: Any, images: Any, count: int, name: str) -> None:
+    """Raises: UsageError when a plugin asks for the reward of something else than finite states of some images."""
+    is_numbered = isinstance(images, Tensor) and not images.is_floating_point() and images.dim() == 1
+    if not isinstance(states, Tensor) or not is_numbered or len(images) != len(states):
+        raise UsageError(
+            f"the steering {name!r} called score({described(states)}, {described(images)}): it takes states (n, ...) "
+            "and the numbers (n,) of the images that they are drawn for"
+        )
+    if not ((images >= 0) & (images < count)).all():
+        raise UsageError(f"the steering {name!r} called score for images that are not among 0 to {count - 1}")
+    check_finite(states, f"asked for the reward of {len(states)} states", name)
+
+
+def check_states(states: Any, shape: tuple[int, ...], name: str) -> None:
+    """Raises: UsageError when a plugin returned something else than finite states of a shape, in float32."""
+    if not isinstance(states, Tensor) or states.shape != shape or states.dtype != torch.float32:
+        raise UsageError(
+            f"the steering {name!r} returned {described(states)}: it should return the final states, of shape {shape} "
+            "in float32"
+        )
+    check_finite(states, f"returned {len(states)} states", name)
+
+
+def check_finite(states: Tensor, what: str, name: str) -> None:
+    """Raises: UsageError when states are not finite."""
+    broken = int((~states.flatten(1).isfinite().all(1)).sum())
+    if broken:
+        raise UsageError(
+            f"the steering {name!r} {what}, {broken} of which are not finite: it went too far; lower its strength"
+        )
 
 
 def read_steer(argument: str, config: Config) -> Steer:

@@ -29,7 +29,7 @@ from condrl.diffusion.path_kl import PathKL, path_kl
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout, rollout
 from condrl.diffusion.transition import windowed
-from condrl.errors import RunError, Stopped, UsageError, print_main
+from condrl.errors import RunError, Stopped, print_main
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
 from condrl.rewards.scoring import Reward, Scores, first_failure, score, weighted
@@ -39,6 +39,7 @@ from condrl.training.evaluate import KL_IMAGES
 from condrl.training.folder import RunFolder
 from condrl.training.learner import Learner
 from condrl.training.recorder import PICTURES, Recorder
+from condrl.training.returned import check_collected, check_examples, check_rollout
 
 LONG = 1.0  # seconds: an epoch that follows a longer one is abandoned when the run is asked to stop, others complete
 
@@ -169,11 +170,13 @@ class Trainer:
 
         context = Context(self.policy, train, noise, self.processes, indices, images, scored)
         collected = self.algorithm.collect(context, rows)
+        check_collected(collected)
         clock.lap("collect")
         return collected
 
     def scored(self, trajectories: Rollout, rows: list[Row], indices: range, images: int, clock: Clock) -> Experience:
         """Trajectories for rows, which are `indices` of all processes' images, with the scores of their samples."""
+        check_rollout(trajectories, len(indices))
         group = self.config.train.images_per_prompt
         with torch.no_grad():
             samples = self.policy.model.decode(trajectories.samples)
@@ -223,9 +226,7 @@ class Trainer:
         train = self.config.train
         noise = self.noise(epoch, "examples", experience.indices)
         examples = self.algorithm.examples(self.policy, experience, train, noise)
-        if not isinstance(examples, Examples):
-            got = type(examples).__name__
-            raise UsageError(f"the algorithm's examples returned a {got}, not condrl.algorithms.examples.Examples")
+        check_examples(examples, len(experience.rows))
         is_rounded = self.policy.rollout_dtype is not None or has_half_precision(self.policy)
         if (is_rounded or is_compiled(self.policy)) and isinstance(examples, RatioExamples):
             return recomputed(examples, self.policy, train.loss_batch)
