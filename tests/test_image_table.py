@@ -22,7 +22,7 @@ def test_there_is_a_recipe_for_each_algorithm_of_images():
     found = {yaml.safe_load(file.read_text())["algorithm"]["name"] for file in RECIPES}
     shipped = {plugin.name for plugin in registry.algorithm.all() if "condrl" in plugin.target.__module__}
     without = {"diffusion_dpo", "q_learning"}  # which need pairs of images, and points
-    assert found == shipped - without - {"draft_lv", "flowbp"}  # like draft and refl
+    assert found == shipped - without
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

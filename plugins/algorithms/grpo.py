@@ -21,8 +21,8 @@ class GRPO(ClippedPolicyGradient):
     """Group-relative advantages and clipped weights with Flow-GRPO's defaults (Liu et al. 2025; docs/theory.md 10).
 
     As published, means over the D dimensions take the place of other algorithms' sums: the clip range bounds the ratio
-    per dimension, exp(log w / D). The gradient is that of the sum, so kappa keeps its unit. For MixGRPO's window of
-    noisy steps set sampler.noise_steps (Li et al. 2025; docs/theory.md 3).
+    per dimension, exp(log w / D). The gradient is that of the sum, so kappa keeps its unit. For MixGRPO's moving window
+    of noisy steps set train.window (Li et al. 2025; docs/theory.md 3).
     """
 
     clip_range: float = 1e-4  # bound on |ratio per dimension - 1|, the same for every step

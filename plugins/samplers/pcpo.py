@@ -61,7 +61,8 @@ class Slopes:
 
     def noisiest(self) -> Tensor:
         """The levels at the weight with the most noise: it is one that some step has at noise level 1."""
-        every = torch.stack([self.levels(weight) for weight in self.least[self.least.isfinite()]])
+        none = torch.zeros_like(self.least)  # of a single step, which ends at the data
+        every = torch.stack([none, *(self.levels(weight) for weight in self.least[self.least.isfinite()])])
         return every[every.square().sum(1).argmax()]
 
     def checked(self, weight: float) -> Tensor:

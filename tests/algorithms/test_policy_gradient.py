@@ -233,14 +233,14 @@ def test_those_advantages_are_bounded_too(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- ratios
 
-SAMPLERS = ["ddim", "euler_maruyama", "exponential", "heun", "dpm_solver_pp", "flow_sde", "dance_sde"]
+SAMPLERS = ["ddim", "euler_maruyama", "exponential", "heun", "dpm_solver_pp", "flow_sde", "dance_sde", "pcpo"]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_ratio_is_one_at_the_start_with_every_sampler(name, shape, tmp_path):
     """Also where a step depends on what an earlier one remembered, and where only some steps have noise."""
-    level = {"noise_level": 0.5} if name.endswith("_sde") else {"eta": 0.7}
+    level = {"noise_level": 0.5} if name.endswith("_sde") else {"weight": 100.0} if name == "pcpo" else {"eta": 0.7}
     for noisy in (None, [1, 3]):
         options = {"name": name, "noise_steps": noisy, **level}
         trainer = trainer_of(tmp_path, shape, algorithm={"name": "ddpo"}, sampler=options)

@@ -584,13 +584,17 @@ def test_two_processes_tune_like_one(sharded, folders, tmp_path):
 
 
 @pytest.mark.parametrize("level", [0.0, 0.7])
-@pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "euler_maruyama", "exponential", "ddim", "dpm_solver_pp"])
+@pytest.mark.parametrize(
+    "sampler", ["flow_sde", "dance_sde", "euler_maruyama", "exponential", "ddim", "dpm_solver_pp", "pcpo"]
+)
 def test_ratios_are_one_before_an_update(sampler, level, name, folder):
     """With every sampler, from pure noise to the data."""
-    option = "noise_level" if sampler.endswith("_sde") else "eta"
+    options = {"noise_level" if sampler.endswith("_sde") else "eta": level}
+    if sampler == "pcpo":
+        options = {"weight": 100.0} if level else {"noise_steps": []}
     model = model_of(name, folder, guidance=1.0)
     perturb(model)
-    policy = Policy(model, make_sampler({"name": sampler, "steps": 4, "spacing": None, option: level}, model.schedule))
+    policy = Policy(model, make_sampler({"name": sampler, "steps": 4, "spacing": None, **options}, model.schedule))
     found = rollout(policy, model.encode(PROMPTS), torch.Generator().manual_seed(0), 3)
     assert found.states.isfinite().all()
     assert policy.sampler.stochastic.any() == bool(level)

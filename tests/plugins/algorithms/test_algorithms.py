@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, load_script
+from flow_pipelines import sd3_pipeline
+from helpers import ALGORITHMS, ROOT, load_script
 
 import condrl
 from condrl import UsageError
@@ -237,13 +238,13 @@ def test_what_flowbp_makes_of_the_steps_that_follow(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["draft", "adjoint_matching"])
 def test_reward_gradients_reach_riccatis_optimum(name, tmp_path):
-    """docs/theory.md 14, 15 and 17."""
-    words = ["train.epochs=400", "train.updates_per_epoch=1", "train.lr=2e-2", "algorithm.kappa=0.5"]
+    """docs/theory.md 14, 15 and 17, in 1500 steps of Adam with 512 images each, at a rate of .02 that falls to 0."""
+    words = ["train.epochs=1500", "train.updates_per_epoch=1", "train.lr=2e-2", "algorithm.kappa=0.5"]
     trainer = trainer_of("g1", tmp_path, f"algorithm.name={name}", *small(12, *words))
     solved = solve(trainer.policy, trainer.rows, trainer.rewards, 0.5)
     trainer.fit()
     audits = solved.audit(trainer.policy)
-    assert solved.optimum - audits[0].objective < 2e-5
+    assert solved.optimum - audits[0].objective < 1e-5
     for found, best in zip(moments(solved, audits[0]), moments(solved, solved.cases[0].optimal), strict=True):
         assert found == pytest.approx(best, abs=0.005)
 
@@ -489,15 +490,26 @@ def brightness_of_test(samples, prompts):
     return samples.mean((1, 2, 3))
 
 
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    return sd3_pipeline(tmp_path_factory.mktemp("sd3"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*FAMILY, "nft", "draft", "alignprop", *WITHOUT_KAPPA, "adjoint_matching"])
-def test_every_algorithm_tunes_stable_diffusion(name, pipeline, tmp_path):
+@pytest.mark.parametrize("name", [n for n in ALGORITHMS if n not in ("diffusion_dpo", "q_learning")])
+@pytest.mark.parametrize("family", ["stable_diffusion", "sd3"])
+def test_every_algorithm_tunes_images(family, name, pipeline, flow, tmp_path):
+    """Of a U-Net and of a rectified flow, which starts where there is no signal."""
     (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
-    words = [f"model.path={pipeline}", "model.lora_rank=2", "model.guidance=1", f"prompts.train={tmp_path}/prompts.txt"]
+    words = [f"model.name={family}", f"model.path={pipeline if family == 'stable_diffusion' else flow}"]
+    words += ["model.lora_rank=2", "model.guidance=1", f"prompts.train={tmp_path}/prompts.txt"]
     words += ["rewards.brightness_of_test.weight=1", f"algorithm.name={name}", f"run.dir={tmp_path}"]
     words += ["train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8", "train.epochs=2"]
     if name not in ("nft", *WITHOUT_KAPPA):
         words += ["algorithm.kappa=0.01"]
+    if family == "sd3":
+        words += ["sampler.eta=1", "model.height=24", "model.width=16"]
+        words += ["algorithm.exploration=null"] if name == "ctrl" else []
     config = load_config([*words, "sampler.steps=3", "train.loss_batch=8", "train.lr=1e-2"])
     trainer = make_trainer(config, [Row(0, "a red star"), Row(1, "a blue circle")])
     before = [p.detach().clone() for p in trainer.learner.weights]
@@ -601,4 +613,5 @@ def test_toy_benchmarks_write_rows(what, words, keys, tmp_path, monkeypatch, cap
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows
     assert all(keys <= set(row) for row in rows)
-    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    printed = capsys.readouterr().out.splitlines()
+    assert len([line for line in printed if "gap closed" in line and not line.startswith("|")]) == len(rows)
