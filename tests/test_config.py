@@ -192,7 +192,7 @@ def test_rewards_on_the_command_line_replace_the_defaults():
     assert set(names("train.epochs=3", "evaluate.measures.sharpness={}")) == {"shapes", "shapes_exact"}
     assert set(names(QUICKSTART, "rewards.sharpness.weight=2")) == {"shapes", "shapes_exact", "sharpness"}
     assert set(names(QUICKSTART, "rewards.sharpness.weight=2", "rewards.shapes=null")) == {"shapes_exact", "sharpness"}
-    assert set(load_config([QUICKSTART, "evaluate.measures.shapes=null"]).evaluate.measures) == {"shapes_exact"}
+    assert set(load_config([QUICKSTART, "evaluate.measures.shapes=null"]).evaluate.measures) == {"shapes_exact", "clip"}
 
 
 def test_a_resolved_config_loads_from_any_folder(tmp_path, monkeypatch):

@@ -132,8 +132,9 @@ def memory(trainer: Trainer, needs: Needs) -> str:
 def in_parts(model: Any, weights: float, taken: float) -> str:
     """What is taken now: the network's weights, those beside it in the pipeline, and the rest."""
     pipe = getattr(model, "pipe", None)
-    others = [part for part in (pipe.components.values() if pipe else ()) if isinstance(part, nn.Module)]
-    found = [p for part in others if part is not model.module for p in part.parameters()]
+    parts = getattr(pipe, "components", vars(pipe) if pipe else {}).values()
+    others = [part for part in parts if isinstance(part, nn.Module) and part is not model.module]
+    found = [p for part in others for p in part.parameters()]
     beside = sum(p.nbytes for p in found if p.device.type == model.device.type) / 1e9
     named = f", the VAE's and text encoders' {beside:.2f}" if pipe else ""
     rest = "Python, its libraries and the rewards" if model.device.type == "cpu" else "the rewards"
