@@ -53,3 +53,13 @@ def test_a_cell_is_the_range_over_seeds(benchmark):
     rows = [{"gap_closed": g, "kl_to_optimum": k} for g, k in ((0.9821, 0.2), (0.9996, 0.3), (0.99, 0.1))]
     assert benchmark.cells_of(rows) == (".982 to 1.000", ".200")
     assert benchmark.cells_of([]) == ("-", "-")
+
+
+def test_the_table_of_the_documentation_is_what_was_measured(benchmark):
+    """By every algorithm, on all three toys, each by as many seeds."""
+    rows = from_json(RECORD.read_text("utf-8"))
+    assert {row["algorithm"] for row in rows} == set(benchmark.ALGORITHMS)
+    assert benchmark.markdown(rows) in (ROOT / "docs" / "measured.md").read_text("utf-8")
+    for algorithm in benchmark.ALGORITHMS:
+        seeds = [row["seed"] for row in rows if row["algorithm"] == algorithm]
+        assert sorted(seeds) == sorted([0, 1, 2] * 3)

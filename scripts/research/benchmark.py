@@ -337,29 +337,27 @@ def reward_cost(name: str, repeats: int, threads: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- toys
 
 TOYS = Path(__file__).resolve().parents[2] / "configs" / "toy"
-ANCHORED = "temperature=0 normalise=false adaptive=false draws=8 times=[0.008,0.99]"  # nft with kappa alone
-ALGORITHMS = {  # that have a kappa and learn from rewards, with the options by which one runs on a toy
-    "reinforce": "",
-    "ddpo": "",
-    "dpok": "",
-    "grpo": "clip_range=0.2",  # its own is for tens of thousands of dimensions
-    "ctrl": "",
-    "draft": "",
-    "alignprop": "",
-    "adjoint_matching": "",
-    "log_variance": "",
-    "feynman_kac": "",
-    "nft": f"{ANCHORED} stages=2",
-    "rwr": "",
-    "d3po": "",
-    "online_dpo": "",
+ANCHORED = [  # nft with kappa alone
+    f"algorithm.{option}"
+    for option in ("temperature=0", "normalise=false", "adaptive=false", "draws=8", "times=[0.008,0.99]")
+]
+ALGORITHMS: dict[str, list[str]] = {  # that have a kappa and learn from rewards, with what one wants on a toy
+    "reinforce": [],
+    "ddpo": [],
+    "dpok": [],
+    "grpo": ["algorithm.clip_range=0.2"],  # its own is for tens of thousands of dimensions
+    "ctrl": [],
+    "draft": [],
+    "alignprop": [],
+    "adjoint_matching": [],
+    "log_variance": [],
+    "feynman_kac": [],
+    "nft": [*ANCHORED, "algorithm.stages=2"],
+    "rwr": [],
+    "d3po": [],
+    "online_dpo": ["algorithm.draws=16", "train.lr=5e-4", "sampler.name=exponential"],  # whose bounds are exact
 }
 Row = dict[str, Any]
-
-
-def options_of(algorithm: str) -> list[str]:
-    """The overrides by which an algorithm runs on a toy."""
-    return [f"algorithm.{option}" for option in ALGORITHMS.get(algorithm, "").split()]
 
 
 def toy_trainer(problem: str, overrides: list[str]) -> Trainer:
@@ -378,7 +376,7 @@ def exact(config: Config, args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = read(args.json) if args.json and args.json.exists() else []
     known = {key_of(row) for row in rows}
     for problem, algorithm, seed in itertools.product(args.problems, args.algorithms, range(args.seeds)):
-        words = [*options_of(algorithm), *args.words]
+        words = [*ALGORITHMS.get(algorithm, []), *args.words]
         row = {"algorithm": algorithm, "problem": problem, "seed": seed, "words": words}
         if key_of(row) in known:
             continue
@@ -400,7 +398,7 @@ def markdown(rows: list[Row]) -> str:
     heads = [f"{problem.upper()}: gap closed | KL to p*" for problem in problems]
     lines = [f"| algorithm | seeds | {' | '.join(heads)} |", "| --- " * 8 + "|"]
     for algorithm in ALGORITHMS:
-        own = [row for row in rows if row["algorithm"] == algorithm and row["words"] == options_of(algorithm)]
+        own = [row for row in rows if row["algorithm"] == algorithm and row["words"] == ALGORITHMS[algorithm]]
         cells = [cell for problem in problems for cell in cells_of([row for row in own if row["problem"] == problem])]
         lines.append(f"| `{algorithm}` | {len({row['seed'] for row in own})} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -435,13 +433,12 @@ def keep(rows: list[Row], row: Row, label: str, args: argparse.Namespace) -> Non
 def anchors(config: Config, args: argparse.Namespace) -> list[Row]:
     """Rows of problem x kappa x stages x baseline: how near nft with a kappa comes to the best possible objective."""
     rows: list[Row] = []
-    own = [f"algorithm.{option}" for option in ANCHORED.split()]
     every = [(kappa, stages, "group") for kappa, stages in itertools.product((0.25, 0.5, 1.0), (1, 2, 4))]
     every += [(0.5, stages, "value") for stages in (1, 4)]
     for problem, (kappa, stages, baseline) in itertools.product(args.problems, every):
         chosen = {"kappa": kappa, "stages": stages, "baseline": baseline}
         options = [f"algorithm.{name}={value}" for name, value in chosen.items()]
-        row = {"problem": problem, **chosen, **gap(problem, ["algorithm.name=nft", *own, *options, *args.words])}
+        row = {"problem": problem, **chosen, **gap(problem, ["algorithm.name=nft", *ANCHORED, *options, *args.words])}
         keep(rows, row, f"{problem} kappa {kappa} stages {stages} baseline {baseline:<6}", args)
     return rows
 
@@ -513,7 +510,7 @@ def steps(config: Config, args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for algorithm, seed in itertools.product(args.algorithms, range(args.seeds)):
         overrides = [f"algorithm.name={algorithm}", "algorithm.kappa=0.5", "sampler.steps=20", f"run.seed={seed}"]
-        trainer = toy_trainer("m1", [*overrides, *options_of(algorithm), *args.words])
+        trainer = toy_trainer("m1", [*overrides, *ALGORITHMS.get(algorithm, []), *args.words])
         trainer.fit()
         for count in (8, 20, 80):
             section = {**trainer.config.sampler, "steps": count}

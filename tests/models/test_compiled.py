@@ -8,6 +8,7 @@ import torch
 from drawing import CPU, PROMPTS, perturb
 from flow_pipelines import flux_pipeline, sd3_pipeline
 from helpers import ROOT, tiny_pipeline
+from sdxl_pipeline import sdxl_pipeline
 
 import condrl.models.latent
 from condrl import UsageError
@@ -17,13 +18,19 @@ from condrl.loading import load_config, load_for_drawing
 from condrl.models.compiled import check_compiler
 from condrl.plugins.models.flux import Flux
 from condrl.plugins.models.sd3 import SD3
+from condrl.plugins.models.sdxl import SDXL
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import Row
 from condrl.training.build import make_sampler, make_trainer
 from condrl.training.preflight import attempt
 from condrl.training.trainer import Clock
 
-FAMILIES = {"unet": (StableDiffusion, tiny_pipeline), "sd3": (SD3, sd3_pipeline), "flux": (Flux, flux_pipeline)}
+FAMILIES = {
+    "unet": (StableDiffusion, tiny_pipeline),
+    "sdxl": (SDXL, sdxl_pipeline),
+    "sd3": (SD3, sd3_pipeline),
+    "flux": (Flux, flux_pipeline),
+}
 
 
 @pytest.fixture
@@ -44,7 +51,8 @@ def graphs(monkeypatch):
 
 
 @pytest.fixture(
-    scope="module", params=["unet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "flux"))]
+    scope="module",
+    params=["unet", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "unet")],
 )
 def family(request, tmp_path_factory):
     plugin, save = FAMILIES[request.param]

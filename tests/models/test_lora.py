@@ -2,9 +2,11 @@
 
 import runpy
 
+import comfyui_names
 import pytest
 import torch
 import yaml
+from comfyui_names import missed
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
@@ -45,9 +47,7 @@ def sd15_unet():
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, QUICKSTART, (*QUICKSTART, "time_emb_proj", "conv_shortcut", "conv")])
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs ComfyUI's table of names")
 def test_comfyui_takes_every_key(targets, tmp_path):
-    missed = runpy.run_path(str(DATA / "comfyui_unet_names.py"))["missed"]
     unet = sd15_unet()
     names = [name for name, module in unet.named_modules() if hasattr(module, "weight")]
     add_lora(unet, 2, 2, targets)
@@ -57,6 +57,17 @@ def test_comfyui_takes_every_key(targets, tmp_path):
     assert len(keys) == 3 * len(lora_layers(unet))
     assert {key.split(".", 1)[1] for key in keys} == {"lora_down.weight", "lora_up.weight", "alpha"}
     assert missed(load_file(tmp_path / LORA_FILE), names)  # the table is no rubber stamp: these names it has not
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the outside table of ComfyUI's names")
+def test_the_table_of_names_is_the_outside_one():
+    """By the modules of SD 1.5 and by keys of every kind, right and wrong."""
+    outside = runpy.run_path(str(DATA / "comfyui_unet_names.py"))
+    names = [name for name, module in sd15_unet().named_modules() if hasattr(module, "weight")]
+    assert comfyui_names.bases(names) == outside["accepted"](names)
+    ends = [*outside["SUFFIXES"], ".lora_mid.weight", ".dora_scale", "_alpha"]
+    keys = [base + end for base in sorted(outside["accepted"](names[:40]) | set(names[:40])) for end in ends]
+    assert comfyui_names.missed(keys, names) == outside["missed"](keys, names)
 
 
 def test_kohya_scale_is_one_by_comfyui_arithmetic(model, tmp_path):

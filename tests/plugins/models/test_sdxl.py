@@ -3,106 +3,46 @@
 import ast
 import json
 import re
-import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from comfyui_names import missed
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from drawing import CPU, PROMPTS, SEEDS, perturb, pictures
-from helpers import DATA, ROOT
+from helpers import ROOT, run_python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sdxl_pipeline import UNET, sdxl_pipeline
 from single_file import unet_key, vae_key
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from condrl import UsageError
 from condrl.commands import finetune
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import rollout
 from condrl.loading import load_config
 from condrl.models.latent import ATTENTION, LatentModel, add_lora, unet_layers
 from condrl.models.lora import KOHYA_FILE, LORA_FILE, lora_layers, lora_state, save_lora
 from condrl.plugins.models.sdxl import SDXL
 from condrl.plugins.models.stable_diffusion import StableDiffusion
-from condrl.shapes.networks import TOKENS, make_tokenizer
+from condrl.shapes.networks import TOKENS
 from condrl.training.build import make_sampler
 
 SIZE = {"height": 24, "width": 16}
-UNET = dict(
-    sample_size=8,
-    block_out_channels=(8, 16),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2),
-    layers_per_block=1,
-    cross_attention_dim=40,
-    attention_head_dim=(2, 4),
-    norm_num_groups=4,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=4,
-    projection_class_embeddings_input_dim=6 * 4 + 20,
-)
-
-
-def text_config(tokenizer, width):
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        projection_dim=20,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A pipeline of a few thousand random weights as diffusers saves it; its second tokenizer reads letter by letter."""
-    place = tmp_path_factory.mktemp("sdxl")
-    torch.manual_seed(0)
-    words = make_tokenizer(place / "words")
-    (place / "none.txt").write_text("#version: 0.2\n")
-    letters = CLIPTokenizer(str(place / "words" / "vocab.json"), str(place / "none.txt"), model_max_length=TOKENS)
-    letters.pad_token = "!"
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.13025,
-        force_upcast=True,
-    )
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
-    )
-    StableDiffusionXLPipeline(
-        vae=vae,
-        unet=UNet2DConditionModel(**UNET),
-        text_encoder=CLIPTextModel(text_config(words, 16)),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(letters, 24)),
-        tokenizer=words,
-        tokenizer_2=letters,
-        scheduler=scheduler,
-        add_watermarker=False,
-    ).save_pretrained(place / "pipe")
-    return place / "pipe"
+    return sdxl_pipeline(tmp_path_factory.mktemp("sdxl"))
 
 
 @pytest.fixture
@@ -182,6 +122,48 @@ def test_a_step_is_that_of_diffusers(folder):
         theirs = pipe.scheduler.step(both[0] + 5 * (both[1] - both[0]), t, x, eta=0.0).prev_sample
     assert (ours - x).abs().mean() > 0.01
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_network_that_says_v_draws_as_in_diffusers(folder, tmp_path):
+    """The scheduler's prediction_type alone tells it from one that says epsilon."""
+    copy = copied(folder, tmp_path)
+    changed(copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    model = SDXL(CPU, path=str(copy))
+    drawn, expected = pictures(model, PROMPTS, SEEDS), their_pictures(plain(copy, model.schedule))
+    torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=0)
+    assert (drawn - their_pictures(plain(folder, model.schedule))).abs().max() > 0.05
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = SDXL(CPU, path=str(folder), lora_rank=2, gradient_checkpointing=checkpointing)
+        assert model.module.is_gradient_checkpointing == checkpointing
+        perturb(model)
+        x = torch.randn(2, *model.state_shape, generator=torch.Generator().manual_seed(1))
+        score = model.score(x, torch.tensor([0.3, 0.9], dtype=torch.float64), model.encode(PROMPTS[:2]))
+        weights = [p for p in model.module.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(score.square().sum(), weights))
+    assert gradients[0][0].abs().max() > 0
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_maruyama", "dpm_solver_pp", "pcpo"])
+def test_ratios_are_one_before_an_update(sampler, model):
+    """With guidance, in batches of another size than the roll-out's."""
+    perturb(model)
+    options = {"weight": 100.0} if sampler == "pcpo" else {"eta": 0.7}
+    policy = Policy(model, make_sampler({"name": sampler, "steps": 4, "spacing": None, **options}, model.schedule))
+    found = rollout(policy, model.encode(PROMPTS), torch.Generator().manual_seed(0), 2)
+    noisy = policy.sampler.stochastic.nonzero().flatten().tolist()
+    assert len(noisy) >= 3
+    for k in noisy:
+        state = None if found.solver_states is None else found.solver_states[k]
+        with torch.no_grad():
+            transition = policy.transition(found.states[k], torch.full((3,), k), found.condition, state)
+        torch.testing.assert_close(transition.log_prob(found.states[k + 1]), found.log_probs[k], atol=2e-3, rtol=1e-5)
 
 
 def test_what_the_unconditional_branch_is_given(folder, tmp_path):
@@ -312,9 +294,7 @@ def test_comfyui_takes_every_key(tmp_path):
     assert len(bases) == len(lora_layers(unet)) == len(keys) / 3
     assert "lora_unet_add_embedding_linear_1" in bases
     assert "lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0" in bases
-    if DATA.is_dir():
-        table = runpy.run_path(str(DATA / "comfyui_unet_names.py"))
-        assert table["missed"](keys, found) == []
+    assert missed(keys, found) == []
 
 
 def test_header_and_card_say_that_it_is_xl(model, tmp_path):
@@ -359,6 +339,24 @@ def test_a_run_tunes_it_and_goes_on_to_the_bit(folder, tmp_path):
     pipe = plain(folder)
     pipe.load_lora_weights(lora)
     assert (ours - their_pictures(pipe, **SIZE)).abs().max() < 1 / 255
+
+
+@pytest.mark.slow
+def test_two_processes_tune_like_one(folder, tmp_path):
+    """By ratios that the minibatches of both make, of images with guidance."""
+    (tmp_path / "run.yaml").write_text(RUN)
+    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
+    words = [str(tmp_path / "run.yaml"), f"model.path={folder}", f"prompts.train={tmp_path}/prompts.txt"]
+    words += ["train.epochs=2", "train.lr=0.003", "train.max_failed=0"]
+    script, cpu = str(ROOT / "scripts" / "finetune.py"), {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = run_python(*two, *words, f"run.dir={tmp_path / 'two'}", cwd=tmp_path, **cpu)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert finetune.main([*words, f"run.dir={tmp_path / 'one'}"]) == 0
+    loras = [load_file(tmp_path / place / "lora" / LORA_FILE) for place in ("one", "two")]
+    one, other = (torch.cat([lora[k].flatten() for k in sorted(lora) if ".up." in k]) for lora in loras)
+    assert one.norm() > 0
+    assert (other - one).norm() < 0.1 * one.norm()  # Adam makes much of gradients near zero
 
 
 def test_the_recipe_is_a_config_of_this_model():
