@@ -78,7 +78,8 @@ def export(args: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
         note = FORMATS[args.to](model, lora, out, name_of(home, lora), dtype)
     describe(home, lora, out, args, dtype, note)
-    print("".join(f"{line}\n" for line in [note] if line), end="")
+    if note:
+        print(note)
     print(visible(f"wrote {out}"))
     if args.push:
         print(visible(f"pushed to {push(out, args.push, args.public)}"))

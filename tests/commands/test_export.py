@@ -132,7 +132,7 @@ def weights_of(lora):
 def half_run(run):
     """The run, tuned in bfloat16 with a small LoRA, as such runs have it."""
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["model"] |= {"dtype": "bfloat16", "offload_vae": True}
+    config["model"] |= {"dtype": "bfloat16", "offload_vae": True, "memory_format": "channels_last"}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     lora = load_file(run / "lora" / LORA_FILE)
     save_file({key: value / 10 for key, value in lora.items()}, run / "lora" / LORA_FILE, {"format": "pt"})
