@@ -24,7 +24,7 @@ RECORDED = (  # what a run records itself, so that no metric of an algorithm may
     *("epoch", "images", "updates", "lr", "skipped_updates", "network_calls", "failed_scores", "flat_groups"),
     *("diversity", "loss", "grad_norm", "base_kl", "kl_budget", "kappa", "diagnosis"),
 )
-FOLDERS = ("reward/", "heldout/", "validation/", "seconds/")  # likewise, names that begin so
+FOLDERS = ("reward/", "heldout/", "validation/", "gain/", "seconds/")  # likewise, names that begin so
 
 
 def check_times(sampler: Any, times: Tensor, name: str) -> None:
