@@ -78,7 +78,7 @@ def test_its_cells_run_in_order(tmp_path):
     assert found["diffusers"] <= 1  # of 255
     assert found["tuned"] > 1  # what the LoRA does is not nothing
     assert found["rewards"][0] == found["rewards"][1] != 0
-    assert found["measures"] == ["redness", "shapes", "shapes_exact"]
+    assert found["measures"] == ["clip", "redness", "shapes", "shapes_exact"]
     assert all(re.match("better|worse|no difference shown", verdict) for verdict in found["verdicts"])
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     assert (tmp_path / "runs" / "notebook" / "report.html").is_file()

@@ -46,16 +46,17 @@ def run(tmp_path_factory):
 def test_a_run_leaves_everything_behind(run):
     folder, done = run
     result = json.loads((folder / "result.json").read_text())
-    assert set(result["heldout"]) == {"shapes_exact", "shapes", "redness"}
+    assert set(result["heldout"]) == {"shapes_exact", "shapes", "clip", "redness"}
     assert result["heldout"]["redness"]["tuned"]["mean"] != result["heldout"]["redness"]["base"]["mean"]
     for measure in result["heldout"].values():
         for who in ("base", "tuned"):
             low, high = measure[who]["ci95"]
             assert low <= measure[who]["mean"] <= high
     assert result["images"] == 16
-    # held-out twice, two roll-outs, whose ratios are recomputed, the ratio check of epochs 1 and 2, two updates
+    # held-out twice, its path KL (a roll-out, tuned and base), two roll-outs, whose ratios are recomputed, the ratio check
+    # of epochs 1 and 2, two updates
     guided = 2 if load_config([str(folder / "config.yaml")]).model["guidance"] != 1 else 1
-    assert result["network_calls"] == guided * (2 * 6 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 2)
+    assert result["network_calls"] == guided * (5 * 6 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 2)
     assert result["seed"] == 0
     assert 0 < result["peak_memory_gb"] < 3
     assert 0 < result["seconds"] < 300

@@ -192,12 +192,12 @@ def test_it_is_refused_where_weights_are_spread(pipeline, graphs):
 
 
 def test_drawing_does_not_wait_for_it(tmp_path):
-    """Unless it is asked to."""
     file = tmp_path / "config.yaml"
     file.write_text("model: {name: stable_diffusion, compile: true, lora_rank: 3}\n", "utf-8")
     config = load_for_drawing(file, [])
     assert (config.model["compile"], config.model["lora_rank"]) == (False, 3)
-    assert load_for_drawing(file, ["model.compile=true"]).model["compile"] is True
+    with pytest.raises(UsageError, match="images are drawn sooner than a network is compiled"):
+        load_for_drawing(file, ["model.compile=true"])
 
 
 @pytest.mark.slow

@@ -524,9 +524,10 @@ def test_similarity_is_to_the_nearest_reference(tmp_path):
     ],
 )
 def test_the_kit_finds_the_fault(fault, message):
-    condrl.reward(fault, name="at_fault")
+    name = f"at_fault_{fault.__code__.co_firstlineno}"
+    condrl.reward(fault, name=name)
     with pytest.raises(AssertionError, match=message):
-        check_reward("at_fault", value_range=(0, 1))
+        check_reward(name, value_range=(0, 1))
 
 
 def test_the_kit_takes_what_is_right():
