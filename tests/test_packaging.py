@@ -91,7 +91,7 @@ def test_a_notebook_tunes_and_draws(wheel, tmp_path):
     done = run_python("-c", NOTEBOOK, cwd=tmp_path, PYTHONPATH=str(wheel))
     assert done.returncode == 0, done.stderr
     *_, drawn, refused = done.stdout.splitlines()
-    assert drawn == "['redness', 'shapes', 'shapes_exact'] [(64, 64), (64, 64), (64, 64), (64, 64)]"
+    assert drawn == "['clip', 'redness', 'shapes', 'shapes_exact'] [(64, 64), (64, 64), (64, 64), (64, 64)]"
     assert refused.startswith("config train.epochz: there is no such key.")
 
 
