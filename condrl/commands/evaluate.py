@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from condrl.commands.console import exit_code, one_of_several
 from condrl.commands.evaluation import RECORD, SUMMARY, Writer, report, started
 from condrl.commands.finetune import check_json
-from condrl.commands.sample import HOME, default_config, find, fit, in_run, split_words, with_rank
+from condrl.commands.sample import HOME, default_config, find, fit_adapter, in_run, split_words, with_rank
 from condrl.config import Config
 from condrl.errors import UsageError, print_main, visible, warn_of_address_limit
 from condrl.io.files import check_folder, exists, locate
@@ -359,7 +359,7 @@ def try_lora(plan: Plan, policy: Policy) -> None:
 
     if plan.tuned is None:
         return
-    fit(policy.model, plan.tuned, plan.source)
+    fit_adapter(policy.model, plan.tuned, plan.source)
     weights = [weight for weight in policy.model.module.parameters() if weight.requires_grad]
     with acting(weights, [weight.detach().clone() for weight in weights]):
         policy.model.load_adapter(plan.tuned)

@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,7 @@ def export(args: argparse.Namespace) -> None:
         raise UsageError("--public has no effect without --push OWNER/NAME")
     dtype = args.dtype or "float32"
     model = loaded(config, lora, args.strength, find_device(args.device), "float32" if args.to == MERGED else None)
-    with naming(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with naming(out), whole_or_empty(out):
         note = FORMATS[args.to](model, lora, out, name_of(home, lora), dtype)
     describe(home, lora, out, args, dtype, note)
     if note:
@@ -83,6 +84,18 @@ def export(args: argparse.Namespace) -> None:
     print(visible(f"wrote {out}"))
     if args.push:
         print(visible(f"pushed to {push(out, args.push, args.public)}"))
+
+
+@contextmanager
+def whole_or_empty(folder: Path) -> Iterator[None]:
+    """Make a folder, which is empty if it is there; what is half written within is removed again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def check_new(folder: Path) -> None:

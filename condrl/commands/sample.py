@@ -190,7 +190,7 @@ def with_rank(lora: Path, settings: Sequence[str]) -> list[str]:
     return [f"model.lora_rank={rank_of(lora)}", *settings]
 
 
-def fit(model: Any, lora: Path, run: Path | None) -> None:
+def fit_adapter(model: Any, lora: Path, run: Path | None) -> None:
     """Make a model's adapter one that the LoRA fits into, if it belongs to no run whose config says so."""
     from condrl.models.latent import LatentModel
 
@@ -277,7 +277,7 @@ def images(args: argparse.Namespace, request: Request) -> tuple[list[Tensor], li
     base = images_of(policy, request, args.batch, "base") if args.compare or not request.lora else []
     if not request.lora:
         return base, base
-    fit(policy.model, request.lora, None if request.home == HOME else request.home)
+    fit_adapter(policy.model, request.lora, None if request.home == HOME else request.home)
     policy.model.load_adapter(request.lora)
     scale_lora(policy.model.module, args.strength)
     return base, images_of(policy, request, args.batch, "tuned")

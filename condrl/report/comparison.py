@@ -9,7 +9,7 @@ from typing import Any
 from condrl.report.charts import Chart, Series, number
 from condrl.report.html import fact, figure, section, table
 from condrl.report.pictures import Room, picture
-from condrl.report.run import Line, Run, interval, measure_title, spent, verdict
+from condrl.report.run import Line, Run, interval, measure_title, totals, verdict
 from condrl.report.usage import deployed_sampler, public_base
 
 PROMPTS = 8  # whose pictures are shown side by side
@@ -66,7 +66,7 @@ def table_of(runs: Sequence[Run]) -> str:
 
 
 def run_row(run: Run, i: int, names: Sequence[str], with_kl: bool) -> str:
-    rows, took = (run.result or {}).get("heldout", {}), spent(run)
+    rows, took = (run.result or {}).get("heldout", {}), totals(run)
     kl = [] if not with_kl else ["" if run.path_kl is None else number(run.path_kl)]
     costs = ["" if took[key] is None else fact(took[key]) for key in ("network calls", "seconds", "images")]
     texts = [str((run.config.get("algorithm") or {}).get("name")), verdict(run, run.findings()).word]

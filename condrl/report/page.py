@@ -16,7 +16,7 @@ from condrl.report.charts import Chart, Mark, Series, number
 from condrl.report.comparison import comparison, difference
 from condrl.report.html import cells, code, fact, figure, section, table
 from condrl.report.pictures import Room, film, pictures, room_for
-from condrl.report.run import DIVERSITY, Finding, Run, change, measure_title, spent, told_apart, verdict
+from condrl.report.run import DIVERSITY, Finding, Run, change, measure_title, totals, verdict, with_distinct_names
 from condrl.report.usage import (
     base_model,
     command,
@@ -61,7 +61,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
 
 def page(runs: Sequence[Run]) -> str:
     """The HTML of the page."""
-    runs, room = told_apart(runs), room_for(len(runs))
+    runs, room = with_distinct_names(runs), room_for(len(runs))
     if len(runs) == 1:
         title, body = runs[0].name, run_part(runs[0], room, 1)
     else:
@@ -92,14 +92,14 @@ def run_part(run: Run, room: Room, level: int) -> str:
     config = code(yaml.safe_dump(run.config, sort_keys=False), "The resolved config")
     tone = "good" if found.word == "better" else "bad" if found.word in BAD or is_wrong(run, findings) else ""
     return (
-        f"<h{level}>{escape(run.name)}</h{level}><p>{escape(told(run))}</p>"
+        f"<h{level}>{escape(run.name)}</h{level}><p>{escape(subtitle(run))}</p>"
         f'<div class="verdict {tone}" role="status"><strong>{found.word}</strong>. {escape(found.sentence)}</div>'
         + "".join(section(title, content, level + 1) for title, content in parts.items())
         + f"<details><summary>The resolved config</summary>{config}</details>"
     )
 
 
-def told(run: Run) -> str:
+def subtitle(run: Run) -> str:
     """What was tuned, on what, and against what it is measured."""
     tuned_on = ", ".join(f"{name} (weight {weight:g})" for name, weight in run.rewards.items()) or "no reward"
     return f"{(run.config.get('algorithm') or {}).get('name')}, tuned on {tuned_on}, against {public_base(run.base)}"
@@ -223,7 +223,7 @@ def asset_note(run: Run) -> str:
 
 
 def costs(run: Run) -> str:
-    result, took = run.result or {}, spent(run)
+    result, took = run.result or {}, totals(run)
     facts = {
         "epochs": len(run.lines),
         **took,

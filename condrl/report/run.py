@@ -148,7 +148,7 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def spent(run: Run) -> dict[str, Any]:
+def totals(run: Run) -> dict[str, Any]:
     """The images, network calls and seconds of a run, so far if it goes on."""
     counts = run.result or (run.lines[-1] if run.lines else {})
     seconds = sum(v for line in run.timings for k, v in line.items() if k.startswith("seconds/"))
@@ -156,7 +156,7 @@ def spent(run: Run) -> dict[str, Any]:
     return found | {"seconds": counts.get("seconds", round(seconds, 1))}
 
 
-def told_apart(runs: Sequence[Run]) -> list[Run]:
+def with_distinct_names(runs: Sequence[Run]) -> list[Run]:
     """The runs with names that are all different: with the folders above them where they need them."""
     parts = [run.folder.resolve().parts for run in runs]
 

@@ -101,25 +101,25 @@ def watch(trainer: Trainer, prompts: Prompts, heldout: Evaluation | None) -> dic
     name, who = ("validation", "validation") if prompts.validation else ("heldout", "held-out")
     rows = prompts.validation or prompts.heldout
 
-    def look(epoch: int, when: str) -> Evaluation | None:
+    def measure(epoch: int, when: str) -> Evaluation | None:
         with trainer.learner.deploying():
             found = evaluation(trainer, rows, name, f"{who}, {when}")
             if found and found.each and prompts.validation:
                 rate(trainer, epoch, found)
-        keep(trainer, epoch, rows, found)
+        save_measured(trainer, epoch, rows, found)
         return found
 
-    def look_again() -> dict[str, float]:
+    def measure_epoch() -> dict[str, float]:
         epoch = trainer.epoch + 1
-        found = look(epoch, f"after {epoch} epochs")
+        found = measure(epoch, f"after {epoch} epochs")
         return flat(found, name) | gains(base, found)
 
-    trainer.heldout = look_again
+    trainer.heldout = measure_epoch
     if not prompts.validation:
         base = heldout
-        keep(trainer, 0, rows, base)
+        save_measured(trainer, 0, rows, base)
         return {}
-    base = look(0, "base")
+    base = measure(0, "base")
     return flat(base, name)
 
 
@@ -134,7 +134,7 @@ def rate(trainer: Trainer, epoch: int, found: Evaluation) -> None:
         save_best(trainer)
 
 
-def keep(trainer: Trainer, epoch: int, rows: Sequence[Row], found: Evaluation | None) -> None:
+def save_measured(trainer: Trainer, epoch: int, rows: Sequence[Row], found: Evaluation | None) -> None:
     """Write what an evaluation measured of each image, and the first images; prompts and seeds are always the same."""
     if found and found.each and trainer.processes.is_main:
         save_evaluation(trainer.folder, epoch, rows, first_seed(trainer.config.run.seed), found)

@@ -1,6 +1,7 @@
 """What a run tuned, as other programs read it, and pushed to a hub that stands in for the real one."""
 
 import base64
+import errno
 import json
 import shutil
 import threading
@@ -256,6 +257,27 @@ def test_bad_input_is_one_line_and_nothing_is_written(words, message, run, tmp_p
     assert message in error
     assert error.count("\n") == 1
     assert not (run / "export").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_export_that_fails_leaves_nothing_half_written(there, run, tmp_path, capsys, monkeypatch):
+    """So the same command can be given again."""
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+
+    def write(model, lora, folder, *more):
+        (folder / "unet").mkdir()
+        (folder / "unet" / "weights").write_text("half")
+        (folder / "model_index.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(command.FORMATS, "kohya", write)
+        assert export(run, "--to", "kohya", "--out", out) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+    assert export(run, "--to", "kohya", "--out", out) == 0
 
 
 def test_nothing_to_export(capsys):

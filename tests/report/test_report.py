@@ -28,7 +28,7 @@ from condrl.report.charts import WIDTH, Chart, Mark, Scale, Series, apart, numbe
 from condrl.report.comparison import against_kl, frontier
 from condrl.report.page import OPENING, page
 from condrl.report.pictures import embedded, gain, pair_kinds
-from condrl.report.run import read_run, told_apart, verdict
+from condrl.report.run import read_run, verdict, with_distinct_names
 from condrl.report.usage import diffusers_code
 from condrl.training.evaluate import Estimate, Evaluation, compared
 from condrl.training.folder import MANIFEST, RunFolder
@@ -608,8 +608,8 @@ def test_runs_on_one_page_have_different_names(tmp_path):
     """With as many of the folders above as they need."""
     places = [tmp_path / place for place in ("a/x/run", "b/x/run", "b/y/run", "other")]
     runs = [read_run(make_run(place)) for place in places]
-    assert [run.name for run in told_apart(runs)] == ["a/x/run", "b/x/run", "y/run", "other"]
-    assert [run.name for run in told_apart(runs[:1])] == ["run"]
+    assert [run.name for run in with_distinct_names(runs)] == ["a/x/run", "b/x/run", "y/run", "other"]
+    assert [run.name for run in with_distinct_names(runs[:1])] == ["run"]
     assert ">y/run</a>" in page(runs)
 
 
