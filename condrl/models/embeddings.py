@@ -8,6 +8,9 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from condrl.errors import UsageError
 
 MOST_BYTES = 10**9  # on the host: about 4,200 prompts of Stable Diffusion 1.5 in float32
 Prompt = str | None  # None: no prompt at all, which is not the empty one for every model
@@ -40,6 +43,20 @@ class Embeddings(Generic[P]):
         while self.bytes > self._most:
             self.bytes -= size(self._cache.popitem(last=False)[1])
         return found
+
+    def hold(self, prompts: Sequence[P]) -> None:
+        """Encode prompts that are asked for later, when nothing can be encoded any more.
+
+        Raises: UsageError where there is no room for all of them.
+        """
+        for start in tqdm(range(0, len(prompts), 16), "encoding the prompts", leave=False, disable=None, delay=1):
+            self(prompts[start : start + 16])
+            needed = self.bytes / len(self._cache) * len(prompts)
+            if needed > self._most:
+                raise UsageError(
+                    f"config model.release_encoders: {len(prompts)} encoded prompts take {needed / 1e9:.3g} GB, more "
+                    f"than model.embeddings_gb={self._most / 1e9:g}: raise that, leave it out, or take fewer prompts"
+                )
 
 
 def size(encoded: Encoded) -> int:

@@ -77,6 +77,7 @@ class LatentModel(ABC):
     decode_batch: int = 16  # images that the VAE decodes at a time
     offload_vae: bool = False  # keep the VAE on the host: a layer is on the device only while it computes
     embeddings_gb: float = 1.0  # of encoded prompts that the host keeps; those beyond it are encoded again
+    release_encoders: bool = False  # encode a run's prompts before it, and let go of the text encoders' host memory
     memory_format: Literal["auto", "contiguous", "channels_last"] | None = None  # of convolutions; auto: the faster
     attention: str | None = None  # back-end by diffusers' name, such as _native_flash; null: torch's choice
     compile: bool = False  # torch.compile of the network's blocks: minutes at the start, then faster
@@ -269,12 +270,26 @@ class LatentModel(ABC):
 
     @torch.no_grad()
     def _encoded(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        if not self.encoders:
+            raise UsageError(
+                f"config model.release_encoders: the prompt {quoted(prompts[0] or '')} came when the text encoders had "
+                "been released: leave it out"
+            )
         for encoder in self.encoders:
             encoder.to(self.device)
         found = [tuple(x.cpu() for x in encoded) for encoded in self.encode_prompts(prompts)]
         for encoder in self.encoders:
             encoder.to("cpu")  # makes room on a GPU
         return found
+
+    def drop_encoders(self) -> None:
+        """Encode every prompt so far, and free the text encoders' memory: no prompt can be added.
+
+        Raises: UsageError where what is encoded does not fit into `embeddings_gb`.
+        """
+        self._host_embeddings.hold(self._prompts)
+        for name in self.family.readers.values():
+            setattr(self.pipe, name, None)
 
     def embeddings(self, condition: Tensor) -> Encoded:
         """What the network is given of prompts by their numbers (B,), each (B, ...), on the device."""

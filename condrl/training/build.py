@@ -166,6 +166,8 @@ def make_trainer(
         condition = policy.model.encode([row.prompt for row in [*train, *heldout]])
         if processes.sharded:
             policy.model.shard()
+        if config.model.get("release_encoders"):
+            policy.model.drop_encoders()
         set_memory_format(config, policy, condition, processes)
         set_rollout_dtype(config, policy, condition, processes)
     algorithm = make_algorithm(config)

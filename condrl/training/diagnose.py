@@ -68,15 +68,6 @@ def no_gradient(first: Line, line: Line) -> str | None:
     return "the gradient is zero: check that the rewards differ, and train.steps and model.lora_targets"
 
 
-def collapse(first: Line, line: Line) -> str | None:
-    if line.get("diversity", 1.0) >= 0.1 * first.get("diversity", 0.0):
-        return None
-    return (
-        f"the images of a prompt differ {line['diversity'] / first['diversity']:.0%} as much as at the start: the "
-        "policy has collapsed; try algorithm.kappa (a KL to the pretrained model) or a lower train.lr"
-    )
-
-
 def value_network(first: Line, line: Line) -> str | None:
     if line.get("value_explains", 1.0) >= 0.02 or line["updates"] < 50:
         return None
@@ -125,9 +116,33 @@ def reward_hacking(first: Line, lines: Sequence[Line], lowered: Collection[str])
     )
 
 
-def reward_fell(lines: Sequence[Line]) -> str | None:
+def collapse(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str | None:
+    line = lines[-1]
+    then = next(old for old in [first, *lines] if old.get("window") == line.get("window"))  # fewer steps' noise, less
+    if line.get("diversity", 1.0) >= 0.1 * then.get("diversity", 0.0):
+        return None
+    return (
+        f"the images of a prompt differ {line['diversity'] / then['diversity']:.0%} as much as at the start: the "
+        "policy has collapsed; try algorithm.kappa (a KL to the pretrained model) or a lower train.lr"
+    )
+
+
+def best_line(name: str, lines: Sequence[Line], lowered: Collection[str]) -> Line:
+    """That of the epoch in which a measure was best."""
+    return max((line for line in lines if name in line), key=lambda line: direction(name, lowered) * line[name])
+
+
+def rewards_hold(evaluated: Sequence[Line], lowered: Collection[str]) -> bool:
+    """Whether what is rewarded is measured on other prompts too, and is within its interval of its best there."""
+    now = evaluated[-1] if evaluated else {}
+    names = [n for n in measured(now) if f"reward/{n.partition('/')[2]}" in now]
+    falls = {n: abs(best_line(n, evaluated, lowered)[n] - now[n]) for n in names}
+    return bool(names) and all(falls[n] <= now[f"{n}_ci95"] for n in names)
+
+
+def reward_fell(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str | None:
     means = smoothed(lines, "reward/total")
-    if len(means) < 2:
+    if len(means) < 2 or rewards_hold([line for line in lines if measured(line)], lowered):
         return None
     best, now = max(means, key=lambda m: m.mean), means[-1]
     if best.mean - now.mean < max(4 * math.hypot(best.error, now.error), 0.1 * best.spread):
@@ -138,7 +153,7 @@ def reward_fell(lines: Sequence[Line]) -> str | None:
     )
 
 
-def gradient_growth(lines: Sequence[Line]) -> str | None:
+def gradient_growth(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str | None:
     norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
     if len(norms) < 3 * WINDOW:
         return None
@@ -151,10 +166,10 @@ def gradient_growth(lines: Sequence[Line]) -> str | None:
     )
 
 
-def drift(lines: Sequence[Line]) -> str | None:
+def drift(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str | None:
     means = smoothed(lines, "reward/total")
-    measured = [(line["epoch"], line.get("base_kl", line.get("path_kl"))) for line in lines]
-    kl = [(epoch, value) for epoch, value in measured if value is not None]
+    known = [(line["epoch"], line.get("base_kl", line.get("path_kl"))) for line in lines]
+    kl = [(epoch, value) for epoch, value in known if value is not None]
     if not means or not kl:
         return None
     best = max(means, key=lambda m: m.mean)
@@ -162,6 +177,9 @@ def drift(lines: Sequence[Line]) -> str | None:
     then = next((value for epoch, value in kl if epoch >= reached.epoch), math.inf)
     if lines[-1]["epoch"] < reached.epoch + 2 * WINDOW or kl[-1][1] < 2 * then:
         return None
+    since = [line for line in lines if line["epoch"] >= reached.epoch and measured(line)]
+    if since and any(direction(n, lowered) * (since[-1][n] - since[0][n]) > 0 for n in measured(since[0])):
+        return None  # slow, but not without reward
     return (
         f"since epoch {reached.epoch:.0f} the path KL to the base model has grown from {then:.3g} to {kl[-1][1]:.3g} "
         "nats without more reward: end there, or try a lower train.lr, or a larger algorithm.kappa"
@@ -169,16 +187,16 @@ def drift(lines: Sequence[Line]) -> str | None:
 
 
 def heldout_fell(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str | None:
+    base = {**first, "epoch": 0}
     for name in measured(lines[-1]):
-        sign = direction(name, lowered)
-        base = [{**first, "epoch": 0}] if name in first else []
-        best = max((line for line in [*base, *lines] if name in line), key=lambda line: sign * line[name])
-        if sign * (best[name] - lines[-1][name]) > lines[-1][f"{name}_ci95"]:
-            went = "fallen" if sign > 0 else "risen"
+        best = best_line(name, [base, *lines], lowered)
+        change = lines[-1][name] - best[name]
+        if abs(change) > lines[-1][f"{name}_ci95"]:
             when = f"after epoch {best['epoch']:.0f}" if best["epoch"] else "before tuning"
             return (
-                f"{name} has {went} from {best[name]:.3g} {when} to {lines[-1][name]:.3g}, by more than its interval: "
-                "end there, or try a lower train.lr, or a larger algorithm.kappa"
+                f"{name} has {'fallen' if change < 0 else 'risen'} from {best[name]:.3g} {when} to "
+                f"{lines[-1][name]:.3g}, by more than its interval: end there, or try a lower train.lr, or a larger "
+                "algorithm.kappa"
             )
     return None
 
@@ -207,19 +225,24 @@ def smoothed(lines: Sequence[Line], name: str) -> list[Smoothed]:
     return found[::-1]
 
 
-CHECKS: tuple[Callable[[Line, Line], str | None], ...] = (
+CHECKS: tuple[Callable[[Line, Line], str | None], ...] = (  # of an epoch, beside the first
     flat_groups,
     clipping,
     ratios,
     no_gradient,
-    collapse,
     value_network,
     kl_budget,
 )
 
 
-TRENDS: tuple[Callable[[Sequence[Line]], str | None], ...] = (reward_fell, gradient_growth, drift)
-OF_MEASURES: tuple[Callable[[Line, Sequence[Line], Collection[str]], str | None], ...] = (reward_hacking, heldout_fell)
+TRENDS: tuple[Callable[[Line, Sequence[Line], Collection[str]], str | None], ...] = (
+    collapse,
+    reward_fell,
+    gradient_growth,
+    drift,
+    reward_hacking,
+    heldout_fell,
+)
 
 
 def diagnose(first: Line, lines: Sequence[Line], lowered: Collection[str] = ()) -> dict[str, str]:
@@ -229,6 +252,5 @@ def diagnose(first: Line, lines: Sequence[Line], lowered: Collection[str] = ()) 
     weight is negative.
     """
     found = {check.__name__: check(first, lines[-1]) for check in CHECKS}
-    found |= {check.__name__: check(lines) for check in TRENDS}
-    found |= {check.__name__: check(first, lines, lowered) for check in OF_MEASURES}
+    found |= {check.__name__: check(first, lines, lowered) for check in TRENDS}
     return {name: text for name, text in found.items() if text}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ from condrl.training.folder import RunFolder
 from condrl.training.host import flatten
 from condrl.training.optimizer import negative_moment, state_of_a_step
 from condrl.training.trainer import Trainer
+
+PLACES = re.compile(r"model\.(offload_vae|embeddings_gb|release_encoders)|rewards\..*\.offload")  # of the same numbers
 
 
 def check_run_folder(config: Config, is_locked: bool = False) -> None:
@@ -119,7 +122,7 @@ def check_same_settings(config: Config, saved: Path) -> None:
     fixed = config.train.lr_decay != "none" or make_algorithm(config).depends_on_epochs
     free = set() if fixed else {"train.epochs"}
     for key in sorted({*then, *now} - free):
-        matters = key == "run.seed" or not key.startswith(("run.", "evaluate."))
+        matters = key == "run.seed" or not (key.startswith(("run.", "evaluate.")) or PLACES.fullmatch(key))
         if key == "train.epochs" and then.get(key) != now.get(key):
             from_lora = f": start another run from what it learned, with model.lora={saved.parent / 'lora'}"
             raise UsageError(

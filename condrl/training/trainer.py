@@ -151,6 +151,8 @@ class Trainer:
         counts = {"epoch": self.epoch, "images": self.images, "updates": self.learner.updates}
         metrics |= {"lr": self.learner.optimizer.param_groups[0]["lr"], "skipped_updates": self.learner.skipped}
         metrics |= self.processes.add_up({"network_calls": self.policy.model.evaluations})
+        if self.config.train.window is not None:
+            metrics["window"] = int(self.policy.sampler.stochastic.nonzero()[0])
         return self.recorder.record(counts, experience, metrics, clock.seconds)
 
     def collect(self, epoch: int, clock: Clock) -> Collected:

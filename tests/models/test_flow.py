@@ -537,13 +537,13 @@ LEARNED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", LEARNED)
 def test_a_run_tunes_it_and_resumes_to_the_bit(algorithm, name, folder, tmp_path):
-    """And what it saves draws in diffusers what it draws here."""
+    """Without its text encoders too; and what it saves draws in diffusers what it draws here."""
     (tmp_path / "run.yaml").write_text(RUN)
     (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
     words = [str(tmp_path / "run.yaml"), f"model.name={name}", f"model.path={folder}", *LEARNED[algorithm]]
-    for place, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
+    for place, epochs, released in (("whole", 2, "false"), ("parts", 1, "false"), ("parts", 2, "true")):
         more = [f"prompts.train={tmp_path}/prompts.txt", f"run.dir={tmp_path / place}", f"train.epochs={epochs}"]
-        assert finetune.main([*words, *more, "run.resume=auto"]) == 0
+        assert finetune.main([*words, *more, "run.resume=auto", f"model.release_encoders={released}"]) == 0
     for file in ("metrics.jsonl", f"lora/{LORA_FILE}", f"lora/{KOHYA_FILE}"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
     model = model_of(name, folder, guidance=1.0, lora=str(tmp_path / "whole" / "lora"))

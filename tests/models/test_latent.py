@@ -1,6 +1,8 @@
 """Where a latent model's parts are, and what is kept of its prompts."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -81,6 +83,27 @@ def test_the_host_keeps_as_many_prompts_as_it_is_told_to(pipeline):
     assert all(torch.equal(x, y) for x, y in zip(found[:6], found[6:], strict=True))
     with pytest.raises(UsageError, match=r"model\.embeddings_gb: must be at least 0, got -1"):
         StableDiffusion(CPU, path="nowhere", embeddings_gb=-1.0)
+
+
+def test_text_encoders_are_let_go_when_every_prompt_is_read(pipeline):
+    """The host has their memory back, images are the same, and a prompt that comes later is refused."""
+    model = StableDiffusion(CPU, path=str(pipeline))
+    before = pictures(model, PROMPTS, SEEDS)
+    encoder = weakref.ref(model.pipe.text_encoder)
+    model.drop_encoders()
+    gc.collect()
+    assert encoder() is None
+    assert torch.equal(pictures(model, PROMPTS, SEEDS), before)
+    with pytest.raises(UsageError, match="release_encoders: the prompt 'a later one' came when the text encoders had been"):
+        model.embeddings(model.encode(["a later one"]))
+
+
+def test_text_encoders_are_kept_where_there_is_no_room_for_what_they_encode(pipeline):
+    model = StableDiffusion(CPU, path=str(pipeline), embeddings_gb=1e-5)
+    model.encode(PROMPTS)
+    with pytest.raises(UsageError, match=r"release_encoders: 4 encoded prompts take \S+ GB, more than .*embeddings_gb=1e-05"):
+        model.drop_encoders()
+    assert model.pipe.text_encoder is not None
 
 
 def counting(encode):

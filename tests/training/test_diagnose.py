@@ -249,6 +249,16 @@ HEALTHY = {
     "levelling off, held": course(150, reward__total=lambda e: 1.0 + 0.4 * (1 - 0.9**e), path_kl=lambda e: min(e, 40)),
     "a dip": course(120, reward__total=lambda e: 1.2 - (0.05 if 40 < e < 44 else 0)),
     "a falling gradient": course(100, grad_norm=lambda e: 3.0 * 0.98**e),
+    "slow, as other prompts show": course(
+        80,
+        path_kl=lambda e: 0.1 * e,
+        validation__x=lambda e: 0.5 + 0.0002 * e,
+        validation__x_ci95=lambda e: 0.04,
+    ),
+    "prompts by chance, as others show": course(
+        120, reward__total=rises_and_falls, reward__x=rises_and_falls, heldout__x=lambda e: 0.5, heldout__x_ci95=lambda e: 0.04
+    ),
+    "a window that moves": course(40, window=lambda e: e % 8, diversity=lambda e: 0.7 * 0.7 ** (e % 8)),
     "held-out within its interval": course(60, heldout__x=lambda e: 0.5 - 0.0004 * e, heldout__x_ci95=lambda e: 0.03),
 }
 
@@ -257,6 +267,24 @@ HEALTHY = {
 def test_a_trend_is_named(name):
     assert list(diagnose(TRENDS[name][0], TRENDS[name])) == [name]
     assert diagnose(TRENDS[name][0], TRENDS[name][:25]) == {}
+
+
+def test_a_collapse_is_seen_through_a_moving_window():
+    """At the first epoch whose window an earlier one had."""
+    fallen = course(9, window=lambda e: e % 8, diversity=lambda e: (0.7 if e < 9 else 0.06) * 0.7 ** (e % 8))
+    assert diagnose(fallen[0], fallen[:8]) == {}
+    assert "differ 9% as much as at the start" in diagnose(fallen[0], fallen)["collapse"]
+
+
+@pytest.mark.parametrize("fallen", ["reward__total", "heldout__x"])
+def test_a_reward_that_falls_on_other_prompts_too_is_named(fallen):
+    """Those on which it is measured vouch for it only while it is at its best there; other measures never do."""
+    held = {"reward__total": rises_and_falls, "reward__x": rises_and_falls, "heldout__x_ci95": lambda e: 0.04}
+    lines = course(120, **held, heldout__x=lambda e: 0.5 - (0.05 if e > 100 and fallen == "heldout__x" else 0))
+    del held["reward__x"]
+    others = course(120, **held, heldout__x=lambda e: 0.5)
+    assert ("reward_fell" in diagnose(lines[0], lines)) == (fallen == "heldout__x")
+    assert "reward_fell" in diagnose(others[0], others)
 
 
 @pytest.mark.parametrize("name", HEALTHY)
