@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import layer_norm, silu
 
 from condrl.algorithms.base import Experience
+from condrl.diffusion.model import Featured
 from condrl.diffusion.policy import Policy
+from condrl.diffusion.rollout import Rollout
 from condrl.diffusion.schedule import Schedule, like, x0_from_score
 from condrl.diffusion.transition import Sampler
 from condrl.errors import UsageError
@@ -42,11 +44,47 @@ class Value(nn.Module):
         return alpha.square() / total * hint + sigma / total.sqrt() * found
 
 
-def make_value(policy: Policy, width: int) -> Value:
-    """A value network for a policy's states and prompts."""
-    model = policy.model
-    features = model.features(torch.zeros(1, dtype=torch.long)).shape[1]
+def make_value(policy: Policy, width: int, has_network_features: bool = False) -> Value:
+    """A value network for a policy's states and prompts, and with them for the pretrained network's features.
+
+    Raises: UsageError as `network_features`.
+    """
+    model, prompt = policy.model, torch.zeros(1, dtype=torch.long)
+    features = model.features(prompt).shape[1]
+    if has_network_features:
+        before, x = model.evaluations, torch.zeros(1, *model.state_shape, device=model.device)
+        features += network_features(policy, x, policy.sampler.times[:1], prompt).shape[1]
+        model.evaluations = before
     return Value(model.schedule, model.state_shape, features, width).to(model.device)
+
+
+def network_features(policy: Policy, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    """What the pretrained network makes of states x (B, ...) at times t (B,), (B, F), each of mean 0 and variance 1.
+
+    The pretrained one's, at one more call of it, and not those of the policy's own call, which would be free: a value
+    is a function of the state, and so are these, in every epoch alike. The policy's change under it with each update.
+
+    Raises: UsageError of a model without a network that has such features.
+    """
+    model = policy.model
+    if not isinstance(model, Featured):
+        raise UsageError(
+            "config algorithm.value_features: this model has no network with features of its states: leave it out"
+        )
+    with model.reference(), policy.rolling_out():
+        found = model.network_features(x, t, condition)
+    return layer_norm(found, found.shape[1:])
+
+
+@torch.no_grad()
+def visited_features(policy: Policy, rollout: Rollout, batch: int) -> Tensor:
+    """`network_features` of the states at the beginning of each step, (K, B, F), `batch` images at a time."""
+    rows = []
+    for k in range(policy.steps):
+        for images in torch.arange(len(rollout.condition)).split(batch):
+            x, t = rollout.states[k, images.to(rollout.states.device)], policy.sampler.times[k].expand(len(images))
+            rows.append(network_features(policy, x, t, rollout.condition[images]))
+    return torch.cat(rows).unflatten(0, (policy.steps, -1))
 
 
 class StepValue(nn.Module):

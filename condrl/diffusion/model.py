@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -78,4 +78,13 @@ class Model(Protocol):
 
     def load_adapter(self, folder: Path) -> None:
         """Read what was trained from a folder, or from a file."""
+        ...
+
+
+@runtime_checkable
+class Featured(Protocol):
+    """What a model with a deep network may provide beside."""
+
+    def network_features(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """What its network, called once, makes of x (B, ...) at times t (B,): (B, F) float32, without gradients."""
         ...

@@ -88,3 +88,9 @@ class FlowModel(LatentModel):
         """The parts of the network that are compiled, or whose frozen weights are gathered together when sharded."""
         network: Any = self.module
         return [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())]
+
+    def output_part(self) -> nn.Module:
+        """The norm behind the last block."""
+        network: Any = self.module
+        found: nn.Module = network.norm_out
+        return found

@@ -133,6 +133,10 @@ class LatentModel(ABC):
     def blocks(self) -> list[nn.Module]:
         """The parts of the network that are compiled, or whose frozen weights are gathered together when sharded."""
 
+    @abstractmethod
+    def output_part(self) -> nn.Module:
+        """The part of the network that is first given its deepest features (B, C, h, w) or (B, L, F); not compiled."""
+
     @classmethod
     def in_diffusers(cls, options: Mapping[str, Any]) -> InDiffusers:
         """What to tell diffusers to draw as a model with these options of its config section does."""
@@ -319,6 +323,26 @@ class LatentModel(ABC):
             unconditional = unconditional.detach()
         return self.schedule.score(unconditional + self.guidance * (conditional - unconditional), x, t)
 
+    @torch.no_grad()
+    def network_features(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The network's deepest features (B, F) of latents x (B, C, h, w) at times t (B,), their mean over positions.
+
+        Of a UNet these are what its middle block returns, of a transformer its last block; guidance has no part in it.
+        """
+        seen: list[Tensor] = []
+
+        def look(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+            seen.append(args[0] if args else options["hidden_states"])
+
+        hook = self.output_part().register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            self.predict(x, t, condition)
+        finally:
+            hook.remove()
+        self.evaluations += len(x)
+        (found,) = seen
+        return found.float().mean((2, 3) if found.dim() == 4 else 1)
+
     @contextmanager
     def guided(self, guidance: float) -> Iterator[None]:
         """Within it, scores are guided by another scale than `guidance`."""
@@ -467,3 +491,9 @@ def unet_layers(unet: Any) -> list[nn.Module]:
     parts = (part for part in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if part is not None)
     layers = (layer for part in parts for layer in (*part.resnets, *getattr(part, "attentions", ())))
     return [layer for layer in layers if layer is not None]
+
+
+def first_up_block(unet: Any) -> nn.Module:
+    """The block of a UNet that is given what the middle made, or what went down where there is no middle."""
+    found: nn.Module = unet.up_blocks[0]
+    return found

@@ -14,7 +14,7 @@ from condrl.algorithms.credit import group_scale, leave_one_out
 from condrl.algorithms.examples import Metrics, RatioExamples, per_image, per_step
 from condrl.algorithms.needs import Need, affine_steps, groups, noisy_steps, scores, trained_steps
 from condrl.algorithms.policy_gradient import clipped
-from condrl.algorithms.values import Value, denoised_rewards, explained_variance, make_value
+from condrl.algorithms.values import Value, denoised_rewards, explained_variance, make_value, visited_features
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
 from condrl.diffusion.path_kl import remaining
@@ -33,6 +33,7 @@ class ActionSteps(RatioExamples):
     target: Tensor = per_step()  # the return that the value should predict
     base: Tensor | None = per_step(default=None)  # the pretrained score, where the KL to it counts
     hint: Tensor | None = per_step(default=None)  # r(x0hat)
+    seen: Tensor | None = per_step(default=None)  # what the pretrained network makes of x, (K, B, F)
 
     def log_prob(self, policy: Policy) -> Tensor:
         return action_log_prob(policy.action(self.x, self.k, self.condition), self.action, self.variance)
@@ -56,6 +57,7 @@ class CTRL(Algorithm):
     value_steps: int = 1  # its optimiser steps for each update of the policy
     value_width: int = 64  # its hidden units
     value_hint: bool | None = None  # show it the reward of the denoised state; null: for images
+    value_features: bool = False  # show it the pretrained network's features of the state, for one more call a step
     leave_one_out: bool = False  # centre each step's advantage on the mean of the prompt's other images
     normalise: bool = True  # divide by the standard deviation of the rewards of a prompt's images
     advantage_clip: float = 5.0  # bound on |advantage| when normalised
@@ -74,7 +76,7 @@ class CTRL(Algorithm):
         return (affine_steps, noisy_steps if self.exploration is None else scores, groups)
 
     def setup(self, policy: Policy) -> None:
-        self.value = make_value(policy, self.value_width)
+        self.value = make_value(policy, self.value_width, self.value_features)
 
     def networks(self) -> dict[str, OwnNetwork]:
         return {"value": OwnNetwork(self.value, self.value_lr, extra_steps=self.value_steps - 1)}
@@ -116,7 +118,8 @@ class CTRL(Algorithm):
         if self._hinted(policy):
             times = policy.sampler.times[:-1, None].expand(-1, len(rewards))
             hints = denoised_rewards(policy, experience, r.states[:-1], r.means, times, train.rollout_batch)
-        values = torch.stack([self._value(policy, r, k, hints) for k in range(policy.steps)] + [rewards])
+        seen = visited_features(policy, r, train.rollout_batch) if self.value_features else None
+        values = torch.stack([self._value(policy, r, k, hints, seen) for k in range(policy.steps)] + [rewards])
         td = values[1:] - values[:-1] - self.kappa * kl
         scale = experience.credit(group_scale, rewards) if self.normalise else torch.ones_like(rewards)
         targets = rewards - self.kappa * remaining(kl)
@@ -141,6 +144,7 @@ class CTRL(Algorithm):
             scale=scale,
             target=targets,
             hint=hints,
+            seen=seen,
             metrics=metrics,
         )
 
@@ -157,9 +161,14 @@ class CTRL(Algorithm):
     def _hinted(self, policy: Policy) -> bool:
         return len(policy.model.state_shape) > 1 if self.value_hint is None else self.value_hint
 
-    def _value(self, policy: Policy, r: Actions, k: int, hints: Tensor | None) -> Tensor:
+    def _value(self, policy: Policy, r: Actions, k: int, hints: Tensor | None, seen: Tensor | None) -> Tensor:
         t = policy.sampler.times[k].expand(len(r.condition))
-        return self.value(r.states[k], t, policy.model.features(r.condition), None if hints is None else hints[k])
+        hint, more = (None if values is None else values[k] for values in (hints, seen))
+        return self.value(r.states[k], t, self._features(policy, r.condition, more), hint)
+
+    def _features(self, policy: Policy, condition: Tensor, seen: Tensor | None) -> Tensor:
+        found = policy.model.features(condition)
+        return found if seen is None else torch.cat([found, seen], 1)
 
     # ------------------------------------------------------------------------------------------ loss
 
@@ -177,6 +186,7 @@ class CTRL(Algorithm):
     def own_loss(self, name: str, policy: Policy, batch: ActionSteps) -> Tensor:
         """The value's squared error, weighed by the step (B,)."""
         times = policy.sampler.times
-        found = self.value(batch.x, times[batch.k], policy.model.features(batch.condition), batch.hint)
+        features = self._features(policy, batch.condition, batch.seen)
+        found = self.value(batch.x, times[batch.k], features, batch.hint)
         share = ((times[batch.k] - times[batch.k + 1]) / times[0]).to(found)
         return share * (found - batch.target).square()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import condrl
 from condrl.models.embeddings import Encoded, Prompt
-from condrl.models.latent import LatentModel, unet_layers
+from condrl.models.latent import LatentModel, first_up_block, unet_layers
 from condrl.models.loading import PARTS, Family
 
 SIZES = 6  # numbers that the UNet is told of an image: height and width as it was, where it was cropped, as it is
@@ -71,3 +71,6 @@ class SDXL(LatentModel):
 
     def blocks(self) -> list[nn.Module]:
         return unet_layers(self.module)
+
+    def output_part(self) -> nn.Module:
+        return first_up_block(self.module)

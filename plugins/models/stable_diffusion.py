@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import condrl
 from condrl.models.embeddings import Encoded, Prompt
-from condrl.models.latent import LatentModel, unet_layers
+from condrl.models.latent import LatentModel, first_up_block, unet_layers
 from condrl.models.loading import Family
 
 
@@ -39,3 +39,6 @@ class StableDiffusion(LatentModel):
 
     def blocks(self) -> list[nn.Module]:
         return unet_layers(self.module)
+
+    def output_part(self) -> nn.Module:
+        return first_up_block(self.module)
