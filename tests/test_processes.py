@@ -161,9 +161,11 @@ model = StableDiffusion(torch.device("cpu"), guidance=1.0)
 condition, weights = model.encode(["a red star"]), list(model.module.parameters())
 x, t = torch.ones(1, 4, 8, 8), torch.full((1,), 0.5)
 whole, count = model.score(x, t, condition), sum(p.numel() for p in weights)
+seen = model.network_features(x, t, condition)
 lora = sum(p.numel() for p in weights if p.requires_grad)
 model.shard()
 torch.testing.assert_close(model.score(x, t, condition), whole, rtol=1e-5, atol=1e-5)
+torch.testing.assert_close(model.network_features(x, t, condition), seen, rtol=1e-5, atol=1e-5)
 parts = [here(p) for p in model.module.parameters()]
 assert sum(p.numel() for p in parts if p.requires_grad) == lora
 assert sum(p.numel() for p in parts) - lora <= 0.51 * (count - lora)

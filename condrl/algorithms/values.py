@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
 from condrl.algorithms.base import Experience
+from condrl.algorithms.examples import is_compiled
 from condrl.diffusion.model import Featured
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout
@@ -53,7 +55,8 @@ def make_value(policy: Policy, width: int, has_network_features: bool = False) -
     features = model.features(prompt).shape[1]
     if has_network_features:
         before, x = model.evaluations, torch.zeros(1, *model.state_shape, device=model.device)
-        features += network_features(policy, x, policy.sampler.times[:1], prompt).shape[1]
+        with torch.compiler.set_stance("force_eager") if is_compiled(policy) else nullcontext():
+            features += network_features(policy, x, policy.sampler.times[:1], prompt).shape[1]
         model.evaluations = before
     return Value(model.schedule, model.state_shape, features, width).to(model.device)
 

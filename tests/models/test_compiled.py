@@ -120,6 +120,16 @@ def test_scores_and_gradients_are_the_same(family, graphs):
     assert not torch.allclose(both(), usual, atol=1e-3)
 
 
+def test_features_are_the_same(family, graphs):
+    """Also when they are asked for after the blocks were compiled."""
+    plain, compiled = pair(family, guidance=1.0)
+    with torch.no_grad():
+        compiled.score(*place(compiled))
+    assert graphs
+    found = [model.network_features(*place(model)) for model in (plain, compiled)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_it_goes_with_gradient_checkpointing(family, graphs):
     plain, compiled = pair(family, gradient_checkpointing=True)

@@ -119,6 +119,21 @@ def test_images_are_those_of_a_diffusers_pipeline(options, theirs, name, folder)
     torch.testing.assert_close(ours(model), expected, atol=1e-5, rtol=0)
 
 
+def test_network_features_are_the_last_blocks(name, folder):
+    """Of the image's tokens alone, their mean; one evaluation an image, whatever the guidance."""
+    model, seen = model_of(name, folder, guidance=4.0), []
+    perturb(model)
+    x, t = torch.randn(2, *model.state_shape, generator=torch.Generator().manual_seed(0)), torch.full((2,), 0.5)
+    condition = model.encode(PROMPTS[:2])
+    with model.blocks()[-1].register_forward_hook(lambda *given: seen.append(given[-1])):
+        found = model.network_features(x, t, condition)
+    tokens = seen[0][1]  # beside the prompt's
+    torch.testing.assert_close(found, tokens.mean(1))
+    assert model.evaluations == 2
+    assert not found.requires_grad
+    assert not torch.allclose(model.network_features(x, t, condition.flip(0)), found, atol=1e-3)
+
+
 def test_sizes_change_the_times_of_flux_alone(folders):
     """Its shift depends on them, Stable Diffusion 3's does not."""
     large = {"height": 32, "width": 32}

@@ -4,11 +4,20 @@ import math
 
 import pytest
 import torch
-from chains import SCHEDULE, SHAPES, an_epoch, at, bowl, move, step_of, trainer_of, transition
+from chains import SCHEDULE, SHAPES, Shaped, an_epoch, at, bowl, move, step_of, trainer_of, transition
+from drawing import perturb
+from helpers import ROOT, toy_trainer
 from torch.distributions import kl_divergence
+from torch.nn.functional import layer_norm
 
+import condrl
+from condrl import UsageError
 from condrl.algorithms.values import Value
+from condrl.commands import finetune
 from condrl.diffusion.schedule import OU, VP, RectifiedFlow
+from condrl.loading import load_config
+from condrl.prompts import Row
+from condrl.training.build import make_trainer
 from condrl.training.trainer import Clock
 
 PLAIN = {
@@ -17,6 +26,7 @@ PLAIN = {
     "clip_range": 0.2,
     "memory": 0.4,
     "value_hint": None,
+    "value_features": False,
     "leave_one_out": False,
     "normalise": False,
     "advantage_clip": 5.0,
@@ -32,12 +42,28 @@ CASES = [
     {"memory": 0.05},
     {"value_hint": True},
     {"value_hint": False},
+    {"value_features": True},
+    {"value_features": True, "value_hint": True, "kappa": 0.0},
     {"normalise": True},
     {"normalise": True, "advantage_clip": 0.7},
     {"leave_one_out": True},
     {"leave_one_out": True, "normalise": True, "kappa": 0.0},
     {"advantage_clip": 0.01},  # not of rewards in their own unit
 ]
+
+
+def waves(x, t, condition):
+    """Features (B, 3) of states, times and prompts."""
+    flat = x.flatten(1)
+    return torch.stack([torch.sin(8 * flat.sum(1)), torch.cos(8 * flat.sum(1)), t.to(x) + condition], 1)
+
+
+class Deep(Shaped):
+    """With a network whose features are waves before it is tuned, and others after."""
+
+    def network_features(self, x, t, condition):
+        self.evaluations += len(x)
+        return waves(x + self.tuned, t, condition)
 
 
 class Formulas:
@@ -72,10 +98,10 @@ class Formulas:
         return bowl(self.model.decode(clean), self.prompts)
 
     def value(self, k):
-        t = at(self.trainer, k, len(self.rewards))
-        return self.trainer.algorithm.value(
-            self.r.states[k], t, self.model.features(self.r.condition), None if (h := self.hint(k)) is None else h
-        )
+        t, x, features = at(self.trainer, k, len(self.rewards)), self.r.states[k], self.model.features(self.r.condition)
+        if self.options["value_features"]:
+            features = torch.cat([features, layer_norm(waves(x, t, self.r.condition), (3,))], 1)
+        return self.trainer.algorithm.value(x, t, features, self.hint(k))
 
     def credit(self):
         """Advantages (K, B), returns (K, B), KL (K, B), and what a prompt's objective is multiplied by, (B,)."""
@@ -131,7 +157,8 @@ def test_credit_and_loss_are_the_formulas(case, shape, eta, tmp_path):
     options = {**PLAIN, **case}
     if options["exploration"] is None and eta == 0:
         pytest.skip("an ODE has no noise of its own")
-    trainer = trainer_of(tmp_path, shape, algorithm={"name": "ctrl", **options}, sampler={"eta": eta})
+    model = Deep(shape) if options["value_features"] else Shaped(shape)
+    trainer = trainer_of(tmp_path, shape, model=model, algorithm={"name": "ctrl", **options}, sampler={"eta": eta})
     move(trainer)
     experience, examples, batch = an_epoch(trainer)
     formulas = Formulas(trainer, experience, options)
@@ -219,6 +246,86 @@ def test_how_much_of_the_returns_the_value_explains(tmp_path):
     assert examples.metrics["value_explains"].item() == pytest.approx(1 - min(unexplained).item(), abs=1e-4)
     for k, share in enumerate(unexplained):
         assert examples.metrics[f"value_explains/step_{k}"].item() == pytest.approx(1 - share.item(), abs=1e-4)
+
+
+@condrl.reward
+def ripple(samples, prompts):
+    """What a small network learns slowly from a point, and at once from waves."""
+    return torch.sin(8 * samples.sum(1))
+
+
+def test_features_that_the_reward_is_made_of_explain_it(tmp_path):
+    """At the last step of an ODE, which hardly moves the point."""
+    explained = []
+    for seen in (False, True):
+        trainer = trainer_of(
+            tmp_path / str(seen),
+            model=Deep((2,)),
+            algorithm={"name": "ctrl", "value_features": seen, "exploration": 1e-4, "value_lr": 1e-2},
+            sampler={"eta": 0.0},
+            train={"epochs": 60, "lr": 1e-9, "images_per_prompt": 64, "rollout_batch": 128, "updates_per_epoch": 4},
+            rewards={"bowl": {"weight": 0.0}, "ripple": {}},
+        )
+        shares = [trainer.run_epoch(epoch)["value_explains/step_4"] for epoch in range(60)]
+        explained.append(sum(shares[-20:]) / 20)
+    assert explained[0] < 0.2
+    assert explained[1] > 0.35
+
+
+IMAGES = [
+    str(ROOT / "configs" / "quickstart.yaml"),
+    *("algorithm.name=ctrl", "algorithm.value_features=true", "sampler.steps=3", "sampler.spacing=leading"),
+    *("train.prompts_per_epoch=2", "train.images_per_prompt=2", "train.rollout_batch=2", "train.updates_per_epoch=1"),
+    *("rewards.shapes.weight=0", "rewards.shapes_exact.weight=0", "rewards.brightness.weight=1"),
+    *(
+        "prompts.heldout=null",
+        "prompts.validation=null",
+        "evaluate.every=null",
+        "train.rollout_dtype=null",
+        "train.lr_decay=none",
+    ),
+]
+
+
+def test_features_are_of_the_pretrained_network_at_one_call_a_step(pipeline, tmp_path):
+    """They stay what they are when the policy is tuned, and have no gradient; the first, for their number, is free."""
+    config = load_config([*IMAGES, f"model.path={pipeline}", f"run.dir={tmp_path}"])
+    trainer = make_trainer(config, [Row(0, "a red star"), Row(1, "a blue circle")])
+    policy = trainer.policy
+    assert policy.model.evaluations == 0
+    perturb(policy.model)
+    experience = trainer.collect(0, Clock())
+    before = policy.model.evaluations
+    examples = trainer.algorithm.examples(policy, experience, config.train, None)
+    assert policy.model.evaluations == before + 3 * 4
+    assert examples.seen.shape == (3, 4, 16)
+    assert not examples.seen.requires_grad
+    r, found = experience.rollout, []
+    for tuned in (False, True):
+        perturb(policy.model, 0.3 * tuned)
+        found.append(policy.model.network_features(r.states[1], policy.sampler.times[1].expand(4), r.condition))
+    torch.testing.assert_close(examples.seen[1], layer_norm(found[0], (16,)), rtol=1e-3, atol=1e-3)
+    assert (found[1] - found[0]).abs().max() > 0.01
+    value = trainer.algorithm.own_loss("value", policy, examples.at(torch.arange(4), torch.ones(4, dtype=torch.long)))
+    value.sum().backward()
+    assert all(p.grad is None for p in policy.model.module.parameters())
+    assert trainer.algorithm.value.head[0].weight.grad[:, -16:].abs().max() > 0
+
+
+def test_a_run_with_features_resumes_to_the_bit(pipeline, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
+    for place, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
+        more = [f"prompts.train={tmp_path}/prompts.txt", f"run.dir={tmp_path / place}", f"train.epochs={epochs}"]
+        assert finetune.main([*IMAGES, f"model.path={pipeline}", *more, "run.resume=auto"]) == 0
+    for file in ("metrics.jsonl", "lora/pytorch_lora_weights.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+
+
+def test_points_have_no_network_to_show(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"^config algorithm\.value_features: this model has no network .*leave it out$"
+    ):
+        toy_trainer("ctrl", tmp_path, "algorithm.value_features=true")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

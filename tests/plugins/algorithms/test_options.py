@@ -126,7 +126,7 @@ def usual(tmp_path_factory):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_option_has_a_case(name):
     """Whoever adds an option says here what it changes."""
-    elsewhere = {"reinforce": {"keep_graph"}, "nft": {"anchor_guidance"}}  # in test_reinforce.py, test_nft.py
+    elsewhere = {"reinforce": {"keep_graph"}, "nft": {"anchor_guidance"}, "ctrl": {"value_features"}}  # in their tests
     assert set(OPTIONS[name]) == set(registry.algorithm.find(name).options) - elsewhere.get(name, set())
 
 

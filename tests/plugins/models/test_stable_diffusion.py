@@ -67,6 +67,25 @@ def score_inputs(model, prompts=("a red star", "a blue circle")):
     return torch.randn(2, 4, 8, 8, generator=g), torch.tensor([0.3, 0.9]), model.encode(list(prompts))
 
 
+def test_network_features_are_the_middle_blocks(model, pipeline):
+    """Its mean over places, of the prompt's own branch; one evaluation an image, whatever the guidance."""
+    perturb(model)
+    seen, inputs = [], score_inputs(model)
+    with model.module.mid_block.register_forward_hook(lambda *given: seen.append(given[-1])):
+        found = model.network_features(*inputs)
+    assert model.evaluations == 2
+    assert found.shape == (2, 16)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, seen[0].flatten(2).mean(2))
+    assert torch.equal(model.network_features(*inputs), found)  # nothing is left behind
+    assert not torch.allclose(model.network_features(*inputs[:2], inputs[2].flip(0)), found, atol=1e-3)
+    with model.reference():
+        base = model.network_features(*inputs)
+    plain = StableDiffusion(CPU, path=str(pipeline))
+    torch.testing.assert_close(base, plain.network_features(*score_inputs(plain)))
+    assert not torch.allclose(base, found, atol=1e-3)
+
+
 def test_guidance_in_one_call_is_that_of_two(model):
     x, t, condition = score_inputs(model)
     guided = model.score(x, t, condition)
