@@ -167,7 +167,8 @@ def make_trainer(
         if processes.sharded:
             policy.model.shard()
         if config.model.get("release_encoders"):
-            policy.model.drop_encoders()
+            latent: Any = policy.model
+            latent.drop_encoders()
         set_memory_format(config, policy, condition, processes)
         set_rollout_dtype(config, policy, condition, processes)
     algorithm = make_algorithm(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,19 @@ DEPLOYED = {  # what is measured of the recipes of a folder: images by DDPM's st
 
 
 class Work:
-    """Counts network calls of one image: 1 for a forward pass, 3 for one with its backward pass."""
+    """Counts network calls of one image, 1 for a forward pass, 3 for one with its backward pass, and scored samples."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.calls = self.units = 0
+        self.calls = self.units = self.queries = 0
+        first, *others = trainer.rewards  # all are asked alike
+        ask = first.call
+
+        @functools.wraps(ask)
+        def asked(samples: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+            self.queries += len(samples)
+            return ask(samples, *rest, **more)
+
+        trainer.rewards = [replace(first, call=asked), *others]
         model: Any = trainer.policy.model
         predict = model.predict
 
@@ -125,6 +136,7 @@ def summary(
         "gain": statistics.mean(gains),
         "lowest": min(row[EXACT]["difference"]["ci95"][0] for row in found),
         "work_per_image": work.units / config.images_per_epoch,
+        "queries_per_image": work.queries / config.images_per_epoch,
         "seeds": found,
     }
 
@@ -132,13 +144,13 @@ def summary(
 def seed_row(run: Path, work: Work) -> dict[str, Any]:
     result, evaluation = (read(run / name) for name in ("result.json", "evaluation/evaluation.json"))
     lines = [from_json(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    heldout = evaluation["evaluations"][0]["heldout"]
+    found, explained = evaluation["evaluations"][0], explained_variance(lines)
     return {
-        EXACT: heldout[EXACT],
-        GRADED: heldout[GRADED],
+        EXACT: found["heldout"][EXACT],
+        GRADED: found["heldout"][GRADED],
         "kinds": by_kind(run / "evaluation" / "evaluation.jsonl"),
-        "diversity": evaluation["evaluations"][0]["diversity"],
-        "path_kl": next((line["base_kl"] for line in reversed(lines) if "base_kl" in line), None),
+        "diversity": found["diversity"],
+        "path_kl": next((line["base_kl"] for line in reversed(lines) if "base_kl" in line), found.get("path_kl")),
         "images": result["images"],
         "calls": work.calls * len(lines),
         "work": work.units * len(lines),
@@ -147,13 +159,20 @@ def seed_row(run: Path, work: Work) -> dict[str, Any]:
         "curve": (curve := learning_curve(lines, result["before"], work.units)),
         "cost": {f"+{gain:g}": cost(curve, gain) for gain in GAINS},
         "diagnosis": sorted({name for line in lines for name in line["diagnosis"]}),
+        **({"value_explains": explained} if explained else {}),
     }
+
+
+def explained_variance(lines: list[dict[str, Any]]) -> list[float]:
+    """What a value network explained of the returns from each step, at the end of a run; empty without one."""
+    names = [name for name in lines[-1] if name.startswith("value_explains/step_")]
+    return [statistics.mean(line[name] for line in lines[-10:]) for name in names]
 
 
 KINDS = ("1 object", "2 objects", "3 objects", "relation")
 HEAD = (
     "recipe | exact, mean | by seed | graded | 1 object | 2 | 3 | relation | best | to +.05 | to +.10 "
-    "| KL | diversity | images | work | s | GB | diagnosis"
+    "| KL | diversity | images | queries | work | s | GB | diagnosis"
 )
 
 
@@ -190,6 +209,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         "-" if kl is None else f"{kl:.0f}",
         f"{mean(lambda seed: seed['diversity']['tuned']['mean'] / seed['diversity']['base']['mean']):.2f}",
         f"{seeds[0]['images']:,}",
+        f"{seeds[0]['images'] * row['queries_per_image']:,.0f}",
         f"{seeds[0]['work'] / 1000:.0f}k",
         f"{mean(lambda seed: seed['seconds']):,.0f}",
         f"{mean(lambda seed: seed['peak_memory_gb']):.1f}",

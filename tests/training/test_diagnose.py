@@ -256,7 +256,11 @@ HEALTHY = {
         validation__x_ci95=lambda e: 0.04,
     ),
     "prompts by chance, as others show": course(
-        120, reward__total=rises_and_falls, reward__x=rises_and_falls, heldout__x=lambda e: 0.5, heldout__x_ci95=lambda e: 0.04
+        120,
+        reward__total=rises_and_falls,
+        reward__x=rises_and_falls,
+        heldout__x=lambda e: 0.5,
+        heldout__x_ci95=lambda e: 0.04,
     ),
     "a window that moves": course(40, window=lambda e: e % 8, diversity=lambda e: 0.7 * 0.7 ** (e % 8)),
     "held-out within its interval": course(60, heldout__x=lambda e: 0.5 - 0.0004 * e, heldout__x_ci95=lambda e: 0.03),
