@@ -271,20 +271,27 @@ def signal(_: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as scratch:
             found = signal_to_noise(recipe, [*args.words, f"run.dir={scratch}"], args.repeats)
         rows.append({"recipe": recipe.stem, **found})
-        an_epoch = f"{found['ratio']:.4f} +- {found['error']:.4f} an epoch"
+        an_epoch = f"{found['ratio']:.4f} +- {found['error']:.4f} an epoch of {found['images']} images"
+        scale = f"{found['noise_scale']:,.0f}" if found["ratio"] > 0 else "unknown"
         per_work = 1e5 * found["ratio"] / found["work"]
-        print(f"{recipe.stem:<20} {an_epoch}, {per_work:.2f} per 100,000 of work", flush=True)
+        print(f"{recipe.stem:<20} {an_epoch}, noise scale {scale}, {per_work:.2f} per 100,000 of work", flush=True)
     return rows
 
 
 def signal_to_noise(recipe: Path, words: Iterable[str], epochs: int) -> dict[str, float]:
-    """From the inner products of the gradients of independent epochs, all at the same weights."""
+    """From the inner products of the gradients of independent epochs, all at the same weights.
+
+    The noise scale is the number of images whose mean gradient is half noise: tr Cov / |E|^2 of one image's (McCandlish
+    et al. 2018).
+    """
     config = load_config([str(recipe), *words])
     trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
     work = Work(trainer)
     gradients = torch.stack([gradient(trainer, epoch) for epoch in range(epochs)])
     ratio, error = ratio_of(gradients)
-    return {"ratio": ratio, "error": error, "work": work.units / epochs, "epochs": epochs}
+    images = config.images_per_epoch
+    found = {"ratio": ratio, "error": error, "work": work.units / epochs, "epochs": epochs, "images": images}
+    return found | {"noise_scale": images / ratio}
 
 
 def ratio_of(gradients: torch.Tensor) -> tuple[float, float]:
