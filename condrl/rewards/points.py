@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from condrl.errors import UsageError
@@ -22,7 +21,9 @@ def of_rows(
         raise UsageError(f"{name!r} is for points (B, d), and the model makes samples of shape {tuple(samples.shape)}")
     values = [row.get(name, default) for row in metadata]
     dimensions = samples.shape[1]
-    return samples.new_tensor([_numbers(v, dimensions, name, prompt) for v, prompt in zip(values, prompts, strict=True)])
+    return samples.new_tensor(
+        [_numbers(v, dimensions, name, prompt) for v, prompt in zip(values, prompts, strict=True)]
+    )
 
 
 def _numbers(value: Any, dimensions: int, name: str, prompt: str) -> list[float]:
