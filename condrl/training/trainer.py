@@ -236,30 +236,27 @@ class Trainer:
 
     @property
     def has_base_kl(self) -> bool:
-        """Whether the policy that is rolled out has a path KL to the base model."""
-        sampler, algorithm = self.sampler, self.algorithm
-        on_policy = algorithm.uses_rewards and not algorithm.off_policy
-        return on_policy and sampler.is_markov and bool(sampler.stochastic.any())
+        """Whether the policy has a path KL to the base model."""
+        return self.sampler.is_markov and bool(self.sampler.stochastic.any())
 
-    def base_kl(self, experience: Collected) -> float | None:
-        """The path KL of the rolled-out policy to the base model, over a few images; None without a roll-out."""
-        if not isinstance(experience, Experience):
-            return None
+    def base_kl(self, experience: Collected) -> float:
+        """The path KL of the policy to the base model, over a few images."""
         indices, kl = experience.indices, torch.zeros((), dtype=torch.float64)
         own = min(indices.stop, KL_IMAGES) - indices.start
         if own > 0:
-            some = self.path_kl(experience.rollout.first(own), indices[:own])
-            kl = some.kl.sum(dtype=torch.float64).cpu()
+            kl = self.path_kl(experience, own).kl.sum(dtype=torch.float64).cpu()
         return self.processes.sum(kl).item() / min(experience.total, KL_IMAGES)
 
-    def path_kl(self, some: Rollout, indices: range) -> PathKL:
-        """Of some of an epoch's images, or, where a window has left noise out, of others with all of it."""
+    def path_kl(self, experience: Collected, own: int) -> PathKL:
+        """Of an epoch's first images, or of others where those are not the policy's, or a window left noise out."""
         batch = self.config.train.rollout_batch
-        if self.config.train.window is None:
-            return path_kl(self.policy, some, batch)
+        is_whole = self.config.train.window is None and not self.algorithm.off_policy
+        if is_whole and isinstance(experience, Experience):
+            return path_kl(self.policy, experience.rollout.first(own), batch)
         whole = Policy(self.policy.model, self.sampler)
-        noise = self.noise(self.epoch, "path KL", indices)
-        return path_kl(whole, rollout(whole, some.condition, noise, batch), batch)
+        condition = whole.model.encode([row.prompt for row in experience.rows[:own]])
+        noise = self.noise(self.epoch, "path KL", experience.indices[:own])
+        return path_kl(whole, rollout(whole, condition, noise, batch), batch)
 
     def keep_to_budget(self, kl: float | None) -> dict[str, float]:
         """End a run that exceeds `train.kl_budget`, or adapt kappa; returns what to record."""

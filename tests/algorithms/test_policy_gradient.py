@@ -285,6 +285,17 @@ def test_with_a_window_the_path_kl_is_of_the_whole_chain(tmp_path):
     assert path_kl(trainer.policy, experience.rollout, 16).kl.sum(0).mean() < 0.6 * found
 
 
+def test_the_path_kl_is_that_of_the_policy_whoever_rolls_out(tmp_path):
+    """rwr learns from the pretrained model's images: those have moved nowhere, and the policy has."""
+    trainer = trainer_of(tmp_path, algorithm={"name": "rwr"}, sampler={"eta": 0.7})
+    move(trainer)
+    experience = trainer.collect(0, Clock())
+    many = rollout(trainer.policy, experience.rollout.condition.repeat(500), torch.Generator().manual_seed(0), 8000)
+    each = path_kl(trainer.policy, many, 8000).kl.sum(0)
+    assert trainer.base_kl(experience) == pytest.approx(each.mean().item(), abs=4 * each.std().item() / 16**0.5)
+    assert trainer.base_kl(experience) > 0.1
+
+
 def test_images_of_a_prompt_can_start_from_the_same_noise(tmp_path):
     trainer = trainer_of(tmp_path, algorithm={"name": "ddpo"}, train={"same_start": True})
     states = trainer.collect(0, Clock()).rollout.states.view(6, 2, 8, -1)
