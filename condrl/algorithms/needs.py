@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from condrl.config import Config, TrainConfig
-from condrl.diffusion.schedule import DiscreteSchedule
+from condrl.diffusion.schedulers import DiscreteSchedule
 from condrl.diffusion.transition import Sampler, windowed
 from condrl.errors import UsageError
 from condrl.registry import reward

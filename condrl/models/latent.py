@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from condrl.diffusion.policy import acting
-from condrl.diffusion.schedule import DiscreteSchedule, Schedule, schedule_from_diffusers
+from condrl.diffusion.schedule import Schedule
+from condrl.diffusion.schedulers import DiscreteSchedule, schedule_from_diffusers
 from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
 from condrl.models.attention import check_attention, set_attention

@@ -13,7 +13,8 @@ from condrl.algorithms.needs import Setting, check_needs
 from condrl.config import Config, GridConfig
 from condrl.diffusion.model import Model
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
+from condrl.diffusion.schedule import DIFFUSERS_SPACINGS, OU, Schedule
+from condrl.diffusion.schedulers import DiscreteSchedule, schedule_from_diffusers
 from condrl.diffusion.transition import Sampler
 from condrl.errors import UsageError, blaming
 from condrl.models.latent import kept_on_host
