@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from condrl.commands.arguments import check_json, parser_of
 from condrl.commands.console import exit_code
-from condrl.commands.finetune import check_json
 from condrl.config import Config
 from condrl.errors import UsageError, print_main
 from condrl.loading import load_config
@@ -56,9 +56,7 @@ class Work(NamedTuple):
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "condrl benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("benchmark", __doc__)
     parser.add_argument("words", nargs="+", metavar="MODEL key=value", help=f"{SHAPES}, sd15, sdxl, sd3.5-medium, flux")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the frozen weights")
     parser.add_argument("--batch", type=int, help="images denoised together, and pairs of a forward and backward")

@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from condrl.commands.console import exit_code, one_of_several
+from condrl.commands.arguments import fit_adapter, one_of_several, parser_of
+from condrl.commands.console import exit_code
 from condrl.commands.evaluation import Writer, report, started
 from condrl.commands.plan import SUMMARY, Plan, measures_of, read_plan
-from condrl.commands.sample import fit_adapter
 from condrl.errors import visible, warn_of_address_limit
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ if TYPE_CHECKING:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "condrl evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("evaluate", __doc__)
     parser.add_argument("words", nargs="*", metavar="RUN key=value")
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl; by default the run's held-out prompts")
     parser.add_argument("--samplers", nargs="+", default=[], metavar="NAME[,option=value]", help="one after the other")

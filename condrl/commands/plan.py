@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from condrl.commands.finetune import check_json
-from condrl.commands.sample import HOME, default_config, find, in_run, split_words, with_rank
+from condrl.commands.arguments import HOME, check_json, default_config, find, in_run, split_words, with_rank
 from condrl.config import Config
 from condrl.errors import UsageError, print_main
 from condrl.io.files import check_folder, exists, locate

@@ -26,6 +26,7 @@ from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
+from condrl.commands.arguments import parser_of
 from condrl.commands.console import exit_code
 from condrl.config import typed_options
 from condrl.errors import UsageError, brief, print_main
@@ -312,9 +313,7 @@ def main(words: list[str]) -> int:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "condrl serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("serve", __doc__)
     parser.add_argument("reward", help="a registered reward")
     parser.add_argument("options", nargs="*", metavar="key=value", help="its options")
     parser.add_argument("--plugin", action="append", default=[], help="a file with your own rewards; may be repeated")
