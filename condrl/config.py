@@ -127,6 +127,11 @@ class Config:
         return expanded(self.run.dir or f"runs/{self.run.name}")
 
     @property
+    def weighted(self) -> list[str]:
+        """The rewards whose weight is not zero."""
+        return [name for name, options in self.rewards.items() if options["weight"] != 0]
+
+    @property
     def images_per_epoch(self) -> int:
         return self.train.prompts_per_epoch * self.train.images_per_prompt
 

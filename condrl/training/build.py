@@ -108,16 +108,15 @@ def make_algorithm(config: Config) -> Algorithm:
 
 def make_rewards(config: Config) -> list[Reward]:
     """The rewards with a weight that is not zero."""
-    return [make_reward(name, options) for name, options in config.rewards.items() if options["weight"] != 0]
+    return [make_reward(name, config.rewards[name]) for name in config.weighted]
 
 
 def make_measures(config: Config) -> list[Reward]:
     """What to report on held-out prompts: `evaluate.measures` and the rewards, these as they are without smoothing."""
     section = "evaluate.measures"
     measures = [make_reward(name, options, section) for name, options in config.evaluate.measures.items()]
-    weighted = {name: options for name, options in config.rewards.items() if options["weight"] != 0}
-    others = {name: options for name, options in weighted.items() if name not in config.evaluate.measures}
-    return measures + [make_reward(name, {**options, "smoothing": 0.0}) for name, options in others.items()]
+    others = [name for name in config.weighted if name not in config.evaluate.measures]
+    return measures + [make_reward(name, {**config.rewards[name], "smoothing": 0.0}) for name in others]
 
 
 def weights_in_words(config: Config) -> str:
