@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -187,7 +186,7 @@ def make(config: Config, size: Published | None) -> Trainer:
 
 def epoch(trainer: Trainer, number: int) -> dict[str, Work]:
     """An epoch's roll-out and update; what it decodes and scores in between is not timed."""
-    from condrl.training.trainer import Clock
+    from condrl.training.clock import Clock
 
     clock, found = Clock(), {}
     with counted(trainer) as calls:
@@ -250,6 +249,8 @@ def bare_call(trainer: Trainer, batch: int, learning: bool, rounded: bool) -> No
 
 def bare_seconds(trainer: Trainer, calls: Calls, guided: int, repeats: int, phase: str) -> float:
     """Seconds of as many evaluations at the batch of the phase: the median call's, times how many there are."""
+    from condrl.training.clock import seconds
+
     train = trainer.config.train
     batch = guided * (train.rollout_batch if phase == "rollout" else train.loss_batch)
     total = 0.0
@@ -309,21 +310,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of the fastest of some products of large matrices."""
     import torch
 
+    from condrl.training.clock import seconds
+
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return 2 * side**3 / min(seconds(lambda: a @ b) for _ in range(10))
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """How long something takes, on a GPU to its end."""
-    import torch
-
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    begun = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - begun
 
 
 # ---------------------------------------------------------------------------------------------- what is shown

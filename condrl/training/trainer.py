@@ -35,6 +35,7 @@ from condrl.prompts import Row, epoch_rows
 from condrl.rewards.scoring import Reward, Scores, first_failure, score, weighted
 from condrl.training.best import Best
 from condrl.training.checkpoint import checkpoint_files, save_checkpoint
+from condrl.training.clock import Clock
 from condrl.training.evaluate import KL_IMAGES
 from condrl.training.folder import RunFolder
 from condrl.training.learner import Learner
@@ -389,17 +390,3 @@ def progress(lines: Sequence[dict[str, Any]], images_per_second: float) -> dict[
         if (kl := line.get("base_kl", line.get("path_kl"))) is not None:
             found["KL"] = kl
     return {name: f"{value:.3g}" for name, value in found.items()} | {"images/s": f"{images_per_second:.1f}"}
-
-
-class Clock:
-    """Seconds of each phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now

@@ -60,25 +60,16 @@ from condrl.toys.exact import means_of, solve
 from condrl.toys.oracle import Line
 from condrl.training.build import make_sampler, make_trainer
 from condrl.training.checks import transfer as transfer_factor
+from condrl.training.clock import Clock, seconds
 from condrl.training.host import peak_memory_gb, provenance
 from condrl.training.preflight import attempt
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.trainer import Trainer
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
 def quickstart_trainer(config: Config, prompts: int | None = None) -> Trainer:
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train")[:prompts])
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
 
 
 # ---------------------------------------------------------------------------------------------- overhead
