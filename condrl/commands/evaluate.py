@@ -155,12 +155,12 @@ def try_lora(plan: Plan, policy: Policy) -> None:
 
     Raises: UsageError when the model cannot take it.
     """
-    from condrl.diffusion.policy import acting
+    from condrl.diffusion.policy import acting, trained_weights
 
     if plan.tuned is None:
         return
     fit_adapter(policy.model, plan.tuned, plan.source)
-    weights = [weight for weight in policy.model.module.parameters() if weight.requires_grad]
+    weights = trained_weights(policy.model.module)
     with acting(weights, [weight.detach().clone() for weight in weights]):
         policy.model.load_adapter(plan.tuned)
 
