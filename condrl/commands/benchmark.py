@@ -162,14 +162,12 @@ def make(config: Config, size: Published | None) -> Trainer:
     from condrl.prompts import Row
     from condrl.training.build import make_trainer
     from condrl.training.checks import check_combination
-    from condrl.training.host import make_accelerator
+    from condrl.training.host import make_accelerator, set_threads_and_seed
     from condrl.training.memory import free_gb
     from condrl.training.published import random_model, weights_gb
 
     check_combination(config)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
+    set_threads_and_seed(config)
     processes, model = Processes(make_accelerator(config)), None
     device = processes.accelerator.device
     if size:

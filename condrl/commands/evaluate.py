@@ -138,13 +138,10 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
 
 def make_policies(plan: Plan) -> list[Policy]:
     """The base with each sampler, on a model that has encoded the prompts."""
-    import torch
-
     from condrl.training.build import deployed, make_policy
+    from condrl.training.host import set_threads_and_seed
 
-    if plan.config.run.threads:
-        torch.set_num_threads(plan.config.run.threads)
-    torch.manual_seed(plan.config.run.seed)
+    set_threads_and_seed(plan.config)
     policy = make_policy(plan.config, plan.device)
     policy.model.encode([row.prompt for row in plan.rows])
     return [deployed(config, policy) for config in plan.configs]

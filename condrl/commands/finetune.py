@@ -112,14 +112,10 @@ def split_json(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 def run(config: Config, prompts: Prompts, begun: float, dry: bool) -> dict[str, Any]:
     """Tune with all processes; returns the result, empty for a dry run."""
-    import torch
-
     from condrl.processes import Processes
-    from condrl.training.host import make_accelerator
+    from condrl.training.host import make_accelerator, set_threads_and_seed
 
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
+    set_threads_and_seed(config)
     processes = Processes(make_accelerator(config))
     try:
         return processes.synchronized(lambda: tried_and_tuned(config, prompts, begun, dry, processes))

@@ -39,6 +39,13 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def set_threads_and_seed(config: Config) -> None:
+    """Have torch use the CPU threads of `run.threads`, and begin its draws at `run.seed`."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+
+
 def check_equal_calls(config: Config, processes: int) -> None:
     """Check that all processes will call a sharded network the same number of times.
 
