@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from condrl.config import DEFAULT_PLUGINS, SECTIONS, Config, GridConfig, build_config, check_list
+from condrl.config import DEFAULT_PLUGINS, GRID, SECTIONS, Config, GridConfig, build_config, check_list
 from condrl.errors import UsageError
 from condrl.io.overrides import Part, mapping, merged, one_line, read_argument, retyped, section_at, setting_keys
 from condrl.registry import REGISTRIES, load_file, type_hints
@@ -273,7 +272,7 @@ def _without_replaced_plugins(parts: Sequence[Part], whole: Mapping[str, Any]) -
         for kind in DEFAULT_PLUGINS if part.is_file else ():
             name = _plugin_name(values.get(kind))
             if name and "${" not in str(name) and name != _plugin_name(whole.get(kind)):
-                common = [f.name for f in dataclasses.fields(GridConfig)] if kind == "sampler" else []
+                common = GRID if kind == "sampler" else ()
                 values[kind] = {key: values[kind][key] for key in common if key in mapping(values[kind])}
         kept.append(replace(part, values=values))
     return kept

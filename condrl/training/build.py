@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from condrl.algorithms.base import Algorithm
 from condrl.algorithms.needs import Setting, check_needs
-from condrl.config import Config, GridConfig
+from condrl.config import GRID, Config
 from condrl.diffusion.model import Model
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.schedule import DIFFUSERS_SPACINGS, OU, Schedule
@@ -42,8 +41,7 @@ def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
 
     Raises: UsageError when the plugin fails, or returns something else.
     """
-    grid, name = {field.name for field in dataclasses.fields(GridConfig)}, section["name"]
-    options = {key: value for key, value in section.items() if key not in grid}
+    name, options = section["name"], {key: value for key, value in section.items() if key not in GRID}
     times, chosen = schedule.grid(section["steps"], section["spacing"]), section.get("noise_steps")
     with blaming("sampler", name, MADE):
         sampler: Sampler = make("sampler", options, schedule, times)
