@@ -140,6 +140,7 @@ SECTIONS: dict[str, Any] = {
     "run": RunConfig,
 }
 PATHS = ("path", "lora", "single_file_config", "images")  # options that name a file or folder, if there is one
+WITH_LORA = " with the LoRA "  # between a base model and the LoRA that a run starts from
 GRID = tuple(f.name for f in dataclasses.fields(GridConfig))  # options that every sampler has
 DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": "ddpo"}
 
@@ -422,6 +423,12 @@ def from_anywhere(value: Any, is_path: bool = True) -> Any:
     path = locate(value)
     looks = "/" in value or "\\" in value or path.suffix or any(path.glob("*.json"))
     return str(path.resolve()) if is_path or looks else value
+
+
+def base_name(model: Mapping[str, Any]) -> str:
+    """The model of a config's section, which a run is compared with, and the LoRA that it starts from, if any."""
+    lora = model.get("lora")
+    return str(model.get("path") or model.get("name")) + (f"{WITH_LORA}{lora}" if lora else "")
 
 
 def config_help() -> str:

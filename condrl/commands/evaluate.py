@@ -30,6 +30,7 @@ from condrl.commands.arguments import fit_adapter, one_of_several, parser_of
 from condrl.commands.console import exit_code
 from condrl.commands.evaluation import Writer, report, started
 from condrl.commands.plan import SUMMARY, Plan, measures_of, read_plan
+from condrl.config import base_name
 from condrl.errors import visible, warn_of_address_limit
 
 if TYPE_CHECKING:
@@ -104,7 +105,6 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
     from tqdm import tqdm
 
     from condrl.io.records import write_json
-    from condrl.training.checks import base_name
     from condrl.training.host import provenance
 
     policies = make_policies(plan)
@@ -123,7 +123,7 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
         result = {
             "run": str(plan.source) if plan.source else None,
             "lora": str(plan.tuned) if plan.tuned else None,
-            "base": base_name(plan.config),
+            "base": base_name(plan.config.model),
             "steer": plan.steer.section if plan.steer else None,
             "prompts": len(plan.rows),
             "images_per_prompt": plan.per_prompt,

@@ -6,10 +6,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from condrl.config import WITH_LORA
 from condrl.models.latent import InDiffusers
 from condrl.models.loading import hub_id, public_name
 from condrl.registry import model as models
-from condrl.report.run import WITH_LORA, Run
+from condrl.report.run import Run
 
 
 def plugin_of(run: Run) -> Any:
