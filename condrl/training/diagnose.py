@@ -153,8 +153,8 @@ def gradient_growth(lines: Sequence[Line]) -> str | None:
 
 def drift(lines: Sequence[Line]) -> str | None:
     means = smoothed(lines, "reward/total")
-    measured = [(line["epoch"], line.get("base_kl", line.get("path_kl"))) for line in lines]
-    kl = [(epoch, value) for epoch, value in measured if value is not None]
+    recorded = [(line["epoch"], line.get("base_kl", line.get("path_kl"))) for line in lines]
+    kl = [(epoch, value) for epoch, value in recorded if value is not None]
     if not means or not kl:
         return None
     best = max(means, key=lambda m: m.mean)
@@ -216,8 +216,6 @@ CHECKS: tuple[Callable[[Line, Line], str | None], ...] = (
     value_network,
     kl_budget,
 )
-
-
 TRENDS: tuple[Callable[[Sequence[Line]], str | None], ...] = (reward_fell, gradient_growth, drift)
 OF_MEASURES: tuple[Callable[[Line, Sequence[Line], Collection[str]], str | None], ...] = (reward_hacking, heldout_fell)
 

@@ -292,8 +292,9 @@ class Trainer:
             raise RunError(failures[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next epoch depends on. Draws are functions of seed and epoch; torch's own state is for
-        plugins that use it.
+        """Everything that the next epoch depends on.
+
+        Draws are functions of seed and epoch; torch's own state is for plugins that use it.
         """
         return {
             "epoch": self.epoch,
@@ -361,13 +362,10 @@ class Trainer:
         """Whether a reward is served elsewhere: then even a quick epoch may become a long one."""
         return any(hasattr(reward.call, "errors") for reward in self.rewards)
 
-    def seed(self, epoch: int, phase: str) -> str:
-        """What randomness is a function of."""
-        return f"{self.config.run.seed} {epoch} {phase}"
-
     def noise(self, epoch: int, phase: str, indices: range, same_start: bool = False) -> Noise:
-        """Randomness of the images at some indices of an epoch."""
-        return Noise(self.seed(epoch, phase), indices, self.config.train.images_per_prompt, same_start)
+        """Randomness of the images at some indices, a function of the run's seed, the epoch and the phase."""
+        seed = f"{self.config.run.seed} {epoch} {phase}"
+        return Noise(seed, indices, self.config.train.images_per_prompt, same_start)
 
 
 def inverse_spread(values: Tensor) -> float:
