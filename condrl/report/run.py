@@ -81,6 +81,11 @@ class Run:
         found = {name: options.get("weight", 1.0) for name, options in (self.config.get("rewards") or {}).items()}
         return {name: weight for name, weight in found.items() if weight}
 
+    @property
+    def rewards_in_words(self) -> str:
+        """The rewards with their weights; empty where there are none."""
+        return ", ".join(f"{name} (weight {weight:g})" for name, weight in self.rewards.items())
+
     def sign(self, measure: str) -> int:
         """1, or -1 where lower is better: for a reward with a negative weight."""
         return -1 if self.rewards.get(measure, 1.0) < 0 else 1
