@@ -19,7 +19,7 @@ from condrl.io.records import from_json
 
 LONGEST = 100_000  # characters of a prompt
 SIDES = ("better", "worse")  # of a pair: the keys of a row, and the folders of a folder of pairs
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")  # how files of images end that users give
 
 
 @dataclass(frozen=True)

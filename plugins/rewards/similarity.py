@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 import condrl
 from condrl.io.files import locate
+from condrl.prompts import IMAGES
 from condrl.rewards.pixels import read_image
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @condrl.reward
@@ -24,9 +23,9 @@ class Similarity:
     ) -> None:
         path = locate(images)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        files = [file for file in files if file.is_file() and file.suffix.lower() in SUFFIXES]
+        files = [file for file in files if file.is_file() and file.suffix.lower() in IMAGES]
         if not files:
-            raise condrl.UsageError(f"config rewards.similarity.images: no image ({', '.join(SUFFIXES)}) at {path}")
+            raise condrl.UsageError(f"config rewards.similarity.images: no image ({', '.join(IMAGES)}) at {path}")
         self.files, self.references = files, torch.empty(0)
 
     def __call__(self, samples: Tensor, prompts: Sequence[str]) -> Tensor:
