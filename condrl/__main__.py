@@ -16,7 +16,7 @@ COMMANDS = {
     "report": "write a page of a run: verdict, curves, pictures",
     "benchmark": "measure this machine on a model of a published size, without downloading it",
     "export": "write what was tuned for diffusers, for ComfyUI, or as a whole pipeline; push it to the hub",
-    "plugins": "list rewards, samplers, algorithms and models with their options",
+    "plugins": "list rewards, samplers, algorithms, models and steerings with their options",
     "serve": "serve a reward over HTTP",
 }
 

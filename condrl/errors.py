@@ -15,7 +15,7 @@ NO_MEMORY = (  # in the messages of torch, CUDA, the system, C++, the dynamic lo
     *("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc", "failed to map segment"),
     "can't start new thread",
 )
-LESS = "lower train.loss_batch, train.rollout_batch or model.decode_batch, or --batch of sample.py"
+LESS = "lower train.loss_batch, train.rollout_batch or model.decode_batch, or --batch of condrl sample"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
 LENGTH = 300  # characters quoted from the error of another program or of a plugin
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask a run to stop

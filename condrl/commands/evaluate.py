@@ -9,8 +9,8 @@
 
 The first argument is a run's folder, or a LoRA's folder or file; one without a run needs --prompts and measures. With
 --steer it may be left out: then it is the quickstart's base model, or model.path, that is steered. The rewards steer.
-`key=value` overrides change the model, the sampler and how much is measured as they do for finetune.py; measures that
-they name replace the run's. Code and servers that a run's config names are used with --trust only.
+`key=value` overrides change the model, the sampler and how much is measured as they do for condrl finetune; measures
+that they name replace the run's. Code and servers that a run's config names are used with --trust only.
 
 Writes RUN/evaluation/: evaluation.jsonl (a line per image, sampler and strength), evaluation.json (the summary) and
 pictures/. Several samplers, numbers of steps and strengths are measured one after the other, the base once per sampler.

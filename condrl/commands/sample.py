@@ -7,7 +7,7 @@
 
 The first argument is a run's folder, whose model draws with the sampler that it was evaluated with, or a LoRA's folder
 or file; without it the quickstart's base model draws. `key=value` overrides change the model and the sampler as they do
-for finetune.py, and rewards that they name steer instead of the run's. Plugins are code: those that a run's config
+for condrl finetune, and rewards that they name steer instead of the run's. Plugins are code: those that a run's config
 names are imported only if you name them, plugins=[my.py].
 """
 
@@ -43,7 +43,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = parser_of("sample", __doc__)
     parser.add_argument("words", nargs="*", metavar="FOLDER key=value")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl, as for finetune.py")
+    parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl, as for condrl finetune")
     parser.add_argument(
         "--seeds", type=one_of_several(int), nargs="+", default=[0], help="an image of each prompt from each seed"
     )

@@ -1,4 +1,4 @@
-"""A reward that is served elsewhere, by scripts/reward_server.py."""
+"""A reward that is served elsewhere, by `condrl serve`."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +15,7 @@ from condrl.rewards.wire import MOST_PIXELS, TOKEN, answer_of, pack
 
 @condrl.reward(differentiable=False)
 class Remote:
-    """The scores of a reward server (scripts/reward_server.py); one that fails is missing, never made up."""
+    """The scores of a reward server (`condrl serve`); one that fails is missing, never made up."""
 
     def __init__(
         self,
