@@ -23,7 +23,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from condrl.errors import UsageError
 from condrl.io.files import exists, expanded, locate
 from condrl.io.overrides import escaped, one_line
-from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
+from condrl.io.plugin_files import load_file
+from condrl.registry import REGISTRIES, Option, Plugin, comments, suggestion, type_hints
 
 Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
 

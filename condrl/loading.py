@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from condrl.config import DEFAULT_PLUGINS, GRID, SECTIONS, Config, GridConfig, build_config, check_list
 from condrl.errors import UsageError
 from condrl.io.overrides import Part, mapping, merged, one_line, read_argument, retyped, section_at, setting_keys
-from condrl.registry import REGISTRIES, load_file, type_hints
+from condrl.io.plugin_files import load_file
+from condrl.registry import REGISTRIES, type_hints
 
 EVALUATED = (  # settings that an evaluation accepts
     *("model", "sampler", "rewards", "plugins", "evaluate.measures", "evaluate.sampler", "evaluate.images_per_prompt"),

@@ -18,7 +18,7 @@ from condrl.commands.console import exit_code
 from condrl.config import typed_options
 from condrl.errors import UsageError
 from condrl.io.overrides import is_setting, merged, read_argument, retyped
-from condrl.registry import load_file
+from condrl.io.plugin_files import load_file
 from condrl.registry import reward as registry
 
 if TYPE_CHECKING:
