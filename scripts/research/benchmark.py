@@ -159,7 +159,7 @@ def bare(trainer: Trainer, count: int, batch: int, train: bool, dtype: torch.dty
     x = torch.randn(batch, *model.state_shape, device=model.device).to(model.torch_dtype)
     x = x.contiguous(memory_format=model.layout)
     t = torch.randint(0, 1000, (batch,), device=model.device)
-    embedded = model.embeddings(torch.zeros(batch, dtype=torch.long))
+    (embedded,) = model.embeddings(torch.zeros(batch, dtype=torch.long))
     rounded = torch.autocast(model.device.type, dtype, enabled=dtype is not None)
     with torch.set_grad_enabled(train), rounded:
         for start in range(0, count, batch):
