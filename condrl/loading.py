@@ -168,9 +168,7 @@ def _check_measures(found: Part, overrides: Sequence[Part], if_code: str, if_ser
     Raises: UsageError with the advice for either.
     """
     for override in overrides:
-        check_list(override.values.get("plugins"), list[str], "plugins")
-        for path in override.values.get("plugins") or ():
-            load_file(str(path))
+        _load_plugins(override.values)
     tree = _resolved(found.values)
     for where in ("rewards", "evaluate.measures"):
         for name, options in section_at(tree, where).items():
@@ -195,14 +193,22 @@ def _is_registered(name: str) -> bool:
 def _config(parts: Sequence[Part]) -> Config:
     rough = _resolved(merged([replace(part, values=part.texts) if part.refers else part for part in parts]))
     _check_found(rough, parts)
-    check_list(rough.get("plugins"), list[str], "plugins")
-    for path in rough.get("plugins") or ():
-        load_file(str(path))
+    _load_plugins(rough)
     types = option_types(rough)
     parts = [retyped(part, types) for part in parts]
     tree = _resolved(merged(_without_replaced_plugins(parts, rough)))
     _check_found(tree, parts)
     return build_config(tree)
+
+
+def _load_plugins(tree: Mapping[str, Any]) -> None:
+    """Import the plugin files that a tree names.
+
+    Raises: UsageError when they are not a list, or one cannot be imported.
+    """
+    check_list(tree.get("plugins"), list[str], "plugins")
+    for path in tree.get("plugins") or ():
+        load_file(str(path))
 
 
 def _check_found(tree: Mapping[str, Any], parts: Sequence[Part]) -> None:
