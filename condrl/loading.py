@@ -191,6 +191,10 @@ def _is_registered(name: str) -> bool:
 
 
 def _config(parts: Sequence[Part]) -> Config:
+    """The parts as one Config: merged once to learn which plugins they name, and again with the types of the options.
+
+    Raises: UsageError as `load_config` does.
+    """
     rough = _resolved(merged([replace(part, values=part.texts) if part.refers else part for part in parts]))
     _check_found(rough, parts)
     _load_plugins(rough)
