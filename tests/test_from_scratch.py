@@ -13,7 +13,7 @@ import condrl
 from condrl.loading import load_config
 from condrl.prompts import Row
 from condrl.training.build import make_trainer
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 PROMPTS, GROUP = ("a red star", "two circles"), 4
 IMAGES = len(PROMPTS) * GROUP

@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from condrl.commands.arguments import in_run, parser_of, read_words
 from condrl.commands.console import exit_code
-from condrl.commands.sample import in_run, read_words
 from condrl.errors import RunError, UsageError, brief, naming, print_main, visible, warn_of_address_limit
 from condrl.io.files import check_folder
 from condrl.io.overrides import is_setting, setting_keys
@@ -36,9 +36,7 @@ REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "condrl export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("export", __doc__)
     parser.add_argument("words", nargs="+", metavar="RUN key=value", help="a run's folder, or a LoRA")
     parser.add_argument("--to", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder; by default export/ of the run")

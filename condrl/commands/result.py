@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from condrl.config import base_name
 from condrl.errors import RunError, UsageError, print_main, visible
 
 if TYPE_CHECKING:
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
 def save_base(trainer: Trainer, measures: dict[str, float]) -> None:
     """Write what the run is compared with, so that its page can say so while it goes."""
     from condrl.io.records import write_json
-    from condrl.training.checks import base_name
 
-    write_json(trainer.folder.file("base.json"), {"model": base_name(trainer.config), "measures": measures})
+    write_json(trainer.folder.file("base.json"), {"model": base_name(trainer.config.model), "measures": measures})
 
 
 def save_result(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from condrl.diffusion.policy import acting
-from condrl.diffusion.schedule import DiscreteSchedule, Schedule, schedule_from_diffusers
+from condrl.diffusion.policy import acting, trained_weights
+from condrl.diffusion.schedule import Schedule
+from condrl.diffusion.schedulers import DiscreteSchedule, schedule_from_diffusers
 from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
 from condrl.models.attention import check_attention, set_attention
@@ -112,7 +113,7 @@ class LatentModel(ABC):
         self._start: list[Tensor] = []  # what a run that starts from a LoRA starts from
         if self.lora:
             self.load_adapter(locate(self.lora))
-            self._start = [p.detach().clone() for p in self.module.parameters() if p.requires_grad]
+            self._start = [weight.detach().clone() for weight in trained_weights(self.module)]
         if self.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
             self.module.train()  # diffusers checkpoints in training mode only; these networks have no dropout
@@ -366,7 +367,7 @@ class LatentModel(ABC):
         from torch.distributed.fsdp import fully_shard
 
         network = self.module.to(memory_format=torch.contiguous_format)
-        own = {p for p in network.parameters() if p.requires_grad}
+        own = set(trained_weights(network))
         mesh = init_device_mesh(self.device.type, (get_world_size(),))
         for block in self.blocks():
             fully_shard(block, mesh=mesh, ignored_params=own)
@@ -382,7 +383,7 @@ class LatentModel(ABC):
     def reference(self) -> Iterator[None]:
         """Within it, the network is the one that tuning started from: without a LoRA, or with `lora`."""
         if self._start:
-            with acting([p for p in self.module.parameters() if p.requires_grad], self._start):
+            with acting(trained_weights(self.module), self._start):
                 yield
             return
         network: Any = self.module

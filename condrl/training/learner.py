@@ -15,7 +15,7 @@ from condrl.algorithms.examples import Examples, Metrics
 from condrl.algorithms.reference import MovingReference
 from condrl.config import Config
 from condrl.diffusion.noise import seeded_by
-from condrl.diffusion.policy import Policy
+from condrl.diffusion.policy import Policy, trained_weights
 from condrl.errors import RunError
 from condrl.processes import Processes
 from condrl.training.optimizer import make_optimizer
@@ -26,7 +26,7 @@ class Learner:
 
     def __init__(self, config: Config, policy: Policy, algorithm: Algorithm, processes: Processes) -> None:
         self.config, self.policy, self.algorithm, self.processes = config, policy, algorithm, processes
-        self.weights = [p for p in policy.model.module.parameters() if p.requires_grad]
+        self.weights = trained_weights(policy.model.module)
         train, self.networks = config.train, algorithm.networks()
         self.rates = [train.lr, *(own.lr for own in self.networks.values())]
         groups = [{"params": self.weights}, *(parameter_group(own) for own in self.networks.values())]

@@ -35,6 +35,7 @@ from condrl.prompts import Row, epoch_rows
 from condrl.rewards.scoring import Reward, Scores, first_failure, score, weighted
 from condrl.training.best import Best
 from condrl.training.checkpoint import checkpoint_files, save_checkpoint
+from condrl.training.clock import Clock
 from condrl.training.evaluate import KL_IMAGES
 from condrl.training.folder import RunFolder
 from condrl.training.learner import Learner
@@ -290,8 +291,9 @@ class Trainer:
             raise RunError(failures[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next epoch depends on. Draws are functions of seed and epoch; torch's own state is for
-        plugins that use it.
+        """Everything that the next epoch depends on.
+
+        Draws are functions of seed and epoch; torch's own state is for plugins that use it.
         """
         return {
             "epoch": self.epoch,
@@ -359,13 +361,10 @@ class Trainer:
         """Whether a reward is served elsewhere: then even a quick epoch may become a long one."""
         return any(hasattr(reward.call, "errors") for reward in self.rewards)
 
-    def seed(self, epoch: int, phase: str) -> str:
-        """What randomness is a function of."""
-        return f"{self.config.run.seed} {epoch} {phase}"
-
     def noise(self, epoch: int, phase: str, indices: range, same_start: bool = False) -> Noise:
-        """Randomness of the images at some indices of an epoch."""
-        return Noise(self.seed(epoch, phase), indices, self.config.train.images_per_prompt, same_start)
+        """Randomness of the images at some indices, a function of the run's seed, the epoch and the phase."""
+        seed = f"{self.config.run.seed} {epoch} {phase}"
+        return Noise(seed, indices, self.config.train.images_per_prompt, same_start)
 
 
 def inverse_spread(values: Tensor) -> float:
@@ -388,17 +387,3 @@ def progress(lines: Sequence[dict[str, Any]], images_per_second: float) -> dict[
         if (kl := line.get("base_kl", line.get("path_kl"))) is not None:
             found["KL"] = kl
     return {name: f"{value:.3g}" for name, value in found.items()} | {"images/s": f"{images_per_second:.1f}"}
-
-
-class Clock:
-    """Seconds of each phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now

@@ -24,8 +24,9 @@ from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.shapes import scenes
 from condrl.training.build import make_trainer
+from condrl.training.clock import Clock
 from condrl.training.evaluate import paired_difference
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.trainer import Trainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXACT, GRADED = "shapes_exact", "shapes"

@@ -11,7 +11,7 @@ from condrl.diffusion.path_kl import path_kl
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout
 from condrl.training.build import make
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 NAMES = ["reinforce", "ddpo", "dpok", "grpo"]  # grpo has a scale and a clip of its own
 PLAIN = {"kappa": 0.0, "normalise": False, "leave_one_out": False, "advantage_clip": 5.0}

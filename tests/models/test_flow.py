@@ -31,7 +31,7 @@ from condrl.report.run import read_run
 from condrl.report.usage import diffusers_code
 from condrl.rewards.pixels import from_pil
 from condrl.training.build import make_sampler, make_trainer
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 SIZE = {"height": 24, "width": 16}
 ODE = {"name": "ddim", "steps": 5, "spacing": None, "eta": 0.0}

@@ -14,10 +14,11 @@ from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
+from condrl.training.clock import Clock
 from condrl.training.diagnose import diagnose, spread_metrics
 from condrl.training.evaluate import Estimate, Evaluation
 from condrl.training.measure import flat
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.trainer import Trainer
 
 SMALL = ["train.images_per_prompt=64", "train.rollout_batch=64", "sampler.steps=8", "model.knots=8"]
 

@@ -25,7 +25,7 @@ from condrl.config import build_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import sample
-from condrl.diffusion.schedule import schedule_from_diffusers
+from condrl.diffusion.schedulers import schedule_from_diffusers
 from condrl.diffusion.transition import Gaussian
 from condrl.loading import load_config
 from condrl.models.lora import lora_layers

@@ -9,7 +9,7 @@ from torch.distributions import kl_divergence
 
 from condrl.algorithms.values import Value
 from condrl.diffusion.schedule import OU, VP, RectifiedFlow
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 PLAIN = {
     "kappa": 0.6,

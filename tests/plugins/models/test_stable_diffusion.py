@@ -25,7 +25,7 @@ from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import Row
 from condrl.rewards.pixels import to_pil
 from condrl.training.build import make_sampler, make_trainer
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 
 @pytest.mark.parametrize("which", ["pipeline", "v_pipeline"])
