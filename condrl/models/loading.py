@@ -222,11 +222,18 @@ def check_parts(family: Family, where: str, revision: str | None) -> dict[str, A
     for name, (library, known) in family.parts.items():
         if name not in family.optional or not is_left_out(index.get(name)):
             check_part(where, name, index.get(name), library, known)
-    for name in family.readers:
-        words = Path(where) / name
-        if words.is_dir() and not any((words / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise UsageError(f"{words} has no vocabulary: neither tokenizer.json nor vocab.json")
+    left_out = [name for name in family.parts if name in family.optional and is_left_out(index.get(name))]
+    if left_out and (other := next((name for name in family.optional if name not in left_out), None)):
+        raise UsageError(f"{where} has a {other} and no {left_out[0]}: its model_index.json should have both or neither")
+    for name in set(family.readers) - set(left_out) if Path(where).is_dir() else ():
+        check_vocabulary(Path(where) / name)
     return index
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raises: UsageError when a tokenizer has no words of its own, instead of which it would get others."""
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise UsageError(f"{folder} has no vocabulary: neither tokenizer.json nor vocab.json")
 
 
 def is_left_out(entry: Any) -> bool:

@@ -536,6 +536,17 @@ def test_damaged_configs_are_named(file, text, why, pipeline, tmp_path):
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize("is_single", [False, True])
+def test_no_vocabulary_is_invented(is_single, pipeline, tmp_path):
+    from single_file import write_single_file
+
+    folder = copied(pipeline, tmp_path)
+    shutil.rmtree(folder / "tokenizer")
+    path = write_single_file(pipeline, tmp_path / "model.safetensors") if is_single else folder
+    with pytest.raises(UsageError, match=rf"^config model\.path: {folder}/tokenizer has no vocabulary"):
+        load_pipeline(StableDiffusion.family, str(path), None, str(folder) if is_single else None, torch.float32)
+
+
 def test_a_variant_is_loaded(pipeline, tmp_path):
     folder = copied(pipeline, tmp_path)
     for part in ("unet", "vae", "text_encoder"):
