@@ -168,13 +168,8 @@ def gradient_growth(first: Line, lines: Sequence[Line], lowered: Collection[str]
 
 def drift(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str | None:
     means = smoothed(lines, "reward/total")
-<<<<<<< HEAD
-    known = [(line["epoch"], line.get("base_kl", line.get("path_kl"))) for line in lines]
-    kl = [(epoch, value) for epoch, value in known if value is not None]
-=======
     recorded = [(line["epoch"], line.get("base_kl", line.get("path_kl"))) for line in lines]
     kl = [(epoch, value) for epoch, value in recorded if value is not None]
->>>>>>> bb98be43b2fea35523dc71507f7e81983dce7933
     if not means or not kl:
         return None
     best = max(means, key=lambda m: m.mean)
@@ -238,7 +233,6 @@ CHECKS: tuple[Callable[[Line, Line], str | None], ...] = (  # of an epoch, besid
     value_network,
     kl_budget,
 )
-<<<<<<< HEAD
 
 
 TRENDS: tuple[Callable[[Line, Sequence[Line], Collection[str]], str | None], ...] = (
@@ -249,10 +243,6 @@ TRENDS: tuple[Callable[[Line, Sequence[Line], Collection[str]], str | None], ...
     reward_hacking,
     heldout_fell,
 )
-=======
-TRENDS: tuple[Callable[[Sequence[Line]], str | None], ...] = (reward_fell, gradient_growth, drift)
-OF_MEASURES: tuple[Callable[[Line, Sequence[Line], Collection[str]], str | None], ...] = (reward_hacking, heldout_fell)
->>>>>>> bb98be43b2fea35523dc71507f7e81983dce7933
 
 
 def diagnose(first: Line, lines: Sequence[Line], lowered: Collection[str] = ()) -> dict[str, str]:

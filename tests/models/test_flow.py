@@ -687,6 +687,7 @@ REFUSED = {
     r"tokenizer_2 has no vocabulary": lambda copy: (
         shutil.rmtree(copy / "tokenizer_2") or (copy / "tokenizer_2").mkdir()
     ),
+    r"/tokenizer has no vocabulary": lambda copy: shutil.rmtree(copy / "tokenizer"),
 }
 
 
@@ -729,6 +730,15 @@ def test_parts_that_a_family_needs_may_not_be_left_out(part, name, folder, tmp_p
     changed(copy / "model_index.json", **{part: [None, None]})
     with pytest.raises(UsageError, match=f"the {part} of .* is None of None"):
         model_of(name, copy)
+
+
+@pytest.mark.parametrize(("left", "other"), [("text_encoder_3", "tokenizer_3"), ("tokenizer_3", "text_encoder_3")])
+def test_t5_is_left_out_with_its_tokenizer_or_not_at_all(left, other, folders, tmp_path):
+    copy = copied(folders["sd3"], tmp_path)
+    changed(copy / "model_index.json", **{left: [None, None]})
+    with pytest.raises(UsageError, match=f"has a {other} and no {left}: its model_index.json should have both"):
+        model_of("sd3", copy)
+    assert model_of("sd3", copy, t5=False).pipe.text_encoder_3 is None
 
 
 def test_code_in_a_folder_does_not_run(name, folder, tmp_path, monkeypatch):

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from drawing import CPU, DDIM, PROMPTS, SEEDS, diffusers_pictures, perturb, pictures
 from helpers import ROOT
 from safetensors.torch import load_file, save_file
@@ -536,6 +542,17 @@ def test_damaged_configs_are_named(file, text, why, pipeline, tmp_path):
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize("is_single", [False, True])
+def test_no_vocabulary_is_invented(is_single, pipeline, tmp_path):
+    from single_file import write_single_file
+
+    folder = copied(pipeline, tmp_path)
+    shutil.rmtree(folder / "tokenizer")
+    path = write_single_file(pipeline, tmp_path / "model.safetensors") if is_single else folder
+    with pytest.raises(UsageError, match=rf"^config model\.path: {folder}/tokenizer has no vocabulary"):
+        load_pipeline(StableDiffusion.family, str(path), None, str(folder) if is_single else None, torch.float32)
+
+
 def test_a_variant_is_loaded(pipeline, tmp_path):
     folder = copied(pipeline, tmp_path)
     for part in ("unet", "vae", "text_encoder"):
@@ -637,6 +654,35 @@ def test_unets_that_want_something_else_are_refused(config, match, pipeline, tmp
     before = UNet2DConditionModel.load_config(folder, subfolder="unet")
     UNet2DConditionModel.from_config({**before, **config}).save_pretrained(folder / "unet")
     with pytest.raises(UsageError, match=rf"^config model\.path: .*{match}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "match"),
+    [
+        ("unet/config.json", {"sample_size": -8}, "a UNet with sample_size=-8"),
+        ("unet/config.json", {"sample_size": None}, "a UNet with sample_size=None"),
+        ("unet/config.json", {"sample_size": [8]}, r"a UNet with sample_size=\[8\]"),
+        ("vae/config.json", {"scaling_factor": None}, "a VAE with scaling_factor=None"),
+        ("vae/config.json", {"scaling_factor": 0}, "a VAE with scaling_factor=0"),
+        ("vae/config.json", {"shift_factor": "x"}, "a VAE with scaling_factor=0.18215 and shift_factor='x'"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": None}, "a tokenizer without a pad_token"),
+    ],
+)
+def test_configs_that_could_not_be_used_are_named(file, change, match, pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    before = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**before, **change}))
+    with pytest.raises(UsageError, match=rf"^config model\.path: .* has {match}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["in_channels", "out_channels"])
+def test_a_vae_of_other_images_is_refused(name, pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    before = AutoencoderKL.load_config(folder, subfolder="vae")
+    AutoencoderKL.from_config({**before, name: 4}).save_pretrained(folder / "vae")
+    with pytest.raises(UsageError, match=f"has a VAE with {name}=4 where images have 3"):
         load(folder)
 
 
