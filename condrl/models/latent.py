@@ -91,7 +91,7 @@ class LatentModel(ABC):
             check_attention(self.attention, self.torch_dtype, self.device)
         if self.quantize:
             check_quantize(self.quantize, self.torch_dtype, self.device)
-        self.evaluations, self.sharded = 0, False
+        self.evaluations, self.sharded, self.released = 0, False, False
         self.pipe = self.load()
         self.vae = self.place_vae(self.pipe.vae.requires_grad_(False))
         network = getattr(self.pipe, self.prefix).requires_grad_(False)
@@ -271,7 +271,7 @@ class LatentModel(ABC):
 
     @torch.no_grad()
     def _encoded(self, prompts: Sequence[Prompt]) -> list[Encoded]:
-        if not self.encoders:
+        if self.released:
             raise UsageError(
                 f"config model.release_encoders: the prompt {quoted(prompts[0] or '')} came when the text encoders had "
                 "been released: leave it out"
@@ -291,6 +291,7 @@ class LatentModel(ABC):
         self._host_embeddings.hold(self._prompts)
         for name in self.family.readers.values():
             setattr(self.pipe, name, None)
+        self.released = True
 
     def embeddings(self, condition: Tensor) -> Encoded:
         """What the network is given of prompts by their numbers (B,), each (B, ...), on the device."""
