@@ -209,8 +209,8 @@ def _merge(schema: Any, values: Any, where: str) -> Any:
     except OmegaConfBaseException as error:
         key = ".".join(part for part in (where, getattr(error, "full_key", None) or "") if part)
         raise UsageError(f"config {key}: {one_line(error)}") from error
-    except (TypeError, ValueError) as error:  # OmegaConf's own, where a list or value meets a section
-        raise UsageError(f"config {where}: {one_line(error)}") from error
+    except (TypeError, ValueError, OverflowError) as error:  # OmegaConf's own, where a list or value meets a section
+        raise UsageError(f"{f'config {where}'.strip()}: {one_line(error)}") from error
 
 
 def _check_numbers(value: Any, where: str) -> None:
@@ -235,7 +235,7 @@ def _check_lists(values: Any, schema: Any, where: str) -> None:
 
 
 def check_list(value: Any, kind: Any, where: str) -> None:
-    """Raises: UsageError on a single value where a list is expected, or on a list of the wrong length."""
+    """Raises: UsageError on a single value where a list is expected, or on a list of other items or length."""
     kinds = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) in (list, tuple)]
     if value is None or not kinds:
         return
@@ -244,6 +244,10 @@ def check_list(value: Any, kind: Any, where: str) -> None:
     items = typing.get_args(kinds[0])
     if typing.get_origin(kinds[0]) is tuple and ... not in items and len(value) != len(items):
         raise UsageError(f"config {where}: expected {len(items)} values, got {list(value)}")
+    other = (list, tuple, dict, ListConfig, DictConfig) if items[0] is str else bool if items[0] in (int, float) else ()
+    if odd := [item for item in value if isinstance(item, other)]:
+        kind = "text" if items[0] is str else "a number"
+        raise UsageError(f"config {where}: expected {kind} in the list, got {odd[0]!r}")
 
 
 def _plugin_section(kind: str, section: Any) -> dict[str, Any]:

@@ -450,18 +450,30 @@ def check_guidance(guidance: float, negative_prompt: str | None) -> None:
 def add_lora(network: Any, rank: int, alpha: int, targets: Sequence[str]) -> None:
     """Add a float32 LoRA that starts at zero to a frozen network.
 
-    Raises: UsageError when no module's name ends as `targets` say.
+    Raises: UsageError when no module's name ends as `targets` say, or one that does has no matrix.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    names = [name for name, _ in network.named_modules()]
-    unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in names)]
-    if unmatched:
-        raise UsageError(f"config model.lora_targets: no module of the network is called {unmatched[0]!r}")
+    for target in targets:
+        check_target(network, target)
     settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     network.add_adapter(settings)
     cast_training_params(network, torch.float32)
+
+
+def check_target(network: nn.Module, target: str) -> None:
+    """Raises: UsageError when no module is called so, or one that gets no LoRA."""
+    found = [(name, m) for name, m in network.named_modules() if name == target or name.endswith("." + target)]
+    if not found:
+        raise UsageError(f"config model.lora_targets: no module of the network is called {target!r}")
+    for name, module in found:
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() < 2:
+            raise UsageError(
+                f"config model.lora_targets: {target!r} is {name or 'the network'}, a {type(module).__name__}, which "
+                "gets no LoRA: name linear layers or convolutions"
+            )
 
 
 def unet_layers(unet: Any) -> list[nn.Module]:

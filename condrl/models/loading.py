@@ -29,6 +29,11 @@ PARTS = {  # the library and the classes that are known to work; any other libra
 }
 COLOURS = 3  # channels of an image
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pt|bin)$)(\w[\w.-]*/)?\w[\w.-]*")
+UNUSED = {  # options without an effect, by what model.path is
+    "folder": ("revision", "single_file_config"),
+    "file": ("revision", "variant"),
+    "hub id": ("single_file_config",),
+}
 PLAIN = {  # options of a UNet that make it want an input, or the prompt in a form, that a plain one does not
     "addition_embed_type": None,
     "attention_type": "default",
@@ -129,6 +134,7 @@ def load_pipeline(
     source = locate(path)
     if not source.exists() and not HUB_ID.fullmatch(path):
         raise UsageError(f"config model.path: there is no file or folder {path}, and a hub id is OWNER/NAME")
+    check_unused(source, revision=revision, single_file_config=single_file_config, variant=variant)
     with offline_if_unreachable(local=source.is_dir() or single_file_config is not None):
         try:
             if source.is_file():
@@ -150,6 +156,14 @@ def load_pipeline(
     limit_tokenizers(family, pipe)
     check(family, pipe, path)
     return pipe
+
+
+def check_unused(source: Path, **options: str | None) -> None:
+    """Raises: UsageError on an option that has no effect on what is loaded."""
+    kind = "folder" if source.is_dir() else "file" if source.is_file() else "hub id"
+    for name in UNUSED[kind]:
+        if options[name] is not None:
+            raise UsageError(f"config model.{name}: has no effect on a {kind}, which model.path is: leave it out")
 
 
 def be_quiet() -> None:
@@ -322,7 +336,7 @@ def explained(family: Family, error: Exception, source: Path, variant: str | Non
     if source.is_file() and ("outgoing traffic" in lines[0] or "connect" in lines[0]):
         return "the configs for a single file come from the hub: without it, give model.single_file_config=<folder>"
     if not source.is_dir():
-        missing = "no file named" in lines[0] and not variant
+        missing = "no file named" in lines[0] and not variant and not source.exists()
         hint = "; if it has them in half precision only: model.variant=fp16" if missing else ""
         elsewhere = unreachable_reason() or f"there is no such file or folder, and on the hub: {lines[0]}"
         return (lines[0] if source.exists() else elsewhere) + hint

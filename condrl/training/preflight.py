@@ -301,7 +301,7 @@ def backward(twin: Trainer, examples: Examples, pairs: Tensor, scored: Tensor) -
     Raises: UsageError when the loss of pairs with a score, or its gradient, is not finite.
     """
     with LiveBytes() as live:
-        loss = check_loss(twin.algorithm.loss(twin.policy, examples.at(*pairs.unbind(1))), len(pairs))
+        loss, _ = check_loss(twin.algorithm.loss(twin.policy, examples.at(*pairs.unbind(1))), len(pairs))
         loss.sum().backward()
     counts = scored[pairs[:, 0]]  # others may be without a value
     finite = loss.detach().isfinite().cpu()[counts]

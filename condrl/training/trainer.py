@@ -29,7 +29,7 @@ from condrl.diffusion.path_kl import PathKL, path_kl
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout, rollout
 from condrl.diffusion.transition import windowed
-from condrl.errors import RunError, Stopped, print_main
+from condrl.errors import RunError, Stopped, print_main, stopping_at
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
 from condrl.rewards.scoring import Reward, Scores, first_failure, score, weighted
@@ -76,7 +76,7 @@ class Trainer:
     def fit(self) -> None:
         """Run the epochs that are left, with a checkpoint now and then, at the end, and before an early stop.
 
-        Raises: RunError when a ratio is not 1 before the first update or a reward fails; Stopped when asked to stop. If
+        Raises: RunError when a ratio is not 1 before the first update or a plugin fails; Stopped when asked to stop. If
         the epoch was long, or the processes could synchronize, there is then a checkpoint from before it.
         """
         self.processes.synchronized(self._fit)
@@ -125,25 +125,29 @@ class Trainer:
     def run_epoch(self, epoch: int, is_interruptible: bool = False) -> dict[str, Any]:
         """Roll out, score, credit, update, record; returns the line of the record.
 
-        Raises: Stopped, if it `is_interruptible`, when the run is asked to stop before the record.
+        Raises: Stopped, if it `is_interruptible`, when the run is asked to stop before the record; RunError when the
+        algorithm or the model fails.
         """
+        plugins = f"the algorithm or the model failed in epoch {epoch + 1}"
         with self.processes.interruptible(is_interruptible):
             clock = Clock()
-            experience = self.collect(epoch, clock)
+            with stopping_at(plugins):
+                experience = self.collect(epoch, clock)
             if isinstance(experience, Experience):
                 self.recorder.picture(experience, epoch, self.config.train.images_per_prompt)
                 clock.lap("picture")
-            examples = self.examples(experience, epoch)
-            clock.lap("examples")
-            if epoch < 2 and self.config.run.check_ratios and isinstance(examples, RatioExamples):
-                # every pair before the first update, then some once the LoRA is no longer zero
-                batch = self.config.train.loss_batch
-                check_ratios(examples, self.policy, batch, None if epoch == 0 else batch)
-                clock.lap("check")
-            is_measured = bool(self.heldout) and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0
-            has_budget = self.config.train.kl_budget is not None
-            kl = self.base_kl(experience) if has_budget or (is_measured and self.has_base_kl) else None
-            metrics = self.learner.update(examples, experience, epoch) | self.keep_to_budget(kl)
+            with stopping_at(plugins):
+                examples = self.examples(experience, epoch)
+                clock.lap("examples")
+                if epoch < 2 and self.config.run.check_ratios and isinstance(examples, RatioExamples):
+                    # every pair before the first update, then some once the LoRA is no longer zero
+                    batch = self.config.train.loss_batch
+                    check_ratios(examples, self.policy, batch, None if epoch == 0 else batch)
+                    clock.lap("check")
+                is_measured = bool(self.heldout) and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0
+                has_budget = self.config.train.kl_budget is not None
+                kl = self.base_kl(experience) if has_budget or (is_measured and self.has_base_kl) else None
+                metrics = self.learner.update(examples, experience, epoch) | self.keep_to_budget(kl)
             clock.lap("update")
             if self.heldout and is_measured:
                 metrics |= self.heldout()

@@ -154,6 +154,8 @@ def test_the_network_of_flux_is_told_a_guidance_scale(folders, tmp_path):
     torch.testing.assert_close(ours(model_of("flux", schnell)), expected, atol=1e-5, rtol=0)
     with pytest.raises(UsageError, match=r"model\.told_guidance: this network is told no guidance"):
         model_of("flux", schnell, told_guidance=3.5)
+    with pytest.raises(UsageError, match=r"config model\.told_guidance: must be at least 0, got -3"):
+        model_of("flux", folders["flux"], told_guidance=-3.0)
 
 
 def test_a_step_is_that_of_diffusers(name, folder):
