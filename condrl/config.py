@@ -182,7 +182,7 @@ def _section(values: Any, where: str) -> dict[str, Any]:
 
 def _typed(schema: Any, values: Mapping[str, Any], where: str) -> Any:
     """Check `values` against a dataclass."""
-    _check_lists(values, schema, where)
+    _check_values(values, schema, where)
     for name, value in values.items():
         if value == MISSING:
             raise UsageError(f"config {where}.{name}: ??? stands for a value that must be given")
@@ -225,17 +225,19 @@ def _check_numbers(value: Any, where: str) -> None:
             _check_numbers(item, where)
 
 
-def _check_lists(values: Any, schema: Any, where: str) -> None:
-    """Raises: UsageError as `_check_list` does, for a value of a dataclass or of one within it."""
+def _check_values(values: Any, schema: Any, where: str) -> None:
+    """Raises: UsageError as `check_value` does, for a value of a dataclass or of one within it."""
     for name, kind in type_hints(schema).items() if isinstance(values, Mapping) else ():
         key = f"{where}.{name}".lstrip(".")
         if dataclasses.is_dataclass(kind):
-            _check_lists(values.get(name), kind, key)
-        check_list(values.get(name), kind, key)
+            _check_values(values.get(name), kind, key)
+        check_value(values.get(name), kind, key)
 
 
-def check_list(value: Any, kind: Any, where: str) -> None:
-    """Raises: UsageError on a single value where a list is expected, or on a list of other items or length."""
+def check_value(value: Any, kind: Any, where: str) -> None:
+    """Raises: UsageError on a number that says neither yes nor no, a value instead of a list, or a list of others."""
+    if kind is bool and isinstance(value, int | float) and value not in (0, 1):
+        raise UsageError(f"config {where}: expected true or false, got {value}")
     kinds = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) in (list, tuple)]
     if value is None or not kinds:
         return

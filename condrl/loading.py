@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from condrl.config import DEFAULT_PLUGINS, GRID, SECTIONS, Config, GridConfig, build_config, check_list
+from condrl.config import DEFAULT_PLUGINS, GRID, SECTIONS, Config, GridConfig, build_config, check_value
 from condrl.errors import UsageError
 from condrl.io.overrides import Part, mapping, merged, one_line, read_argument, retyped, section_at, setting_keys
 from condrl.io.plugin_files import load_file
@@ -210,7 +210,7 @@ def _load_plugins(tree: Mapping[str, Any]) -> None:
 
     Raises: UsageError when they are not a list, or one cannot be imported.
     """
-    check_list(tree.get("plugins"), list[str], "plugins")
+    check_value(tree.get("plugins"), list[str], "plugins")
     for path in tree.get("plugins") or ():
         load_file(str(path))
 

@@ -80,6 +80,8 @@ def test_mistakes_are_one_line(word, message):
         ("train.lr=1:30.5", "the number 1:30.5 would be read as 90.5"),
         ("train={epochs: 010}", "the number 010 would be read as 8"),
         (f"train.lr=1{'0' * 400}", "^config: int too large"),
+        ("train.normalise_rewards=2", "train.normalise_rewards: expected true or false, got 2"),
+        ("model.compile=0.5", "model.compile: expected true or false, got 0.5"),
         ("train.betas=[0.9,true]", "train.betas: expected a number in the list, got True"),
         ("train.steps=[false]", "train.steps: expected a number in the list, got False"),
         ("model.lora_targets=[to_q,[to_k]]", r"model.lora_targets: expected text in the list, got \['to_k'\]"),
