@@ -1,7 +1,7 @@
 """A tree of values -> one typed, checked Config, and back to YAML; every error is a single line.
 
-`model`, `sampler` and `algorithm` hold a plugin's name and its options; `rewards` and
-`evaluate.measures` map a reward's name to its weight and options.
+`model`, `sampler` and `algorithm` hold a plugin's name and its options; `rewards` and `evaluate.measures` map a
+reward's name to its weight and options.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from condrl.errors import UsageError
 from condrl.io.files import exists, expanded, locate
-from condrl.io.overrides import (
-    escaped,
-    one_line,
-)
-from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
+from condrl.io.overrides import escaped, one_line
+from condrl.io.plugin_files import load_file
+from condrl.registry import REGISTRIES, Option, Plugin, comments, suggestion, type_hints
 
 Spacing = Literal["leading", "linspace", "trailing", "uniform", "log_snr"]
 
@@ -127,6 +125,11 @@ class Config:
         return expanded(self.run.dir or f"runs/{self.run.name}")
 
     @property
+    def weighted(self) -> list[str]:
+        """The rewards whose weight is not zero."""
+        return [name for name, options in self.rewards.items() if options["weight"] != 0]
+
+    @property
     def images_per_epoch(self) -> int:
         return self.train.prompts_per_epoch * self.train.images_per_prompt
 
@@ -137,17 +140,9 @@ SECTIONS: dict[str, Any] = {
     "evaluate": EvaluateConfig,
     "run": RunConfig,
 }
-COUNTS = (
-    "epochs",
-    "prompts_per_epoch",
-    "images_per_prompt",
-    "rollout_batch",
-    "updates_per_epoch",
-    "inner_epochs",
-    "loss_batch",
-    "max_bad_updates",
-)
 PATHS = ("path", "lora", "single_file_config", "images")  # options that name a file or folder, if there is one
+WITH_LORA = " with the LoRA "  # between a base model and the LoRA that a run starts from
+GRID = tuple(f.name for f in dataclasses.fields(GridConfig))  # options that every sampler has
 DEFAULT_PLUGINS = {"model": "stable_diffusion", "sampler": "ddim", "algorithm": "ddpo"}
 
 
@@ -174,7 +169,7 @@ def build_config(tree: Mapping[str, Any]) -> Config:
         config.evaluate.sampler = _deployed_sampler(config.sampler, deployed)
     config.rewards = _reward_sections(rewards, "rewards", RewardConfig)
     config.evaluate.measures = _reward_sections(measures, "evaluate.measures", MeasureConfig)
-    check_arithmetic(config)
+    check_settings(config)
     return config
 
 
@@ -187,7 +182,7 @@ def _section(values: Any, where: str) -> dict[str, Any]:
 
 def _typed(schema: Any, values: Mapping[str, Any], where: str) -> Any:
     """Check `values` against a dataclass."""
-    _check_lists(values, schema, where)
+    _check_values(values, schema, where)
     for name, value in values.items():
         if value == MISSING:
             raise UsageError(f"config {where}.{name}: ??? stands for a value that must be given")
@@ -214,8 +209,8 @@ def _merge(schema: Any, values: Any, where: str) -> Any:
     except OmegaConfBaseException as error:
         key = ".".join(part for part in (where, getattr(error, "full_key", None) or "") if part)
         raise UsageError(f"config {key}: {one_line(error)}") from error
-    except (TypeError, ValueError) as error:  # OmegaConf's own, where a list or value meets a section
-        raise UsageError(f"config {where}: {one_line(error)}") from error
+    except (TypeError, ValueError, OverflowError) as error:  # OmegaConf's own, where a list or value meets a section
+        raise UsageError(f"{f'config {where}'.strip()}: {one_line(error)}") from error
 
 
 def _check_numbers(value: Any, where: str) -> None:
@@ -230,17 +225,19 @@ def _check_numbers(value: Any, where: str) -> None:
             _check_numbers(item, where)
 
 
-def _check_lists(values: Any, schema: Any, where: str) -> None:
-    """Raises: UsageError as `_check_list` does, for a value of a dataclass or of one within it."""
+def _check_values(values: Any, schema: Any, where: str) -> None:
+    """Raises: UsageError as `check_value` does, for a value of a dataclass or of one within it."""
     for name, kind in type_hints(schema).items() if isinstance(values, Mapping) else ():
         key = f"{where}.{name}".lstrip(".")
         if dataclasses.is_dataclass(kind):
-            _check_lists(values.get(name), kind, key)
-        check_list(values.get(name), kind, key)
+            _check_values(values.get(name), kind, key)
+        check_value(values.get(name), kind, key)
 
 
-def check_list(value: Any, kind: Any, where: str) -> None:
-    """Raises: UsageError on a single value where a list is expected, or on a list of the wrong length."""
+def check_value(value: Any, kind: Any, where: str) -> None:
+    """Raises: UsageError on a number that says neither yes nor no, a value instead of a list, or a list of others."""
+    if kind is bool and isinstance(value, int | float) and value not in (0, 1):
+        raise UsageError(f"config {where}: expected true or false, got {value}")
     kinds = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) in (list, tuple)]
     if value is None or not kinds:
         return
@@ -249,6 +246,10 @@ def check_list(value: Any, kind: Any, where: str) -> None:
     items = typing.get_args(kinds[0])
     if typing.get_origin(kinds[0]) is tuple and ... not in items and len(value) != len(items):
         raise UsageError(f"config {where}: expected {len(items)} values, got {list(value)}")
+    other = (list, tuple, dict, ListConfig, DictConfig) if items[0] is str else bool if items[0] in (int, float) else ()
+    if odd := [item for item in value if isinstance(item, other)]:
+        kind = "text" if items[0] is str else "a number"
+        raise UsageError(f"config {where}: expected {kind} in the list, got {odd[0]!r}")
 
 
 def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
@@ -263,7 +264,7 @@ def _plugin_section(kind: str, section: Any) -> dict[str, Any]:
 def _deployed_sampler(sampler: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The sampler that tunes with what `evaluate.sampler` changes; another sampler keeps the time grid only."""
     same = changes.get("name", sampler["name"]) == sampler["name"]
-    kept = sampler if same else {f.name: sampler[f.name] for f in dataclasses.fields(GridConfig)}
+    kept = sampler if same else {name: sampler[name] for name in GRID}
     if changes.get("steps", sampler["steps"]) != sampler["steps"]:
         kept = {**kept, "noise_steps": None}  # they were counted on another grid
     options = {**kept, **changes}
@@ -318,16 +319,23 @@ def _field_of(option: Option) -> tuple[str, Any, Any]:
 # ---------------------------------------------------------------------------------------------- checks
 
 
-def check_arithmetic(config: Config) -> None:
-    """Raises: UsageError when a batch does not divide what it splits, or a count is not positive."""
-    train, images = config.train, config.images_per_epoch
-    counts = (
-        ("train", train, COUNTS),
-        ("train", train, ("steps_per_image", "patience")),
-        ("evaluate", config.evaluate, ("images_per_prompt", "prompts", "every")),
-        ("run", config.run, ("keep_checkpoints", "threads")),
-    )
-    for where, section, names in counts:
+def check_settings(config: Config) -> None:
+    """Raises: UsageError on the first setting that cannot be used, whatever the plugins are."""
+    check_ranges(config)
+    check_run_name(config.run)
+    check_effects(config)
+    check_divisible(config)
+
+
+def check_ranges(config: Config) -> None:
+    """Raises: UsageError on a number that is out of its range."""
+    train, evaluate, run = config.train, config.evaluate, config.run
+    loop = ("epochs", "prompts_per_epoch", "images_per_prompt", "rollout_batch", "updates_per_epoch", "inner_epochs")
+    for where, section, names in (
+        ("train", train, (*loop, "loss_batch", "max_bad_updates", "steps_per_image", "patience")),
+        ("evaluate", evaluate, ("images_per_prompt", "prompts", "every")),
+        ("run", run, ("keep_checkpoints", "threads")),
+    ):
         for name in names:
             value = getattr(section, name)
             if value is not None and value < 1:
@@ -335,33 +343,46 @@ def check_arithmetic(config: Config) -> None:
     for where, value in (
         ("train.warmup", train.warmup),
         ("train.weight_decay", train.weight_decay),
-        ("evaluate.pictures", config.evaluate.pictures),
-        ("run.checkpoint_seconds", config.run.checkpoint_seconds),
+        ("evaluate.pictures", evaluate.pictures),
+        ("run.checkpoint_seconds", run.checkpoint_seconds),
     ):
         if value < 0:
             raise UsageError(f"config {where}: must be at least 0, got {value}")
-    if not 0 <= config.run.seed < 2**64:
-        raise UsageError(f"config run.seed: must be in [0, 2^64), got {config.run.seed}")
-    for name in ("lr", "max_grad_norm"):
-        if getattr(train, name) <= 0:
-            raise UsageError(f"config train.{name}: must be above 0, got {getattr(train, name)}")
-    if not config.run.dir and (Path(config.run.name).name != config.run.name or config.run.name in ("", "..")):
-        raise UsageError(f"config run.name: {config.run.name!r} is not the name of a folder; a path goes into run.dir")
-    if (config.run.dir or "").startswith("~") and str(config.folder).startswith("~"):
-        raise UsageError(f"config run.dir: {config.run.dir}: there is no user of that name")
-    if train.kl_budget is not None and train.kl_budget <= 0:
-        raise UsageError(f"config train.kl_budget: must be above 0, got {train.kl_budget}")
-    if train.kl_budget is None and train.over_budget != "stop":
-        raise UsageError("config train.over_budget: has no effect without train.kl_budget")
-    if train.patience is not None and not (config.prompts.validation and config.evaluate.every):
-        raise UsageError("config train.patience: has no effect without prompts.validation and evaluate.every")
-    if config.prompts.validation and not config.evaluate.every:
-        raise UsageError("config prompts.validation: has no effect without evaluate.every")
+    for name in ("lr", "max_grad_norm", "kl_budget"):
+        value = getattr(train, name)
+        if value is not None and value <= 0:
+            raise UsageError(f"config train.{name}: must be above 0, got {value}")
     for name in ("max_failed", "ema"):
         if not 0 <= getattr(train, name) < 1:
             raise UsageError(f"config train.{name}: must be in [0, 1), got {getattr(train, name)}")
     if not all(0 <= beta < 1 for beta in train.betas):
         raise UsageError(f"config train.betas: must be in [0, 1), got {list(train.betas)}")
+    if not 0 <= run.seed < 2**64:
+        raise UsageError(f"config run.seed: must be in [0, 2^64), got {run.seed}")
+
+
+def check_run_name(run: RunConfig) -> None:
+    """Raises: UsageError when a run's folder has no usable name."""
+    if not run.dir and (Path(run.name).name != run.name or run.name in ("", "..")):
+        raise UsageError(f"config run.name: {run.name!r} is not the name of a folder; a path goes into run.dir")
+    if run.dir and run.dir.startswith("~") and str(expanded(run.dir)).startswith("~"):
+        raise UsageError(f"config run.dir: {run.dir}: there is no user of that name")
+
+
+def check_effects(config: Config) -> None:
+    """Raises: UsageError on a setting that has no effect without another."""
+    train, prompts, every = config.train, config.prompts, config.evaluate.every
+    if train.kl_budget is None and train.over_budget != "stop":
+        raise UsageError("config train.over_budget: has no effect without train.kl_budget")
+    if train.patience is not None and not (prompts.validation and every):
+        raise UsageError("config train.patience: has no effect without prompts.validation and evaluate.every")
+    if prompts.validation and not every:
+        raise UsageError("config prompts.validation: has no effect without evaluate.every")
+
+
+def check_divisible(config: Config) -> None:
+    """Raises: UsageError when an epoch's images do not divide into its updates or its batches."""
+    train, images = config.train, config.images_per_epoch
     sentence = f"{train.prompts_per_epoch} prompts x {train.images_per_prompt} images = {images} images per epoch"
     if images % train.updates_per_epoch:
         raise UsageError(
@@ -409,6 +430,12 @@ def from_anywhere(value: Any, is_path: bool = True) -> Any:
     path = locate(value)
     looks = "/" in value or "\\" in value or path.suffix or any(path.glob("*.json"))
     return str(path.resolve()) if is_path or looks else value
+
+
+def base_name(model: Mapping[str, Any]) -> str:
+    """The model of a config's section, which a run is compared with, and the LoRA that it starts from, if any."""
+    lora = model.get("lora")
+    return str(model.get("path") or model.get("name")) + (f"{WITH_LORA}{lora}" if lora else "")
 
 
 def config_help() -> str:

@@ -76,6 +76,24 @@ def is_of_the_machine(error: BaseException) -> bool:
 
 
 @contextmanager
+def stopping_at(what: str) -> Iterator[None]:
+    """Within it, whatever a plugin raises, or is refused for, stops the run in one line; `what` says where.
+
+    Raises: RunError.
+    """
+    try:
+        yield
+    except RunError:
+        raise
+    except UsageError as error:  # of a run that has begun
+        raise RunError(str(error)) from error
+    except (Exception, SystemExit) as error:  # a plugin is the user's code
+        if is_of_the_machine(error):
+            raise
+        raise RunError(f"{what}: {brief(error)}; with CONDRL_DEBUG=1 in the environment, where") from error
+
+
+@contextmanager
 def blaming(kind: str, name: str, when: str = "") -> Iterator[None]:
     """Within it, whatever a plugin raises becomes one line that names it; what it is not to blame for passes through.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from condrl.config import DEFAULT_PLUGINS, SECTIONS, Config, GridConfig, build_config, check_list
+from condrl.config import DEFAULT_PLUGINS, GRID, SECTIONS, Config, GridConfig, build_config, check_value
 from condrl.errors import UsageError
 from condrl.io.overrides import Part, mapping, merged, one_line, read_argument, retyped, section_at, setting_keys
-from condrl.registry import REGISTRIES, load_file, type_hints
+from condrl.io.plugin_files import load_file
+from condrl.registry import REGISTRIES, type_hints
 
 EVALUATED = (  # settings that an evaluation accepts
     *("model", "sampler", "rewards", "plugins", "evaluate.measures", "evaluate.sampler", "evaluate.images_per_prompt"),
@@ -168,9 +168,7 @@ def _check_measures(found: Part, overrides: Sequence[Part], if_code: str, if_ser
     Raises: UsageError with the advice for either.
     """
     for override in overrides:
-        check_list(override.values.get("plugins"), list[str], "plugins")
-        for path in override.values.get("plugins") or ():
-            load_file(str(path))
+        _load_plugins(override.values)
     tree = _resolved(found.values)
     for where in ("rewards", "evaluate.measures"):
         for name, options in section_at(tree, where).items():
@@ -193,16 +191,28 @@ def _is_registered(name: str) -> bool:
 
 
 def _config(parts: Sequence[Part]) -> Config:
+    """The parts as one Config: merged once to learn which plugins they name, and again with the types of the options.
+
+    Raises: UsageError as `load_config` does.
+    """
     rough = _resolved(merged([replace(part, values=part.texts) if part.refers else part for part in parts]))
     _check_found(rough, parts)
-    check_list(rough.get("plugins"), list[str], "plugins")
-    for path in rough.get("plugins") or ():
-        load_file(str(path))
+    _load_plugins(rough)
     types = option_types(rough)
     parts = [retyped(part, types) for part in parts]
     tree = _resolved(merged(_without_replaced_plugins(parts, rough)))
     _check_found(tree, parts)
     return build_config(tree)
+
+
+def _load_plugins(tree: Mapping[str, Any]) -> None:
+    """Import the plugin files that a tree names.
+
+    Raises: UsageError when they are not a list, or one cannot be imported.
+    """
+    check_value(tree.get("plugins"), list[str], "plugins")
+    for path in tree.get("plugins") or ():
+        load_file(str(path))
 
 
 def _check_found(tree: Mapping[str, Any], parts: Sequence[Part]) -> None:
@@ -273,7 +283,7 @@ def _without_replaced_plugins(parts: Sequence[Part], whole: Mapping[str, Any]) -
         for kind in DEFAULT_PLUGINS if part.is_file else ():
             name = _plugin_name(values.get(kind))
             if name and "${" not in str(name) and name != _plugin_name(whole.get(kind)):
-                common = [f.name for f in dataclasses.fields(GridConfig)] if kind == "sampler" else []
+                common = GRID if kind == "sampler" else ()
                 values[kind] = {key: values[kind][key] for key in common if key in mapping(values[kind])}
         kept.append(replace(part, values=values))
     return kept

@@ -23,7 +23,8 @@ from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward
 from condrl.training.build import make, make_sampler
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.clock import Clock
+from condrl.training.trainer import Trainer
 
 SHAPES = [(1,), (2,), (3, 2, 2)]  # on a line, in the plane, an image
 SCHEDULE = VP(b0=0.1, b1=3.0, end=2.0, final_time=0.02)  # its time is not 1, and its g^2 is not constant

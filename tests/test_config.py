@@ -72,6 +72,27 @@ def test_mistakes_are_one_line(word, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.epochs=010", "the number 010 would be read as 8"),
+        ("train.epochs=1:30", "the number 1:30 would be read as 90"),
+        ("train.lr=1:30.5", "the number 1:30.5 would be read as 90.5"),
+        ("train={epochs: 010}", "the number 010 would be read as 8"),
+        (f"train.lr=1{'0' * 400}", "^config: int too large"),
+        ("train.normalise_rewards=2", "train.normalise_rewards: expected true or false, got 2"),
+        ("model.compile=0.5", "model.compile: expected true or false, got 0.5"),
+        ("train.betas=[0.9,true]", "train.betas: expected a number in the list, got True"),
+        ("train.steps=[false]", "train.steps: expected a number in the list, got False"),
+        ("model.lora_targets=[to_q,[to_k]]", r"model.lora_targets: expected text in the list, got \['to_k'\]"),
+    ],
+)
+def test_values_that_would_be_read_as_others_are_refused(word, message):
+    with pytest.raises(UsageError, match=message) as found:
+        load_config([QUICKSTART, word])
+    assert "\n" not in str(found.value)
+
+
 def test_broken_yaml_is_one_line(tmp_path):
     file = tmp_path / "broken.yaml"
     file.write_text("train: [1,\n")

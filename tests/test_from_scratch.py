@@ -13,7 +13,7 @@ import condrl
 from condrl.loading import load_config
 from condrl.prompts import Row
 from condrl.training.build import make_trainer
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 PROMPTS, GROUP = ("a red star", "two circles"), 4
 IMAGES = len(PROMPTS) * GROUP
@@ -70,7 +70,7 @@ class Both:
         gradients, learner = [], self.trainer.learner
         learner.optimizer.step = lambda: gradients.append(lora_gradient(self.unet))
         examples = self.trainer.examples(self.experience, 0)
-        metrics, _ = learner.step(examples, range(IMAGES), torch.arange(IMAGES), torch.Generator())
+        metrics, _, _ = learner.step(examples, range(IMAGES), torch.arange(IMAGES), torch.Generator())
         return metrics["loss"] * example.STEPS, gradients[0], metrics["clip_fraction"]
 
     def by_example(self):

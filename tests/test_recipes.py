@@ -16,7 +16,7 @@ from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 FOLDER = ROOT / "configs" / "sd15"
 RECIPES = ["aesthetic", "clip", "pickscore", "hps", "image_reward", "compressibility", "vlm_judge"]

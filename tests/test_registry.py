@@ -214,7 +214,7 @@ def test_a_plugin_beside_condrl_itself_does_not_load_it_twice(tmp_path):
         import sys
         sys.path.insert(0, {str(ROOT)!r})
         import condrl
-        from condrl.registry import importing_beside
+        from condrl.io.plugin_files import importing_beside
         from pathlib import Path
         known = condrl.reward
         with importing_beside(Path({str(ROOT)!r})):

@@ -22,6 +22,7 @@ from transformers import BertTokenizer, CLIPImageProcessor, CLIPModel, CLIPToken
 import condrl.io.hub
 from condrl import UsageError
 from condrl.commands import finetune, sample
+from condrl.commands.arguments import in_run
 from condrl.commands.console import exit_code
 from condrl.io.files import locate
 from condrl.loading import load_config
@@ -596,7 +597,7 @@ def test_pictures_are_not_drawn_through_links(ran, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples").symlink_to(tmp_path / "samples")
     with pytest.raises(UsageError, match=r"run/samples is a link.*give --out"):
-        sample.in_run(tmp_path / "run" / "samples")
+        in_run(tmp_path / "run" / "samples")
 
 
 # ---------------------------------------------------------------------------------------------- LoRA files and texts

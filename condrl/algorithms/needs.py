@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from condrl.config import Config, TrainConfig
-from condrl.diffusion.schedule import DiscreteSchedule
+from condrl.diffusion.schedulers import DiscreteSchedule
 from condrl.diffusion.transition import Sampler, windowed
 from condrl.errors import UsageError
 from condrl.registry import reward
@@ -60,7 +60,7 @@ def one_pass(setting: Setting) -> None:
 
 def reward_gradients(setting: Setting) -> None:
     """Rewards that can be differentiated."""
-    weighted = [name for name, options in setting.config.rewards.items() if options["weight"] != 0]
+    weighted = setting.config.weighted
     if rigid := [name for name in weighted if not reward.find(name).differentiable]:
         raise UsageError(
             f"the algorithm {setting.algorithm} differentiates the reward, and {rigid[0]} has no gradient: use nft, "

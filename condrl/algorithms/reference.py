@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condrl.diffusion.policy import Policy, acting
+from condrl.diffusion.policy import Policy, acting, trained_weights
 
 
 class MovingReference:
@@ -22,13 +22,13 @@ class MovingReference:
     @torch.no_grad()
     def update(self, policy: Policy) -> None:
         """Move towards the policy's weights."""
-        for average, weight in zip(self.average, trained(policy), strict=True):
+        for average, weight in zip(self.average, trained_weights(policy.model.module), strict=True):
             average.lerp_(weight, 1 - self.decay)
 
     @contextmanager
     def active(self, policy: Policy) -> Iterator[None]:
         """Within it, the policy acts with the average of its weights."""
-        with acting(trained(policy), self.average):
+        with acting(trained_weights(policy.model.module), self.average):
             yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class StagedReference:
 
     def active(self, policy: Policy) -> AbstractContextManager[None]:
         """Within it, the policy acts with the weights that the stage began with."""
-        return acting(trained(policy), self.weights)
+        return acting(trained_weights(policy.model.module), self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"anchor": list(self.weights), "epoch": self.epoch}
@@ -68,14 +68,9 @@ class StagedReference:
         self.weights, self.epoch = [value.clone() for value in state["anchor"]], int(state["epoch"])
 
 
-def trained(policy: Policy) -> list[Tensor]:
-    """The trained weights of a policy's network."""
-    return [weight for weight in policy.model.module.parameters() if weight.requires_grad]
-
-
 def weights_of(policy: Policy) -> list[Tensor]:
     """A copy of what is trained of a policy's network."""
-    return [weight.detach().clone() for weight in trained(policy)]
+    return [weight.detach().clone() for weight in trained_weights(policy.model.module)]
 
 
 def check_like(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from condrl.commands.arguments import check_json, parser_of
 from condrl.commands.console import exit_code
-from condrl.commands.finetune import check_json
 from condrl.config import Config
 from condrl.errors import UsageError, print_main
 from condrl.loading import load_config
@@ -56,9 +55,7 @@ class Work(NamedTuple):
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "condrl benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("benchmark", __doc__)
     parser.add_argument("words", nargs="+", metavar="MODEL key=value", help=f"{SHAPES}, sd15, sdxl, sd3.5-medium, flux")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the frozen weights")
     parser.add_argument("--batch", type=int, help="images denoised together, and pairs of a forward and backward")
@@ -165,14 +162,12 @@ def make(config: Config, size: Published | None) -> Trainer:
     from condrl.prompts import Row
     from condrl.training.build import make_trainer
     from condrl.training.checks import check_combination
-    from condrl.training.host import make_accelerator
+    from condrl.training.host import make_accelerator, set_threads_and_seed
     from condrl.training.memory import free_gb
     from condrl.training.published import random_model, weights_gb
 
     check_combination(config)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
+    set_threads_and_seed(config)
     processes, model = Processes(make_accelerator(config)), None
     device = processes.accelerator.device
     if size:
@@ -189,7 +184,7 @@ def make(config: Config, size: Published | None) -> Trainer:
 
 def epoch(trainer: Trainer, number: int) -> dict[str, Work]:
     """An epoch's roll-out and update; what it decodes and scores in between is not timed."""
-    from condrl.training.trainer import Clock
+    from condrl.training.clock import Clock
 
     clock, found = Clock(), {}
     with counted(trainer) as calls:
@@ -252,6 +247,8 @@ def bare_call(trainer: Trainer, batch: int, learning: bool, rounded: bool) -> No
 
 def bare_seconds(trainer: Trainer, calls: Calls, guided: int, repeats: int, phase: str) -> float:
     """Seconds of as many evaluations at the batch of the phase: the median call's, times how many there are."""
+    from condrl.training.clock import seconds
+
     train = trainer.config.train
     batch = guided * (train.rollout_batch if phase == "rollout" else train.loss_batch)
     total = 0.0
@@ -311,21 +308,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of the fastest of some products of large matrices."""
     import torch
 
+    from condrl.training.clock import seconds
+
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return 2 * side**3 / min(seconds(lambda: a @ b) for _ in range(10))
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """How long something takes, on a GPU to its end."""
-    import torch
-
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    begun = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - begun
 
 
 # ---------------------------------------------------------------------------------------------- what is shown

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import functools
 import io
 import os
 import sys
@@ -12,12 +10,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from condrl.errors import DISK, LESS, RunError, Stopped, UsageError, brief, out_of_memory, print_main
-from condrl.io.overrides import is_setting
-
-T = TypeVar("T")
 
 HEAD_START = 2.0  # seconds that the process which prints an error gets before the others leave
 
@@ -71,21 +66,6 @@ def surviving_streams() -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
             sys.stdout, sys.stderr = before
-
-
-def one_of_several(kind: Callable[[str], T]) -> Callable[[str], T]:
-    """The type of an option that takes several values, as a setting that follows would be taken for one more.
-
-    Raises: argparse.ArgumentTypeError on a setting.
-    """
-
-    @functools.wraps(kind, updated=())
-    def read(text: str) -> T:
-        if is_setting(text):
-            raise argparse.ArgumentTypeError(f"{text} is a setting: write settings before this option")
-        return kind(text)
-
-    return read
 
 
 def exit_code(work: Callable[[], object]) -> int:

@@ -9,8 +9,8 @@
 
 The first argument is a run's folder, or a LoRA's folder or file; one without a run needs --prompts and measures. With
 --steer it may be left out: then it is the quickstart's base model, or model.path, that is steered. The rewards steer.
-`key=value` overrides change the model, the sampler and how much is measured as they do for condrl finetune; measures that
-they name replace the run's. Code and servers that a run's config names are used with --trust only.
+`key=value` overrides change the model, the sampler and how much is measured as they do for condrl finetune; measures
+that they name replace the run's. Code and servers that a run's config names are used with --trust only.
 
 Writes RUN/evaluation/: evaluation.jsonl (a line per image, sampler and strength), evaluation.json (the summary) and
 pictures/. Several samplers, numbers of steps and strengths are measured one after the other, the base once per sampler.
@@ -20,42 +20,30 @@ With --steer each image is drawn plainly and steered, and the summary has the ne
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from condrl.commands.console import exit_code, one_of_several
-from condrl.commands.evaluation import RECORD, SUMMARY, Writer, report, started
-from condrl.commands.finetune import check_json
-from condrl.commands.sample import HOME, default_config, find, fit_adapter, in_run, split_words, with_rank
-from condrl.config import Config
-from condrl.errors import UsageError, print_main, visible, warn_of_address_limit
-from condrl.io.files import check_folder, exists, locate
-from condrl.io.overrides import read_named, setting_keys
-from condrl.loading import load_for_evaluation
+from condrl.commands.arguments import fit_adapter, one_of_several, parser_of
+from condrl.commands.console import exit_code
+from condrl.commands.evaluation import Writer, report, started
+from condrl.commands.plan import SUMMARY, Plan, measures_of, read_plan
+from condrl.config import base_name
+from condrl.errors import visible, warn_of_address_limit
 
 if TYPE_CHECKING:
-    import torch
     from tqdm import tqdm
 
     from condrl.diffusion.policy import Policy
     from condrl.prompts import Row
-    from condrl.rewards.scoring import Reward
-    from condrl.training.evaluate import Batch, Draw, Evaluation, Pair
-    from condrl.training.folder import RunFolder
+    from condrl.training.evaluate import Batch, Draw, Evaluation
     from condrl.training.steering import Steer
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "condrl evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("evaluate", __doc__)
     parser.add_argument("words", nargs="*", metavar="RUN key=value")
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl; by default the run's held-out prompts")
     parser.add_argument("--samplers", nargs="+", default=[], metavar="NAME[,option=value]", help="one after the other")
@@ -109,193 +97,6 @@ def evaluated(arguments: Sequence[str], **options: Any) -> dict[str, Any]:
     return evaluate(argparse.Namespace(words=arguments, json=None, out=Path(out) if out else None, **options))
 
 
-# ---------------------------------------------------------------------------------------------- what to do
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be measured, and where it is written."""
-
-    configs: list[Config]  # one for each sampler, alike in all else
-    tuned: Path | None  # a LoRA's file, or a folder with a network of points; None: the base alone
-    source: Path | None  # the run that it belongs to
-    rows: list[Row]
-    strengths: list[float]
-    steer: Steer | None
-    folder: RunFolder
-    pictures: int
-    batch: int
-    device: torch.device
-
-    @property
-    def config(self) -> Config:
-        return self.configs[0]
-
-    @property
-    def samplers(self) -> list[dict[str, Any]]:
-        return [config.evaluate.sampler or config.sampler for config in self.configs]
-
-    @property
-    def per_prompt(self) -> int:
-        return self.config.evaluate.images_per_prompt
-
-    @property
-    def names(self) -> Pair:
-        """What is compared with what, in the records."""
-        return ("plain", "steered") if self.steer else ("base", "tuned")
-
-
-def read_plan(args: argparse.Namespace) -> Plan:
-    """Raises: UsageError on what cannot be evaluated."""
-    from condrl.training.folder import RunFolder
-    from condrl.training.host import find_device
-    from condrl.training.steering import read_steer
-
-    check_numbers(args)
-    named, settings = split_words(args.words)
-    if named is None and args.steer is None:
-        raise UsageError(
-            "nothing to evaluate: name a run or a LoRA, as in condrl evaluate runs/quickstart, or --steer the base"
-        )
-    tuned, run = find(named) if named else (None, None)
-    check_strengths(args.strength, tuned)
-    configs = read_configs(args, settings, tuned, run)
-    folder = RunFolder(args.out or in_run((run or HOME) / "evaluation"))
-    check_out(folder, args.overwrite)
-    rows = read_rows(args.prompts, configs[0], run, settings)
-    check_base(configs[0])
-    for measure in measures_of(configs[0]):
-        measure.load()
-    steer = None if args.steer is None else read_steer(args.steer, configs[0])
-    strengths, batch = args.strength if tuned else [], args.batch or configs[0].train.rollout_batch
-    device = find_device(args.device)
-    return Plan(configs, tuned, run, rows, strengths, steer, folder, args.pictures, batch, device)
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Raises: UsageError on options out of range, and on one that is given twice."""
-    if (args.batch is not None and args.batch < 1) or args.pictures < 0:
-        raise UsageError("--batch must be at least 1, and --pictures at least 0")
-    for name in ("steps", "samplers", "strength"):
-        values = getattr(args, name)
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise UsageError(f"--{name} has {twice[0]} twice")
-    if args.json:
-        check_json(args.json)
-
-
-def check_strengths(strengths: Sequence[float], tuned: Path | None) -> None:
-    """Raises: UsageError on strengths that are not valid."""
-    if not all(map(math.isfinite, strengths)):
-        raise UsageError(f"--strength must be finite numbers, got {' '.join(map(str, strengths))}")
-    if list(strengths) != [1] and (tuned is None or tuned.is_dir()):
-        why = f"{tuned} holds a network of points" if tuned else "none is named"
-        raise UsageError(f"--strength is of a LoRA, and {why}")
-
-
-def read_configs(args: argparse.Namespace, settings: list[str], tuned: Path | None, run: Path | None) -> list[Config]:
-    """A config for each sampler.
-
-    Raises: UsageError on invalid settings and samplers, and when nothing says what to measure.
-    """
-    from condrl.training.build import make_sampler, stand_in
-
-    if tuned and run is None:
-        check_alone(tuned, settings, args.prompts)
-        settings = settings if tuned.is_dir() else with_rank(tuned, settings)
-    file = run / "config.yaml" if run else default_config(settings)
-    overrides = [[*settings, *more] for more in sampler_overrides(args.samplers, args.steps)]
-    configs = [load_for_evaluation(file, each, args.trust) for each in overrides]
-    samplers = [config.evaluate.sampler or config.sampler for config in configs]
-    for section in samplers:
-        make_sampler(section, stand_in(section))
-        if samplers.count(section) > 1:
-            raise UsageError(f"--samplers: two of them are the same, {section}")
-    return configs
-
-
-def check_alone(tuned: Path, settings: Sequence[str], prompts: str | None) -> None:
-    """Raises: UsageError when a LoRA without a run comes without a measure or prompts."""
-    measured = [setting for setting in settings if re.match(r"rewards\b|evaluate\.measures\b", setting)]
-    if not measured or not prompts:
-        raise UsageError(
-            f"{tuned} belongs to no run, so nothing says what to measure: name a measure and prompts, as in "
-            "rewards.clip.weight=1 --prompts my_prompts.txt, and the model with model.path="
-        )
-
-
-def sampler_overrides(samplers: Sequence[str], steps: Sequence[int]) -> list[list[str]]:
-    """The settings of each sampler with each number of steps.
-
-    Raises: UsageError on what is not NAME or NAME,option=value.
-    """
-    named: list[list[str]] = []
-    for sampler in samplers:
-        name, options = read_named(sampler, "--samplers", "ddim,eta=0")
-        named.append([f"evaluate.sampler.{option}" for option in (f"name={name}", *options)])
-    counts = [[f"evaluate.sampler.steps={count}"] for count in steps]
-    return [[*one, *other] for one, other in itertools.product(named or [[]], counts or [[]])]
-
-
-def read_rows(prompts: str | None, config: Config, run: Path | None, settings: Sequence[str]) -> list[Row]:
-    """The prompts to measure on.
-
-    Raises: UsageError when there are none.
-    """
-    from condrl.prompts import load_prompts
-
-    if not prompts and not config.prompts.heldout:
-        raise UsageError(f"{run or 'the base model'} has no held-out prompts: give --prompts FILE")
-    given = (prompts, "--prompts") if prompts else (config.prompts.heldout or "", "prompts.heldout")
-    rows = load_prompts(*given)
-    is_counted = not prompts or any(setting_keys(setting) == ["evaluate", "prompts"] for setting in settings)
-    rows = rows[: config.evaluate.prompts] if is_counted else rows
-    if run and exists(locate(config.prompts.train)):
-        warn_of_training_prompts(rows, load_prompts(config.prompts.train, "prompts.train"))
-    return rows
-
-
-def warn_of_training_prompts(rows: Sequence[Row], train: Sequence[Row]) -> None:
-    both = {row.prompt for row in rows} & {row.prompt for row in train}
-    if both:
-        print_main(f"warning: {len(both)} of the prompts were trained on, such as {min(both)!r}")
-
-
-def check_base(config: Config) -> None:
-    """Raises: UsageError when the LoRA that a run started from is gone."""
-    from condrl.models.lora import find_lora
-
-    if lora := config.model.get("lora"):
-        try:
-            find_lora(locate(lora))
-        except UsageError as error:
-            raise UsageError(
-                f"the run started from a LoRA, which is its base, and {error}; model.lora=null compares with the model"
-            ) from error
-
-
-def check_out(folder: RunFolder, is_replaced: bool) -> None:
-    """Raises: UsageError when nothing can be written there, or something would be lost."""
-    check_folder(folder.path)
-    there = sorted(path.name for path in folder.path.iterdir()) if folder.path.is_dir() else []
-    if there and RECORD not in folder.listed:
-        raise UsageError(f"{folder.path} holds {there[0]}, which no evaluation wrote: choose another folder with --out")
-    if there and not is_replaced:
-        raise UsageError(f"{folder.path} holds an evaluation: choose another folder with --out, or --overwrite it")
-
-
-def measures_of(config: Config) -> list[Reward]:
-    """The run's measures, or those that were named.
-
-    Raises: UsageError when there are none, or when one cannot be made.
-    """
-    from condrl.training.build import make_measures
-
-    if measures := make_measures(config):
-        return measures
-    raise UsageError("there is nothing to measure: name a measure, as in evaluate.measures.brightness={}")
-
-
 # ---------------------------------------------------------------------------------------------- measuring
 
 
@@ -304,7 +105,6 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
     from tqdm import tqdm
 
     from condrl.io.records import write_json
-    from condrl.training.checks import base_name
     from condrl.training.host import provenance
 
     policies = make_policies(plan)
@@ -323,7 +123,7 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
         result = {
             "run": str(plan.source) if plan.source else None,
             "lora": str(plan.tuned) if plan.tuned else None,
-            "base": base_name(plan.config),
+            "base": base_name(plan.config.model),
             "steer": plan.steer.section if plan.steer else None,
             "prompts": len(plan.rows),
             "images_per_prompt": plan.per_prompt,
@@ -338,13 +138,10 @@ def compare(plan: Plan, begun: float) -> dict[str, Any]:
 
 def make_policies(plan: Plan) -> list[Policy]:
     """The base with each sampler, on a model that has encoded the prompts."""
-    import torch
-
     from condrl.training.build import deployed, make_policy
+    from condrl.training.host import set_threads_and_seed
 
-    if plan.config.run.threads:
-        torch.set_num_threads(plan.config.run.threads)
-    torch.manual_seed(plan.config.run.seed)
+    set_threads_and_seed(plan.config)
     policy = make_policy(plan.config, plan.device)
     policy.model.encode([row.prompt for row in plan.rows])
     return [deployed(config, policy) for config in plan.configs]
@@ -355,12 +152,12 @@ def try_lora(plan: Plan, policy: Policy) -> None:
 
     Raises: UsageError when the model cannot take it.
     """
-    from condrl.diffusion.policy import acting
+    from condrl.diffusion.policy import acting, trained_weights
 
     if plan.tuned is None:
         return
     fit_adapter(policy.model, plan.tuned, plan.source)
-    weights = [weight for weight in policy.model.module.parameters() if weight.requires_grad]
+    weights = trained_weights(policy.model.module)
     with acting(weights, [weight.detach().clone() for weight in weights]):
         policy.model.load_adapter(plan.tuned)
 

@@ -7,15 +7,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from condrl.commands.plan import RECORD, Plan
 from condrl.commands.result import aligned, interval
 from condrl.errors import naming
 
 if TYPE_CHECKING:
-    from condrl.commands.evaluate import Plan
     from condrl.training.evaluate import Batch, Evaluation, Pair
     from condrl.training.folder import RunFolder
-
-RECORD, SUMMARY = "evaluation.jsonl", "evaluation.json"
 
 
 @contextmanager

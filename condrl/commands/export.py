@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from condrl.commands.arguments import HOME, fit_adapter, in_run, parser_of, read_words
 from condrl.commands.console import exit_code
-from condrl.commands.sample import in_run, read_words
 from condrl.errors import RunError, UsageError, brief, naming, print_main, visible, warn_of_address_limit
 from condrl.io.files import check_folder
 from condrl.io.overrides import is_setting, setting_keys
@@ -36,9 +36,7 @@ REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "condrl export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("export", __doc__)
     parser.add_argument("words", nargs="+", metavar="RUN key=value", help="a run's folder, or a LoRA")
     parser.add_argument("--to", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder; by default export/ of the run")
@@ -75,7 +73,8 @@ def export(args: argparse.Namespace) -> None:
     elif args.public:
         raise UsageError("--public has no effect without --push OWNER/NAME")
     dtype = args.dtype or "float32"
-    model = loaded(config, lora, args.strength, find_device(args.device), "float32" if args.to == MERGED else None)
+    full = "float32" if args.to == MERGED else None
+    model = loaded(config, lora, None if home == HOME else home, args.strength, find_device(args.device), full)
     with naming(out), whole_or_empty(out):
         note = FORMATS[args.to](model, lora, out, name_of(home, lora), dtype)
     describe(home, lora, out, args, dtype, note)
@@ -117,14 +116,18 @@ def check_dtype(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------- formats
 
 
-def loaded(config: Any, lora: Path, strength: float, device: Any, dtype: str | None) -> Any:
-    """The model with a LoRA at some strength, in its own precision or another one, all of its weights as they are."""
+def loaded(config: Any, lora: Path, run: Path | None, strength: float, device: Any, dtype: str | None) -> Any:
+    """The model with a LoRA of a run, or of none, at some strength, in its own precision or another one.
+
+    All of its weights are as they are.
+    """
     from condrl.models.lora import scale_lora
     from condrl.training.build import make_model
 
     section = {name: value for name, value in config.model.items() if name not in ("quantize", "offload_vae")}
     section |= {"dtype": dtype} if dtype else {}
     model: Any = make_model(section, device)
+    fit_adapter(model, lora, run)
     model.load_adapter(lora)
     scale_lora(model.module, strength)
     return model

@@ -23,10 +23,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from condrl.commands.arguments import check_json
 from condrl.commands.console import exit_code
 from condrl.config import config_help, to_yaml
 from condrl.errors import SIGNALS, RunError, Stopped, UsageError, naming, print_main, warn_of_address_limit
-from condrl.io.files import CONFIGS, check_folder
+from condrl.io.files import CONFIGS
 from condrl.loading import load_config
 
 if TYPE_CHECKING:
@@ -109,27 +110,12 @@ def split_json(arguments: list[str]) -> tuple[list[str], Path | None]:
     return arguments[:position] + arguments[position + 2 :], path
 
 
-def check_json(path: Path) -> None:
-    """Raises: UsageError when no result can be written there."""
-    try:
-        usable = not path.is_dir() and (path.parent.is_dir() or not path.parent.exists())
-    except OSError:  # a name that is too long
-        usable = False
-    if not usable:
-        raise UsageError(f"--json {path}: is not a file that can be written")
-    check_folder(path.parent)
-
-
 def run(config: Config, prompts: Prompts, begun: float, dry: bool) -> dict[str, Any]:
     """Tune with all processes; returns the result, empty for a dry run."""
-    import torch
-
     from condrl.processes import Processes
-    from condrl.training.host import make_accelerator
+    from condrl.training.host import make_accelerator, set_threads_and_seed
 
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
+    set_threads_and_seed(config)
     processes = Processes(make_accelerator(config))
     try:
         return processes.synchronized(lambda: tried_and_tuned(config, prompts, begun, dry, processes))

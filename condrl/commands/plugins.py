@@ -18,7 +18,8 @@ from typing import Any
 from condrl.commands.console import exit_code
 from condrl.config import GridConfig, RewardConfig
 from condrl.errors import UsageError
-from condrl.registry import REGISTRIES, Option, Plugin, comments, load_file, suggestion, type_hints
+from condrl.io.plugin_files import load_file
+from condrl.registry import REGISTRIES, Option, Plugin, comments, suggestion, type_hints
 
 COMMON = {"sampler": GridConfig, "reward": RewardConfig}
 

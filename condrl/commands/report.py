@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from condrl.commands.arguments import parser_of
 from condrl.commands.console import exit_code
 from condrl.errors import UsageError, visible
 from condrl.io.files import check_folder
@@ -20,9 +21,7 @@ SEVERAL = "comparison.html"
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "condrl report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     where = f"by default report.html in the run's folder; of several runs {SEVERAL} in this one"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)

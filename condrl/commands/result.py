@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from condrl.config import base_name
 from condrl.errors import RunError, UsageError, print_main, visible
 
 if TYPE_CHECKING:
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
 def save_base(trainer: Trainer, measures: dict[str, float]) -> None:
     """Write what the run is compared with, so that its page can say so while it goes."""
     from condrl.io.records import write_json
-    from condrl.training.checks import base_name
 
-    write_json(trainer.folder.file("base.json"), {"model": base_name(trainer.config), "measures": measures})
+    write_json(trainer.folder.file("base.json"), {"model": base_name(trainer.config.model), "measures": measures})
 
 
 def save_result(
@@ -57,7 +57,8 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
     if base and tuned and base.pictures and base.pictures[0].dim() == 3:
         path = trainer.config.folder / "images" / "before_after.png"
         trainer.folder.claim_all(f"images/{page.name}" for page in pages(path, 2 * len(base.pictures)))
-        return save_comparison(path, base.pictures, tuned.pictures, base.labels)
+        scores = scores_in_words(base, tuned)
+        return save_comparison(path, base.pictures, tuned.pictures, base.labels, scores)
     if len(trainer.policy.model.state_shape) == 1:
         try:
             kappa = trainer.algorithm.kappa or 0.0
@@ -66,6 +67,13 @@ def save_pictures(trainer: Trainer, base: Evaluation | None, tuned: Evaluation |
         except UsageError as error:  # of a policy so far off that exact answers do not reach it
             print_main(f"warning: no pictures: {error}")
     return []
+
+
+def scores_in_words(base: Evaluation, tuned: Evaluation) -> list[tuple[str, str]]:
+    """What the first measure gave each of the pictures, base and tuned."""
+    name = next(iter(base.each))
+    before, after = (found.each[name][: len(found.pictures)].tolist() for found in (base, tuned))
+    return [(f"{name} {b:.3g}", f"{name} {a:.3g}") for b, a in zip(before, after, strict=True)]
 
 
 def present(folder: RunFolder) -> None:

@@ -21,14 +21,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from condrl.commands.console import exit_code, one_of_several
+from condrl.commands.arguments import HOME, fit_adapter, in_run, one_of_several, parser_of, read_words
+from condrl.commands.console import exit_code
 from condrl.config import Config
 from condrl.errors import RunError, UsageError, visible, warn_of_address_limit
-from condrl.io.files import CONFIGS, check_folder, exists
-from condrl.io.overrides import is_setting, setting_keys
-from condrl.loading import load_for_drawing
+from condrl.io.files import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -39,13 +38,9 @@ if TYPE_CHECKING:
     from condrl.prompts import Row
     from condrl.training.evaluate import Draw
 
-HOME = Path("runs")  # of what is drawn without a run
-
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "condrl sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("sample", __doc__)
     parser.add_argument("words", nargs="*", metavar="FOLDER key=value")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument("--prompts", metavar="FILE", help=".txt or .jsonl, as for condrl finetune")
@@ -143,80 +138,6 @@ def read_request(args: argparse.Namespace) -> Request:
     return Request(config, lora, home, pairs, find_device(args.device), draw)
 
 
-def read_words(arguments: Sequence[str], is_steered: bool = False) -> tuple[Config, Path | None, Path]:
-    """The config to draw with, the LoRA, and the folder of what is drawn.
-
-    Raises: UsageError when a folder holds neither a run nor a LoRA.
-    """
-    from condrl.models.points import MODULE_FILE
-
-    named, settings = split_words(arguments)
-    if named is None:
-        return load_for_drawing(default_config(settings), settings, is_steered), None, HOME
-    lora, run = find(named)
-    if (lora / MODULE_FILE).is_file():
-        raise UsageError(f"{run or lora} is a run on points, not images: see the plots in its images/")
-    if run is None:
-        settings = with_rank(lora, settings)
-    file = run / "config.yaml" if run else default_config(settings)
-    return load_for_drawing(file, settings, is_steered), lora, run or HOME
-
-
-def split_words(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The run or LoRA that the arguments name, if any, and the settings among them.
-
-    Raises: UsageError when there are several.
-    """
-    named = [Path(argument) for argument in arguments if not is_setting(argument)]
-    if len(named) > 1:
-        raise UsageError(f"expected one run or LoRA, got {' '.join(map(str, named))}")
-    return next(iter(named), None), [argument for argument in arguments if is_setting(argument)]
-
-
-def default_config(settings: Sequence[str]) -> Path | None:
-    """The config of a LoRA without a run: the quickstart's, unless the settings name the model that it is for."""
-    return None if any(setting_keys(each) == ["model", "path"] for each in settings) else CONFIGS / "quickstart.yaml"
-
-
-def with_rank(lora: Path, settings: Sequence[str]) -> list[str]:
-    """The settings after the rank of a LoRA file, which nothing else gives if there is no run.
-
-    Raises: UsageError when they say which modules it has.
-    """
-    from condrl.models.lora import rank_of
-
-    if any(setting_keys(each)[:2] == ["model", "lora_targets"] for each in settings):
-        raise UsageError("model.lora_targets: has no effect on a LoRA without a run, whose file has its modules")
-    return [f"model.lora_rank={rank_of(lora)}", *settings]
-
-
-def fit_adapter(model: Any, lora: Path, run: Path | None) -> None:
-    """Make a model's adapter one that the LoRA fits into, if it belongs to no run whose config says so."""
-    from condrl.models.latent import LatentModel
-
-    if run is None and isinstance(model, LatentModel) and not model.lora:
-        model.fit_adapter(lora)
-
-
-def find(path: Path) -> tuple[Path, Path | None]:
-    """What was tuned, a LoRA's file or a folder with a network of points, and the folder of the run, if any.
-
-    Raises: UsageError when there is none.
-    """
-    from condrl.models.lora import find_lora
-    from condrl.models.points import MODULE_FILE
-    from condrl.training.folder import RunFolder
-
-    if not exists(path):
-        raise UsageError(f"there is no run or LoRA {path}; settings are written key=value")
-    folders = (path, *(f for f in path.resolve().parents[:2] if RunFolder(f).is_run_folder))
-    run = next((f for f in folders if (f / "config.yaml").is_file()), None)
-    lora = path / "lora" if run == path else path
-    if run == path and not lora.is_dir():
-        raise UsageError(f"the run {path} is not finished: it has no lora/ yet")
-    return lora if (lora / MODULE_FILE).is_file() else find_lora(lora), run
-
-
 def check_suffix(path: Path) -> None:
     """Raises: UsageError when the path's ending is not that of an image format that can be written."""
     from PIL import Image
@@ -233,13 +154,6 @@ def check_suffix(path: Path) -> None:
         writable = False
     if not writable:
         raise UsageError(f"--out {path}: give the name of an image, such as {path.stem or 'samples'}.png")
-
-
-def in_run(folder: Path) -> Path:
-    """Raises: UsageError when a run's folder has a link there, through which it would write elsewhere."""
-    if folder.is_symlink():
-        raise UsageError(f"{folder} is a link, and a run's folder is not written to through links: give --out")
-    return folder
 
 
 def unused(folder: Path) -> Path:

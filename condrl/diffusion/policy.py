@@ -6,10 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from condrl.diffusion.model import Model
 from condrl.diffusion.transition import Sampler, Transition
+
+
+def trained_weights(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of a network that are trained, in their order."""
+    return [weight for weight in module.parameters() if weight.requires_grad]
 
 
 @contextmanager

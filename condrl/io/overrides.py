@@ -54,6 +54,7 @@ class TextLoader(yaml.SafeLoader):
 
 DEEPEST = 20  # levels of nested lists and sections; our own configs have six
 TOO_DEEP = "it is nested too deeply"
+ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)")  # in base 8, as 010, or 60, as 1:30
 SETTING = re.compile(r"(?P<key>[\w.:-]+)=(?P<value>.*)", re.DOTALL)
 DOTTED_REWARD = re.compile(r"(?P<section>rewards|evaluate\.measures)\.(?P<name>[\w.]+:\w+)(?:\.(?P<option>\w+))?")
 
@@ -200,6 +201,17 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `section.key`, with what trackers cannot take written as text."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
+
+
 # ---------------------------------------------------------------------------------------------- text is text
 
 
@@ -217,12 +229,17 @@ def retyped(part: Part, types: Mapping[str, Any]) -> Part:
 
 
 def as_typed(values: Any, texts: Any, types: Any) -> Any:
-    """`values` with the text that was typed, where `types` asks for text: `no` does not become False, nor `007` 7."""
+    """`values` with the text that was typed, where `types` asks for text: `no` does not become False, nor `007` 7.
+
+    Raises: UsageError on a number in base 8 or 60.
+    """
     if isinstance(types, dict) and isinstance(values, dict):
         texts = mapping(yaml.load(texts, TextLoader) if isinstance(texts, str) else texts)
         return {key: as_typed(value, texts.get(str(key)), types.get(key)) for key, value in values.items()}
     if is_text(types) and isinstance(texts, str) and not (values is None and _allows_null(types)):
         return texts
+    if isinstance(values, int | float) and isinstance(texts, str) and ODD_NUMBER.fullmatch(texts):
+        raise UsageError(f"the number {texts} would be read as {values}, as YAML has it: write it in decimal")
     if isinstance(values, list) and isinstance(texts, str):
         texts = yaml.load(texts, TextLoader)
     if isinstance(values, list) and isinstance(texts, list) and is_text(_item_type(types)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
         path.write_text(to_json(content, indent=2) + "\n", "utf-8")
+
+
+def write_lines(path: Path, lines: Iterable[Any]) -> None:
+    """Write each content as a line of JSON to a file, in a folder that exists."""
+    with naming(path), path.open("w", encoding="utf-8") as record:
+        for line in lines:
+            record.write(to_json(line) + "\n")
 
 
 def _finite(value: Any) -> Any:

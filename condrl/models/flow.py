@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from condrl.diffusion.schedule import FlowSchedule, Schedule, flow_from_diffusers
+from condrl.diffusion.schedule import Schedule
+from condrl.diffusion.schedulers import FlowSchedule, flow_from_diffusers
 from condrl.errors import UsageError
 from condrl.models.latent import InDiffusers, LatentModel
 from condrl.models.loading import PARTS

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from condrl.diffusion.policy import acting
-from condrl.diffusion.schedule import DiscreteSchedule, Schedule, schedule_from_diffusers
+from condrl.diffusion.policy import acting, trained_weights
+from condrl.diffusion.schedule import Schedule
+from condrl.diffusion.schedulers import DiscreteSchedule, schedule_from_diffusers
 from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
 from condrl.models.attention import check_attention, set_attention
@@ -90,7 +91,7 @@ class LatentModel(ABC):
             check_attention(self.attention, self.torch_dtype, self.device)
         if self.quantize:
             check_quantize(self.quantize, self.torch_dtype, self.device)
-        self.evaluations, self.sharded = 0, False
+        self.evaluations, self.sharded, self.released = 0, False, False
         self.pipe = self.load()
         self.vae = self.place_vae(self.pipe.vae.requires_grad_(False))
         network = getattr(self.pipe, self.prefix).requires_grad_(False)
@@ -112,7 +113,7 @@ class LatentModel(ABC):
         self._start: list[Tensor] = []  # what a run that starts from a LoRA starts from
         if self.lora:
             self.load_adapter(locate(self.lora))
-            self._start = [p.detach().clone() for p in self.module.parameters() if p.requires_grad]
+            self._start = [weight.detach().clone() for weight in trained_weights(self.module)]
         if self.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
             self.module.train()  # diffusers checkpoints in training mode only; these networks have no dropout
@@ -274,7 +275,7 @@ class LatentModel(ABC):
 
     @torch.no_grad()
     def _encoded(self, prompts: Sequence[Prompt]) -> list[Encoded]:
-        if not self.encoders:
+        if self.released:
             raise UsageError(
                 f"config model.release_encoders: the prompt {quoted(prompts[0] or '')} came when the text encoders had "
                 "been released: leave it out"
@@ -294,6 +295,7 @@ class LatentModel(ABC):
         self._host_embeddings.hold(self._prompts)
         for name in self.family.readers.values():
             setattr(self.pipe, name, None)
+        self.released = True
 
     def embeddings(self, condition: Tensor) -> Encoded:
         """What the network is given of prompts by their numbers (B,), each (B, ...), on the device."""
@@ -390,7 +392,7 @@ class LatentModel(ABC):
         from torch.distributed.fsdp import fully_shard
 
         network = self.module.to(memory_format=torch.contiguous_format)
-        own = {p for p in network.parameters() if p.requires_grad}
+        own = set(trained_weights(network))
         mesh = init_device_mesh(self.device.type, (get_world_size(),))
         for block in self.blocks():
             fully_shard(block, mesh=mesh, ignored_params=own)
@@ -406,7 +408,7 @@ class LatentModel(ABC):
     def reference(self) -> Iterator[None]:
         """Within it, the network is the one that tuning started from: without a LoRA, or with `lora`."""
         if self._start:
-            with acting([p for p in self.module.parameters() if p.requires_grad], self._start):
+            with acting(trained_weights(self.module), self._start):
                 yield
             return
         network: Any = self.module
@@ -472,18 +474,30 @@ def check_guidance(guidance: float, negative_prompt: str | None) -> None:
 def add_lora(network: Any, rank: int, alpha: int, targets: Sequence[str]) -> None:
     """Add a float32 LoRA that starts at zero to a frozen network.
 
-    Raises: UsageError when no module's name ends as `targets` say.
+    Raises: UsageError when no module's name ends as `targets` say, or one that does has no matrix.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    names = [name for name, _ in network.named_modules()]
-    unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in names)]
-    if unmatched:
-        raise UsageError(f"config model.lora_targets: no module of the network is called {unmatched[0]!r}")
+    for target in targets:
+        check_target(network, target)
     settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     network.add_adapter(settings)
     cast_training_params(network, torch.float32)
+
+
+def check_target(network: nn.Module, target: str) -> None:
+    """Raises: UsageError when no module is called so, or one that gets no LoRA."""
+    found = [(name, m) for name, m in network.named_modules() if name == target or name.endswith("." + target)]
+    if not found:
+        raise UsageError(f"config model.lora_targets: no module of the network is called {target!r}")
+    for name, module in found:
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() < 2:
+            raise UsageError(
+                f"config model.lora_targets: {target!r} is {name or 'the network'}, a {type(module).__name__}, which "
+                "gets no LoRA: name linear layers or convolutions"
+            )
 
 
 def unet_layers(unet: Any) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -26,7 +27,13 @@ PARTS = {  # the library and the classes that are known to work; any other libra
     "tokenizer": ("transformers", "CLIPTokenizer*"),
     "scheduler": ("diffusers", "*Scheduler"),
 }
+COLOURS = 3  # channels of an image
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pt|bin)$)(\w[\w.-]*/)?\w[\w.-]*")
+UNUSED = {  # options without an effect, by what model.path is
+    "folder": ("revision", "single_file_config"),
+    "file": ("revision", "variant"),
+    "hub id": ("single_file_config",),
+}
 PLAIN = {  # options of a UNet that make it want an input, or the prompt in a form, that a plain one does not
     "addition_embed_type": None,
     "attention_type": "default",
@@ -127,6 +134,7 @@ def load_pipeline(
     source = locate(path)
     if not source.exists() and not HUB_ID.fullmatch(path):
         raise UsageError(f"config model.path: there is no file or folder {path}, and a hub id is OWNER/NAME")
+    check_unused(source, revision=revision, single_file_config=single_file_config, variant=variant)
     with offline_if_unreachable(local=source.is_dir() or single_file_config is not None):
         try:
             if source.is_file():
@@ -148,6 +156,14 @@ def load_pipeline(
     limit_tokenizers(family, pipe)
     check(family, pipe, path)
     return pipe
+
+
+def check_unused(source: Path, **options: str | None) -> None:
+    """Raises: UsageError on an option that has no effect on what is loaded."""
+    kind = "folder" if source.is_dir() else "file" if source.is_file() else "hub id"
+    for name in UNUSED[kind]:
+        if options[name] is not None:
+            raise UsageError(f"config model.{name}: has no effect on a {kind}, which model.path is: leave it out")
 
 
 def be_quiet() -> None:
@@ -222,11 +238,21 @@ def check_parts(family: Family, where: str, revision: str | None) -> dict[str, A
     for name, (library, known) in family.parts.items():
         if name not in family.optional or not is_left_out(index.get(name)):
             check_part(where, name, index.get(name), library, known)
-    for name in family.readers:
-        words = Path(where) / name
-        if words.is_dir() and not any((words / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise UsageError(f"{words} has no vocabulary: neither tokenizer.json nor vocab.json")
+    left_out = [name for name in family.parts if name in family.optional and is_left_out(index.get(name))]
+    if left_out and (other := next((name for name in family.optional if name not in left_out), None)):
+        raise UsageError(
+            f"{where} has a {other} and no {left_out[0]}: its model_index.json should have both or neither"
+        )
+    readers = [name for name in family.readers if name not in left_out]
+    for folder in (Path(where) / name for name in readers if Path(where).is_dir()):
+        check_vocabulary(folder)
     return index
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raises: UsageError when a tokenizer has no words of its own, instead of which it would get others."""
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise UsageError(f"{folder} has no vocabulary: neither tokenizer.json nor vocab.json")
 
 
 def is_left_out(entry: Any) -> bool:
@@ -310,7 +336,7 @@ def explained(family: Family, error: Exception, source: Path, variant: str | Non
     if source.is_file() and ("outgoing traffic" in lines[0] or "connect" in lines[0]):
         return "the configs for a single file come from the hub: without it, give model.single_file_config=<folder>"
     if not source.is_dir():
-        missing = "no file named" in lines[0] and not variant
+        missing = "no file named" in lines[0] and not variant and not source.exists()
         hint = "; if it has them in half precision only: model.variant=fp16" if missing else ""
         elsewhere = unreachable_reason() or f"there is no such file or folder, and on the hub: {lines[0]}"
         return (lines[0] if source.exists() else elsewhere) + hint
@@ -375,13 +401,30 @@ def misfits(family: Family, pipe: Any) -> Iterator[str]:
     """What the networks have that they do not get here, or of which another one has something else."""
     if "unet" in family.parts:
         yield from unet_misfits(family, pipe)
-    vae = pipe.vae.config
-    if vae.get("latents_mean") or vae.get("latents_std"):
-        yield "has a VAE with a mean or a deviation of its latents of each channel"
+    yield from vae_misfits(pipe.vae.config)
     for name, encoder in family.readers.items():
+        if getattr(pipe, name).pad_token is None:
+            yield f"has a {name} without a pad_token"
         words, known = len(getattr(pipe, name)), getattr(pipe, encoder).config.vocab_size
         if words > known:
             yield f"has a {name} of {words} words, and a text encoder of {known}"
+
+
+def vae_misfits(vae: Any) -> Iterator[str]:
+    """What of a VAE's config is not used here, or could not be."""
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        yield "has a VAE with a mean or a deviation of its latents of each channel"
+    for name in ("in_channels", "out_channels"):
+        if vae[name] != COLOURS:
+            yield f"has a VAE with {name}={vae[name]} where images have {COLOURS}"
+    scale, shift = vae.scaling_factor, vae.get("shift_factor") or 0
+    if not (is_number(scale) and scale > 0 and is_number(shift)):
+        yield f"has a VAE with scaling_factor={scale!r} and shift_factor={shift!r}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a config's value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def unet_misfits(family: Family, pipe: Any) -> Iterator[str]:
@@ -396,8 +439,14 @@ def unet_misfits(family: Family, pipe: Any) -> Iterator[str]:
     width = sum(getattr(pipe, encoder).config.hidden_size for encoder in family.readers.values())
     if unet.cross_attention_dim != width:
         yield f"has a UNet for prompts of {unet.cross_attention_dim} features, and text encoders of {width}"
-    if not unet.sample_size:
-        yield "has a UNet without a sample_size"
+    if not is_size(unet.sample_size):
+        yield f"has a UNet with sample_size={unet.sample_size!r}"
+
+
+def is_size(value: Any) -> bool:
+    """Whether a config's value is the side of a square in pixels, or a height and a width."""
+    sides = [value, value] if isinstance(value, int) else value
+    return isinstance(sides, list | tuple) and len(sides) == 2 and all(isinstance(n, int) and n > 0 for n in sides)
 
 
 def check_weights(family: Family, pipe: Any, path: str) -> None:

@@ -31,7 +31,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DOWN = re.compile(r"(.+?)(?:\.lora_down|[._]lora\.down|\.lora_A(?:\.\w+)?)\.weight")
 UP = re.compile(r"(.+?)(?:\.lora_up|[._]lora\.up|\.lora_B(?:\.\w+)?)\.weight")
 ALPHA = re.compile(r"(.+)\.alpha")
-OTHERS = {  # what a key says of a file that cannot be read as a UNet's LoRA
+OTHERS = {  # what a key says of a file that is no plain LoRA of one network
     r"(base_model\.model\.)?text_encoder|lora_te\d?_|text_model": "has a text-encoder part, which is not tuned here",
     r".*(dora_scale|lora_magnitude_vector)": "is a DoRA, which is not read here",
     r".*(hada_w|lokr_w|lora_mid|glora|oft_|\.diff(_b)?$|\.[ab][12]\.weight)": "is a LyCORIS file, not a plain LoRA",
@@ -75,18 +75,18 @@ class Factors:
     up: Tensor  # (outputs, rank)
 
 
-def lora_layers(unet: nn.Module) -> dict[str, Any]:
-    """The peft LoRA layers of a UNet by module name."""
-    return {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A") and module.lora_A}
+def lora_layers(network: nn.Module) -> dict[str, Any]:
+    """The peft LoRA layers of a network by module name."""
+    return {name: module for name, module in network.named_modules() if hasattr(module, "lora_A") and module.lora_A}
 
 
 @torch.no_grad()
-def scale_lora(unet: nn.Module, strength: float) -> None:
-    """Multiply a UNet's LoRA, at 1 what was tuned, by `strength`.
+def scale_lora(network: nn.Module, strength: float) -> None:
+    """Multiply a network's LoRA, at 1 what was tuned, by `strength`.
 
     Raises: UsageError when that is too large for its weights.
     """
-    for layer in lora_layers(unet).values():
+    for layer in lora_layers(network).values():
         (adapter,) = layer.lora_B
         layer.lora_B[adapter].weight.mul_(strength)
         if not layer.get_delta_weight(adapter).isfinite().all():
@@ -96,10 +96,10 @@ def scale_lora(unet: nn.Module, strength: float) -> None:
 # ---------------------------------------------------------------------------------------------- out
 
 
-def lora_state(unet: nn.Module) -> dict[str, Tensor]:
+def lora_state(network: nn.Module) -> dict[str, Tensor]:
     """`<module>.{down,up}.weight` in float32, the scale alpha / rank multiplied into `up`."""
     state = {}
-    for name, layer in lora_layers(unet).items():
+    for name, layer in lora_layers(network).items():
         (adapter,) = layer.lora_A
         state[f"{name}.down.weight"] = layer.lora_A[adapter].weight.detach().cpu().contiguous()
         up = layer.lora_B[adapter].weight.detach() * layer.scaling[adapter]
@@ -130,7 +130,7 @@ def kohya_names(state: Mapping[str, Tensor], prefix: str = "unet") -> dict[str, 
 
 
 def save_lora(
-    unet: nn.Module,
+    network: nn.Module,
     folder: Path,
     base: str,
     metadata: Mapping[str, str] | None = None,
@@ -143,11 +143,11 @@ def save_lora(
     calls the family of the base model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state, common = lora_state(unet), dict(metadata or {})
+    state, common = lora_state(network), dict(metadata or {})
     rank = str(max((len(value) for key, value in state.items() if key.endswith("down.weight")), default=0))
     common |= {"format": "pt", "base_model": base, "rank": rank, "alpha": rank}
     save_tensors(diffusers_names(state, prefix), folder / LORA_FILE, common)
-    save_tensors(kohya_names(state, prefix), folder / KOHYA_FILE, common | kohya_metadata(unet, base, rank))
+    save_tensors(kohya_names(state, prefix), folder / KOHYA_FILE, common | kohya_metadata(network, base, rank))
     rewards = f" Rewards: {common['rewards']}." if "rewards" in common else ""
     names = dict(lora=LORA_FILE, others=READERS[prefix].format(kohya=KOHYA_FILE), family=tag)
     card = dict(base=json.dumps(base), name=code_span(base), rank=rank, rewards=rewards, **names)
@@ -161,16 +161,16 @@ def code_span(text: str) -> str:
     return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 
-def kohya_metadata(unet: Any, base: str, rank: str) -> dict[str, str]:
+def kohya_metadata(network: Any, base: str, rank: str) -> dict[str, str]:
     """The entries by which A1111 shows a LoRA and tells which models it is for, as kohya's trainer writes them."""
-    network = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    version = version_of(unet)
+    form = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+    version = version_of(network)
     known = {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")} if version else {}
-    return {**network, "ss_sd_model_name": base, **known}
+    return {**form, "ss_sd_model_name": base, **known}
 
 
 def version_of(unet: Any) -> str | None:
-    """What kohya's trainer calls the models that a UNet is of, by the form and width of its prompts."""
+    """What kohya's trainer calls the models that a UNet is of, by the form and width of its prompts; None of others."""
     if unet.config.get("addition_embed_type") == "text_time":
         return XL
     versions = {768: "sd_v1", 1024: "sd_v2"}
@@ -181,15 +181,15 @@ def version_of(unet: Any) -> str | None:
 
 
 @torch.no_grad()
-def load_lora(unet: nn.Module, source: Path, prefix: str = "unet") -> None:
-    """Read a LoRA, a file or its folder, into the UNet's existing adapter: the same change of weights to rounding.
+def load_lora(network: nn.Module, source: Path, prefix: str = "unet") -> None:
+    """Read a LoRA, a file or its folder, into a network's existing adapter: the same change of weights to rounding.
 
     A smaller rank is filled up with directions that start at zero; a larger one is refitted where it fits exactly.
 
     Raises: UsageError when there is none, when it is damaged, has more parts than the adapter, or needs a larger rank.
     """
     path = find_lora(source)
-    found, layers = read_lora(unet, path, prefix), lora_layers(unet)
+    found, layers = read_lora(network, path, prefix), lora_layers(network)
     extra = sorted(set(found) - set(layers))
     if extra:
         _refuse(path, f"has weights for {extra[0]}, which model.lora_targets leaves out: add its name there")
@@ -224,28 +224,30 @@ def find_lora(source: Path) -> Path:
     return candidates[0]
 
 
-def read_lora(unet: nn.Module, path: Path, prefix: str = "unet") -> dict[str, Factors]:
-    """The changes of weights in a file by the UNet's module names, whatever names the file uses.
+def read_lora(network: nn.Module, path: Path, prefix: str = "unet") -> dict[str, Factors]:
+    """The changes of weights in a file by the network's module names, whatever names the file uses.
 
     Raises: UsageError when the file is damaged, is not a plain LoRA, or was made for another network.
     """
     scales, factors = Scales.read(path, prefix), {}
-    for name, (down, up, alpha) in _by_module(unet, path, load_tensors(path, "LoRA"), prefix).items():
+    for name, (down, up, alpha) in _by_module(network, path, load_tensors(path, "LoRA"), prefix).items():
         if down is None or up is None or not _fits(down, up) or (alpha is not None and alpha.numel() != 1):
             _refuse(path, f"is not whole: see {name}")
         scale = scales.of(name, len(down)) if alpha is None else alpha.item() / len(down)
         factors[name] = Factors(down.float().flatten(1), up.float().flatten(1) * scale)
         if not factors[name].up.isfinite().all():
             _refuse(path, f"has a scale of {scale:g}, too large for its weights: see {name}")
-        _check_shape(path, name, unet.get_submodule(name), factors[name])
+        _check_shape(path, name, network.get_submodule(name), factors[name])
     return factors
 
 
-def _by_module(unet: nn.Module, path: Path, state: Mapping[str, Tensor], prefix: str) -> dict[str, list[Tensor | None]]:
+def _by_module(
+    network: nn.Module, path: Path, state: Mapping[str, Tensor], prefix: str
+) -> dict[str, list[Tensor | None]]:
     """Each module's down, up and alpha as the file has them."""
     _check_kind(path, state)
     _check_network(path, state, prefix)
-    modules = spellings(unet, prefix)
+    modules = spellings(network, prefix)
     found: dict[str, list[Tensor | None]] = {}
     for key, value in state.items():
         match, part = next((m, i) for i, p in enumerate((DOWN, UP, ALPHA)) if (m := p.fullmatch(key)))
@@ -300,12 +302,12 @@ def _finite(alpha: Any) -> float:
     return value
 
 
-def spellings(unet: Any, prefix: str = "unet") -> dict[str, str]:
-    """A UNet's modules by each of the names that LoRA files have for them."""
+def spellings(network: Any, prefix: str = "unet") -> dict[str, str]:
+    """A network's modules by each of the names that LoRA files have for them."""
     own = re.compile(r"\.(base_layer|lora_\w+)(\.|$)")  # of peft's layers
-    names = [n for n, m in unet.named_modules() if getattr(m, "weight", None) is not None and not own.search(n)]
+    names = [n for n, m in network.named_modules() if getattr(m, "weight", None) is not None and not own.search(n)]
     table = {name: name for name in names} | {kohya_base(name, prefix): name for name in names}
-    if isinstance(layers := unet.config.get("layers_per_block"), int):
+    if isinstance(layers := network.config.get("layers_per_block"), int):
         table |= {kohya_base(original_name(name, layers), prefix): name for name in names}
     return table | {name.removesuffix(".0"): name for name in names if name.endswith(".to_out.0")}
 
@@ -338,7 +340,7 @@ def _module(base: str, modules: Mapping[str, str], path: Path, prefix: str) -> s
 
 
 def _check_kind(path: Path, keys: Iterable[str]) -> None:
-    """Raises: UsageError when there is a key that a UNet's plain LoRA does not have."""
+    """Raises: UsageError when there is a key that no plain LoRA has."""
     for pattern, what in OTHERS.items():
         if one := next((key for key in keys if re.match(pattern, key)), None):
             _refuse(path, f"{what}: see {one}")

@@ -15,12 +15,11 @@ from condrl.report.usage import (
     base_model,
     deployed_sampler,
     diffusers_code,
-    for_others,
+    lora_code,
     plugin_of,
     public_base,
     readers,
     sampler_text,
-    single_file_config,
 )
 
 PICTURES = 4  # of the first held-out prompts, not of the best ones
@@ -86,7 +85,7 @@ def front_matter(run: Run, shown: Sequence[Line], is_whole: bool) -> str:
 
 def summary(run: Run) -> str:
     algorithm = (run.config.get("algorithm") or {}).get("name")
-    rewards = ", ".join(f"{name} (weight {weight:g})" for name, weight in run.rewards.items()) or "none"
+    rewards = run.rewards_in_words or "none"
     base = code_span(public_base(run.base))
     ended = "" if run.result else f"\nThe run has not ended: {recorded(run)}, and nothing is measured.\n"
     return f"# {run.name}\n\n{base}, tuned with condrl by {algorithm}. Rewards: {rewards}.\n{ended}"
@@ -99,9 +98,7 @@ def use(run: Run, folder: Path, strength: float, place: str, dtype: str, note: s
         return f"## Use it\n\n```python\n{diffusers_code(run, place, None, dtype=dtype)}\n```\n\n{held}\n"
     parts = []
     if (folder / LORA_FILE).is_file():
-        config = single_file_config(run)
-        code = diffusers_code(run, for_others(base_model(run)), place, config and for_others(config))
-        parts.append(f"With diffusers:\n\n```python\n{code}\n```\n")
+        parts.append(f"With diffusers:\n\n```python\n{lora_code(run, place)}\n```\n")
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != LORA_FILE:
             parts.append(f"With {readers(run)}: copy {code_span(file.name)} to their folder of LoRAs.\n")

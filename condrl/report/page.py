@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from condrl.errors import naming
-from condrl.models.lora import LORA_FILE
+from condrl.models.lora import KOHYA_FILE, LORA_FILE
 from condrl.report.charts import Chart, Mark, Series, number
 from condrl.report.comparison import comparison, difference
 from condrl.report.html import cells, code, fact, figure, section, table
@@ -20,13 +20,11 @@ from condrl.report.run import DIVERSITY, Finding, Run, change, measure_title, to
 from condrl.report.usage import (
     base_model,
     command,
-    diffusers_code,
     drawing,
-    for_others,
+    lora_code,
     public_base,
     readers,
     sampler_text,
-    single_file_config,
 )
 
 OPENING = "<!doctype html>\n<!-- condrl report -->\n"
@@ -101,7 +99,7 @@ def run_part(run: Run, room: Room, level: int) -> str:
 
 def subtitle(run: Run) -> str:
     """What was tuned, on what, and against what it is measured."""
-    tuned_on = ", ".join(f"{name} (weight {weight:g})" for name, weight in run.rewards.items()) or "no reward"
+    tuned_on = run.rewards_in_words or "no reward"
     return f"{(run.config.get('algorithm') or {}).get('name')}, tuned on {tuned_on}, against {public_base(run.base)}"
 
 
@@ -195,12 +193,11 @@ def usage(run: Run, word: str) -> str:
     if not there:
         return ""
     name, folder = there[-1] if word in BAD else there[0], f"path/to/{run.folder.resolve().name}"
-    config = single_file_config(run)
-    lines = diffusers_code(run, for_others(base_model(run)), f"{folder}/{name}", config and for_others(config))
+    lines = code(lora_code(run, f"{folder}/{name}"), "Code for diffusers")
     return (
-        f"{warning(word, name)}<p>condrl: <code>{escape(drawing(run, name))}</code></p><p>diffusers:</p>"
-        f"{code(lines, 'Code for diffusers')}<p>{readers(run)}: copy <code>{name}/comfyui_lora.safetensors</code> to "
-        f"their folder of LoRAs; strength 1 is what was tuned.</p>{asset_note(run)}"
+        f"{warning(word, name)}<p>condrl: <code>{escape(drawing(run, name))}</code></p><p>diffusers:</p>{lines}"
+        f"<p>{readers(run)}: copy <code>{name}/{KOHYA_FILE}</code> to their folder of LoRAs; strength 1 is what was "
+        f"tuned.</p>{asset_note(run)}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from condrl.config import base_name
 from condrl.errors import UsageError
 from condrl.io.records import from_json
 from condrl.report.charts import number
@@ -18,7 +19,6 @@ from condrl.report.charts import number
 Line = dict[str, Any]
 MEASURED = ("heldout/", "validation/")
 DIVERSITY = "diversity within a prompt"  # its name among the measures
-WITH_LORA = " with the LoRA "
 FALLS = ("reward_fell", "heldout_fell")  # diagnoses of a run that was better before
 
 
@@ -56,9 +56,7 @@ class Run:
         """The model that was tuned, and the LoRA that the run started from, if any."""
         if name := self.base_record.get("model"):
             return str(name)
-        model = self.config.get("model") or {}
-        lora = model.get("lora")
-        return str(model.get("path") or model.get("name")) + (f"{WITH_LORA}{lora}" if lora else "")
+        return base_name(self.config.get("model") or {})
 
     @property
     def path_kl(self) -> float | None:
@@ -82,6 +80,11 @@ class Run:
         """What the run was tuned on, with its weights."""
         found = {name: options.get("weight", 1.0) for name, options in (self.config.get("rewards") or {}).items()}
         return {name: weight for name, weight in found.items() if weight}
+
+    @property
+    def rewards_in_words(self) -> str:
+        """The rewards with their weights; empty where there are none."""
+        return ", ".join(f"{name} (weight {weight:g})" for name, weight in self.rewards.items())
 
     def sign(self, measure: str) -> int:
         """1, or -1 where lower is better: for a reward with a negative weight."""

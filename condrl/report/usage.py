@@ -6,10 +6,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from condrl.config import WITH_LORA
 from condrl.models.latent import InDiffusers
 from condrl.models.loading import hub_id, public_name
+from condrl.models.lora import LORA_FILE
 from condrl.registry import model as models
-from condrl.report.run import WITH_LORA, Run
+from condrl.report.run import Run
 
 
 def plugin_of(run: Run) -> Any:
@@ -82,9 +84,10 @@ def without_folders(word: str) -> str:
     return f"{name}{equals}{for_others(value) if Path(value).is_absolute() else value}"
 
 
-def single_file_config(run: Run) -> str | None:
-    """Where the configs of a model in one file are, as the run's config has it."""
-    return (run.config.get("model") or {}).get("single_file_config")
+def lora_code(run: Run, place: str) -> str:
+    """A script that draws with a LoRA of the run, which is at a place, as somebody else's machine may have it."""
+    config = (run.config.get("model") or {}).get("single_file_config")
+    return diffusers_code(run, for_others(base_model(run)), place, config and for_others(config))
 
 
 def diffusers_code(run: Run, path: str, lora: str | None, config: str | None = None, dtype: str = "float32") -> str:
@@ -110,7 +113,7 @@ def diffusers_code(run: Run, path: str, lora: str | None, config: str | None = N
         f"from diffusers import {pipeline if flow else f'DDIMScheduler, {pipeline}'}",
         "",
         f'pipe = {loader}("{path}", torch_dtype=torch.{dtype}{load})',
-        *([f'pipe.load_lora_weights("{lora}", weight_name="pytorch_lora_weights.safetensors")'] if lora else []),
+        *([f'pipe.load_lora_weights("{lora}", weight_name="{LORA_FILE}")'] if lora else []),
         f"# {note}" if flow else scheduler,
         "image = pipe(",
         '    "your prompt",',

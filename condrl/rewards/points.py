@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from condrl.errors import UsageError
@@ -21,11 +20,13 @@ def of_rows(
     if samples.dim() != 2:
         raise UsageError(f"{name!r} is for points (B, d), and the model makes samples of shape {tuple(samples.shape)}")
     values = [row.get(name, default) for row in metadata]
-    return torch.stack([_vector(v, samples, name, prompt) for v, prompt in zip(values, prompts, strict=True)])
-
-
-def _vector(value: Any, samples: Tensor, name: str, prompt: str) -> Tensor:
     dimensions = samples.shape[1]
+    return samples.new_tensor(
+        [_numbers(v, dimensions, name, prompt) for v, prompt in zip(values, prompts, strict=True)]
+    )
+
+
+def _numbers(value: Any, dimensions: int, name: str, prompt: str) -> list[float]:
     numbers = list(value) if isinstance(value, list | tuple) else [value]
     right = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
     if not right or len(numbers) not in (1, dimensions):
@@ -33,4 +34,4 @@ def _vector(value: Any, samples: Tensor, name: str, prompt: str) -> Tensor:
             f"{name!r} should be a number, or {dimensions} for points of {dimensions} dimensions; for the prompt "
             f"{prompt!r} it is {value!r}"
         )
-    return torch.tensor(numbers).to(samples).expand(dimensions)
+    return numbers if len(numbers) == dimensions else numbers * dimensions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 
 from condrl.algorithms.base import Algorithm
 from condrl.algorithms.needs import Setting, check_needs
-from condrl.config import Config, GridConfig
+from condrl.config import GRID, Config
 from condrl.diffusion.model import Model
 from condrl.diffusion.policy import Policy
-from condrl.diffusion.schedule import DIFFUSERS_SPACINGS, OU, DiscreteSchedule, Schedule, schedule_from_diffusers
+from condrl.diffusion.schedule import DIFFUSERS_SPACINGS, OU, Schedule
+from condrl.diffusion.schedulers import DiscreteSchedule, schedule_from_diffusers
 from condrl.diffusion.transition import Sampler
 from condrl.errors import UsageError, blaming
 from condrl.models.latent import kept_on_host
@@ -41,8 +41,7 @@ def make_sampler(section: Mapping[str, Any], schedule: Schedule) -> Sampler:
 
     Raises: UsageError when the plugin fails, or returns something else.
     """
-    grid, name = {field.name for field in dataclasses.fields(GridConfig)}, section["name"]
-    options = {key: value for key, value in section.items() if key not in grid}
+    name, options = section["name"], {key: value for key, value in section.items() if key not in GRID}
     times, chosen = schedule.grid(section["steps"], section["spacing"]), section.get("noise_steps")
     with blaming("sampler", name, MADE):
         sampler: Sampler = make("sampler", options, schedule, times)
@@ -107,16 +106,15 @@ def make_algorithm(config: Config) -> Algorithm:
 
 def make_rewards(config: Config) -> list[Reward]:
     """The rewards with a weight that is not zero."""
-    return [make_reward(name, options) for name, options in config.rewards.items() if options["weight"] != 0]
+    return [make_reward(name, config.rewards[name]) for name in config.weighted]
 
 
 def make_measures(config: Config) -> list[Reward]:
     """What to report on held-out prompts: `evaluate.measures` and the rewards, these as they are without smoothing."""
     section = "evaluate.measures"
     measures = [make_reward(name, options, section) for name, options in config.evaluate.measures.items()]
-    weighted = {name: options for name, options in config.rewards.items() if options["weight"] != 0}
-    others = {name: options for name, options in weighted.items() if name not in config.evaluate.measures}
-    return measures + [make_reward(name, {**options, "smoothing": 0.0}) for name, options in others.items()]
+    others = [name for name in config.weighted if name not in config.evaluate.measures]
+    return measures + [make_reward(name, {**config.rewards[name], "smoothing": 0.0}) for name in others]
 
 
 def weights_in_words(config: Config) -> str:
@@ -167,7 +165,8 @@ def make_trainer(
         if processes.sharded:
             policy.model.shard()
         if config.model.get("release_encoders"):
-            policy.model.drop_encoders()
+            latent: Any = policy.model
+            latent.drop_encoders()
         set_memory_format(config, policy, condition, processes)
         set_rollout_dtype(config, policy, condition, processes)
     algorithm = make_algorithm(config)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from condrl.algorithms.base import Algorithm
 from condrl.algorithms.needs import Setting, affine_steps, check_needs, noisy_steps
-from condrl.config import Config, TrainConfig
+from condrl.config import Config, TrainConfig, base_name
 from condrl.diffusion.transition import Sampler
 from condrl.errors import UsageError, blaming
 from condrl.prompts import Row, duplicate_note
@@ -29,25 +29,17 @@ def announcement(
     ):
         if both := {row.prompt for row in rows} & {row.prompt for row in others}:
             lines.append(f"warning: {len(both)} of the {name} prompts are {use} too, such as {min(both)!r}")
-    rewards = [name for name, options in config.rewards.items() if options["weight"] != 0]
     if heldout:
-        names = ", ".join(dict.fromkeys([*config.evaluate.measures, *rewards]))
+        names = ", ".join(dict.fromkeys([*config.evaluate.measures, *config.weighted]))
         what = f"base and tuned: {names}" if names else "by nothing: name measures, as in evaluate.measures.shapes={}"
         lines.append(f"measured on {config.prompts.heldout} ({len(heldout)}), {what}")
-        lines += [f"the base is {base_name(config)}"] * bool(config.model.get("lora"))
+        lines += [f"the base is {base_name(config.model)}"] * bool(config.model.get("lora"))
     elif not validation and (config.evaluate.measures or config.evaluate.every or config.evaluate.sampler):
         lines.append("evaluate.* has no effect without prompts.heldout: nothing will be measured")
     if validation:
-        by = " + ".join(rewards or config.evaluate.measures)
+        by = " + ".join(config.weighted or config.evaluate.measures)
         lines.append(f"the best epoch is chosen on {config.prompts.validation} ({len(validation)}), by {by}")
     return lines
-
-
-def base_name(config: Config) -> str:
-    """The model that a run is compared with, and the LoRA that it starts from, if any."""
-    model = str(config.model.get("path") or config.model["name"])
-    lora = config.model.get("lora")
-    return f"{model} with the LoRA {lora}" if lora else model
 
 
 def noise_level(sampler: Sampler) -> float | None:
@@ -104,8 +96,7 @@ def check_combination(config: Config) -> None:
 
 def check_rewards(config: Config, algorithm: Algorithm) -> None:
     """Raises: UsageError when there is no reward to learn from, or when there are some and they would be ignored."""
-    weighted = [name for name, options in config.rewards.items() if options["weight"] != 0]
-    if algorithm.uses_rewards and not weighted:
+    if algorithm.uses_rewards and not config.weighted:
         raise UsageError("config rewards: no reward has a weight; add one, as in rewards.shapes.weight=1")
     if not algorithm.uses_rewards:
         check_reward_free(config)

@@ -168,8 +168,8 @@ def gradient_growth(first: Line, lines: Sequence[Line], lowered: Collection[str]
 
 def drift(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str | None:
     means = smoothed(lines, "reward/total")
-    known = [(line["epoch"], line.get("base_kl", line.get("path_kl"))) for line in lines]
-    kl = [(epoch, value) for epoch, value in known if value is not None]
+    recorded = [(line["epoch"], line.get("base_kl", line.get("path_kl"))) for line in lines]
+    kl = [(epoch, value) for epoch, value in recorded if value is not None]
     if not means or not kl:
         return None
     best = max(means, key=lambda m: m.mean)

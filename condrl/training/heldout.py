@@ -11,8 +11,7 @@ from torch import Tensor
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import sample
-from condrl.errors import naming
-from condrl.io.records import to_json
+from condrl.io.records import write_lines
 from condrl.prompts import Row
 from condrl.rewards.pixels import to_pil
 from condrl.training.evaluate import Evaluation
@@ -27,33 +26,39 @@ def save_heldout(
     folder: RunFolder, rows: Sequence[Row], seed: int, base: Evaluation, tuned: Evaluation, drawn: Collection[int] = ()
 ) -> None:
     """Write heldout.jsonl; image i is of row i // images_per_prompt, from seed + i, with a picture if it is `drawn`."""
-    count = len(next(iter(base.each.values())))
-    path = folder.file("heldout.jsonl")
-    with naming(path), path.open("w", encoding="utf-8") as record:
-        for i in range(count):
-            row = rows[i * len(rows) // count]
-            line = {
-                "prompt": row.prompt,
-                "row": row.index,
-                "metadata": row.metadata,
-                "seed": seed + i,
-                "base": {name: values[i].item() for name, values in base.each.items()},
-                "tuned": {name: values[i].item() for name, values in tuned.each.items()},
-                "pictures": {who: picture(i, who) for who in ("base", "tuned")} if i in drawn else None,
-            }
-            record.write(to_json(line) + "\n")
+    lines = [
+        {
+            "prompt": row.prompt,
+            "row": row.index,
+            "metadata": row.metadata,
+            "seed": seed + i,
+            "base": measures_of(base, i),
+            "tuned": measures_of(tuned, i),
+            "pictures": {who: picture(i, who) for who in ("base", "tuned")} if i in drawn else None,
+        }
+        for i, row in enumerate(row_of_each(rows, base))
+    ]
+    write_lines(folder.file("heldout.jsonl"), lines)
 
 
 def save_evaluation(folder: RunFolder, epoch: int, rows: Sequence[Row], seed: int, found: Evaluation) -> None:
     """Write what was measured of each image after an epoch; image i is of row i // images_per_prompt, from seed + i."""
-    path = folder.file(f"evaluations/epoch_{epoch:05d}.jsonl")
+    lines = [
+        {"prompt": row.prompt, "row": row.index, "seed": seed + i, "measures": measures_of(found, i)}
+        for i, row in enumerate(row_of_each(rows, found))
+    ]
+    write_lines(folder.file(f"evaluations/epoch_{epoch:05d}.jsonl"), lines)
+
+
+def row_of_each(rows: Sequence[Row], found: Evaluation) -> list[Row]:
+    """The row that each evaluated image was drawn for."""
     count = len(next(iter(found.each.values())))
-    with naming(path), path.open("w", encoding="utf-8") as record:
-        for i in range(count):
-            row = rows[i * len(rows) // count]
-            measures = {name: values[i].item() for name, values in found.each.items()}
-            line = {"prompt": row.prompt, "row": row.index, "seed": seed + i, "measures": measures}
-            record.write(to_json(line) + "\n")
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def measures_of(found: Evaluation, image: int) -> dict[str, float]:
+    """What was measured of an image, by name."""
+    return {name: values[image].item() for name, values in found.each.items()}
 
 
 def most_changed(base: Evaluation, tuned: Evaluation) -> list[int]:

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,13 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name, none here, one without numbers
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return torch.device(name)
+
+
+def set_threads_and_seed(config: Config) -> None:
+    """Have torch use the CPU threads of `run.threads`, and begin its draws at `run.seed`."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
 
 
 def check_equal_calls(config: Config, processes: int) -> None:
@@ -111,17 +117,6 @@ def keep_freed_memory() -> None:
     if set_option:
         for option, size in ((-3, 1 << 25), (-1, 1 << 30)):  # M_MMAP_THRESHOLD, at its most, and M_TRIM_THRESHOLD
             set_option(option, size)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `section.key`, with what trackers cannot take written as text."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat
 
 
 def device_name(device: torch.device) -> str:

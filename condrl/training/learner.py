@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,10 +15,11 @@ from condrl.algorithms.examples import Examples, Metrics
 from condrl.algorithms.reference import MovingReference
 from condrl.config import Config
 from condrl.diffusion.noise import seeded_by
-from condrl.diffusion.policy import Policy
+from condrl.diffusion.policy import Policy, trained_weights
 from condrl.errors import RunError
 from condrl.processes import Processes
 from condrl.training.optimizer import make_optimizer
+from condrl.training.returned import check_loss
 
 
 class Learner:
@@ -26,7 +27,7 @@ class Learner:
 
     def __init__(self, config: Config, policy: Policy, algorithm: Algorithm, processes: Processes) -> None:
         self.config, self.policy, self.algorithm, self.processes = config, policy, algorithm, processes
-        self.weights = [p for p in policy.model.module.parameters() if p.requires_grad]
+        self.weights = trained_weights(policy.model.module)
         train, self.networks = config.train, algorithm.networks()
         self.rates = [train.lr, *(own.lr for own in self.networks.values())]
         groups = [{"params": self.weights}, *(parameter_group(own) for own in self.networks.values())]
@@ -39,19 +40,24 @@ class Learner:
     def update(self, examples: Examples, experience: Collected, epoch: int) -> dict[str, float]:
         """The epoch's optimiser steps; returns the means of their metrics."""
         train, totals, norms = self.config.train, defaultdict[str, list[Tensor]](list), []
+        pairs: Counter[str] = Counter()
         generator = seeded_by(f"{self.config.run.seed} {epoch} update")
         for _ in range(train.inner_epochs):
             for part in self.minibatches(generator):
                 part = part[experience.scored.cpu()[part]]
                 if not len(part):
                     continue
-                metrics, norm = self.step(examples, experience.indices, part, generator)
+                metrics, having, norm = self.step(examples, experience.indices, part, generator)
                 if norm is not None:
                     norms.append(norm)
+                    pairs += having
                     for name, value in metrics.items():
                         totals[name].append(value)
         means = {name: torch.stack(values).sum().item() / len(norms) for name, values in totals.items()}
-        found = self.processes.add_up(means)
+        found, counts = self.processes.add_up(means), self.processes.add_up(pairs)
+        found = {
+            name: value * (counts["loss"] / counts[name]) for name, value in found.items()
+        }  # of those that have it
         own = experience.scored[experience.indices.start : experience.indices.stop]
         measured = {name: value.double().mean().item() for name, value in examples.metrics.items()}
         found |= self.processes.average(measured, own.sum().item())
@@ -67,12 +73,14 @@ class Learner:
 
     def step(
         self, examples: Examples, indices: range, part: Tensor, generator: torch.Generator
-    ) -> tuple[Metrics, Tensor | None]:
+    ) -> tuple[Metrics, Counter[str], Tensor | None]:
         """One optimiser step on the mean over the images at `part` of the loss summed over steps, and the extra ones.
 
-        Returns this process's part of the metrics' means, and the gradient's norm; None where the step was skipped.
+        Returns this process's part of the metrics' means, the pairs that have each, and the gradient's norm; None where
+        the step was skipped.
         """
         train, totals = self.config.train, defaultdict[str, list[Tensor]](list)
+        having: Counter[str] = Counter()
         steps = self.draw_steps(examples.k, len(part), generator)
         weight = len(examples.k) / steps.numel()  # a subset of the steps stands for all of them
         own = (part >= indices.start) & (part < indices.stop)
@@ -80,11 +88,11 @@ class Learner:
         parts = pairs.split(train.loss_batch) if len(pairs) else ()
         self.set_lr()
         for some in parts:
-            loss, metrics = self.algorithm.loss(self.policy, examples.at(*some.unbind(1)))
+            loss, metrics = check_loss(self.algorithm.loss(self.policy, examples.at(*some.unbind(1))), len(some))
             (loss.sum() * weight).backward()
-            metrics["loss"] = loss.detach().mean()
-            for name, value in metrics.items():
+            for name, value in {**metrics, "loss": loss.detach().mean()}.items():
                 totals[name].append((value.detach() * (len(some) / steps.numel())).mean())
+                having[name] += len(some)
         self.processes.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, train.max_grad_norm)
         own_networks = [p for group in self.optimizer.param_groups[1:] for p in group["params"]]
@@ -99,7 +107,8 @@ class Learner:
         if finite:
             self.extra_steps(examples, parts, weight)
             self.algorithm.after_update(self.policy)
-        return {name: torch.stack(values).sum() for name, values in totals.items()}, norm if finite else None
+        parts_of_means = {name: torch.stack(values).sum() for name, values in totals.items()}
+        return parts_of_means, having, norm if finite else None
 
     def deploying(self) -> AbstractContextManager[None]:
         """Within it, the policy is what is measured and saved: the average of its weights if there is one."""

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from condrl.models.quantised import held_bytes
+from condrl.training.clock import Clock
 from condrl.training.host import peak_memory_gb
 from condrl.training.optimizer import MOMENT_BYTES
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.trainer import Trainer
 
 
 class LiveBytes(TorchDispatchMode):

@@ -16,7 +16,7 @@ from condrl.errors import naming
 from condrl.rewards.pixels import to_pil
 
 COLUMNS, TILES = 4, 32  # of a page
-LABEL_HEIGHT = 40
+LABEL_HEIGHT = 52
 MIN_SIDE = 192  # pixels: smaller images are enlarged so that their labels can be read
 
 
@@ -30,7 +30,7 @@ def labelled(image: Any, label: str) -> Any:
     framed.paste(image)
     font, label = label_font(), " ".join(label.split())
     wide = max(6.0, font.getlength(label) / max(1, len(label)))  # of a character, in pixels
-    lines = textwrap.wrap(label, int(image.width // wide), max_lines=3, placeholder=" ...")
+    lines = textwrap.wrap(label, int(image.width // wide), max_lines=4, placeholder=" ...")
     ImageDraw.Draw(framed).text((4, image.height + 2), "\n".join(lines), "black", font, spacing=1)
     return framed
 
@@ -75,11 +75,22 @@ def save_grid(path: Path, images: Sequence[Tensor], labels: Sequence[str]) -> li
     return written
 
 
-def save_comparison(path: Path, base: Sequence[Tensor], tuned: Sequence[Tensor], labels: Sequence[str]) -> list[Path]:
-    """Write `base | tuned` pairs drawn from the same noise, two pairs a row, to one page or several; returns them."""
-    pairs = zip(base, tuned, labels, strict=True)
-    tiles = [(image, f"{who}: {label}") for b, t, label in pairs for image, who in ((b, "base"), (t, "tuned"))]
-    return save_grid(path, [image for image, _ in tiles], [label for _, label in tiles])
+def save_comparison(
+    path: Path,
+    base: Sequence[Tensor],
+    tuned: Sequence[Tensor],
+    labels: Sequence[str],
+    scores: Sequence[tuple[str, str]] | None = None,
+) -> list[Path]:
+    """Write `base | tuned` pairs drawn from the same noise, two pairs a row, to one page or several; returns them.
+
+    Scores (base's, tuned's) are written before the labels.
+    """
+    images = [image for pair in zip(base, tuned, strict=True) for image in pair]
+    whos = [("base", "tuned")] * len(labels)
+    if scores:
+        whos = [(f"base, {before}", f"tuned, {after}") for before, after in scores]
+    return save_grid(path, images, [f"{w}: {label}" for who, label in zip(whos, labels, strict=True) for w in who])
 
 
 def save_image(image: Any, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from condrl.diffusion.rollout import start
 from condrl.errors import print_main
 from condrl.models.latent import LAYOUTS
 from condrl.processes import Processes
+from condrl.training.clock import now
 
 IMAGES = 8  # denoised in the trial, at most
 STEPS = 3  # timed of each arithmetic or layout, after one that is not
@@ -126,10 +126,3 @@ def timed_update(policy: Policy, condition: Tensor) -> float:
     policy.model.module.zero_grad()
     policy.model.evaluations = calls
     return seconds
-
-
-def now() -> float:
-    """The time in seconds, once a GPU has done what it was asked to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -145,10 +145,7 @@ def attempt_eagerly(trainer: Trainer) -> Trial:
     learn, learned = differentiate(twin, examples, scored)
     try_own_losses(twin, examples)
     twin.algorithm.after_update(twin.policy)
-    check_saveable(state := twin.algorithm.state_dict(), "the algorithm")
-    twin.algorithm.load_state_dict(copy.deepcopy(state))  # so that it can be resumed
-    for reward in twin.rewards:
-        check_saveable(reward.state_dict(), f"the reward {reward.name!r}")
+    try_saving(twin)
     steps = trainer.config.train.steps_per_image or len(examples.k)
     trial = Trial(
         images=twin.config.train.images_per_prompt,
@@ -163,6 +160,17 @@ def attempt_eagerly(trainer: Trainer) -> Trial:
     model.evaluations = before
     set_rng_state(drawn)
     return trial
+
+
+def try_saving(twin: Trainer) -> None:
+    """Ask the algorithm and the rewards for what a checkpoint has of them, and have the algorithm load its part.
+
+    Raises: UsageError when it cannot be saved.
+    """
+    check_saveable(state := twin.algorithm.state_dict(), "the algorithm")
+    twin.algorithm.load_state_dict(copy.deepcopy(state))
+    for reward in twin.rewards:
+        check_saveable(reward.state_dict(), f"the reward {reward.name!r}")
 
 
 def of_images(clock: PeakClock, images: int, trainer: Trainer) -> tuple[Growth, Growth]:
@@ -293,7 +301,7 @@ def backward(twin: Trainer, examples: Examples, pairs: Tensor, scored: Tensor) -
     Raises: UsageError when the loss of pairs with a score, or its gradient, is not finite.
     """
     with LiveBytes() as live:
-        loss = check_loss(twin.algorithm.loss(twin.policy, examples.at(*pairs.unbind(1))), len(pairs))
+        loss, _ = check_loss(twin.algorithm.loss(twin.policy, examples.at(*pairs.unbind(1))), len(pairs))
         loss.sum().backward()
     counts = scored[pairs[:, 0]]  # others may be without a value
     finite = loss.detach().isfinite().cpu()[counts]

@@ -15,13 +15,12 @@ from omegaconf import OmegaConf
 from condrl.config import Config, to_yaml
 from condrl.errors import UsageError, brief
 from condrl.io.files import expanded
-from condrl.io.overrides import read_argument, section_at
+from condrl.io.overrides import flatten, read_argument, section_at
 from condrl.io.records import from_json
 from condrl.models.latent import LAYOUTS
 from condrl.training.build import make_algorithm
 from condrl.training.checkpoint import newest_checkpoint, read_checkpoint, unlike
 from condrl.training.folder import RunFolder
-from condrl.training.host import flatten
 from condrl.training.optimizer import negative_moment, state_of_a_step
 from condrl.training.trainer import Trainer
 

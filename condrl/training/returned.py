@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from condrl.algorithms.base import Collected
-from condrl.algorithms.examples import Examples
+from condrl.algorithms.examples import Examples, Metrics
 from condrl.diffusion.model import Model
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout, start
@@ -197,8 +197,8 @@ def check_examples(found: Any, images: int) -> None:
             )
 
 
-def check_loss(returned: Any, pairs: int) -> Tensor:
-    """The loss that an algorithm returned for some pairs.
+def check_loss(returned: Any, pairs: int) -> tuple[Tensor, Metrics]:
+    """The loss and the metrics that an algorithm returned for some pairs.
 
     Raises: UsageError when it is not a loss of each with a gradient, and metrics.
     """
@@ -207,7 +207,7 @@ def check_loss(returned: Any, pairs: int) -> Tensor:
     loss, metrics = returned
     check_each(loss, pairs, "loss")
     check_metrics(metrics, pairs)
-    return loss
+    return loss, metrics
 
 
 def check_each(loss: Any, pairs: int, what: str) -> None:

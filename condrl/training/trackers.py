@@ -17,9 +17,9 @@ import numpy as np
 
 from condrl.config import Config
 from condrl.errors import UsageError, naming, print_main
+from condrl.io.overrides import flatten
 from condrl.processes import Processes
 from condrl.training.folder import RunFolder
-from condrl.training.host import flatten
 from condrl.training.pictures import labelled
 
 TRACKED = "condrl"  # the trackers' folder in a run's, and their project

@@ -29,12 +29,13 @@ from condrl.diffusion.path_kl import PathKL, path_kl
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Rollout, rollout
 from condrl.diffusion.transition import windowed
-from condrl.errors import RunError, Stopped, print_main
+from condrl.errors import RunError, Stopped, print_main, stopping_at
 from condrl.processes import Processes
 from condrl.prompts import Row, epoch_rows
 from condrl.rewards.scoring import Reward, Scores, first_failure, score, weighted
 from condrl.training.best import Best
 from condrl.training.checkpoint import checkpoint_files, save_checkpoint
+from condrl.training.clock import Clock
 from condrl.training.evaluate import KL_IMAGES
 from condrl.training.folder import RunFolder
 from condrl.training.learner import Learner
@@ -75,7 +76,7 @@ class Trainer:
     def fit(self) -> None:
         """Run the epochs that are left, with a checkpoint now and then, at the end, and before an early stop.
 
-        Raises: RunError when a ratio is not 1 before the first update or a reward fails; Stopped when asked to stop. If
+        Raises: RunError when a ratio is not 1 before the first update or a plugin fails; Stopped when asked to stop. If
         the epoch was long, or the processes could synchronize, there is then a checkpoint from before it.
         """
         self.processes.synchronized(self._fit)
@@ -124,25 +125,29 @@ class Trainer:
     def run_epoch(self, epoch: int, is_interruptible: bool = False) -> dict[str, Any]:
         """Roll out, score, credit, update, record; returns the line of the record.
 
-        Raises: Stopped, if it `is_interruptible`, when the run is asked to stop before the record.
+        Raises: Stopped, if it `is_interruptible`, when the run is asked to stop before the record; RunError when the
+        algorithm or the model fails.
         """
+        plugins = f"the algorithm or the model failed in epoch {epoch + 1}"
         with self.processes.interruptible(is_interruptible):
             clock = Clock()
-            experience = self.collect(epoch, clock)
+            with stopping_at(plugins):
+                experience = self.collect(epoch, clock)
             if isinstance(experience, Experience):
                 self.recorder.picture(experience, epoch, self.config.train.images_per_prompt)
                 clock.lap("picture")
-            examples = self.examples(experience, epoch)
-            clock.lap("examples")
-            if epoch < 2 and self.config.run.check_ratios and isinstance(examples, RatioExamples):
-                # every pair before the first update, then some once the LoRA is no longer zero
-                batch = self.config.train.loss_batch
-                check_ratios(examples, self.policy, batch, None if epoch == 0 else batch)
-                clock.lap("check")
-            is_measured = bool(self.heldout) and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0
-            has_budget = self.config.train.kl_budget is not None
-            kl = self.base_kl(experience) if has_budget or (is_measured and self.has_base_kl) else None
-            metrics = self.learner.update(examples, experience, epoch) | self.keep_to_budget(kl)
+            with stopping_at(plugins):
+                examples = self.examples(experience, epoch)
+                clock.lap("examples")
+                if epoch < 2 and self.config.run.check_ratios and isinstance(examples, RatioExamples):
+                    # every pair before the first update, then some once the LoRA is no longer zero
+                    batch = self.config.train.loss_batch
+                    check_ratios(examples, self.policy, batch, None if epoch == 0 else batch)
+                    clock.lap("check")
+                is_measured = bool(self.heldout) and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0
+                has_budget = self.config.train.kl_budget is not None
+                kl = self.base_kl(experience) if has_budget or (is_measured and self.has_base_kl) else None
+                metrics = self.learner.update(examples, experience, epoch) | self.keep_to_budget(kl)
             clock.lap("update")
             if self.heldout and is_measured:
                 metrics |= self.heldout()
@@ -236,30 +241,27 @@ class Trainer:
 
     @property
     def has_base_kl(self) -> bool:
-        """Whether the policy that is rolled out has a path KL to the base model."""
-        sampler, algorithm = self.sampler, self.algorithm
-        on_policy = algorithm.uses_rewards and not algorithm.off_policy
-        return on_policy and sampler.is_markov and bool(sampler.stochastic.any())
+        """Whether the policy has a path KL to the base model."""
+        return self.sampler.is_markov and bool(self.sampler.stochastic.any())
 
-    def base_kl(self, experience: Collected) -> float | None:
-        """The path KL of the rolled-out policy to the base model, over a few images; None without a roll-out."""
-        if not isinstance(experience, Experience):
-            return None
+    def base_kl(self, experience: Collected) -> float:
+        """The path KL of the policy to the base model, over a few images."""
         indices, kl = experience.indices, torch.zeros((), dtype=torch.float64)
         own = min(indices.stop, KL_IMAGES) - indices.start
         if own > 0:
-            some = self.path_kl(experience.rollout.first(own), indices[:own])
-            kl = some.kl.sum(dtype=torch.float64).cpu()
+            kl = self.path_kl(experience, own).kl.sum(dtype=torch.float64).cpu()
         return self.processes.sum(kl).item() / min(experience.total, KL_IMAGES)
 
-    def path_kl(self, some: Rollout, indices: range) -> PathKL:
-        """Of some of an epoch's images, or, where a window has left noise out, of others with all of it."""
+    def path_kl(self, experience: Collected, own: int) -> PathKL:
+        """Of an epoch's first images, or of others where those are not the policy's, or a window left noise out."""
         batch = self.config.train.rollout_batch
-        if self.config.train.window is None:
-            return path_kl(self.policy, some, batch)
+        is_whole = self.config.train.window is None and not self.algorithm.off_policy
+        if is_whole and isinstance(experience, Experience):
+            return path_kl(self.policy, experience.rollout.first(own), batch)
         whole = Policy(self.policy.model, self.sampler)
-        noise = self.noise(self.epoch, "path KL", indices)
-        return path_kl(whole, rollout(whole, some.condition, noise, batch), batch)
+        condition = whole.model.encode([row.prompt for row in experience.rows[:own]])
+        noise = self.noise(self.epoch, "path KL", experience.indices[:own])
+        return path_kl(whole, rollout(whole, condition, noise, batch), batch)
 
     def keep_to_budget(self, kl: float | None) -> dict[str, float]:
         """End a run that exceeds `train.kl_budget`, or adapt kappa; returns what to record."""
@@ -293,8 +295,9 @@ class Trainer:
             raise RunError(failures[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next epoch depends on. Draws are functions of seed and epoch; torch's own state is for
-        plugins that use it.
+        """Everything that the next epoch depends on.
+
+        Draws are functions of seed and epoch; torch's own state is for plugins that use it.
         """
         return {
             "epoch": self.epoch,
@@ -362,13 +365,10 @@ class Trainer:
         """Whether a reward is served elsewhere: then even a quick epoch may become a long one."""
         return any(hasattr(reward.call, "errors") for reward in self.rewards)
 
-    def seed(self, epoch: int, phase: str) -> str:
-        """What randomness is a function of."""
-        return f"{self.config.run.seed} {epoch} {phase}"
-
     def noise(self, epoch: int, phase: str, indices: range, same_start: bool = False) -> Noise:
-        """Randomness of the images at some indices of an epoch."""
-        return Noise(self.seed(epoch, phase), indices, self.config.train.images_per_prompt, same_start)
+        """Randomness of the images at some indices, a function of the run's seed, the epoch and the phase."""
+        seed = f"{self.config.run.seed} {epoch} {phase}"
+        return Noise(seed, indices, self.config.train.images_per_prompt, same_start)
 
 
 def inverse_spread(values: Tensor) -> float:
@@ -391,17 +391,3 @@ def progress(lines: Sequence[dict[str, Any]], images_per_second: float) -> dict[
         if (kl := line.get("base_kl", line.get("path_kl"))) is not None:
             found["KL"] = kl
     return {name: f"{value:.3g}" for name, value in found.items()} | {"images/s": f"{images_per_second:.1f}"}
-
-
-class Clock:
-    """Seconds of each phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now

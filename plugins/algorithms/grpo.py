@@ -10,7 +10,7 @@ from torch import Tensor
 import condrl
 from condrl.algorithms.credit import group_advantages
 from condrl.algorithms.examples import Metrics
-from condrl.algorithms.policy_gradient import ClippedPolicyGradient, Steps, clipped
+from condrl.algorithms.policy_gradient import MAX_LOG_RATIO, ClippedPolicyGradient, Steps, clipped
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.transition import Transition
 
@@ -45,5 +45,6 @@ class GRPO(ClippedPolicyGradient):
         log_ratio = transition.log_prob(batch.next_x) - batch.old_log_prob
         loss, metrics = clipped(log_ratio / dimensions, batch.advantage, self.clip_range)
         with torch.no_grad():
-            metrics["approx_kl"] = (torch.expm1(log_ratio.clamp(max=20)) - log_ratio).float().mean()  # nats per step
+            gained = torch.expm1(log_ratio.clamp(max=MAX_LOG_RATIO))
+            metrics["approx_kl"] = (gained - log_ratio).float().mean()  # nats per step
         return dimensions * loss, metrics

@@ -12,7 +12,7 @@ from condrl.algorithms.needs import Need, Setting, one_pass, trained_steps
 from condrl.algorithms.policy_gradient import PolicyGradient, Steps
 from condrl.config import TrainConfig
 from condrl.diffusion.noise import Noise
-from condrl.diffusion.policy import Policy
+from condrl.diffusion.policy import Policy, trained_weights
 from condrl.diffusion.rollout import rollout
 from condrl.diffusion.transition import Transition
 from condrl.prompts import Row
@@ -55,7 +55,7 @@ class REINFORCE(PolicyGradient):
             return super().examples(policy, experience, train, noise)
         r, trained = experience.rollout, trained_steps(policy.sampler, train)
         advantages = experience.credit(self.advantages, experience.scores.total)
-        weights = trained_weights(policy)
+        weights = trained_weights(policy.model.module)
         (-advantages * r.log_probs[trained].float()).sum().backward()
         gradient = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
         for weight in weights:
@@ -68,15 +68,12 @@ class REINFORCE(PolicyGradient):
     def loss(self, policy: Policy, batch: Steps | Differentiated) -> tuple[Tensor, Metrics]:
         if isinstance(batch, Steps):
             return super().loss(policy, batch)
-        along = torch.stack([(w * g).sum() for w, g in zip(trained_weights(policy), batch.gradient, strict=True)]).sum()
+        weights = trained_weights(policy.model.module)
+        along = torch.stack([(w * g).sum() for w, g in zip(weights, batch.gradient, strict=True)]).sum()
         return ((along - along.detach()) / batch.pairs).expand(batch.count), {}
 
     def surrogate(self, policy: Policy, transition: Transition, batch: Steps) -> tuple[Tensor, Metrics]:
         return -batch.advantage * (transition.log_prob(batch.next_x) - batch.old_log_prob).float(), {}
-
-
-def trained_weights(policy: Policy) -> list[torch.nn.Parameter]:
-    return [weight for weight in policy.model.module.parameters() if weight.requires_grad]
 
 
 def one_update(setting: Setting) -> None:

@@ -73,6 +73,8 @@ class Flux(FlowModel):
         """Raises: UsageError on a size that no latents have, and on a guidance that the network is not told."""
         super().check_size()
         network: Any = self.module
+        if self.told_guidance is not None and self.told_guidance < 0:
+            raise condrl.UsageError(f"config model.told_guidance: must be at least 0, got {self.told_guidance:g}")
         if self.told_guidance is not None and not network.config.guidance_embeds:
             raise condrl.UsageError(
                 "config model.told_guidance: this network is told no guidance, as FLUX.1-schnell: leave it out"

@@ -60,25 +60,16 @@ from condrl.toys.exact import means_of, solve
 from condrl.toys.oracle import Line
 from condrl.training.build import make_sampler, make_trainer
 from condrl.training.checks import transfer as transfer_factor
+from condrl.training.clock import Clock, seconds
 from condrl.training.host import peak_memory_gb, provenance
 from condrl.training.preflight import attempt
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.trainer import Trainer
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
 def quickstart_trainer(config: Config, prompts: int | None = None) -> Trainer:
     return make_trainer(config, load_prompts(config.prompts.train, "prompts.train")[:prompts])
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
 
 
 # ---------------------------------------------------------------------------------------------- overhead
@@ -168,7 +159,7 @@ def bare(trainer: Trainer, count: int, batch: int, train: bool, dtype: torch.dty
     x = torch.randn(batch, *model.state_shape, device=model.device).to(model.torch_dtype)
     x = x.contiguous(memory_format=model.layout)
     t = torch.randint(0, 1000, (batch,), device=model.device)
-    embedded = model.embeddings(torch.zeros(batch, dtype=torch.long))
+    (embedded,) = model.embeddings(torch.zeros(batch, dtype=torch.long))
     rounded = torch.autocast(model.device.type, dtype, enabled=dtype is not None)
     with torch.set_grad_enabled(train), rounded:
         for start in range(0, count, batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.shapes import scenes
 from condrl.training.build import make_trainer
+from condrl.training.clock import Clock
 from condrl.training.evaluate import paired_difference
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.trainer import Trainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXACT, GRADED = "shapes_exact", "shapes"
@@ -35,10 +38,19 @@ DEPLOYED = {  # what is measured of the recipes of a folder: images by DDPM's st
 
 
 class Work:
-    """Counts network calls of one image: 1 for a forward pass, 3 for one with its backward pass."""
+    """Counts network calls of one image, 1 for a forward pass, 3 for one with its backward pass, and scored samples."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.calls = self.units = 0
+        self.calls = self.units = self.queries = 0
+        first, *others = trainer.rewards  # all are asked alike
+        ask = first.call
+
+        @functools.wraps(ask)
+        def asked(samples: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+            self.queries += len(samples)
+            return ask(samples, *rest, **more)
+
+        trainer.rewards = [replace(first, call=asked), *others]
         model: Any = trainer.policy.model
         predict = model.predict
 
@@ -125,6 +137,7 @@ def summary(
         "gain": statistics.mean(gains),
         "lowest": min(row[EXACT]["difference"]["ci95"][0] for row in found),
         "work_per_image": work.units / config.images_per_epoch,
+        "queries_per_image": work.queries / config.images_per_epoch,
         "seeds": found,
     }
 
@@ -132,13 +145,13 @@ def summary(
 def seed_row(run: Path, work: Work) -> dict[str, Any]:
     result, evaluation = (read(run / name) for name in ("result.json", "evaluation/evaluation.json"))
     lines = [from_json(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    heldout = evaluation["evaluations"][0]["heldout"]
+    found, explained = evaluation["evaluations"][0], explained_variance(lines)
     return {
-        EXACT: heldout[EXACT],
-        GRADED: heldout[GRADED],
+        EXACT: found["heldout"][EXACT],
+        GRADED: found["heldout"][GRADED],
         "kinds": by_kind(run / "evaluation" / "evaluation.jsonl"),
-        "diversity": evaluation["evaluations"][0]["diversity"],
-        "path_kl": next((line["base_kl"] for line in reversed(lines) if "base_kl" in line), None),
+        "diversity": found["diversity"],
+        "path_kl": next((line["base_kl"] for line in reversed(lines) if "base_kl" in line), found.get("path_kl")),
         "images": result["images"],
         "calls": work.calls * len(lines),
         "work": work.units * len(lines),
@@ -147,13 +160,20 @@ def seed_row(run: Path, work: Work) -> dict[str, Any]:
         "curve": (curve := learning_curve(lines, result["before"], work.units)),
         "cost": {f"+{gain:g}": cost(curve, gain) for gain in GAINS},
         "diagnosis": sorted({name for line in lines for name in line["diagnosis"]}),
+        **({"value_explains": explained} if explained else {}),
     }
+
+
+def explained_variance(lines: list[dict[str, Any]]) -> list[float]:
+    """What a value network explained of the returns from each step, at the end of a run; empty without one."""
+    names = [name for name in lines[-1] if name.startswith("value_explains/step_")]
+    return [statistics.mean(line[name] for line in lines[-10:]) for name in names]
 
 
 KINDS = ("1 object", "2 objects", "3 objects", "relation")
 HEAD = (
     "recipe | exact, mean | by seed | graded | 1 object | 2 | 3 | relation | best | to +.05 | to +.10 "
-    "| KL | diversity | images | work | s | GB | diagnosis"
+    "| KL | diversity | images | queries | work | s | GB | diagnosis"
 )
 
 
@@ -190,6 +210,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         "-" if kl is None else f"{kl:.0f}",
         f"{mean(lambda seed: seed['diversity']['tuned']['mean'] / seed['diversity']['base']['mean']):.2f}",
         f"{seeds[0]['images']:,}",
+        f"{seeds[0]['images'] * row['queries_per_image']:,.0f}",
         f"{seeds[0]['work'] / 1000:.0f}k",
         f"{mean(lambda seed: seed['seconds']):,.0f}",
         f"{mean(lambda seed: seed['peak_memory_gb']):.1f}",
@@ -251,20 +272,27 @@ def signal(_: Config, args: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as scratch:
             found = signal_to_noise(recipe, [*args.words, f"run.dir={scratch}"], args.repeats)
         rows.append({"recipe": recipe.stem, **found})
-        an_epoch = f"{found['ratio']:.4f} +- {found['error']:.4f} an epoch"
+        an_epoch = f"{found['ratio']:.4f} +- {found['error']:.4f} an epoch of {found['images']} images"
+        scale = f"{found['noise_scale']:,.0f}" if found["ratio"] > 0 else "unknown"
         per_work = 1e5 * found["ratio"] / found["work"]
-        print(f"{recipe.stem:<20} {an_epoch}, {per_work:.2f} per 100,000 of work", flush=True)
+        print(f"{recipe.stem:<20} {an_epoch}, noise scale {scale}, {per_work:.2f} per 100,000 of work", flush=True)
     return rows
 
 
 def signal_to_noise(recipe: Path, words: Iterable[str], epochs: int) -> dict[str, float]:
-    """From the inner products of the gradients of independent epochs, all at the same weights."""
+    """From the inner products of the gradients of independent epochs, all at the same weights.
+
+    The noise scale is the number of images whose mean gradient is half noise: tr Cov / |E|^2 of one image's (McCandlish
+    et al. 2018).
+    """
     config = load_config([str(recipe), *words])
     trainer = make_trainer(config, load_prompts(config.prompts.train, "prompts.train"))
     work = Work(trainer)
     gradients = torch.stack([gradient(trainer, epoch) for epoch in range(epochs)])
     ratio, error = ratio_of(gradients)
-    return {"ratio": ratio, "error": error, "work": work.units / epochs, "epochs": epochs}
+    images = config.images_per_epoch
+    found = {"ratio": ratio, "error": error, "work": work.units / epochs, "epochs": epochs, "images": images}
+    return found | {"noise_scale": images / ratio}
 
 
 def ratio_of(gradients: torch.Tensor) -> tuple[float, float]:

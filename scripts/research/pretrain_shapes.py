@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from condrl.diffusion.schedule import shifted
+from condrl.diffusion.schedulers import shifted
 from condrl.models.saving import edit_json, save_pipeline
 from condrl.shapes import scenes
 from condrl.shapes.networks import (

@@ -11,7 +11,7 @@ from condrl.diffusion.path_kl import path_kl
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout
 from condrl.training.build import make
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 NAMES = ["reinforce", "ddpo", "dpok", "grpo"]  # grpo has a scale and a clip of its own
 PLAIN = {"kappa": 0.0, "normalise": False, "leave_one_out": False, "advantage_clip": 5.0}
@@ -283,6 +283,17 @@ def test_with_a_window_the_path_kl_is_of_the_whole_chain(tmp_path):
     each = path_kl(whole, many, 8000).kl.sum(0)
     assert found == pytest.approx(each.mean().item(), abs=4 * each.std().item() / 16**0.5)
     assert path_kl(trainer.policy, experience.rollout, 16).kl.sum(0).mean() < 0.6 * found
+
+
+def test_the_path_kl_is_that_of_the_policy_whoever_rolls_out(tmp_path):
+    """rwr learns from the pretrained model's images: those have moved nowhere, and the policy has."""
+    trainer = trainer_of(tmp_path, algorithm={"name": "rwr"}, sampler={"eta": 0.7})
+    move(trainer)
+    experience = trainer.collect(0, Clock())
+    many = rollout(trainer.policy, experience.rollout.condition.repeat(500), torch.Generator().manual_seed(0), 8000)
+    each = path_kl(trainer.policy, many, 8000).kl.sum(0)
+    assert trainer.base_kl(experience) == pytest.approx(each.mean().item(), abs=4 * each.std().item() / 16**0.5)
+    assert trainer.base_kl(experience) > 0.1
 
 
 def test_images_of_a_prompt_can_start_from_the_same_noise(tmp_path):

@@ -148,7 +148,7 @@ def test_attention_has_the_operations_that_torch_counts():
 
 def test_the_peak_is_of_the_fastest_product(monkeypatch):
     times = iter([3.0, 0.5, *[2.0] * 8])
-    monkeypatch.setattr(command, "seconds", lambda work: next(times))
+    monkeypatch.setattr("condrl.training.clock.seconds", lambda work: next(times))
     assert peak_flops(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.5
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from drawing import perturb
 from helpers import ROOT, run_python
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -233,6 +234,18 @@ def test_a_file_of_another_program_is_converted(run, pipeline, tmp_path):
     assert mine.keys() == theirs.keys()
     assert all(torch.allclose(mine[key], theirs[key]) for key in mine)
     assert not (tmp_path / "out" / "README.md").exists()
+
+
+@pytest.mark.parametrize("targets", [("conv1", "ff.net.2"), ("to_q",)])
+def test_a_file_is_converted_whatever_modules_it_has(targets, pipeline, tmp_path, capsys):
+    model = StableDiffusion(torch.device("cpu"), path=str(pipeline), lora_rank=2, lora_targets=targets)
+    perturb(model)
+    model.save_adapter(tmp_path / "lora")
+    words = (tmp_path / "lora", f"model.path={pipeline}", "--to", "diffusers", "--out", tmp_path / "out")
+    assert export(*words) == 0, capsys.readouterr().err
+    mine, theirs = load_file(tmp_path / "out" / LORA_FILE), load_file(tmp_path / "lora" / LORA_FILE)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.allclose(mine[key], theirs[key]) for key in mine)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ import torch
 from helpers import ROOT
 from PIL import Image
 
-from condrl.commands import serve
 from condrl.io.records import from_json
 from condrl.prompts import Row
+from condrl.rewards import server as server_module
 from condrl.rewards.client import Client
 from condrl.rewards.scoring import Reward, make_reward
+from condrl.rewards.server import Queue, Server
 from condrl.rewards.wire import pack, unpack
 
 ROW = Row(0, "a red star")
@@ -36,16 +37,16 @@ def first(samples, prompts):
 @contextmanager
 def serving(call=first, token=None, **constants):
     """A server within this process, with some constants of its module set; yields its port, and the server."""
-    before = {name: getattr(serve, name) for name in constants}
-    vars(serve).update(constants)
-    server = serve.Server(("127.0.0.1", 0), Reward("test", 1.0, call), token, torch.device("cpu"))
+    before = {name: getattr(server_module, name) for name in constants}
+    vars(server_module).update(constants)
+    server = Server(("127.0.0.1", 0), Reward("test", 1.0, call), token, torch.device("cpu"))
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     try:
         yield server.server_port, server
     finally:
         server.shutdown()
         server.server_close()
-        vars(serve).update(before)
+        vars(server_module).update(before)
 
 
 def exchange(port, *parts, pause=0.0):
@@ -242,7 +243,7 @@ def test_a_full_queue_says_when_to_come_again():
 
 
 def test_bodies_are_held_up_to_a_bound_together():
-    queue = serve.Queue()
+    queue = Queue()
     assert [queue.enter(2**28), queue.enter(2**28), queue.enter(1)] == [True, True, False]
     queue.leave(2**28)
     assert queue.enter(1)

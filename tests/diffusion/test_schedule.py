@@ -6,16 +6,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from condrl import UsageError
-from condrl.diffusion.schedule import (
-    VP_SCHEDULERS,
-    FlowSchedule,
-    epsilon_from_v,
-    flow_from_diffusers,
-    schedule_from_diffusers,
-    score_from_epsilon,
-    score_from_x0,
-    x0_from_score,
-)
+from condrl.diffusion.schedule import epsilon_from_v, score_from_epsilon, score_from_x0, x0_from_score
+from condrl.diffusion.schedulers import VP_SCHEDULERS, FlowSchedule, flow_from_diffusers, schedule_from_diffusers
 
 SD15 = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

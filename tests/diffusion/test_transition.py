@@ -5,7 +5,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from condrl import UsageError
 from condrl.diffusion.noise import randn
-from condrl.diffusion.schedule import schedule_from_diffusers
+from condrl.diffusion.schedulers import schedule_from_diffusers
 from condrl.diffusion.transition import Gaussian
 from condrl.registry import sampler
 from condrl.training.build import make_sampler

@@ -17,7 +17,7 @@ from condrl.plugins.models.sd3 import SD3
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import Row
 from condrl.training.build import make_trainer
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 FAMILIES = {"unet": (StableDiffusion, tiny_pipeline), "sd3": (SD3, sd3_pipeline), "flux": (Flux, flux_pipeline)}
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"

@@ -22,8 +22,8 @@ from condrl.plugins.models.sdxl import SDXL
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import Row
 from condrl.training.build import make_sampler, make_trainer
+from condrl.training.clock import Clock
 from condrl.training.preflight import attempt
-from condrl.training.trainer import Clock
 
 FAMILIES = {
     "unet": (StableDiffusion, tiny_pipeline),

@@ -31,7 +31,7 @@ from condrl.report.run import read_run
 from condrl.report.usage import diffusers_code
 from condrl.rewards.pixels import from_pil
 from condrl.training.build import make_sampler, make_trainer
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 SIZE = {"height": 24, "width": 16}
 ODE = {"name": "ddim", "steps": 5, "spacing": None, "eta": 0.0}
@@ -169,6 +169,8 @@ def test_the_network_of_flux_is_told_a_guidance_scale(folders, tmp_path):
     torch.testing.assert_close(ours(model_of("flux", schnell)), expected, atol=1e-5, rtol=0)
     with pytest.raises(UsageError, match=r"model\.told_guidance: this network is told no guidance"):
         model_of("flux", schnell, told_guidance=3.5)
+    with pytest.raises(UsageError, match=r"config model\.told_guidance: must be at least 0, got -3"):
+        model_of("flux", folders["flux"], told_guidance=-3.0)
 
 
 def test_a_step_is_that_of_diffusers(name, folder):
@@ -702,6 +704,7 @@ REFUSED = {
     r"tokenizer_2 has no vocabulary": lambda copy: (
         shutil.rmtree(copy / "tokenizer_2") or (copy / "tokenizer_2").mkdir()
     ),
+    r"/tokenizer has no vocabulary": lambda copy: shutil.rmtree(copy / "tokenizer"),
 }
 
 
@@ -744,6 +747,15 @@ def test_parts_that_a_family_needs_may_not_be_left_out(part, name, folder, tmp_p
     changed(copy / "model_index.json", **{part: [None, None]})
     with pytest.raises(UsageError, match=f"the {part} of .* is None of None"):
         model_of(name, copy)
+
+
+@pytest.mark.parametrize(("left", "other"), [("text_encoder_3", "tokenizer_3"), ("tokenizer_3", "text_encoder_3")])
+def test_t5_is_left_out_with_its_tokenizer_or_not_at_all(left, other, folders, tmp_path):
+    copy = copied(folders["sd3"], tmp_path)
+    changed(copy / "model_index.json", **{left: [None, None]})
+    with pytest.raises(UsageError, match=f"has a {other} and no {left}: its model_index.json should have both"):
+        model_of("sd3", copy)
+    assert model_of("sd3", copy, t5=False).pipe.text_encoder_3 is None
 
 
 def test_code_in_a_folder_does_not_run(name, folder, tmp_path, monkeypatch):

@@ -94,14 +94,18 @@ def test_text_encoders_are_let_go_when_every_prompt_is_read(pipeline):
     gc.collect()
     assert encoder() is None
     assert torch.equal(pictures(model, PROMPTS, SEEDS), before)
-    with pytest.raises(UsageError, match="release_encoders: the prompt 'a later one' came when the text encoders had been"):
+    with pytest.raises(
+        UsageError, match="release_encoders: the prompt 'a later one' came when the text encoders had been"
+    ):
         model.embeddings(model.encode(["a later one"]))
 
 
 def test_text_encoders_are_kept_where_there_is_no_room_for_what_they_encode(pipeline):
     model = StableDiffusion(CPU, path=str(pipeline), embeddings_gb=1e-5)
     model.encode(PROMPTS)
-    with pytest.raises(UsageError, match=r"release_encoders: 4 encoded prompts take \S+ GB, more than .*embeddings_gb=1e-05"):
+    with pytest.raises(
+        UsageError, match=r"release_encoders: 4 encoded prompts take \S+ GB, more than .*embeddings_gb=1e-05"
+    ):
         model.drop_encoders()
     assert model.pipe.text_encoder is not None
 

@@ -14,10 +14,11 @@ from condrl.loading import load_config
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
+from condrl.training.clock import Clock
 from condrl.training.diagnose import diagnose, spread_metrics
 from condrl.training.evaluate import Estimate, Evaluation
 from condrl.training.measure import flat
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.trainer import Trainer
 
 SMALL = ["train.images_per_prompt=64", "train.rollout_batch=64", "sampler.steps=8", "model.knots=8"]
 
@@ -256,7 +257,11 @@ HEALTHY = {
         validation__x_ci95=lambda e: 0.04,
     ),
     "prompts by chance, as others show": course(
-        120, reward__total=rises_and_falls, reward__x=rises_and_falls, heldout__x=lambda e: 0.5, heldout__x_ci95=lambda e: 0.04
+        120,
+        reward__total=rises_and_falls,
+        reward__x=rises_and_falls,
+        heldout__x=lambda e: 0.5,
+        heldout__x_ci95=lambda e: 0.04,
     ),
     "a window that moves": course(40, window=lambda e: e % 8, diversity=lambda e: 0.7 * 0.7 ** (e % 8)),
     "held-out within its interval": course(60, heldout__x=lambda e: 0.5 - 0.0004 * e, heldout__x_ci95=lambda e: 0.03),

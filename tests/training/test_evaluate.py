@@ -19,7 +19,7 @@ from condrl.toys import reference
 from condrl.training.build import make_policy, make_sampler
 from condrl.training.evaluate import Diversity, estimate, evaluate, paired, paired_difference, verdict
 from condrl.training.folder import RunFolder
-from condrl.training.pictures import grid, labelled, save_comparison
+from condrl.training.pictures import LABEL_HEIGHT, grid, labelled, save_comparison
 
 ROWS = [Row(0, "a red star"), Row(1, "a blue circle"), Row(2, "a red star")]
 
@@ -105,7 +105,7 @@ def test_pictures_hold_the_images(tmp_path):
     sheet = grid([labelled(to_pil(image), "x") for image in images], columns=2)
     assert sheet.getpixel((10, 10)) == (0, 0, 0)
     assert sheet.getpixel((6 + 192 + 6 + 10, 10)) == (255, 255, 255)
-    assert sheet.getpixel((10, 6 + 192 + 40 + 6 + 10)) == (128, 128, 128)
+    assert sheet.getpixel((10, 6 + 192 + LABEL_HEIGHT + 6 + 10)) == (128, 128, 128)
     save_comparison(tmp_path / "x" / "c.png", images[:2], images[2:], ["a", "b"])
     assert (tmp_path / "x" / "c.png").stat().st_size > 100
 

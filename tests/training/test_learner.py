@@ -12,7 +12,7 @@ import condrl
 from condrl import RunError
 from condrl.diffusion.schedule import OU
 from condrl.prompts import Row
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 
 def by_hand(trainer, before, rates, epochs, clip, betas, decay, factor, extra=0, own=()):

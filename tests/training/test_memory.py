@@ -12,9 +12,9 @@ from condrl.loading import load_config
 from condrl.models.lora import lora_layers
 from condrl.prompts import load_prompts
 from condrl.training.build import make_trainer
+from condrl.training.clock import Clock
 from condrl.training.memory import Growth, LiveBytes, Needs, PeakClock, in_parts, largest
 from condrl.training.preflight import attempt
-from condrl.training.trainer import Clock
 
 MB = 2**20
 KEPT = "shapes/reinforce algorithm.keep_graph=true train.updates_per_epoch=1"

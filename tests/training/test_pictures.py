@@ -67,6 +67,16 @@ def test_a_label_that_is_too_long_is_cut_visibly():
     assert not np.array_equal(np.array(cut), np.array(short))
 
 
+def test_scores_stand_before_the_labels(tmp_path):
+    """Each picture's own, as its label would say it."""
+    base, tuned = [torch.zeros(3, 64, 64)] * 2, [torch.ones(3, 64, 64)] * 2
+    scores = [("x 0", "x 1"), ("x 0.25", "x 0.5")]
+    save_comparison(tmp_path / "x.png", base, tuned, ["a star", "a square"], scores)
+    labels = ["base, x 0: a star", "tuned, x 1: a star", "base, x 0.25: a square", "tuned, x 0.5: a square"]
+    save_grid(tmp_path / "y.png", [base[0], tuned[0], base[1], tuned[1]], labels)
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
+
+
 def test_grids_of_no_images_and_of_many_sizes(tmp_path):
     save_grid(tmp_path / "none.png", [], [])
     save_comparison(tmp_path / "none.png", [], [], [])

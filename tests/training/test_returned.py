@@ -10,7 +10,7 @@ from helpers import ROOT, toy_trainer
 from torch import Tensor, nn
 
 import condrl
-from condrl import UsageError
+from condrl import RunError, UsageError
 from condrl.algorithms.base import Algorithm, OwnNetwork
 from condrl.algorithms.examples import Examples, per_image, per_step
 from condrl.diffusion.schedule import OU
@@ -432,3 +432,36 @@ def test_the_mean_of_a_metric_is_recorded(tmp_path, monkeypatch):
     trainer = toy_trainer("erring", tmp_path / "images", "algorithm.error=a value of each image")
     line = trainer.run_epoch(0)
     assert line["share"] == pytest.approx(line["reward/total"])
+
+
+LATER = {  # what goes wrong after the trial: what loss does then, and what is said
+    "raises": (raising(KeyError("late")), "the algorithm or the model failed in epoch 2: KeyError: 'late'"),
+    "leaves": (raising(SystemExit("bye")), "failed in epoch 2: SystemExit: bye; with CONDRL_DEBUG=1"),
+    "no loss": (lambda returned: None, "the algorithm's loss should return two things"),
+    "a float": (metric("share", lambda loss: 0.5), "the algorithm's metric 'share' is a float"),
+    "a name of the run's": (metric("epoch", lambda loss: loss.mean()), "'epoch' has a name that a run records itself"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("later", LATER)
+def test_what_an_algorithm_does_wrong_after_the_trial_stops_the_run_in_a_line(later, tmp_path):
+    trainer, (change, message) = toy_trainer("rwr", tmp_path), LATER[later]
+    trainer.run_epoch(0)
+    right = trainer.algorithm.loss
+    trainer.algorithm.loss = lambda policy, batch: change(right(policy, batch))
+    with pytest.raises(RunError, match=message):
+        trainer.run_epoch(1)
+    assert len(trainer.recorder.lines) == 1
+
+
+def test_a_metric_that_is_there_now_and_then_is_its_mean_where_it_is(tmp_path):
+    trainer = toy_trainer("rwr", tmp_path)
+    right, calls = trainer.algorithm.loss, []
+
+    def loss(policy, batch):
+        calls.append(len(batch.k))
+        return right(policy, batch)[0], {"rare": torch.tensor(3.0)} if len(calls) == 1 else {}
+
+    trainer.algorithm.loss = loss
+    assert trainer.run_epoch(0)["rare"] == pytest.approx(3)
+    assert len(calls) > 1

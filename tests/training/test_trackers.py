@@ -23,9 +23,9 @@ from PIL import Image
 
 from condrl.commands import finetune
 from condrl.config import RunConfig
+from condrl.io.overrides import flatten
 from condrl.loading import load_config
 from condrl.training.folder import RunFolder
-from condrl.training.host import flatten
 from condrl.training.pictures import labelled
 from condrl.training.trackers import Trackers, import_trackio, last_steps
 

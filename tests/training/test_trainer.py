@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import importlib
 import json
 import re
 import types
@@ -24,14 +25,15 @@ from condrl.config import build_config
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import sample
-from condrl.diffusion.schedule import schedule_from_diffusers
+from condrl.diffusion.schedulers import schedule_from_diffusers
 from condrl.diffusion.transition import Gaussian
+from condrl.loading import load_config
 from condrl.models.lora import lora_layers
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward
-from condrl.training.build import make, make_sampler
+from condrl.training.build import make, make_policy, make_sampler
 from condrl.training.trainer import Trainer, progress
 
 SCHEDULE = schedule_from_diffusers(
@@ -144,24 +146,34 @@ def test_a_subset_of_steps_has_the_same_gradient_on_average(tmp_path):
     assert ((found["some"].mean(0) - found["all"][0]).abs() < 4 * error + 1e-9).all()
 
 
-def test_balanced_steps_have_gradients_of_like_noise(model):
-    """Noise z / S times the slope of the mean in the network's output, times the weight, is the same at every step."""
-    import importlib
+def score_function_sizes(policy):
+    """|d mean / d output| / S of each step: d log p / d output, per unit of the noise."""
+    x, schedule = torch.randn(1, *policy.model.state_shape, dtype=torch.float64), policy.model.schedule
+    for k in range(policy.steps):
+        output = torch.randn_like(x, requires_grad=True)
+        transition, _ = policy.sampler.step(torch.tensor([k]), x, lambda y, t, o=output: schedule.score(o, y, t))
+        noise = torch.randn_like(x)
+        (gradient,) = torch.autograd.grad(transition.log_prob(transition.sample(noise).detach()).sum(), output)
+        yield (gradient / noise).abs().mean().item()
 
+
+def test_balanced_steps_have_gradients_of_like_noise(model):
+    """The score function's size, times the weight, is the same at every step."""
     step_weights = importlib.import_module("condrl.plugins.algorithms.ddpo").step_weights
     policy = Policy(model, make_sampler({"name": "ddim", "steps": 8, "spacing": None, "eta": 1.0}, model.schedule))
     weights = step_weights(policy)
     assert weights.max() == 1
-    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
-    for k in range(8):
-        output = torch.randn(1, 4, 8, 8, dtype=torch.float64, requires_grad=True)
-        transition, _ = policy.sampler.step(torch.tensor([k]), x, lambda y, t, o=output: model.schedule.score(o, y, t))
-        noise = torch.randn(1, 4, 8, 8, dtype=torch.float64)
-        (gradient,) = torch.autograd.grad(transition.log_prob(transition.sample(noise).detach()).sum(), output)
-        size = (gradient * weights[k]).abs() / noise.abs()
-        if k == 0:
-            first = size
-        torch.testing.assert_close(size.mean(), first.mean(), rtol=1e-6, atol=0)
+    sizes = [size * weight for size, weight in zip(score_function_sizes(policy), weights.tolist(), strict=True)]
+    assert sizes == pytest.approx([sizes[0]] * 8, rel=1e-6)
+
+
+def test_the_sizes_of_score_functions(tmp_path):
+    """Of DDPO's recipe for the embedded pipeline, as docs/measured.md and docs/algorithms.md give them."""
+    config = load_config(["shapes/ddpo", f"run.dir={tmp_path}"])
+    sizes = list(score_function_sizes(make_policy(config, torch.device("cpu"))))
+    assert sizes == sorted(sizes)
+    assert [round(sizes[k], digits) for k, digits in ((0, 2), (-2, 2), (-1, 1))] == [0.1, 1.16, 11.0]
+    assert config.train.steps == list(range(9))
 
 
 def test_learning_rate_warms_up_and_falls_linearly(tmp_path):

@@ -19,7 +19,8 @@ from condrl.toys.exact import Problem, solve
 from condrl.toys.reference import monte_carlo_value
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.clock import Clock
+from condrl.training.trainer import Trainer
 
 TOYS = ROOT / "configs" / "toy"
 FAMILY = ["reinforce", "ddpo", "dpok", "grpo", "ctrl"]

@@ -18,7 +18,7 @@ from condrl.diffusion.schedule import OU, VP, RectifiedFlow
 from condrl.loading import load_config
 from condrl.prompts import Row
 from condrl.training.build import make_trainer
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 PLAIN = {
     "kappa": 0.6,

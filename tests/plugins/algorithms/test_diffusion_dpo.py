@@ -19,7 +19,7 @@ from condrl.prompts import load_prompts
 from condrl.rewards.pixels import to_pil
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 G1 = [str(ROOT / "configs" / "toy" / "g1.yaml"), "algorithm.name=diffusion_dpo", "rewards.quadratic=null"]
 G1 += ["train.prompts_per_epoch=512", "train.images_per_prompt=1", "train.rollout_batch=512", "algorithm.draws=24"]

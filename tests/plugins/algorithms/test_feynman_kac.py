@@ -14,7 +14,7 @@ from condrl.toys import oracle
 from condrl.toys.exact import solve
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 OWN = {"name": "feynman_kac", "kappa": 0.4}
 

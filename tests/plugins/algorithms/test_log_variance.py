@@ -12,7 +12,7 @@ from condrl.toys import reference
 from condrl.toys.exact import solve
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 G1 = [str(ROOT / "configs" / "toy" / "g1.yaml"), "algorithm.name=log_variance", "algorithm.kappa=0.5"]
 LINEAR = ["rewards.quadratic.curvature=[0]", "sampler.steps=12", "model.knots=12"]

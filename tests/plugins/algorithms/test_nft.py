@@ -17,8 +17,8 @@ from condrl.rewards.scoring import score
 from condrl.toys.exact import solve
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
+from condrl.training.clock import Clock
 from condrl.training.resume import find_checkpoint
-from condrl.training.trainer import Clock
 
 PLAIN = {"temperature": 3.0, "draws": 3, "times": (0.1, 0.97), "normalise": False, "adaptive": False}
 CASES = [

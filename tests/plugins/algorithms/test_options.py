@@ -11,7 +11,7 @@ from condrl import registry
 from condrl.algorithms.needs import one_pass
 from condrl.config import EvaluateConfig, TrainConfig
 from condrl.prompts import Row
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 POLICY_GRADIENT = {
     "kappa": 0.5,

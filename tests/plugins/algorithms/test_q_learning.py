@@ -20,7 +20,8 @@ from condrl.toys.datasets import make_dataset, ratio_score
 from condrl.toys.divergence import knn_kl
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
-from condrl.training.trainer import Clock, Trainer
+from condrl.training.clock import Clock
+from condrl.training.trainer import Trainer
 
 KAPPA, TEMPERATURE, LINEAR, CURVATURE = 0.5, 1.0, 0.9, 0.6
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from chains import SCHEDULE, Shaped, an_epoch, at, move, trainer_of, transition
 
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 POINTS = [(1,), (2,)]
 PLAIN = {"name": "q_learning", "score": "pretrained", "beta": 1.5, "temperature": 0.7, "rule": "loss"}

@@ -6,7 +6,7 @@ from chains import SHAPES, move, trainer_of
 
 import condrl
 from condrl.commands import finetune
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 CASES = [
     {},

@@ -15,7 +15,7 @@ from condrl.prompts import load_prompts
 from condrl.toys.exact import solve
 from condrl.training.build import make_trainer
 from condrl.training.checks import check_combination
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 
 def toy(problem, folder, *words):

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from drawing import CPU, DDIM, PROMPTS, SEEDS, diffusers_pictures, perturb, pictures
 from helpers import ROOT
 from safetensors.torch import load_file, save_file
@@ -25,7 +31,7 @@ from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.prompts import Row
 from condrl.rewards.pixels import to_pil
 from condrl.training.build import make_sampler, make_trainer
-from condrl.training.trainer import Clock
+from condrl.training.clock import Clock
 
 
 @pytest.mark.parametrize("which", ["pipeline", "v_pipeline"])
@@ -179,6 +185,13 @@ def test_bad_paths_and_options_are_one_line(pipeline, monkeypatch):
         r"model\.path: there is no file or folder asset:circles": {"path": "asset:circles"},
         "to_qq": {"lora_targets": ("to_qq",)},
         r"model\.lora_targets: it is empty": {"lora_targets": ()},
+        r"model\.lora_targets: 'norm1' is .*norm1, a \w+Norm, which gets no LoRA": {"lora_targets": ("norm1",)},
+        r"model\.lora_targets: 'attn1' is .*attn1, a Attention, which gets no": {"lora_targets": ("attn1",)},
+        r"model\.lora_targets: '' is the network": {"lora_targets": ("",)},
+        r"model\.revision: has no effect on a folder": {"revision": "main"},
+        r"model\.single_file_config: has no effect on a folder": {"single_file_config": "nowhere"},
+        r"model\.single_file_config: has no effect on a hub id": {"path": "a/b", "single_file_config": "nowhere"},
+        r"model\.variant: has no effect on a file": {"path": __file__, "variant": "fp16"},
         r"model\.guidance.*at least 1.*got -3": {"guidance": -3.0},
         r"model\.guidance.*got 0\.5": {"guidance": 0.5},
         r"model\.guidance.*got nan": {"guidance": float("nan")},
@@ -555,6 +568,17 @@ def test_damaged_configs_are_named(file, text, why, pipeline, tmp_path):
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize("is_single", [False, True])
+def test_no_vocabulary_is_invented(is_single, pipeline, tmp_path):
+    from single_file import write_single_file
+
+    folder = copied(pipeline, tmp_path)
+    shutil.rmtree(folder / "tokenizer")
+    path = write_single_file(pipeline, tmp_path / "model.safetensors") if is_single else folder
+    with pytest.raises(UsageError, match=rf"^config model\.path: {folder}/tokenizer has no vocabulary"):
+        load_pipeline(StableDiffusion.family, str(path), None, str(folder) if is_single else None, torch.float32)
+
+
 def test_a_variant_is_loaded(pipeline, tmp_path):
     folder = copied(pipeline, tmp_path)
     for part in ("unet", "vae", "text_encoder"):
@@ -656,6 +680,35 @@ def test_unets_that_want_something_else_are_refused(config, match, pipeline, tmp
     before = UNet2DConditionModel.load_config(folder, subfolder="unet")
     UNet2DConditionModel.from_config({**before, **config}).save_pretrained(folder / "unet")
     with pytest.raises(UsageError, match=rf"^config model\.path: .*{match}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "match"),
+    [
+        ("unet/config.json", {"sample_size": -8}, "a UNet with sample_size=-8"),
+        ("unet/config.json", {"sample_size": None}, "a UNet with sample_size=None"),
+        ("unet/config.json", {"sample_size": [8]}, r"a UNet with sample_size=\[8\]"),
+        ("vae/config.json", {"scaling_factor": None}, "a VAE with scaling_factor=None"),
+        ("vae/config.json", {"scaling_factor": 0}, "a VAE with scaling_factor=0"),
+        ("vae/config.json", {"shift_factor": "x"}, "a VAE with scaling_factor=0.18215 and shift_factor='x'"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": None}, "a tokenizer without a pad_token"),
+    ],
+)
+def test_configs_that_could_not_be_used_are_named(file, change, match, pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    before = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**before, **change}))
+    with pytest.raises(UsageError, match=rf"^config model\.path: .* has {match}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["in_channels", "out_channels"])
+def test_a_vae_of_other_images_is_refused(name, pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    before = AutoencoderKL.load_config(folder, subfolder="vae")
+    AutoencoderKL.from_config({**before, name: 4}).save_pretrained(folder / "vae")
+    with pytest.raises(UsageError, match=f"has a VAE with {name}=4 where images have 3"):
         load(folder)
 
 

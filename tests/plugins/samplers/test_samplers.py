@@ -14,15 +14,8 @@ from condrl import UsageError
 from condrl.diffusion.noise import randn
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import Place, advance, rollout
-from condrl.diffusion.schedule import (
-    OU,
-    VP,
-    FlowSchedule,
-    RectifiedFlow,
-    Schedule,
-    flow_from_diffusers,
-    schedule_from_diffusers,
-)
+from condrl.diffusion.schedule import OU, VP, RectifiedFlow, Schedule
+from condrl.diffusion.schedulers import FlowSchedule, flow_from_diffusers, schedule_from_diffusers
 from condrl.diffusion.transition import Coefficients, Sampler
 from condrl.loading import load_config
 from condrl.plugins.models.mixture import Mixture
