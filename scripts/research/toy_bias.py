@@ -22,7 +22,7 @@ from torch import Tensor
 from condrl.toys import oracle
 from condrl.toys.exact import Case, Problem, solve
 
-KAPPA, STEPS, CELLS = 0.5, 24, 500
+KAPPA, STEPS, CELLS, FEW = 0.5, 24, 500, 200
 
 
 class Chain:
@@ -200,11 +200,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=lambda s: s.split(","), default=["g1", "m1", "p1"])
     parser.add_argument("--predictions", type=lambda s: s.split(","), default=list(PREDICTED))
-    parser.add_argument("--cells", type=int, default=CELLS, help="of the line from -9 to 9")
+    parser.add_argument("--cells", type=int, help=f"of the line from -9 to 9; by default {CELLS}, of online_dpo {FEW}")
     args = parser.parse_args()
     for problem in args.problems:
         for name in args.predictions:
-            chain = Chain(problem, *WORDS.get(name, []), cells=args.cells)
+            chain = Chain(problem, *WORDS.get(name, []), cells=args.cells or (FEW if name == "online_dpo" else CELLS))
             if name.endswith("group") and not chain.is_affine:
                 continue  # where E[r | x] is stages kappa below the mean, nothing settles
             predict(f"{problem} {name:<14}", chain, PREDICTED[name])
