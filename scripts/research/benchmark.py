@@ -364,7 +364,7 @@ ANCHORS: list[Row] = [  # lengthened: each stage has as many epochs as a run of 
         (0.5, "group", (2, 4), True),
         (0.5, "value", (2, 4), True),
         (0.5, "group", (1, 2, 4), False),
-        (0.5, "value", (1, 2, 4), False),
+        (0.5, "value", (1, 4), False),
         (0.25, "group", (1, 2, 4), False),
         (1.0, "group", (1, 2, 4), False),
     )

@@ -101,7 +101,10 @@ def rwr(chain: Chain, case: Case, prompt: str) -> Tensor:
 
 
 def d3po(chain: Chain, case: Case, prompt: str) -> Tensor:
-    """Means (K, n) of the policy whose steps move by S^2 / kappa times the mean slope of what follows under itself."""
+    """Means (K, n) of the policy whose steps move by S^2 / kappa times the mean slope of what follows under itself.
+
+    On P1 some states have several such means. Where they jump from one to another a fine line does not settle.
+    """
     line, (z, w), value, found = chain.solved.line, oracle.hermite(40), case.reward, []
     for base, std in zip(case.base.flip(0), chain.solved.std.flip(0), strict=True):
         (slope,), mean = torch.gradient(value, spacing=line.width), base
