@@ -9,14 +9,14 @@
     python scripts/research/benchmark.py images      every algorithm's recipe on images, at the same budget
     python scripts/research/benchmark.py signal      the signal-to-noise of each recipe's gradient
     python scripts/research/benchmark.py exact       every algorithm on toys, against the exact optimum
-    python scripts/research/benchmark.py anchors     nft's bias against kappa, its stages and its baseline
+    python scripts/research/benchmark.py anchors     nft's bias against kappa, its stages, its baseline, its epochs
     python scripts/research/benchmark.py transfer    tuned at one noise level, sampled at another, beside the theory
     python scripts/research/benchmark.py steps       tuned with 20 steps, deployed with 8 and 80
     python scripts/research/benchmark.py q_learning  episodes per second, beside a plain loop over steps
 
 `key=value` overrides change configs/quickstart.yaml, the recipes in configs/shapes, or the toys' configs for the last
 four. `images` keeps its runs under --folder and resumes them when it is started again; seeds that --json FILE has
-are kept and not run again, as are its rows by `exact`.
+are kept and not run again, as are its rows by `exact` and `anchors`.
 --json FILE writes what was measured.
 """
 
@@ -349,6 +349,18 @@ ALGORITHMS: dict[str, list[str]] = {  # that have a kappa and learn from rewards
     "online_dpo": ["algorithm.draws=16", "train.lr=5e-4", "sampler.name=exponential"],  # whose bounds are exact
 }
 Row = dict[str, Any]
+ANCHORS: list[Row] = [  # lengthened: each stage has as many epochs as a run of one stage, not 1 / stages of them
+    {"kappa": kappa, "stages": stages, "baseline": baseline, "lengthened": lengthened}
+    for kappa, baseline, every, lengthened in (
+        (0.5, "group", (2, 4), True),
+        (0.5, "value", (2, 4), True),
+        (0.5, "group", (1, 2, 4), False),
+        (0.5, "value", (1, 4), False),
+        (0.25, "group", (1, 2, 4), False),
+        (1.0, "group", (1, 2, 4), False),
+    )
+    for stages in every
+]
 
 
 def toy_trainer(problem: str, overrides: list[str]) -> Trainer:
@@ -422,16 +434,44 @@ def keep(rows: list[Row], row: Row, label: str, args: argparse.Namespace) -> Non
 
 
 def anchors(config: Config, args: argparse.Namespace) -> list[Row]:
-    """Rows of problem x kappa x stages x baseline: how near nft with a kappa comes to the best possible objective."""
-    rows: list[Row] = []
-    every = [(kappa, stages, "group") for kappa, stages in itertools.product((0.25, 0.5, 1.0), (1, 2, 4))]
-    every += [(0.5, stages, "value") for stages in (1, 4)]
-    for problem, (kappa, stages, baseline) in itertools.product(args.problems, every):
-        chosen = {"kappa": kappa, "stages": stages, "baseline": baseline}
-        options = [f"algorithm.{name}={value}" for name, value in chosen.items()]
-        row = {"problem": problem, **chosen, **gap(problem, ["algorithm.name=nft", *ANCHORED, *options, *args.words])}
-        keep(rows, row, f"{problem} kappa {kappa} stages {stages} baseline {baseline:<6}", args)
+    """Rows of seed x problem x ANCHORS: how near nft with a kappa comes to the best possible objective.
+
+    Rows of the file `--json` stay, and are not run again unless by other options.
+    """
+    rows: list[Row] = read(args.json) if args.json and args.json.exists() else []
+    known = {anchor_of(row) for row in rows}
+    for seed, problem, chosen in itertools.product(range(args.seeds), args.problems, ANCHORS):
+        row = {"problem": problem, **chosen, "seed": seed, "words": args.words}
+        if anchor_of(row) in known:
+            continue
+        options = [f"algorithm.{name}={chosen[name]}" for name in ("kappa", "stages", "baseline")]
+        overrides = ["algorithm.name=nft", *ANCHORED, *options, f"run.seed={seed}", *args.words]
+        if chosen["lengthened"]:
+            epochs = load_config([str(TOYS / f"{problem}.yaml"), *args.words]).train.epochs
+            overrides.append(f"train.epochs={epochs * chosen['stages']}")
+        row |= {**gap(problem, overrides), "revision": provenance()["revision"]}
+        keep(rows, row, f"{problem} {chosen} seed {seed}", args)
+    print(anchors_markdown(rows), flush=True)
     return rows
+
+
+def anchor_of(row: Row) -> tuple[Any, ...]:
+    """What tells two rows of `anchors` apart."""
+    return (row["problem"], *(row[name] for name in ANCHORS[0]), row["seed"], *row["words"])
+
+
+def anchors_markdown(rows: list[Row]) -> str:
+    """The table of docs/measured.md: the range of the gap closed over seeds, by anchor and problem."""
+    problems = ("g1", "m1", "p1")
+    lines = [f"| kappa | stages | baseline | epochs | {' | '.join(p.upper() for p in problems)} |", "| --- " * 7 + "|"]
+    for chosen in sorted(ANCHORS, key=lambda anchor: (anchor["kappa"], *list(anchor.values())[2:], anchor["stages"])):
+        own = [row for row in rows if not row["words"] and chosen.items() <= row.items()]
+        cells = [cells_of([row for row in own if row["problem"] == problem])[0] for problem in problems]
+        epochs = "for each stage" if chosen["lengthened"] else "in all"
+        lines.append(
+            f"| {chosen['kappa']:g} | {chosen['stages']} | {chosen['baseline']} | {epochs} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
 
 
 def gap(problem: str, overrides: list[str]) -> Row:
@@ -604,7 +644,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--algorithms", type=lambda s: s.split(","), default=list(ALGORITHMS), help="of `exact`, such as dpok,ctrl"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of `exact` and `images`")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of `exact`, `anchors`, `steps`, `images`")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="of `images` and `signal`; by default all")
     parser.add_argument("--configs", choices=sorted(DEPLOYED), default="shapes", help="the folder of those recipes")
     parser.add_argument("--folder", type=Path, default=Path("runs/images"), help="where `images` keeps its runs")
