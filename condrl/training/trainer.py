@@ -246,11 +246,14 @@ class Trainer:
 
     def base_kl(self, experience: Collected) -> float:
         """The path KL of the policy to the base model, over a few images."""
-        indices, kl = experience.indices, torch.zeros((), dtype=torch.float64)
-        own = min(indices.stop, KL_IMAGES) - indices.start
+        indices, kl, most = experience.indices, torch.zeros((), dtype=torch.float64), min(experience.total, KL_IMAGES)
+        own = min(indices.stop, most) - indices.start
+        if self.processes.sharded:  # all of them call the network alike
+            own = min(len(indices), -(-KL_IMAGES // self.processes.count))
+            most = own * self.processes.count
         if own > 0:
             kl = self.path_kl(experience, own).kl.sum(dtype=torch.float64).cpu()
-        return self.processes.sum(kl).item() / min(experience.total, KL_IMAGES)
+        return self.processes.sum(kl).item() / most
 
     def path_kl(self, experience: Collected, own: int) -> PathKL:
         """Of an epoch's first images, or of others where those are not the policy's, or a window left noise out."""

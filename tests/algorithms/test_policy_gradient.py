@@ -1,5 +1,8 @@
 """The losses of the policy gradients against torch.distributions, on a line, in the plane and for images."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from chains import SHAPES, an_epoch, at, move, step_of, trainer_of
@@ -294,6 +297,27 @@ def test_the_path_kl_is_that_of_the_policy_whoever_rolls_out(tmp_path):
     each = path_kl(trainer.policy, many, 8000).kl.sum(0)
     assert trainer.base_kl(experience) == pytest.approx(each.mean().item(), abs=4 * each.std().item() / 16**0.5)
     assert trainer.base_kl(experience) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("sharded", "start", "expected"), [(False, 0, 32), (False, 64, 0), (True, 0, 16), (True, 64, 16)]
+)
+def test_processes_that_compute_in_step_measure_the_path_kl_of_as_many_images(sharded, start, expected, tmp_path):
+    """Those of one alone would leave it waiting in a network whose weights the others have."""
+    options = {"prompts_per_epoch": 1, "images_per_prompt": 64, "rollout_batch": 64}
+    trainer = trainer_of(tmp_path, algorithm={"name": "ddpo"}, sampler={"eta": 0.7}, train=options)
+    experience = replace(trainer.collect(0, Clock()), indices=range(start, start + 64), total=128)
+    sizes = []
+
+    def path_kl(experience, own):
+        sizes.append(own)
+        return SimpleNamespace(kl=torch.full((4, own), 0.5))
+
+    trainer.path_kl = path_kl
+    alike = 2 if sharded else 1
+    trainer.processes = SimpleNamespace(sharded=sharded, count=2, sum=lambda x: alike * x)
+    assert trainer.base_kl(experience) == (2.0 if expected else 0.0)
+    assert sizes == ([expected] if expected else [])
 
 
 def test_images_of_a_prompt_can_start_from_the_same_noise(tmp_path):
