@@ -23,7 +23,7 @@ from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward
 from condrl.toys.plots import axes_of, save
 from condrl.training.checkpoint import newest_checkpoint
-from condrl.training.pictures import save_grid
+from condrl.training.pictures import LABEL_HEIGHT, save_grid
 
 TALKS = """
 import sys
@@ -234,7 +234,7 @@ def test_what_was_written_is_read_again(tmp_path):
     """Images in each of the formats, as they were without the detour."""
     for name in ("x.png", "x.jpg", "x.webp", "deep/x.bmp"):
         assert save_grid(tmp_path / name, IMAGES, ["a red star"]) == [tmp_path / name]
-        assert np.asarray(Image.open(tmp_path / name)).shape == (300 + 40 + 12, 4 * 306 + 6, 3)
+        assert np.asarray(Image.open(tmp_path / name)).shape == (300 + LABEL_HEIGHT + 12, 4 * 306 + 6, 3)
 
 
 @pytest.mark.slow

@@ -53,10 +53,10 @@ def test_a_run_leaves_everything_behind(run):
             low, high = measure[who]["ci95"]
             assert low <= measure[who]["mean"] <= high
     assert result["images"] == 16
-    # held-out twice, its path KL (a roll-out, tuned and base), two roll-outs, whose ratios are recomputed, the ratio check
-    # of epochs 1 and 2, two updates
+    # held-out twice, validation once, the path KL (a roll-out, tuned and base), two roll-outs, whose ratios are
+    # recomputed, the ratio check of epochs 1 and 2, two updates
     guided = 2 if load_config([str(folder / "config.yaml")]).model["guidance"] != 1 else 1
-    assert result["network_calls"] == guided * (5 * 6 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 2)
+    assert result["network_calls"] == guided * (6 * 6 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8 * 2)
     assert result["seed"] == 0
     assert 0 < result["peak_memory_gb"] < 3
     assert 0 < result["seconds"] < 300

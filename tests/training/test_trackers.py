@@ -64,6 +64,7 @@ STAND_IN = """
 FEW = [
     *("train.prompts_per_epoch=2", "train.images_per_prompt=4", "train.rollout_batch=8", "train.updates_per_epoch=2"),
     *("sampler.steps=2", "evaluate.prompts=4", "evaluate.pictures=2", "evaluate.every=1"),
+    "prompts.validation=null",
     *("train.lr_decay=none", "run.checkpoint_seconds=0", "run.name=watched"),
 ]
 
