@@ -263,7 +263,7 @@ HEALTHY = {
         heldout__x=lambda e: 0.5,
         heldout__x_ci95=lambda e: 0.04,
     ),
-    "a window that moves": course(40, window=lambda e: e % 8, diversity=lambda e: 0.7 * 0.7 ** (e % 8)),
+    "a window that moves": course(40, window=lambda e: e % 8, diversity=lambda e: 0.7 * 0.6 ** (e % 8)),
     "held-out within its interval": course(60, heldout__x=lambda e: 0.5 - 0.0004 * e, heldout__x_ci95=lambda e: 0.03),
 }
 
