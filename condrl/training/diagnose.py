@@ -175,13 +175,14 @@ def drift(first: Line, lines: Sequence[Line], lowered: Collection[str]) -> str |
     best = max(means, key=lambda m: m.mean)
     reached = next(m for m in means if m.mean >= best.mean - 2 * math.hypot(m.error, best.error))
     then = next((value for epoch, value in kl if epoch >= reached.epoch), math.inf)
-    if lines[-1]["epoch"] < reached.epoch + 2 * WINDOW or kl[-1][1] < 2 * then:
+    now = min(value for _, value in kl[-2:])  # of a few images, one may be large by chance
+    if lines[-1]["epoch"] < reached.epoch + 2 * WINDOW or now < 2 * then:
         return None
     since = [line for line in lines if line["epoch"] >= reached.epoch and measured(line)]
     if since and any(direction(n, lowered) * (since[-1][n] - since[0][n]) > 0 for n in measured(since[0])):
         return None  # slow, but not without reward
     return (
-        f"since epoch {reached.epoch:.0f} the path KL to the base model has grown from {then:.3g} to {kl[-1][1]:.3g} "
+        f"since epoch {reached.epoch:.0f} the path KL to the base model has grown from {then:.3g} to {now:.3g} "
         "nats without more reward: end there, or try a lower train.lr, or a larger algorithm.kappa"
     )
 

@@ -241,7 +241,7 @@ def rises_and_falls(epoch):
 TRENDS = {
     "reward_fell": course(120, reward__total=rises_and_falls),
     "gradient_growth": course(60, grad_norm=lambda epoch: 0.3 * 1.06**epoch),
-    "drift": course(80, reward__total=lambda e: 1.0 + min(e, 30) * 0.01, path_kl=lambda e: 0.1 * e),
+    "drift": course(90, reward__total=lambda e: 1.0 + min(e, 30) * 0.01, path_kl=lambda e: 0.1 * e),
     "heldout_fell": course(60, heldout__x=lambda e: 0.5 - 0.001 * abs(e - 20), heldout__x_ci95=lambda e: 0.03),
 }
 HEALTHY = {
@@ -256,6 +256,7 @@ HEALTHY = {
         validation__x=lambda e: 0.5 + 0.0002 * e,
         validation__x_ci95=lambda e: 0.04,
     ),
+    "a path KL that is large by chance": course(60, path_kl=lambda e: 9.0 if e % 10 == 0 else 1.0),
     "prompts by chance, as others show": course(
         120,
         reward__total=rises_and_falls,
