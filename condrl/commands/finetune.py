@@ -186,7 +186,7 @@ def tuned_result(
     result = {
         **measured,
         "before": before,
-        **best_result(trainer, prompts, base),
+        **best_result(trainer, prompts, base, tuned),
         "seconds": round(time.monotonic() - begun, 1),
         "peak_memory_gb": round(peak_memory_gb(model.device), 3),
         "images": trainer.images,

@@ -157,13 +157,20 @@ def measured_result(
     return found | {"path_kl": kl} | diversity
 
 
-def best_result(trainer: Trainer, prompts: Prompts, base: Evaluation | None) -> dict[str, Any]:
-    """The epoch that validation prompts chose, and what its LoRA is on held-out ones, for result.json."""
+def best_result(
+    trainer: Trainer, prompts: Prompts, base: Evaluation | None, tuned: Evaluation | None
+) -> dict[str, Any]:
+    """The epoch that validation prompts chose, and what its LoRA is on held-out ones, for result.json.
+
+    `tuned` is what the last epoch's is.
+    """
     best = trainer.best
     if best.value is None or not best.epoch:
         return {"best": {"epoch": 0}} if best.value is not None else {}
-    with acting(trainer.learner.weights, best.weights):
-        found = evaluation(trainer, prompts.heldout, "heldout", f"held-out, best (epoch {best.epoch})")
+    found = tuned
+    if best.epoch != trainer.epoch:
+        with acting(trainer.learner.weights, best.weights):
+            found = evaluation(trainer, prompts.heldout, "heldout", f"held-out, best (epoch {best.epoch})")
     return {"best": {"epoch": best.epoch, "heldout": compared(base, found) if base and found else {}}}
 
 

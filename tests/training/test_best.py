@@ -52,6 +52,12 @@ def run(folder, *more):
     return record, json.loads((folder / "result.json").read_text())
 
 
+def test_a_best_epoch_that_is_the_last_is_not_measured_twice(tmp_path, capsys):
+    _, result = run(tmp_path / "run", "train.lr=0.01", "train.epochs=2")
+    assert result["best"] == {"epoch": 2, "heldout": result["heldout"]}
+    assert "held-out, best" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_best_lora_is_kept_and_both_are_reported(tmp_path, capsys):
     record, result = run(tmp_path / "run", "train.lr=0.3", "train.epochs=12", "train.images_per_prompt=64",
