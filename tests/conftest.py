@@ -1,10 +1,11 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, tiny_pipeline
+from helpers import ROOT, load_script, tiny_pipeline
 
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.registry import REGISTRIES
@@ -42,3 +43,9 @@ def v_pipeline(tmp_path_factory) -> Path:
 @pytest.fixture
 def model(pipeline) -> StableDiffusion:
     return StableDiffusion(torch.device("cpu"), path=str(pipeline), lora_rank=2)
+
+
+@pytest.fixture
+def benchmark() -> Any:
+    """scripts/research/benchmark.py, loaded anew."""
+    return load_script("benchmark")

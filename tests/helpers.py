@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -28,15 +29,17 @@ from condrl.training.build import make_trainer
 from condrl.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
+RESEARCH = ROOT / "scripts" / "research"
 DATA = ROOT.parent / "shared" / "data"  # test data that is not ours to give
 
 
 def load_script(name: str) -> Any:
-    """A file of scripts/research as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "research" / f"{name}.py")
+    """A file of scripts/research as a module; it may import the others there."""
+    spec = importlib.util.spec_from_file_location(name, RESEARCH / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "path", [str(RESEARCH), *sys.path]):
+        spec.loader.exec_module(module)
     return module
 
 

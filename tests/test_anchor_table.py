@@ -1,18 +1,12 @@
 """The anchors' table of docs/measured.md: what is run for it, and how it grows."""
 
 import pytest
-from helpers import ROOT, load_script
+from helpers import ROOT
 
 from condrl.io.records import from_json
 
 RECORD = ROOT / "docs" / "results" / "anchors.json"
 FOUND = {"gap_closed": 0.98765, "kl_to_optimum": 0.0312, "reward_queries": 7, "seconds": 1.0}
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
-    return load_script("benchmark")
 
 
 @pytest.fixture

@@ -135,9 +135,8 @@ def test_every_script_has_help(script, tmp_path):
     assert re.search(rf"^    condrl {command}\b", done.stdout, re.MULTILINE)  # what it is a door to, with an example
 
 
-def test_benchmark_commands_are_accepted(monkeypatch):
+def test_benchmark_commands_are_accepted():
     """Their words are parsed by the script's own parser; what they measure takes too long here."""
-    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
     for words in of_script("scripts/research/benchmark.py"):
         load_script("benchmark").parse(words)
     for words in of_script("scripts/benchmark.py"):

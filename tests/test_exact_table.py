@@ -1,19 +1,12 @@
 """The toys' table of docs/measured.md: which algorithms it has, and how it grows."""
 
-import pytest
-from helpers import ROOT, load_script
+from helpers import ROOT
 
 from condrl import registry
 from condrl.io.records import from_json
 
 RECORD = ROOT / "docs" / "results" / "exact.json"
 FOUND = {"gap_closed": 0.98765, "kl_to_optimum": 0.0312, "reward_queries": 7, "seconds": 1.0}
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
-    return load_script("benchmark")
 
 
 def test_every_algorithm_with_a_kappa_is_asked(benchmark):

@@ -133,7 +133,6 @@ def test_the_table_of_a_small_run(tmp_path, capsys, monkeypatch):
     words = [*FEW, "train.epochs=2", "train.warmup=0", "evaluate.every=1", "evaluate.prompts=3"]
     command = ["", "images", "--recipes", "nft", "--folder", str(tmp_path / "runs"), "--json", str(tmp_path / "t.json")]
     monkeypatch.setattr("sys.argv", [*command, *words])
-    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
     benchmark = load_script("benchmark")
     benchmark.main()
     (row,) = json.loads((tmp_path / "t.json").read_text())

@@ -1,12 +1,11 @@
 """The measurements of scripts/research/benchmark.py that no table of the documentation keeps running."""
 
-from helpers import ROOT, load_script
+from helpers import load_script
 
 from condrl.loading import load_config
 
 
-def test_bare_calls_are_of_the_network_as_the_model_calls_it(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
+def test_bare_calls_are_of_the_network_as_the_model_calls_it(tmp_path):
     benchmark = load_script("benchmark")
     trainer = benchmark.quickstart_trainer(load_config([str(benchmark.QUICKSTART), f"run.dir={tmp_path}"]), prompts=1)
     sizes = []

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from helpers import ROOT, load_script
+from helpers import load_script
 
 
 @pytest.fixture
-def bias(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
+def bias():
     return load_script("toy_bias")
 
 

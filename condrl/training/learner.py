@@ -54,10 +54,8 @@ class Learner:
                     for name, value in metrics.items():
                         totals[name].append(value)
         means = {name: torch.stack(values).sum().item() / len(norms) for name, values in totals.items()}
-        found, counts = self.processes.add_up(means), self.processes.add_up(pairs)
-        found = {
-            name: value * (counts["loss"] / counts[name]) for name, value in found.items()
-        }  # of those that have it
+        sums, counts = self.processes.add_up(means), self.processes.add_up(pairs)
+        found = {name: value * (counts["loss"] / counts[name]) for name, value in sums.items()}  # of pairs that have it
         own = experience.scored[experience.indices.start : experience.indices.stop]
         measured = {name: value.double().mean().item() for name, value in examples.metrics.items()}
         found |= self.processes.average(measured, own.sum().item())

@@ -609,7 +609,6 @@ def test_toy_benchmarks_write_rows(what, words, keys, tmp_path, monkeypatch, cap
 
     small = ["train.epochs=1", "train.images_per_prompt=64", "train.rollout_batch=64"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", what, *words, "--json", str(tmp_path / "rows.json"), *small])
-    monkeypatch.syspath_prepend(ROOT / "scripts" / "research")
     load_script("benchmark").main()
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows
