@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 NO_MEMORY = (  # in the messages of torch, CUDA, the system, C++, the dynamic loader and Python
@@ -76,21 +77,26 @@ def is_of_the_machine(error: BaseException) -> bool:
 
 
 @contextmanager
-def stopping_at(what: str) -> Iterator[None]:
-    """Within it, whatever a plugin raises, or is refused for, stops the run in one line; `what` says where.
+def stopping_at(what: str, has_begun: bool = True) -> Iterator[None]:
+    """Within it, whatever a plugin raises stops the run in one line, and what it is refused for if the run `has_begun`.
 
-    Raises: RunError.
+    `what` says where. Raises: RunError.
     """
     try:
         yield
     except RunError:
         raise
-    except UsageError as error:  # of a run that has begun
+    except UsageError as error:
+        if not has_begun:
+            raise
         raise RunError(str(error)) from error
     except (Exception, SystemExit) as error:  # a plugin is the user's code
         if is_of_the_machine(error):
             raise
         raise RunError(f"{what}: {brief(error)}; with CONDRL_DEBUG=1 in the environment, where") from error
+
+
+drawing = partial(stopping_at, "the model failed while images were drawn", has_begun=False)
 
 
 @contextmanager

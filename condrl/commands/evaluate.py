@@ -31,7 +31,7 @@ from condrl.commands.console import exit_code
 from condrl.commands.evaluation import Writer, report, started
 from condrl.commands.plan import SUMMARY, Plan, measures_of, read_plan
 from condrl.config import base_name
-from condrl.errors import visible, warn_of_address_limit
+from condrl.errors import blaming, visible, warn_of_address_limit
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -143,7 +143,8 @@ def make_policies(plan: Plan) -> list[Policy]:
 
     set_threads_and_seed(plan.config)
     policy = make_policy(plan.config, plan.device)
-    policy.model.encode([row.prompt for row in plan.rows])
+    with blaming("model", plan.config.model["name"]):
+        policy.model.encode([row.prompt for row in plan.rows])
     return [deployed(config, policy) for config in plan.configs]
 
 
@@ -165,7 +166,7 @@ def try_lora(plan: Plan, policy: Policy) -> None:
 def try_measures(plan: Plan, policy: Policy) -> None:
     """Score one image as if it had been made for each of many prompts, before an earlier evaluation is replaced.
 
-    Raises: UsageError when a measure cannot.
+    Raises: UsageError when the model or a measure cannot.
     """
     import torch
 
@@ -176,7 +177,8 @@ def try_measures(plan: Plan, policy: Policy) -> None:
 
     condition = policy.model.encode([plan.rows[0].prompt])
     with usage_errors(), torch.no_grad():
-        image = policy.model.decode(sample(policy, condition, seeded([0]), 1))
+        with blaming("model", plan.config.model["name"]):
+            image = policy.model.decode(sample(policy, condition, seeded([0]), 1))
         try_rows(
             measures_of(plan.config), image, plan.rows, plan.config.evaluate.images_per_prompt, most_failed=1.0
         )  # scores that fail are left out and counted

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from condrl.commands.arguments import HOME, fit_adapter, in_run, one_of_several, parser_of, read_words
 from condrl.commands.console import exit_code
 from condrl.config import Config
-from condrl.errors import RunError, UsageError, visible, warn_of_address_limit
+from condrl.errors import RunError, UsageError, drawing, visible, warn_of_address_limit
 from condrl.io.files import check_folder
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ def images(args: argparse.Namespace, request: Request) -> tuple[list[Tensor], li
     return base, images_of(policy, request, args.batch, "tuned")
 
 
+@drawing()
 def images_of(policy: Policy, request: Request, batch: int, who: str) -> list[Tensor]:
     """An image (3, H, W) in [0, 1] for each pair of prompt and seed."""
     import torch

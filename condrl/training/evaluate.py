@@ -14,6 +14,7 @@ from condrl.diffusion.noise import seeded
 from condrl.diffusion.path_kl import path_kl
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout, sample
+from condrl.errors import drawing
 from condrl.processes import Processes
 from condrl.prompts import Row
 from condrl.rewards.scoring import Reward, Scores, score
@@ -227,6 +228,7 @@ def scored_batches(
         measure.offload()
 
 
+@drawing()
 def evaluate(
     policy: Policy,
     rows: Sequence[Row],
@@ -275,6 +277,7 @@ def evaluate(
     return Evaluation(measured, each, means, spread, preview, labels, calls / len(rows))
 
 
+@drawing()
 @torch.no_grad()
 def path_kl_to_base(policy: Policy, rows: Sequence[Row], seed: int, batch: int) -> float | None:
     """The path KL to the base model, nats, of an image of each of the first rows; None of steps without a density."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import sample
+from condrl.errors import drawing
 from condrl.io.records import write_lines
 from condrl.prompts import Row
 from condrl.rewards.pixels import to_pil
@@ -74,6 +75,7 @@ def spread(each: Tensor) -> Tensor:
     return each[each.isfinite()].std(correction=0).clamp(min=1e-6)
 
 
+@drawing()
 @torch.no_grad()
 def redraw(
     folder: RunFolder, policy: Policy, prompts: Sequence[str], seeds: Sequence[int], numbers: Sequence[int], batch: int

@@ -18,6 +18,7 @@ from condrl.commands.evaluation import cells
 from condrl.diffusion.rollout import rollout
 from condrl.loading import load_config
 from condrl.models.lora import KOHYA_FILE, LORA_FILE
+from condrl.models.points import Points
 from condrl.training.build import make_policy
 from condrl.training.evaluate import first_seed
 from condrl.training.folder import RunFolder
@@ -622,3 +623,39 @@ def test_where_a_reward_is_to_be_lowered_those_that_fell_have_won():
     row = {"base": estimate, "tuned": estimate, "difference": estimate, "win_rate": 0.2}
     assert cells("x", row, ("base", "tuned"), {"y"})[-1] == "20%"
     assert cells("x", row, ("base", "tuned"), {"x"})[-1] == "80%"
+
+
+@pytest.mark.parametrize(
+    ("decodes", "code", "said"),
+    [
+        (0, 2, "error: the model 'mixture' failed: KeyError: 'late'"),
+        (1, 1, "stopped: the model failed while images were drawn: KeyError: 'late'; with CONDRL_DEBUG=1"),
+    ],
+)
+def test_a_model_that_fails_is_one_line(decodes, code, said, toy, tmp_path, capsys, monkeypatch):
+    fail_after(decodes, monkeypatch)
+    assert command.main([str(toy), "--out", str(tmp_path / "out")]) == code
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("decodes", range(2, 7))
+def test_a_model_that_fails_on_held_out_prompts_stops_a_run_in_one_line(decodes, tmp_path, capsys, monkeypatch):
+    """After the two of the trial: in the base's images, an epoch's, those measured after it, the same of a second epoch."""
+    few = ["evaluate.every=1", "evaluate.images_per_prompt=2", "train.epochs=2", "train.prompts_per_epoch=1"]
+    fail_after(decodes, monkeypatch)
+    assert finetune.main([*toy_words("dpok", tmp_path / "run"), *few]) == 1
+    assert ": KeyError: 'late'; with CONDRL_DEBUG=1" in capsys.readouterr().err.splitlines()[-1]
+
+
+def fail_after(decodes, monkeypatch):
+    """Have a toy's model fail once it has decoded some states."""
+    right, done = Points.decode, []
+
+    def decode(model, x):
+        done.append(x)
+        if len(done) > decodes:
+            raise KeyError("late")
+        return right(model, x)
+
+    monkeypatch.setattr(Points, "decode", decode)

@@ -121,6 +121,15 @@ def test_pictures_go_to_the_runs_samples_and_replace_none(run, tmp_path, monkeyp
     assert not (tmp_path / "samples.png").exists()
 
 
+def test_a_model_that_fails_while_it_draws_is_one_line(run, tmp_path, capsys, monkeypatch):
+    def decode(model, x):
+        raise KeyError("late")
+
+    monkeypatch.setattr(StableDiffusion, "decode", decode)
+    assert sample(str(run), "--out", str(tmp_path / "x.png")) == 1
+    assert "stopped: the model failed while images were drawn: KeyError: 'late'" in capsys.readouterr().err
+
+
 def test_python_takes_paths_numpy_seeds_and_a_single_prompt(run):
     few = condrl.sample(run, "sampler.steps=2", prompts=PROMPT, seeds=np.arange(2))
     same = condrl.sample(str(run), "sampler.steps=2", prompts=[PROMPT], seeds=[0, 1])
