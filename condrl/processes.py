@@ -98,8 +98,10 @@ class Processes:
         """Finish the trackers and leave the others.
 
         What still holds the group is collected before and after: left to the end of Python, gloo aborts now and then.
+        Of a process alone it is what the run leaves in memory.
         """
-        gc.collect()
+        if self.count > 1:
+            gc.collect()
         self.accelerator.end_training()
         gc.collect()
 

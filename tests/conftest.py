@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,13 @@ from condrl.registry import REGISTRIES
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start: two of them share two cores
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collect_only_what_tests_leave():
+    """What is there by now is not looked through again whenever garbage is collected: each run does so as it ends."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -146,6 +146,7 @@ def toy_words(name: str, folder: Path) -> list[str]:
     """A short run of an algorithm on the toy with four prompts, with options that leave little of it out."""
     file = str(ROOT / "configs" / "toy" / "p1.yaml")
     few = ["train.epochs=6", "train.images_per_prompt=8", "train.rollout_batch=16", "train.prompts_per_epoch=2"]
+    few += ["evaluate.images_per_prompt=8"]
     return [file, f"algorithm.name={name}", f"run.dir={folder}", *few, "sampler.steps=5", *OPTIONS.get(name, [])]
 
 

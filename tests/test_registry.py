@@ -52,6 +52,7 @@ def test_a_module_beside_shipped_plugins_is_no_plugin(tmp_path, monkeypatch):
     assert "shared_part" not in condrl.reward._shipped()
 
 
+@pytest.mark.slow
 def test_what_is_typed_at_a_prompt_can_be_registered(tmp_path):
     code = """
         import sys

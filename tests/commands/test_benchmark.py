@@ -88,6 +88,7 @@ def test_each_family_is_measured(name, dtype, tiny, tmp_path, capsys):
     assert "memory: about" in out.err
 
 
+@pytest.mark.slow
 def test_the_run_can_be_changed(tiny, tmp_path):
     """Another algorithm, size and sampler: what it then does is counted."""
     file = tmp_path / "found.json"

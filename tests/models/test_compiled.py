@@ -120,6 +120,7 @@ def test_scores_and_gradients_are_the_same(family, graphs):
     assert not torch.allclose(both(), usual, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_features_are_the_same(family, graphs):
     """Also when they are asked for after the blocks were compiled."""
     plain, compiled = pair(family, guidance=1.0)

@@ -686,6 +686,7 @@ def test_few_points_have_labels():
     assert [text for _, _, text in texts(again.html(), "at c")] == ["1", "2", "4"]  # "3" would be over "1"
 
 
+@pytest.mark.slow
 def test_a_page_of_several_runs_is_small_enough_to_be_mailed(tmp_path):
     """Also of large pictures, with as much detail as photographs have."""
     photograph = Image.effect_noise((32, 32), 60).resize((512, 512)).convert("RGB")

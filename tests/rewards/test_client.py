@@ -100,6 +100,7 @@ def test_prompts_metadata_points_and_options_arrive(tmp_path):
     assert torch.equal(found, (x.abs() <= 1).all(1).float())
 
 
+@pytest.mark.slow
 def test_a_score_that_failed_there_is_missing_here(tmp_path):
     with served(tmp_path, "partly") as (url, _):
         given = [Row(0, "good"), Row(1, "bad"), Row(2, "good")]
@@ -129,11 +130,13 @@ def test_a_server_that_was_killed(tmp_path):
     assert "Connection refused" in reward.failure(found, rows(2))
 
 
+@pytest.mark.slow
 def test_an_error_of_the_reward_itself_is_tried_again(tmp_path):
     with served(tmp_path, "stumbling") as (url, _):
         assert make_reward("remote", {"url": url, **QUICK})(torch.ones(1, 2), rows(1)).tolist() == [1.0]
 
 
+@pytest.mark.slow
 def test_no_proxy_is_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with served(tmp_path, "slow") as (url, _):
@@ -376,6 +379,7 @@ def test_a_password_in_an_address_is_neither_taken_nor_shown():
     assert SECRET not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_token_is_asked_for(tmp_path, monkeypatch):
     with served(tmp_path, "slow", CONDRL_REWARD_TOKEN="secret") as (url, _):
         reward = make_reward("remote", {"url": url, **QUICK})
@@ -395,6 +399,7 @@ UNREADABLE = (
 )
 
 
+@pytest.mark.slow
 def test_the_server_refuses_what_it_cannot_read(tmp_path):
     with served(tmp_path, "slow") as (url, _):
         for body in UNREADABLE:
@@ -489,6 +494,7 @@ def test_a_host_that_nobody_knows(capsys, monkeypatch):
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_there_says_so_here(tmp_path):
     with served(tmp_path, "by_row") as (url, _):
         reward = make_reward("remote", {"url": url, "retries": 0})

@@ -312,6 +312,7 @@ def test_features_are_of_the_pretrained_network_at_one_call_a_step(pipeline, tmp
     assert trainer.algorithm.value.head[0].weight.grad[:, -16:].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_a_run_with_features_resumes_to_the_bit(pipeline, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
     for place, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
