@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -49,6 +50,14 @@ FLOW_OPTIONS = (  # of diffusers' flow-matching scheduler that change its times 
     "use_exponential_sigmas",
     "use_karras_sigmas",
 )
+VP_TABLE = (  # what a table of noise levels is made by
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+)
+FLOW_TIMES = (  # what that scheduler's times are made by
+    *("num_train_timesteps", "shift", "shift_terminal", "use_dynamic_shifting", "time_shift_type"),
+    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
+)
+SOME_STEPS = 50  # by which times are tried
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -159,7 +168,8 @@ class DiscreteSchedule(Schedule):
 def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
     """The schedule of a diffusers scheduler config (DDPM, DDIM, PNDM, Euler, DPM-Solver families).
 
-    Raises: UsageError on another process, and on a prediction type, spacing or beta schedule that is not supported.
+    Raises: UsageError on another process, on a prediction type, spacing or beta schedule that is not supported, and on
+    values by which the signal does not fall.
     """
     check_process(config)
     prediction, spacing = config.get("prediction_type", "epsilon"), config.get("timestep_spacing", "leading")
@@ -169,13 +179,35 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
         raise UsageError(
             f"the scheduler's timestep_spacing is {spacing!r}; supported are {', '.join(DIFFUSERS_SPACINGS)}"
         )
-    alpha_bar = (1 - betas_of(config)).cumprod(0)
-    if config.get("rescale_betas_zero_snr"):
-        root = alpha_bar.sqrt()
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])  # Lin et al. 2023, algorithm 1
-        alpha_bar = root.square()
+    try:
+        alpha_bar = alpha_bar_of(config)
+        falls = bool((torch.cat([alpha_bar.new_ones(1), alpha_bar]).diff() < 0).all() and alpha_bar[-1] >= 0)
+    except (TypeError, LookupError, ArithmeticError, RuntimeError):  # of values that are no numbers, or have no root
+        falls = False
+    if not falls:
+        raise UsageError(
+            f"the model's scheduler has noise levels that do not rise from 0 to 1, by {said(config, VP_TABLE)}"
+        )
+    offset = config.get("steps_offset", 0)
+    if not isinstance(offset, int) or not 0 <= offset < len(alpha_bar):
+        raise UsageError(f"the model's scheduler has steps_offset={offset!r}; it is from 0 to {len(alpha_bar) - 1}")
     final_time = 0.0 if config.get("set_alpha_to_one", True) else 1 / len(alpha_bar)
-    return DiscreteSchedule(alpha_bar, prediction, spacing, config.get("steps_offset", 0), final_time)
+    return DiscreteSchedule(alpha_bar, prediction, spacing, offset, final_time)
+
+
+def said(config: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """What a config says of these, in words."""
+    return ", ".join(f"{key}={reprlib.repr(config[key])}" for key in keys if key in config)
+
+
+def alpha_bar_of(config: Mapping[str, Any]) -> Tensor:
+    """The (T,) alpha^2 of a diffusers scheduler config."""
+    alpha_bar = (1 - betas_of(config)).cumprod(0)
+    if not config.get("rescale_betas_zero_snr"):
+        return alpha_bar
+    root = alpha_bar.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])  # Lin et al. 2023, algorithm 1
+    return root.square()
 
 
 def check_process(config: Mapping[str, Any]) -> None:
@@ -264,7 +296,8 @@ def flow_from_diffusers(config: Mapping[str, Any], tokens: int, evenly: bool = F
 
     Before they are shifted, times end at 1 / steps if `evenly`, as FLUX's pipeline has it, or at the scheduler's least.
 
-    Raises: UsageError when the scheduler is another one, or changes its times in a way that is not supported.
+    Raises: UsageError when the scheduler is another one, changes its times in a way that is not supported, or has
+    values by which they do not fall from 1 to 0.
     """
     name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     if name != "FlowMatchEulerDiscreteScheduler":
@@ -272,6 +305,18 @@ def flow_from_diffusers(config: Mapping[str, Any], tokens: int, evenly: bool = F
     for key in FLOW_OPTIONS:
         if config.get(key):
             raise UsageError(f"the model's {name} has {key}={config[key]}, which is not supported")
+    try:
+        schedule = flow(config, tokens, evenly)
+        falls = bool((schedule.grid(SOME_STEPS).float().diff() < 0).all())
+    except (TypeError, LookupError, ArithmeticError):  # of values that are no numbers, unknown, or overflow
+        falls = False
+    if not falls:
+        raise UsageError(f"the model's {name} has times that do not fall from 1 to 0, by {said(config, FLOW_TIMES)}")
+    return schedule
+
+
+def flow(config: Mapping[str, Any], tokens: int, evenly: bool) -> FlowSchedule:
+    """The schedule that these values say."""
     count, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
     least = 1 / count
     if config.get("use_dynamic_shifting"):
@@ -291,4 +336,5 @@ def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     mu = low + (high - low) * (tokens - first) / (last - first)
-    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+    found: float = {"exponential": math.exp, "linear": float}[config.get("time_shift_type", "exponential")](mu)
+    return found

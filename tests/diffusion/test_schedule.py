@@ -1,3 +1,5 @@
+import math
+
 import diffusers
 import numpy as np
 import pytest
@@ -184,6 +186,30 @@ def test_log_snr_spacing_has_no_start_at_zero_terminal_snr():
     assert schedule.grid(10, "uniform").isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"beta_start": -1}, {"beta_start": 0}, {"beta_end": 2}, {"beta_end": math.nan}, {"beta_end": "x"},
+        {"num_train_timesteps": 0}, {"num_train_timesteps": "a"}, {"trained_betas": [0.1, 2]}, {"trained_betas": "x"},
+        {"trained_betas": []}, {"trained_betas": [0.5, -0.1] * 50},
+    ],
+    ids=lambda change: str(change)[:40],
+)  # fmt: skip
+def test_values_by_which_noise_does_not_rise_are_named(change):
+    (key,) = change
+    with pytest.raises(
+        UsageError, match=f"scheduler has noise levels that do not rise from 0 to 1, by .*{key}="
+    ) as said:
+        schedule_from_diffusers({**SD15, **change})
+    assert len(str(said.value)) < 300
+
+
+@pytest.mark.parametrize("offset", [-5, 1000, "x", 0.5])
+def test_an_offset_outside_the_table_is_refused(offset):
+    with pytest.raises(UsageError, match=rf"scheduler has steps_offset={offset!r}; it is from 0 to 999"):
+        schedule_from_diffusers({**SD15, "steps_offset": offset})
+
+
 # ---------------------------------------------------------------------------------------------- flows
 
 
@@ -229,6 +255,24 @@ def test_flows_with_other_times_or_steps_are_refused(key):
         flow_from_diffusers({key: True}, 256)
     with pytest.raises(UsageError, match=r"scheduler is a DDIMScheduler; a flow needs a FlowMatchEuler"):
         flow_from_diffusers({**SD15, "_class_name": "DDIMScheduler"}, 256)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"shift": 0}, {"shift": -1}, {"shift": math.nan}, {"shift": 1e9}, {"shift": "3"}, {"num_train_timesteps": 0},
+        {"shift_terminal": 1.0}, {"shift_terminal": 2}, {"shift_terminal": -0.5}, {"shift_terminal": "x"},
+        {**DYNAMIC, "max_shift": 1e4}, {**DYNAMIC, "max_shift": -1e4}, {**DYNAMIC, "max_image_seq_len": 256},
+        {**DYNAMIC, "base_shift": None}, {**DYNAMIC, "time_shift_type": "cubic"},
+        {**DYNAMIC, "time_shift_type": "linear", "max_shift": -3, "base_shift": -3},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("evenly", [False, True])
+def test_values_by_which_times_do_not_fall_are_named(config, evenly):
+    key, value = list(config.items())[-1]
+    with pytest.raises(UsageError, match=rf"Scheduler has times that do not fall from 1 to 0, by .*{key}={value!r}"):
+        flow_from_diffusers(config, 1024, evenly)
 
 
 def test_a_flow_has_one_grid_beside_uniform_times():
