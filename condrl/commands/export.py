@@ -148,6 +148,8 @@ def to_kohya(model: Any, lora: Path, out: Path, name: str, dtype: str) -> None:
     from condrl.models.lora import KOHYA_FILE
 
     save_one(model, lora, KOHYA_FILE, out / f"{name}.safetensors")
+    if model.prefix == "transformer":
+        print_main("note: a transformer's names are OneTrainer's, which ComfyUI reads; kohya's are those of a UNet")
 
 
 def save_one(model: Any, lora: Path, name: str, path: Path) -> None:

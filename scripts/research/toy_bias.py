@@ -190,6 +190,7 @@ def preferred_change(chain: Chain, base: Tensor, masses: Tensor, pull: Tensor, k
     return found
 
 
+PROBLEMS = ("g1", "m1", "p1")
 WORDS = {"online_dpo": ["sampler.name=exponential"]}  # as ALGORITHMS of benchmark.py has it
 Predicted = Callable[[Chain, Case, str], Tensor]
 PREDICTED: dict[str, Predicted] = {"the noised p*": noised_optimum, "rwr": rwr, "d3po": d3po}
@@ -201,15 +202,19 @@ PREDICTED["online_dpo"] = online_dpo
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=lambda s: s.split(","), default=["g1", "m1", "p1"])
+    parser.add_argument("--problems", type=lambda s: s.split(","), default=list(PROBLEMS))
     parser.add_argument("--predictions", type=lambda s: s.split(","), default=list(PREDICTED))
     parser.add_argument("--cells", type=int, help=f"of the line from -9 to 9; by default {CELLS}, of online_dpo {FEW}")
     args = parser.parse_args()
+    for given, known in ((args.problems, PROBLEMS), (args.predictions, PREDICTED)):
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     for problem in args.problems:
         for name in args.predictions:
             chain = Chain(problem, *WORDS.get(name, []), cells=args.cells or (FEW if name == "online_dpo" else CELLS))
             if name.endswith("group") and not chain.is_affine:
-                continue  # where E[r | x] is stages kappa below the mean, nothing settles
+                print(f"{problem} {name:<14} none: where E[r | x] is stages kappa below the mean nothing settles")
+                continue
             predict(f"{problem} {name:<14}", chain, PREDICTED[name])
 
 

@@ -24,6 +24,7 @@ from condrl.commands.console import exit_code
 from condrl.config import to_yaml
 from condrl.loading import load_config
 from condrl.models.lora import KOHYA_FILE, LORA_FILE
+from condrl.plugins.models.sd3 import SD3
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 from condrl.training.folder import RunFolder
 
@@ -98,6 +99,15 @@ def test_every_format_draws_the_same_images_in_diffusers(run, pipeline, strength
     merged = StableDiffusionPipeline.from_pretrained(out / "merged", local_files_only=True)
     assert np.abs(drawn(merged) - expected).max() <= 1
     assert not any("lora" in key for key in merged.unet.state_dict())
+
+
+def test_whose_names_a_transformers_file_has_is_told(run, tmp_path, capsys):
+    SD3(torch.device("cpu"), path="asset:shapes_flow", lora_rank=2).save_adapter(tmp_path / "lora")
+    words = [tmp_path / "lora", "model.name=sd3", "model.path=asset:shapes_flow", "--to", "kohya"]
+    assert export(*words, "--out", tmp_path / "flow") == 0
+    assert export(run, "--to", "kohya", "--out", tmp_path / "unet") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert said == ["note: a transformer's names are OneTrainer's, which ComfyUI reads; kohya's are those of a UNet"]
 
 
 def test_a_kohya_file_has_kohyas_names_and_a_run_keeps_its_rewards(run, tmp_path):
