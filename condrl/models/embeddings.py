@@ -25,7 +25,7 @@ class Embeddings(Generic[P]):
     prompts beside it nor on whether it was dropped in between.
     """
 
-    def __init__(self, encode: Callable[[list[P]], Iterable[Encoded]], most: int = MOST_BYTES) -> None:
+    def __init__(self, encode: Callable[[list[P]], Iterable[Encoded]], most: float = MOST_BYTES) -> None:
         self._encode, self._most = encode, most
         self._cache: OrderedDict[P, Encoded] = OrderedDict()
         self.bytes = 0

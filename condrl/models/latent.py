@@ -105,7 +105,7 @@ class LatentModel(ABC):
         self.schedule: Schedule = self.make_schedule()
         self._numbers: dict[Prompt, int] = {}  # of each prompt
         self._prompts: list[Prompt] = []  # by their numbers
-        self._host_embeddings = Embeddings(self._encoded, round(1e9 * self.embeddings_gb))
+        self._host_embeddings = Embeddings(self._encoded, 1e9 * self.embeddings_gb)
         self._table: Encoded = ()  # on the device, of the prompts that were asked for last
         self._places: dict[int, int] = {}  # of prompts, by their numbers, in that table
         self.negative = self.encode([self.negative_prompt])

@@ -28,6 +28,7 @@ PARTS = {  # the library and the classes that are known to work; any other libra
     "scheduler": ("diffusers", "*Scheduler"),
 }
 COLOURS = 3  # channels of an image
+LEAST_TOKENS = 3  # a prompt's beginning, its end, and one between
 HUB_ID = re.compile(r"(?!.*\.(safetensors|ckpt|pt|bin)$)(\w[\w.-]*/)?\w[\w.-]*")
 UNUSED = {  # options without an effect, by what model.path is
     "folder": ("revision", "single_file_config"),
@@ -153,7 +154,7 @@ def load_pipeline(
     family = family.less([name for name in family.parts if getattr(pipe, name) is None])
     for name in family.networks:
         getattr(pipe, name).eval()  # diffusers leaves the dropout of a T5 from a single file on
-    limit_tokenizers(family, pipe)
+    limit_tokenizers(family, pipe, path)
     check(family, pipe, path)
     return pipe
 
@@ -381,12 +382,17 @@ def missing_weights(family: Family, folder: Path, variant: str | None) -> str | 
 # ---------------------------------------------------------------------------------------------- checks
 
 
-def limit_tokenizers(family: Family, pipe: Any) -> None:
-    """Let tokenizers cut prompts where the text encoders' positions end; one without a limit of its own says 1e30."""
+def limit_tokenizers(family: Family, pipe: Any, path: str) -> None:
+    """Let tokenizers cut prompts where the text encoders' positions end; one without a limit of its own says 1e30.
+
+    Raises: UsageError on one that would leave nothing of a prompt.
+    """
     for name, encoder in family.readers.items():
         tokenizer, text = getattr(pipe, name), getattr(pipe, encoder).config
-        positions = getattr(text, "max_position_embeddings", tokenizer.model_max_length)  # T5's are not limited
-        tokenizer.model_max_length = min(positions, tokenizer.model_max_length)
+        own = tokenizer.model_max_length
+        if not is_number(own) or own < LEAST_TOKENS:
+            raise UsageError(f"config model.path: {path!r} has a {name} with model_max_length={own!r}")
+        tokenizer.model_max_length = min(getattr(text, "max_position_embeddings", own), own)  # T5's are not limited
 
 
 def check(family: Family, pipe: Any, path: str) -> None:

@@ -81,6 +81,7 @@ def test_the_host_keeps_as_many_prompts_as_it_is_told_to(pipeline):
         counts.append(calls)
     assert counts == [[1] * 3, [1] * 6]
     assert all(torch.equal(x, y) for x, y in zip(found[:6], found[6:], strict=True))
+    assert len(StableDiffusion(CPU, path=str(pipeline), embeddings_gb=1e300).encode(["a red star"])) == 1
     with pytest.raises(UsageError, match=r"model\.embeddings_gb: must be at least 0, got -1"):
         StableDiffusion(CPU, path="nowhere", embeddings_gb=-1.0)
 

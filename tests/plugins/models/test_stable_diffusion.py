@@ -316,6 +316,15 @@ def test_algorithms_that_need_a_score_there_are_refused(algorithm, zero_snr):
 LONG = "a red star " * 30
 
 
+@pytest.mark.parametrize("limit", [-1, 0, 2, "x"])
+def test_a_tokenizer_that_leaves_nothing_of_a_prompt_is_refused(limit, pipeline, tmp_path):
+    folder = copied(pipeline, tmp_path)
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_max_length": limit}))
+    with pytest.raises(UsageError, match="config model.path: .*max_length"):
+        StableDiffusion(CPU, path=str(folder))
+
+
 @pytest.mark.parametrize("limit", [True, False])
 def test_a_prompt_that_is_cut_is_told_and_cut_as_diffusers_cuts_it(limit, pipeline, tmp_path, capsys):
     """Also for a tokenizer that does not say where to cut."""
