@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from condrl.diffusion.policy import acting
-from condrl.errors import print_main
+from condrl.errors import print_main, stopping_at
 from condrl.models.points import save_module
 from condrl.prompts import Row
 from condrl.training.build import deployed, make_measures, weights_in_words
@@ -188,6 +188,7 @@ def save_best(trainer: Trainer) -> None:
         trainer.folder.remove("lora_best")
 
 
+@stopping_at("the model could not write its LoRA")
 def write_lora(trainer: Trainer, name: str) -> None:
     if trainer.processes.is_main:
         with trainer.folder.replacing(name) as folder:

@@ -648,6 +648,19 @@ def test_a_model_that_fails_on_held_out_prompts_stops_a_run_in_one_line(decodes,
     assert ": KeyError: 'late'; with CONDRL_DEBUG=1" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_model_that_cannot_write_its_lora_ends_a_run_in_one_line(tmp_path, capsys, monkeypatch):
+    """Its checkpoint is there."""
+
+    def save_adapter(model, folder, metadata=None):
+        raise KeyError("late")
+
+    monkeypatch.setattr(Points, "save_adapter", save_adapter)
+    assert finetune.main(toy_words("dpok", tmp_path / "run")) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("stopped: the model could not write its LoRA: KeyError: 'late'")
+    assert (tmp_path / "run" / "checkpoints" / "epoch_00000006").is_dir()
+
+
 def fail_after(decodes, monkeypatch):
     """Have a toy's model fail once it has decoded some states."""
     right, done = Points.decode, []
