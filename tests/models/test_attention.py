@@ -1,5 +1,7 @@
 """model.attention: the same images and gradients by another back-end, and one line for what cannot be had."""
 
+import functools
+
 import pytest
 import torch
 from drawing import CPU, PROMPTS, perturb
@@ -19,7 +21,11 @@ from condrl.prompts import Row
 from condrl.training.build import make_trainer
 from condrl.training.clock import Clock
 
-FAMILIES = {"unet": (StableDiffusion, tiny_pipeline), "sd3": (SD3, sd3_pipeline), "flux": (Flux, flux_pipeline)}
+FAMILIES = {
+    "unet": (StableDiffusion, tiny_pipeline),
+    "sd3": (SD3, sd3_pipeline),
+    "flux": (Flux, functools.partial(flux_pipeline, shift=3.0)),  # not by the size of its images, which is FLUX.1's
+}
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 
 

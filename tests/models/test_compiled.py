@@ -29,7 +29,7 @@ FAMILIES = {
     "unet": (StableDiffusion, tiny_pipeline),
     "sdxl": (SDXL, sdxl_pipeline),
     "sd3": (SD3, sd3_pipeline),
-    "flux": (Flux, flux_pipeline),
+    "flux": (Flux, functools.partial(flux_pipeline, shift=3.0)),  # not by the size of its images, which is FLUX.1's
 }
 
 
