@@ -24,6 +24,7 @@ def run(benchmark, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_rows_in_the_file_are_neither_run_again_nor_lost(benchmark, run, capsys):
     first, asked = run("--problems", "g1")
     assert len(first) == len(asked) == len(benchmark.ANCHORS)
@@ -38,6 +39,7 @@ def test_rows_in_the_file_are_neither_run_again_nor_lost(benchmark, run, capsys)
     assert len(asked) == len(benchmark.ANCHORS)
 
 
+@pytest.mark.slow
 def test_lengthened_stages_have_as_many_epochs_as_a_run_of_one(run):
     """300 of G1's, 400 of M1's, or as many as are asked for."""
     for problem, words, epochs in (("g1", [], 300), ("m1", [], 400), ("m1", ["train.epochs=7"], 7)):

@@ -117,6 +117,7 @@ def test_it_draws_and_judges_the_same_images(both):
     assert scores.total.view(-1, GROUP).std(1).min() > 1e-4
 
 
+@pytest.mark.slow
 def test_its_first_update_has_the_plugins_gradient(both):
     loss, gradient, _ = both.by_trainer()
     own_loss, own_gradient = both.by_example()
@@ -124,6 +125,7 @@ def test_its_first_update_has_the_plugins_gradient(both):
     assert_close(own_gradient, gradient, 1e-4)  # 2e-5 here: float32, divided by the small S of the last steps
 
 
+@pytest.mark.slow
 def test_a_later_update_is_weighed_and_clipped_alike(both):
     """Both LoRAs are moved by the same step, far enough that some ratios are out of bounds."""
     generator = torch.Generator().manual_seed(0)

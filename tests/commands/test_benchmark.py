@@ -64,6 +64,7 @@ def tiny(monkeypatch):
     return sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), zip(TINY, ["float32", "bfloat16"] * 2, strict=True))
 def test_each_family_is_measured(name, dtype, tiny, tmp_path, capsys):
     """As many evaluations as the run makes: with guidance two a step, and of an update only those that it needs."""

@@ -64,6 +64,7 @@ def test_tilted_law_and_normaliser_by_quadrature():
     assert (reward - KAPPA * kl).item() == pytest.approx(KAPPA * log_z.item(), abs=1e-9)  # docs/theory.md 6
 
 
+@pytest.mark.slow
 def test_tilted_law_in_the_plane():
     star, log_z = oracle.tilted(D2, BENT2, KAPPA)
     g = torch.linspace(-7, 7, 1401, dtype=torch.float64)

@@ -61,6 +61,7 @@ def test_pairs_alone_find_the_tilted_distribution(kappa, tmp_path, monkeypatch):
     assert lines[0]["network_calls"] == 512 * 24 * 2 * 2  # both sides of each draw, by the base and by the policy
 
 
+@pytest.mark.slow
 def test_held_out_pairs_are_measured_while_it_runs(tmp_path):
     """Without a reward or a measure; the order of a pair is what counts, and before the first update there is none."""
     train, heldout = preferences(tmp_path / "pairs.jsonl", 512), tmp_path / "heldout.jsonl"

@@ -77,6 +77,7 @@ def test_smc_draws_from_the_tilted_distribution(sampler):
         assert abs(f(final).mean().item() - exact) > 4 * error  # the chain's own are elsewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("potential", "kappa", "steps", "particles"),
     [("difference", 0.5, 12, 16), ("max", 0.5, 5, 32), ("sum", 1.0, 5, 32)],
