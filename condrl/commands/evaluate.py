@@ -157,10 +157,11 @@ def try_lora(plan: Plan, policy: Policy) -> None:
 
     if plan.tuned is None:
         return
-    fit_adapter(policy.model, plan.tuned, plan.source)
-    weights = trained_weights(policy.model.module)
-    with acting(weights, [weight.detach().clone() for weight in weights]):
-        policy.model.load_adapter(plan.tuned)
+    with blaming("model", plan.config.model["name"]):
+        fit_adapter(policy.model, plan.tuned, plan.source)
+        weights = trained_weights(policy.model.module)
+        with acting(weights, [weight.detach().clone() for weight in weights]):
+            policy.model.load_adapter(plan.tuned)
 
 
 def try_measures(plan: Plan, policy: Policy) -> None:

@@ -26,7 +26,17 @@ from typing import Any
 
 from condrl.commands.arguments import HOME, fit_adapter, in_run, parser_of, read_words
 from condrl.commands.console import exit_code
-from condrl.errors import RunError, UsageError, brief, naming, print_main, visible, warn_of_address_limit
+from condrl.errors import (
+    RunError,
+    UsageError,
+    blaming,
+    brief,
+    naming,
+    print_main,
+    stopping_at,
+    visible,
+    warn_of_address_limit,
+)
 from condrl.io.files import check_folder
 from condrl.io.overrides import is_setting, setting_keys
 
@@ -127,8 +137,9 @@ def loaded(config: Any, lora: Path, run: Path | None, strength: float, device: A
     section = {name: value for name, value in config.model.items() if name not in ("quantize", "offload_vae")}
     section |= {"dtype": dtype} if dtype else {}
     model: Any = make_model(section, device)
-    fit_adapter(model, lora, run)
-    model.load_adapter(lora)
+    with blaming("model", section["name"]):
+        fit_adapter(model, lora, run)
+        model.load_adapter(lora)
     scale_lora(model.module, strength)
     return model
 
@@ -158,7 +169,8 @@ def save_one(model: Any, lora: Path, name: str, path: Path) -> None:
 
     metadata = {key: text for key, text in load_metadata(lora, "LoRA").items() if key == "rewards"}
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_adapter(Path(scratch), metadata)
+        with stopping_at("the model could not write its LoRA"):
+            model.save_adapter(Path(scratch), metadata)
         path.write_bytes((Path(scratch) / name).read_bytes())
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from condrl.commands.arguments import HOME, fit_adapter, in_run, one_of_several, parser_of, read_words
 from condrl.commands.console import exit_code
 from condrl.config import Config
-from condrl.errors import RunError, UsageError, drawing, visible, warn_of_address_limit
+from condrl.errors import RunError, UsageError, blaming, drawing, visible, warn_of_address_limit
 from condrl.io.files import check_folder
 
 if TYPE_CHECKING:
@@ -191,8 +191,9 @@ def images(args: argparse.Namespace, request: Request) -> tuple[list[Tensor], li
     base = images_of(policy, request, args.batch, "base") if args.compare or not request.lora else []
     if not request.lora:
         return base, base
-    fit_adapter(policy.model, request.lora, None if request.home == HOME else request.home)
-    policy.model.load_adapter(request.lora)
+    with blaming("model", request.config.model["name"]):
+        fit_adapter(policy.model, request.lora, None if request.home == HOME else request.home)
+        policy.model.load_adapter(request.lora)
     scale_lora(policy.model.module, args.strength)
     return base, images_of(policy, request, args.batch, "tuned")
 

@@ -110,6 +110,16 @@ def test_whose_names_a_transformers_file_has_is_told(run, tmp_path, capsys):
     assert said == ["note: a transformer's names are OneTrainer's, which ComfyUI reads; kohya's are those of a UNet"]
 
 
+def test_a_model_that_cannot_write_its_lora_is_one_line(run, tmp_path, capsys, monkeypatch):
+    def save_adapter(model, folder, metadata=None):
+        raise KeyError("late")
+
+    monkeypatch.setattr(StableDiffusion, "save_adapter", save_adapter)
+    assert export(run, "--to", "diffusers", "--out", tmp_path / "out") == 1
+    assert "stopped: the model could not write its LoRA: KeyError: 'late'" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_a_kohya_file_has_kohyas_names_and_a_run_keeps_its_rewards(run, tmp_path):
     from safetensors import safe_open
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import condrl
 from condrl import UsageError
-from condrl.commands import evaluate
+from condrl.commands import evaluate, export
 from condrl.commands import sample as command
 from condrl.commands.console import exit_code
 from condrl.config import to_yaml
@@ -128,6 +128,21 @@ def test_a_model_that_fails_while_it_draws_is_one_line(run, tmp_path, capsys, mo
     monkeypatch.setattr(StableDiffusion, "decode", decode)
     assert sample(str(run), "--out", str(tmp_path / "x.png")) == 1
     assert "stopped: the model failed while images were drawn: KeyError: 'late'" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_load_its_lora_is_one_line(run, tmp_path, capsys, monkeypatch):
+    """In each command that loads one."""
+
+    def load_adapter(model, folder):
+        raise KeyError("late")
+
+    monkeypatch.setattr(StableDiffusion, "load_adapter", load_adapter)
+    assert sample(str(run), "--out", str(tmp_path / "x.png")) == 2
+    words = [f"plugins=[{tmp_path}/mine.py]", "model.lora=null", "--out", str(tmp_path / "measured")]
+    assert evaluate.main([str(run), *words]) == 2
+    assert export.main([str(run), "--to", "diffusers"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "late" in line]
+    assert said == ["error: the model 'stable_diffusion' failed: KeyError: 'late'"] * 3
 
 
 def test_python_takes_paths_numpy_seeds_and_a_single_prompt(run):
