@@ -13,6 +13,8 @@ from condrl.registry import REGISTRIES
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what tests start: two of them share two cores
+os.environ.setdefault("GPU_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))  # test_gpu.py's alone
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # numbers of all other tests are a CPU's
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,6 +56,6 @@ def model(pipeline) -> StableDiffusion:
 
 
 @pytest.fixture
-def benchmark() -> Any:
+def research() -> Any:
     """scripts/research/benchmark.py, loaded anew."""
     return load_script("benchmark")

@@ -10,14 +10,14 @@ FOUND = {"gap_closed": 0.98765, "kl_to_optimum": 0.0312, "reward_queries": 7, "s
 
 
 @pytest.fixture
-def run(benchmark, tmp_path, monkeypatch):
+def run(research, tmp_path, monkeypatch):
     """What runs `anchors` with words, and returns its rows and the overrides of what it tuned."""
     asked = []
-    monkeypatch.setattr(benchmark, "gap", lambda problem, words: asked.append((problem, *words)) or FOUND)
+    monkeypatch.setattr(research, "gap", lambda problem, words: asked.append((problem, *words)) or FOUND)
 
     def run(*words):
         asked.clear()
-        rows = benchmark.anchors(None, benchmark.parse(["anchors", "--json", str(tmp_path / "t.json"), *words]))
+        rows = research.anchors(None, research.parse(["anchors", "--json", str(tmp_path / "t.json"), *words]))
         assert from_json((tmp_path / "t.json").read_text()) == rows
         return rows, list(asked)
 
@@ -25,9 +25,9 @@ def run(benchmark, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_rows_in_the_file_are_neither_run_again_nor_lost(benchmark, run, capsys):
+def test_rows_in_the_file_are_neither_run_again_nor_lost(research, run, capsys):
     first, asked = run("--problems", "g1")
-    assert len(first) == len(asked) == len(benchmark.ANCHORS)
+    assert len(first) == len(asked) == len(research.ANCHORS)
     assert all("run.seed=0" in words for words in asked)
     both, asked = run("--problems", "g1", "--seeds", "2")
     assert both[: len(first)] == first
@@ -36,7 +36,7 @@ def test_rows_in_the_file_are_neither_run_again_nor_lost(benchmark, run, capsys)
     assert "| 1 | 4 | group | in all | .988 | - | - |" in capsys.readouterr().out
     other, asked = run("--problems", "g1", "train.lr=0.1")
     assert other[: len(both)] == both
-    assert len(asked) == len(benchmark.ANCHORS)
+    assert len(asked) == len(research.ANCHORS)
 
 
 @pytest.mark.slow
@@ -50,8 +50,8 @@ def test_lengthened_stages_have_as_many_epochs_as_a_run_of_one(run):
             assert [word for word in own if word.startswith("train.epochs=")] == words + given
 
 
-def test_the_table_of_the_documentation_is_what_was_measured(benchmark):
+def test_the_table_of_the_documentation_is_what_was_measured(research):
     """With every anchor on all three toys, and the seed 0."""
     rows = from_json(RECORD.read_text("utf-8"))
-    assert benchmark.anchors_markdown(rows) in (ROOT / "docs" / "measured.md").read_text("utf-8")
-    assert len({benchmark.anchor_of(row) for row in rows}) == len(rows)
+    assert research.anchors_markdown(rows) in (ROOT / "docs" / "measured.md").read_text("utf-8")
+    assert len({research.anchor_of(row) for row in rows}) == len(rows)

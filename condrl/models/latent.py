@@ -20,11 +20,12 @@ from condrl.diffusion.schedule import Schedule
 from condrl.diffusion.schedulers import DiscreteSchedule, schedule_from_diffusers
 from condrl.errors import UsageError, print_main, quoted
 from condrl.io.files import locate
+from condrl.models.adapter import add_lora, merged_into_weights
 from condrl.models.attention import check_attention, set_attention
 from condrl.models.compiled import check_compiler, compile_blocks
 from condrl.models.embeddings import Embeddings, Encoded, Prompt
 from condrl.models.loading import Family, load_pipeline, public_name
-from condrl.models.lora import find_lora, load_lora, lora_layers, read_lora, save_lora
+from condrl.models.lora import find_lora, load_lora, read_lora, save_lora
 from condrl.models.quantised import Quantize, check_quantize, quantize_linears
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -167,9 +168,8 @@ class LatentModel(ABC):
 
     @property
     def layout(self) -> torch.memory_format:
-        """Of the network and its input: as asked for, or what convolutions are usually fastest with."""
-        usual = "contiguous" if self.device.type == "cpu" else "channels_last"
-        return LAYOUTS[self.memory_format if self.memory_format in LAYOUTS else usual]
+        """Of the network and its input."""
+        return LAYOUTS["channels_last" if self.memory_format == "channels_last" else "contiguous"]
 
     def lay_out(self, name: Literal["contiguous", "channels_last"]) -> None:
         """Change the memory layout of the network and its input."""
@@ -425,19 +425,11 @@ class LatentModel(ABC):
         Half-precision weights and quantised ones would round the LoRA away, and sharded ones are not all here: they
         are left alone.
         """
-        full = self.torch_dtype == torch.float32 and not self.sharded and not self.quantize
-        every = lora_layers(self.module).values() if full else ()
-        layers = [layer for layer in every if not layer.disable_adapters and not layer.merged]  # it may be nested
-        weights = [layer.get_base_layer().weight for layer in layers]
-        originals = [weight.data for weight in weights]
-        try:
-            for layer in layers:
-                layer.merge(safe_merge=True)  # into a copy of the weight
+        if self.torch_dtype != torch.float32 or self.sharded or self.quantize:
             yield
-        finally:
-            for layer, weight, original in zip(layers, weights, originals, strict=True):
-                layer.merged_adapters.clear()
-                weight.data = original  # put back, not subtracted: no rounding is left behind
+            return
+        with merged_into_weights(self.module):
+            yield
 
     def save_adapter(self, folder: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the LoRA as diffusers reads it and as ComfyUI and A1111 do."""
@@ -469,35 +461,6 @@ def check_guidance(guidance: float, negative_prompt: str | None) -> None:
         raise UsageError(
             f"config model.negative_prompt: {negative_prompt!r} has no effect with model.guidance=1; raise the guidance"
         )
-
-
-def add_lora(network: Any, rank: int, alpha: int, targets: Sequence[str]) -> None:
-    """Add a float32 LoRA that starts at zero to a frozen network.
-
-    Raises: UsageError when no module's name ends as `targets` say, or one that does has no matrix.
-    """
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-
-    for target in targets:
-        check_target(network, target)
-    settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
-    network.add_adapter(settings)
-    cast_training_params(network, torch.float32)
-
-
-def check_target(network: nn.Module, target: str) -> None:
-    """Raises: UsageError when no module is called so, or one that gets no LoRA."""
-    found = [(name, m) for name, m in network.named_modules() if name == target or name.endswith("." + target)]
-    if not found:
-        raise UsageError(f"config model.lora_targets: no module of the network is called {target!r}")
-    for name, module in found:
-        weight = getattr(module, "weight", None)
-        if weight is None or weight.dim() < 2:
-            raise UsageError(
-                f"config model.lora_targets: {target!r} is {name or 'the network'}, a {type(module).__name__}, which "
-                "gets no LoRA: name linear layers or convolutions"
-            )
 
 
 def unet_layers(unet: Any) -> list[nn.Module]:

@@ -21,8 +21,9 @@ from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout
 from condrl.loading import load_config
+from condrl.models.adapter import add_lora
 from condrl.models.flow import JOINT_ATTENTION
-from condrl.models.latent import LatentModel, add_lora
+from condrl.models.latent import LatentModel
 from condrl.models.lora import KOHYA_FILE, LORA_FILE, lora_layers, save_lora
 from condrl.plugins.models.flux import Flux
 from condrl.plugins.models.sd3 import SD3

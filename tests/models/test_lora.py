@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from condrl import UsageError
-from condrl.models.latent import ATTENTION, add_lora
+from condrl.models.adapter import add_lora
+from condrl.models.latent import ATTENTION
 from condrl.models.lora import KOHYA_FILE, LORA_FILE, Factors, fit, lora_layers, lora_state, save_lora
 from condrl.plugins.models.stable_diffusion import StableDiffusion
 

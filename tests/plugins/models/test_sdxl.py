@@ -30,7 +30,8 @@ from condrl.diffusion.noise import seeded
 from condrl.diffusion.policy import Policy
 from condrl.diffusion.rollout import rollout
 from condrl.loading import load_config
-from condrl.models.latent import ATTENTION, LatentModel, add_lora, unet_layers
+from condrl.models.adapter import add_lora
+from condrl.models.latent import ATTENTION, LatentModel, unet_layers
 from condrl.models.lora import KOHYA_FILE, LORA_FILE, lora_layers, lora_state, save_lora
 from condrl.plugins.models.sdxl import SDXL
 from condrl.plugins.models.stable_diffusion import StableDiffusion
