@@ -64,7 +64,7 @@ class TrainConfig:
     window: int | None = None  # neighbouring steps with noise, which move with each epoch; others have none; null: all
     same_start: bool = False  # start the images of a prompt from the same noise, so that only their steps' differ
     steps_per_image: int | None = None  # how many of them to train per image, redrawn in each pass; null: all
-    loss_batch: int = 64  # (image, step) pairs in one forward and backward
+    loss_batch: int = 64  # (image, step) pairs in one forward and backward, at most
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: bitsandbytes', whose moments take a quarter
     lr: float = 3e-4  # AdamW learning rate
     warmup: int = 0  # optimiser steps of linear warm-up
@@ -132,6 +132,15 @@ class Config:
     @property
     def images_per_epoch(self) -> int:
         return self.train.prompts_per_epoch * self.train.images_per_prompt
+
+    def pairs_at_once(self, steps: int, processes: int) -> int:
+        """(image, step) pairs in one forward and backward, where `steps` of an image's steps can be trained.
+
+        The fewest that `loss_batch` allows of equal parts of a process's update.
+        """
+        train, images = self.train, self.images_per_epoch / self.train.updates_per_epoch
+        pairs = math.ceil(images / processes) * (train.steps_per_image or steps)
+        return math.ceil(pairs / math.ceil(pairs / train.loss_batch))
 
 
 SECTIONS: dict[str, Any] = {

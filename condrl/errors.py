@@ -17,6 +17,10 @@ NO_MEMORY = (  # in the messages of torch, CUDA, the system, C++, the dynamic lo
     "can't start new thread",
 )
 LESS = "lower train.loss_batch, train.rollout_batch or model.decode_batch, or --batch of condrl sample"
+OTHER_KERNELS = (
+    "CUDA_LAUNCH_BLOCKING=1 in the environment shows which operation did, with CONDRL_DEBUG=1 where; model.attention="
+    "_native_flash or _native_efficient computes attention by other kernels"
+)
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # full, read-only or broken
 LENGTH = 300  # characters quoted from the error of another program or of a plugin
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that ask a run to stop
@@ -71,9 +75,14 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, kinds) and any(t in str(error) for t in NO_MEMORY))
 
 
+def gpu_failed(error: BaseException) -> bool:
+    """Whether an error says that a GPU, its driver or one of its kernels failed."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not out_of_memory(error)
+
+
 def is_of_the_machine(error: BaseException) -> bool:
-    """Whether an error says that memory is short, or that a disk is full, read-only or broken."""
-    return out_of_memory(error) or (isinstance(error, OSError) and error.errno in DISK)
+    """Whether an error says that memory is short, a GPU failed, or a disk is full, read-only or broken."""
+    return out_of_memory(error) or gpu_failed(error) or (isinstance(error, OSError) and error.errno in DISK)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import os
 import resource
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 import condrl
 from condrl.commands.console import exit_code
-from condrl.errors import UsageError, naming, warn_of_address_limit
+from condrl.errors import UsageError, blaming, naming, stopping_at, warn_of_address_limit
 from condrl.io.records import write_json
 from condrl.prompts import Row
 from condrl.rewards.scoring import make_reward
@@ -120,6 +120,25 @@ def test_too_little_memory_is_a_line_that_says_what_to_lower(work, capsys):
     assert said.count("\n") == 1
     with pytest.raises(RuntimeError, match="a mistake in the code"):
         exit_code(short(RuntimeError("a mistake in the code")))
+
+
+@pytest.mark.parametrize("kind", ["algorithm", "model", None])
+def test_a_failing_gpu_is_a_line_that_blames_no_plugin(kind, capsys):
+    message = "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress'"
+
+    def work():
+        around = {"algorithm": blaming("algorithm", "nft"), "model": stopping_at("the model failed")}
+        with around.get(kind, nullcontext()):
+            raise torch.AcceleratorError(message)
+
+    assert exit_code(work) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("stopped: the GPU failed: CUDA_LAUNCH_BLOCKING=1 in the environment shows which")
+    assert "model.attention=_native_flash" in said
+    assert "AcceleratorError: CUDA error: an illegal memory access" in said
+    assert said.count("\n") == 1
+    assert exit_code(short(RuntimeError("CUDA error: out of memory"))) == 1
+    assert capsys.readouterr().err.startswith("stopped: out of memory")
 
 
 def test_an_update_without_memory_stops_with_a_checkpoint_from_before(tmp_path, monkeypatch, capsys):

@@ -71,6 +71,12 @@ class Examples:
         return torch.cartesian_prod(self.k, torch.arange(self.count)).flip(1)
 
 
+def parts_of(pairs: Tensor, batch: int) -> list[Tensor]:
+    """Pairs (N, 2) in parts of `batch`, where there are as many: the last one begins among those of the one before."""
+    starts = range(0, len(pairs), batch)
+    return [pairs[max(0, min(start, len(pairs) - batch)) :][:batch] for start in starts]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RatioExamples(Examples, ABC):
     """Examples whose loss weighs likelihood ratios, so that their log-probabilities have to be the policy's own."""
@@ -85,11 +91,11 @@ class RatioExamples(Examples, ABC):
 def recomputed(examples: RatioExamples, policy: Policy, batch: int) -> RatioExamples:
     """The examples with their log-probabilities recomputed, `batch` pairs at a time as an update does.
 
-    In half precision the result of a network depends on its batch by far more than a ratio may be off, and that of a
-    compiled one on whether it has gradients.
+    In half precision the result of a network depends on the size of its batch by far more than a ratio may be off, and
+    that of a compiled one on whether it has gradients.
     """
     log_probs = torch.full_like(examples.old_log_prob, torch.nan)
-    for part in examples.every_pair().split(batch):
+    for part in parts_of(examples.every_pair(), batch):
         images, k = part.to(log_probs.device).unbind(1)
         with torch.set_grad_enabled(is_compiled(policy)):
             log_probs[k, images] = examples.at(*part.unbind(1)).log_prob(policy).detach()
@@ -106,7 +112,7 @@ def check_ratios(examples: RatioExamples, policy: Policy, batch: int, most: int 
     pairs = examples.every_pair()
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))][:most]
     off = []
-    for part in pairs.split(batch):
+    for part in parts_of(pairs, batch):
         some = examples.at(*part.unbind(1))
         log_prob = some.log_prob(policy).detach()  # with gradients, as the update does; one graph at a time
         off.append((log_prob - some.old_log_prob).exp().sub(1).abs().max())
@@ -116,8 +122,8 @@ def check_ratios(examples: RatioExamples, policy: Policy, batch: int, most: int 
         raise RunError(
             f"before the first update every likelihood ratio should be 1, but one is off by {worst:.2g} "
             f"(allowed: {allowed:g}): the loss does not see the policy that was rolled out. Dropout, or kernels "
-            "whose result depends on the batch, can cause this; model.dtype=float32 and "
-            "train.loss_batch=train.rollout_batch reduce it, run.check_ratios=false continues regardless."
+            "whose result depends on the batch, can cause this; model.dtype=float32 reduces it, and in float32 "
+            "train.loss_batch=train.rollout_batch; run.check_ratios=false continues regardless."
         )
 
 

@@ -12,7 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from condrl.errors import DISK, LESS, RunError, Stopped, UsageError, brief, out_of_memory, print_main
+from condrl.errors import (
+    DISK,
+    LESS,
+    OTHER_KERNELS,
+    RunError,
+    Stopped,
+    UsageError,
+    brief,
+    gpu_failed,
+    out_of_memory,
+    print_main,
+)
 
 HEAD_START = 2.0  # seconds that the process which prints an error gets before the others leave
 
@@ -103,6 +114,8 @@ def last_words(error: BaseException) -> tuple[str, int]:
             return "interrupted", 130
         case _ if out_of_memory(error):
             return f"stopped: out of memory: {LESS} ({brief(error)})", 1
+        case _ if gpu_failed(error):
+            return f"stopped: the GPU failed: {OTHER_KERNELS} ({brief(error)})", 1
         case OSError() if error.errno in DISK:
             return f"stopped: {error}", 1
     raise error

@@ -83,7 +83,8 @@ class Learner:
         weight = len(examples.k) / steps.numel()  # a subset of the steps stands for all of them
         own = (part >= indices.start) & (part < indices.stop)
         pairs = torch.stack([(part - indices.start)[:, None].expand_as(steps), steps], -1)[own].flatten(0, 1)
-        parts = pairs.split(train.loss_batch) if len(pairs) else ()
+        at_once = self.config.pairs_at_once(len(examples.k), self.processes.count)
+        parts = pairs.split(at_once) if len(pairs) else ()
         self.set_lr()
         for some in parts:
             loss, metrics = check_loss(self.algorithm.loss(self.policy, examples.at(*some.unbind(1))), len(some))

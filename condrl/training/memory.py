@@ -160,7 +160,7 @@ def largest(trainer: Trainer, needs: Needs) -> tuple[str, float]:
     decoded = min(images, getattr(trainer.policy.model, "decode_batch", images))
     scored = min(images, max((reward.batch for reward in trainer.rewards), default=0))
     prepared = min(images, train.loss_batch)
-    pairs = min(train.loss_batch, -(-images // train.updates_per_epoch) * needs.steps)
+    pairs = trainer.config.pairs_at_once(needs.steps, trainer.processes.count)
     phases = {
         f"roll-out of {at_once} images": needs.rollout.gb(at_once),
         f"decoding {decoded} images": needs.decode.gb(decoded),

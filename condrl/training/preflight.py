@@ -139,7 +139,7 @@ def attempt_eagerly(trainer: Trainer) -> Trial:
     prepare = Growth.through({min(images, trainer.config.train.loss_batch): live.peak})
     gathered = model.evaluations - before
     if isinstance(examples, RatioExamples) and trainer.config.run.check_ratios:
-        check_ratios(examples, twin.policy, twin.config.train.loss_batch)
+        check_ratios(examples, twin.policy, twin.pairs_at_once(examples))
     check_metrics(examples.metrics, images)
     scored = collected.scored[collected.indices.start : collected.indices.stop].cpu()
     learn, learned = differentiate(twin, examples, scored)

@@ -141,7 +141,7 @@ class Trainer:
                 clock.lap("examples")
                 if epoch < 2 and self.config.run.check_ratios and isinstance(examples, RatioExamples):
                     # every pair before the first update, then some once the LoRA is no longer zero
-                    batch = self.config.train.loss_batch
+                    batch = self.pairs_at_once(examples)
                     check_ratios(examples, self.policy, batch, None if epoch == 0 else batch)
                     clock.lap("check")
                 is_measured = bool(self.heldout) and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0
@@ -236,8 +236,12 @@ class Trainer:
         check_examples(examples, len(experience.rows))
         is_rounded = self.policy.rollout_dtype is not None or has_half_precision(self.policy)
         if (is_rounded or is_compiled(self.policy)) and isinstance(examples, RatioExamples):
-            return recomputed(examples, self.policy, train.loss_batch)
+            return recomputed(examples, self.policy, self.pairs_at_once(examples))
         return examples
+
+    def pairs_at_once(self, examples: Examples) -> int:
+        """How many pairs of them are learned from in one forward and backward."""
+        return self.config.pairs_at_once(len(examples.k), self.processes.count)
 
     @property
     def has_base_kl(self) -> bool:

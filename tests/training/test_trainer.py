@@ -267,6 +267,32 @@ def test_ratios_are_one_on_stable_diffusion(dtype, pipeline, tmp_path):
             check_ratios(examples, trainer.policy, trainer.config.train.loss_batch)
 
 
+@pytest.mark.parametrize(("batch", "updates", "size"), [(256, 1, 256), (200, 1, 128), (50, 2, 43), (1, 2, 1)])
+def test_a_network_whose_result_depends_on_its_batch_has_ratios_of_one(batch, updates, size, tmp_path, monkeypatch):
+    """As kernels of half precision do on a GPU: what is recomputed, checked and learned from has one size, but for what is left."""
+    trainer = make_trainer(tmp_path, train={"loss_batch": batch, "updates_per_epoch": updates})
+    monkeypatch.setattr(importlib.import_module("condrl.training.trainer"), "has_half_precision", lambda policy: True)
+    model, sizes = trainer.policy.model, []
+    score = model.score
+
+    def of_its_batch(x, t, condition):
+        sizes.append(len(x))
+        return score(x, t, condition) + len(x)
+
+    monkeypatch.setattr(model, "score", of_its_batch)
+    collected = trainer.collect(0, clock())
+    sizes.clear()
+    examples = trainer.examples(collected, 0)
+    assert set(sizes) == {size}
+    assert trainer.pairs_at_once(examples) == size
+    check_ratios(examples, trainer.policy, size)
+    assert set(sizes) == {size}
+    sizes.clear()
+    trainer.learner.update(examples, collected, 0)
+    assert sum(sizes) == 256
+    assert sizes.count(size) == 256 // updates // size * updates
+
+
 def test_sums_over_many_dimensions_keep_their_digits():
     """At Stable Diffusion's 16384 dimensions a rounding error in the mean moves a ratio by far less than 1e-3."""
     g = torch.Generator().manual_seed(0)
