@@ -293,6 +293,17 @@ def test_a_network_whose_result_depends_on_its_batch_has_ratios_of_one(batch, up
     assert sizes.count(size) == 256 // updates // size * updates
 
 
+@pytest.mark.parametrize(
+    ("steps", "processes", "drawn", "batch", "size"),
+    [(9, 1, None, 128, 96), (9, 1, None, 300, 288), (9, 2, None, 128, 72), (9, 3, None, 64, 50), (9, 1, 2, 64, 64)],
+)
+def test_an_updates_pairs_are_taken_in_equal_parts(steps, processes, drawn, batch, size):
+    """128 images in four updates."""
+    train = {"prompts_per_epoch": 16, "images_per_prompt": 8, "updates_per_epoch": 4, "rollout_batch": 128}
+    config = build_config({"train": {**train, "loss_batch": batch, "steps_per_image": drawn}})
+    assert config.pairs_at_once(steps, processes) == size
+
+
 def test_sums_over_many_dimensions_keep_their_digits():
     """At Stable Diffusion's 16384 dimensions a rounding error in the mean moves a ratio by far less than 1e-3."""
     g = torch.Generator().manual_seed(0)
