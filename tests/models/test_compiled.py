@@ -121,6 +121,21 @@ def test_scores_and_gradients_are_the_same(family, graphs):
 
 
 @pytest.mark.slow
+def test_a_lora_in_half_precision_breaks_no_graph(family, graphs):
+    made = []
+    for dtype in ("float32", "bfloat16"):
+        torch._dynamo.reset()
+        plain, compiled = pair(family, guidance=1.0, dtype=dtype)
+        for model in (plain, compiled):
+            model.score(*place(model)).square().sum().backward()
+        gradients = [torch.cat([p.grad.flatten() for p in trained(model)]) for model in (plain, compiled)]
+        assert (gradients[1] - gradients[0]).norm() < 0.01 * gradients[0].norm()
+        made.append(len(graphs))
+        graphs.clear()
+    assert made[0] == made[1] > 0
+
+
+@pytest.mark.slow
 def test_features_are_the_same(family, graphs):
     """Also when they are asked for after the blocks were compiled."""
     plain, compiled = pair(family, guidance=1.0)
