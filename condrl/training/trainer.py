@@ -141,8 +141,8 @@ class Trainer:
                 clock.lap("examples")
                 if epoch < 2 and self.config.run.check_ratios and isinstance(examples, RatioExamples):
                     # every pair before the first update, then some once the LoRA is no longer zero
-                    batch = self.pairs_at_once(examples)
-                    check_ratios(examples, self.policy, batch, None if epoch == 0 else batch)
+                    most = None if epoch == 0 else self.config.train.loss_batch
+                    check_ratios(examples, self.policy, self.pairs_at_once(examples), most)
                     clock.lap("check")
                 is_measured = bool(self.heldout) and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0
                 has_budget = self.config.train.kl_budget is not None
