@@ -138,8 +138,9 @@ class Config:
 
         The fewest that `loss_batch` allows of equal parts of a process's update.
         """
-        train, images = self.train, self.images_per_epoch / self.train.updates_per_epoch
-        pairs = math.ceil(images / processes) * (train.steps_per_image or steps)
+        train = self.train
+        images = math.ceil(self.images_per_epoch / train.updates_per_epoch / processes)
+        pairs = images * (train.steps_per_image or steps)
         return math.ceil(pairs / math.ceil(pairs / train.loss_batch))
 
 

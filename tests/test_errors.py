@@ -122,12 +122,13 @@ def test_too_little_memory_is_a_line_that_says_what_to_lower(work, capsys):
         exit_code(short(RuntimeError("a mistake in the code")))
 
 
-@pytest.mark.parametrize("kind", ["algorithm", "model", None])
+@pytest.mark.parametrize("kind", ["algorithm", "model", "reward", None])
 def test_a_failing_gpu_is_a_line_that_blames_no_plugin(kind, capsys):
     message = "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress'"
 
     def work():
         around = {"algorithm": blaming("algorithm", "nft"), "model": stopping_at("the model failed")}
+        around["reward"] = make_reward("brightness", {}).blamed()
         with around.get(kind, nullcontext()):
             raise torch.AcceleratorError(message)
 

@@ -47,7 +47,7 @@ def check_target(network: nn.Module, target: str) -> None:
 
 
 class InPrecisionOfInput(nn.Module):
-    """What a layer of peft is besides: its LoRA is computed in half precision where its input has it.
+    """A layer of peft whose LoRA is computed in half precision where its input is.
 
     peft computes every LoRA in float32, which doubles what a network in half precision reads, writes and keeps for it.
     """
@@ -69,7 +69,7 @@ class InPrecisionOfInput(nn.Module):
 
 @cache
 def in_precision_of_input(kind: Any) -> type[InPrecisionOfInput]:
-    """A kind of peft's layers, being that besides."""
+    """A class of peft's layers whose LoRA is computed so, made once from peft's own."""
     return kind if issubclass(kind, InPrecisionOfInput) else type(kind.__name__, (InPrecisionOfInput, kind), {})
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from condrl.diffusion.schedule import like
-from condrl.errors import LESS, RewardError, RunError, UsageError, brief, out_of_memory, quoted
+from condrl.errors import LESS, RewardError, RunError, UsageError, brief, gpu_failed, out_of_memory, quoted
 from condrl.prompts import Row
 from condrl.registry import reward as registry
 
@@ -167,6 +167,8 @@ class Reward:
         except MissingKey as error:
             raise RewardError(f"the reward {self.name!r} needs {error}") from error
         except (Exception, SystemExit) as error:  # user code
+            if gpu_failed(error):  # perhaps in what was asked of it before
+                raise
             if out_of_memory(error):
                 raise RunError(f"the reward {self.name!r} ran out of memory: {LESS} ({brief(error)})") from error
             where = f" for the prompt {quoted(rows[0].prompt)}" if rows else ""
