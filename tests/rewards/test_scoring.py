@@ -515,6 +515,7 @@ def test_a_reward_without_a_slope_is_what_it_is():
     ],
 )
 def test_what_cannot_be_smoothed_is_one_line(words, message, tmp_path):
+    condrl.reward(lambda samples, prompts: samples.mean((1, 2, 3)), name="alike", per="group")
     with pytest.raises(UsageError, match=message):
         load_config([*words, f"run.dir={tmp_path}"], QUICKSTART)
 
