@@ -430,7 +430,7 @@ def test_noise_at_chosen_steps_alone(name, schedule):
     torch.testing.assert_close(found.mean, high.mean.where(chosen, low.mean))
     torch.testing.assert_close(found.std, high.std.where(chosen, torch.zeros(())))
     assert mixed.stochastic.tolist() == chosen.flatten().tolist()
-    assert (high.mean - low.mean).abs()[chosen.flatten()].min() > 1e-8
+    assert (high.mean - low.mean).abs()[chosen.flatten()].amax(1).min() > 1e-8  # or equality would say nothing
 
 
 @dataclasses.dataclass(frozen=True)
