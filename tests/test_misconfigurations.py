@@ -232,7 +232,6 @@ CASES = [
     ("algorithm.temperature=-1", "algorithm.temperature: must be at least 0, got -1"),
     ("algorithm.times=[0.5,0.2]", "algorithm.times: must rise within (0, 1)"),
     ("algorithm.clip_range=1", "algorithm.clip_range: there is no such key. Available: temperature"),
-    ("train.kl_budget=5 sampler.eta=0", "train.kl_budget"),
     # folders
     ("run.name=a/b", "run.name: 'a/b' is not the name of a folder"),
     ("run.name=..", "run.name"),

@@ -203,6 +203,9 @@ def compared_with_base(
     plan: Plan, policies: Sequence[Policy], bar: tqdm[Any], writer: Writer
 ) -> Iterator[dict[str, Any]]:
     """Measure the base with each sampler, then the tuned model at each strength."""
+    from condrl.training.evaluate import first_seed, path_kl_to_base
+
+    seed = first_seed(plan.config.run.seed)
     bar.set_description("base")
     bases = [measured(plan, policy, bar, writer.first(number, "base")) for number, policy in enumerate(policies)]
     for strength in plan.strengths:
@@ -210,7 +213,8 @@ def compared_with_base(
         bar.set_description(kinds[1])
         for number, (policy, base) in enumerate(zip(policies, bases, strict=True)):
             tuned = measured(plan, policy, bar, writer.second(number, strength, base, kinds))
-            yield entry(plan, number, strength, base, tuned) | {"path_kl": kl_of(plan, policy)}
+            kl = path_kl_to_base(policy, plan.rows, seed, plan.batch)
+            yield entry(plan, number, strength, base, tuned) | {"path_kl": kl}
 
 
 def steered_beside_plain(
@@ -258,13 +262,6 @@ def measured(
     return evaluate(
         policy, plan.rows, measures, seed, plan.per_prompt, plan.batch, pictures=0, visit=see, draw=draw or plain
     )
-
-
-def kl_of(plan: Plan, policy: Policy) -> float | None:
-    """The path KL of the tuned policy to the base model, nats, where its steps have a density."""
-    from condrl.training.evaluate import first_seed, path_kl_to_base
-
-    return path_kl_to_base(policy, plan.rows, first_seed(plan.config.run.seed), plan.batch)
 
 
 def entry(plan: Plan, number: int, strength: float | None, first: Evaluation, second: Evaluation) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def check_combination(config: Config) -> None:
     check_rewards(config, algorithm)
     check_policy_is_trained(config, algorithm)
     if config.train.kl_budget is not None:
-        check_budget(config, sampler, algorithm)
+        check_budget(config, algorithm)
     with blaming("algorithm", config.algorithm["name"]):
         check_needs(algorithm.needs, Setting(config, sampler))
 
@@ -127,16 +127,11 @@ def check_reward_free(config: Config) -> None:
         )
 
 
-def check_budget(config: Config, sampler: Sampler, algorithm: Algorithm) -> None:
+def check_budget(config: Config, algorithm: Algorithm) -> None:
     """Raises: UsageError when `train.kl_budget` cannot be enforced."""
     if algorithm.off_policy or not algorithm.uses_rewards:
         raise UsageError(
             "config train.kl_budget: as configured, the algorithm does not roll out the policy itself: leave it out"
-        )
-    if not sampler.stochastic.any() or not sampler.is_markov:
-        raise UsageError(
-            "config train.kl_budget: the path KL needs steps with noise that depend on the state alone: use ddim with "
-            "sampler.eta=1"
         )
     if config.train.over_budget == "adapt" and not config.algorithm.get("kappa"):
         raise UsageError("config train.over_budget: adapt changes algorithm.kappa, which must be above 0 for that")

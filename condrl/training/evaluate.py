@@ -17,6 +17,7 @@ from condrl.diffusion.rollout import rollout, sample
 from condrl.errors import drawing
 from condrl.processes import Processes
 from condrl.prompts import Row
+from condrl.registry import sampler as samplers
 from condrl.rewards.scoring import Reward, Scores, score
 
 Draw = Callable[[Policy, Tensor, list[torch.Generator], Sequence[Row]], Tensor]  # of images: their final states
@@ -277,13 +278,22 @@ def evaluate(
     return Evaluation(measured, each, means, spread, preview, labels, calls / len(rows))
 
 
+def with_path_kl(policy: Policy) -> Policy:
+    """The policy, or where its steps have no density (an ODE, a solver with memory) its scores' reverse SDE, by DDPM.
+
+    Both have the same times.
+    """
+    sampler = policy.sampler
+    if sampler.is_markov and sampler.stochastic.any():
+        return policy
+    return Policy(policy.model, samplers.find("ddim").target(policy.model.schedule, sampler.times, eta=1.0))
+
+
 @drawing()
 @torch.no_grad()
-def path_kl_to_base(policy: Policy, rows: Sequence[Row], seed: int, batch: int) -> float | None:
-    """The path KL to the base model, nats, of an image of each of the first rows; None of steps without a density."""
-    sampler = policy.sampler
-    if not sampler.is_markov or not sampler.stochastic.any():
-        return None
+def path_kl_to_base(policy: Policy, rows: Sequence[Row], seed: int, batch: int) -> float:
+    """The path KL to the base model, nats, of an image of each of the first rows."""
+    policy = with_path_kl(policy)
     condition = policy.model.encode([row.prompt for row in rows[:KL_IMAGES]])
     drawn = rollout(policy, condition, torch.Generator().manual_seed(seed), batch)
     return path_kl(policy, drawn, batch).kl.sum(0, dtype=torch.float64).mean().item()

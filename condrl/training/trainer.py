@@ -36,7 +36,7 @@ from condrl.rewards.scoring import Reward, Scores, first_failure, score, weighte
 from condrl.training.best import Best
 from condrl.training.checkpoint import checkpoint_files, save_checkpoint
 from condrl.training.clock import Clock
-from condrl.training.evaluate import KL_IMAGES
+from condrl.training.evaluate import KL_IMAGES, with_path_kl
 from condrl.training.folder import RunFolder
 from condrl.training.learner import Learner
 from condrl.training.recorder import PICTURES, Recorder
@@ -146,7 +146,7 @@ class Trainer:
                     clock.lap("check")
                 is_measured = bool(self.heldout) and (epoch + 1) % (self.config.evaluate.every or epoch + 2) == 0
                 has_budget = self.config.train.kl_budget is not None
-                kl = self.base_kl(experience) if has_budget or (is_measured and self.has_base_kl) else None
+                kl = self.base_kl(experience) if has_budget or is_measured else None
                 metrics = self.learner.update(examples, experience, epoch) | self.keep_to_budget(kl)
             clock.lap("update")
             if self.heldout and is_measured:
@@ -243,11 +243,6 @@ class Trainer:
         """How many pairs of them are learned from in one forward and backward."""
         return self.config.pairs_at_once(len(examples.k), self.processes.count)
 
-    @property
-    def has_base_kl(self) -> bool:
-        """Whether the policy has a path KL to the base model."""
-        return self.sampler.is_markov and bool(self.sampler.stochastic.any())
-
     def base_kl(self, experience: Collected) -> float:
         """The path KL of the policy to the base model, over a few images."""
         indices, kl, most = experience.indices, torch.zeros((), dtype=torch.float64), min(experience.total, KL_IMAGES)
@@ -260,12 +255,11 @@ class Trainer:
         return self.processes.sum(kl).item() / most
 
     def path_kl(self, experience: Collected, own: int) -> PathKL:
-        """Of an epoch's first images, or of others where those are not the policy's, or a window left noise out."""
-        batch = self.config.train.rollout_batch
-        is_whole = self.config.train.window is None and not self.algorithm.off_policy
-        if is_whole and isinstance(experience, Experience):
+        """Of an epoch's first images, or of others where those are not the policy's, or had noise left out."""
+        batch, whole = self.config.train.rollout_batch, with_path_kl(Policy(self.policy.model, self.sampler))
+        is_whole = self.config.train.window is None and whole.sampler is self.sampler
+        if is_whole and not self.algorithm.off_policy and isinstance(experience, Experience):
             return path_kl(self.policy, experience.rollout.first(own), batch)
-        whole = Policy(self.policy.model, self.sampler)
         condition = whole.model.encode([row.prompt for row in experience.rows[:own]])
         noise = self.noise(self.epoch, "path KL", experience.indices[:own])
         return path_kl(whole, rollout(whole, condition, noise, batch), batch)

@@ -301,6 +301,22 @@ def test_the_path_kl_is_that_of_the_policy_whoever_rolls_out(tmp_path):
     assert abs(found - others) > 0.01 * found
 
 
+@pytest.mark.parametrize("quiet", [{"eta": 0.0}, {"name": "heun"}, {"name": "dpm_solver_pp", "eta": 0.5}], ids=str)
+def test_without_noise_of_its_own_the_path_kl_is_that_of_the_reverse_sde(quiet, tmp_path):
+    """By DDPM over the same times, whether the roll-out is an ODE's or has a solver with memory."""
+    trainer = trainer_of(tmp_path, algorithm={"name": "nft"}, sampler=quiet)
+    move(trainer)
+    experience, times = trainer.collect(0, Clock()), trainer.sampler.times
+    ddpm = Policy(
+        trainer.policy.model, make("sampler", {"name": "ddim", "eta": 1.0}, trainer.policy.model.schedule, times)
+    )
+    condition = experience.rollout.condition[:32]
+    drawn = rollout(ddpm, condition, trainer.noise(0, "path KL", range(len(condition))), 16)
+    found = trainer.base_kl(experience)
+    assert found == pytest.approx(path_kl(ddpm, drawn, 16).kl.sum(0).mean().item(), rel=1e-5)
+    assert found > 1e-3
+
+
 @pytest.mark.parametrize(
     ("sharded", "start", "expected"), [(False, 0, 32), (False, 64, 0), (True, 0, 16), (True, 64, 16)]
 )

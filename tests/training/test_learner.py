@@ -313,6 +313,15 @@ def kl_by_hand(trainer, r):
     return total.mean().item()
 
 
+def test_a_budget_ends_a_run_that_rolls_out_without_noise(tmp_path):
+    """Its path KL is that of the reverse SDE."""
+    train = {"epochs": 12, "lr": 0.01, "kl_budget": 0.02}
+    trainer_of(tmp_path, algorithm={"name": "nft"}, sampler={"eta": 0.0}, train=train).fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["base_kl"] > 0.02 >= max(line["base_kl"] for line in lines[:-1])
+    assert 1 < len(lines) < 12
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_budget_is_of_the_path_kl(shape, tmp_path):
     """The run ends with the first epoch that was rolled out above it; the KL is measured before its updates."""
