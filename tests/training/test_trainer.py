@@ -168,12 +168,16 @@ def test_balanced_steps_have_gradients_of_like_noise(model):
 
 
 def test_the_sizes_of_score_functions(tmp_path):
-    """Of DDPO's recipe for the embedded pipeline, as docs/measured.md and docs/algorithms.md give them."""
-    config = load_config(["shapes/ddpo", f"run.dir={tmp_path}"])
+    """Of GRPO's recipe for the embedded pipeline, as docs/measured.md and docs/algorithms.md give them."""
+    config = load_config(["shapes/grpo", f"run.dir={tmp_path}"])
     sizes = list(score_function_sizes(make_policy(config, torch.device("cpu"))))
     assert sizes == sorted(sizes)
     assert [round(sizes[k], digits) for k, digits in ((0, 2), (-2, 2), (-1, 1))] == [0.1, 1.16, 11.0]
     assert config.train.steps == list(range(9))
+    weighed = load_config(["shapes/ddpo", f"run.dir={tmp_path}"])
+    assert weighed.sampler == config.sampler
+    assert weighed.algorithm["balance_steps"]
+    assert weighed.train.steps is None
 
 
 def test_learning_rate_warms_up_and_falls_linearly(tmp_path):
